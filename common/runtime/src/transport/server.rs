@@ -1,0 +1,209 @@
+//! The accepting side: TLS on the one port, and the unix socket.
+
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use skep_common::limits::QUEUE_LENGTH;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::sync::mpsc;
+use tokio_rustls::TlsAcceptor;
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tonic::service::Routes;
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+
+use super::Tls;
+use crate::access::{AccessLayer, Caller};
+use crate::identity::Subject;
+use crate::{TaskSet, clock};
+
+/// A peer that does not finish its handshake within this time is dropped: it holds a task, no more.
+const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
+/// Largest window of one stream; a set of assignments comes in one piece.
+const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+
+/// Why a socket cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Another program holds the address, or the directory does not exist.
+    #[error("failed to listen on {address}")]
+    Listen {
+        /// Address or path.
+        address: String,
+        /// What the system says.
+        #[source]
+        source: io::Error,
+    },
+    /// Another daemon answers there.
+    #[error("a skep daemon already listens on {0}")]
+    AlreadyServed(PathBuf),
+    /// The server stopped.
+    #[error("the server stopped")]
+    Serve(#[from] tonic::transport::Error),
+}
+
+/// A connection with its caller.
+struct Connection<S> {
+    stream: S,
+    caller: Caller,
+}
+
+impl<S> Connected for Connection<S> {
+    type ConnectInfo = Caller;
+    fn connect_info(&self) -> Caller {
+        self.caller
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// Serves `routes` over TLS until the task set is cancelled.
+///
+/// Handshakes run beside each other: a stalled peer holds up nobody. A peer whose certificate is of
+/// another swarm does not get past its handshake.
+pub async fn serve_tls(
+    listener: TcpListener,
+    tls: Tls,
+    routes: Routes,
+    tasks: &TaskSet,
+) -> Result<(), ServeError> {
+    let (connections, incoming) = mpsc::channel(QUEUE_LENGTH);
+    let acceptor_tasks = tasks.clone();
+    tasks.spawn("tls acceptor", async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let (tls, connections) = (tls.clone(), connections.clone());
+                    acceptor_tasks.spawn("tls handshake", async move {
+                        match tokio::time::timeout(HANDSHAKE_DEADLINE, handshake(stream, tls)).await
+                        {
+                            Ok(Ok(connection)) => {
+                                // The server has ended when this fails: nobody is left to serve.
+                                let _ = connections.send(Ok::<_, io::Error>(connection)).await;
+                            }
+                            Ok(Err(error)) => {
+                                tracing::debug!(%error, "a peer failed its handshake")
+                            }
+                            Err(_) => tracing::debug!("a peer did not finish its handshake"),
+                        }
+                    });
+                }
+                Err(error) => {
+                    // Out of file descriptors, mostly: the next one may do better.
+                    tracing::warn!(%error, "failed to accept a connection");
+                    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+                }
+            }
+        }
+    });
+    let shutdown = tasks.token().cancelled_owned();
+    server(routes).serve_with_incoming_shutdown(ReceiverStream::new(incoming), shutdown).await?;
+    Ok(())
+}
+
+fn server(
+    routes: Routes,
+) -> tonic::transport::server::Router<
+    tower::layer::util::Stack<AccessLayer, tower::layer::util::Identity>,
+> {
+    Server::builder()
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(4 * STREAM_WINDOW_BYTES)
+        .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
+        .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
+        .layer(AccessLayer)
+        .add_routes(routes)
+}
+
+async fn handshake(
+    stream: TcpStream,
+    tls: Tls,
+) -> io::Result<Connection<tokio_rustls::server::TlsStream<TcpStream>>> {
+    stream.set_nodelay(true)?;
+    let stream = TlsAcceptor::from(tls.server()).accept(stream).await?;
+    let caller = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
+        None => Caller::Anonymous,
+        Some(certificate) => {
+            let subject = Subject::of_der(certificate).map_err(io::Error::other)?;
+            if subject.cluster_id != tls.subject().cluster_id {
+                return Err(io::Error::other("the certificate is of another swarm"));
+            }
+            if subject.not_after < clock::now() {
+                return Err(io::Error::other("the certificate has expired"));
+            }
+            Caller::Node(subject.node_id, subject.role)
+        }
+    };
+    Ok(Connection { stream, caller })
+}
+
+/// Takes the unix socket at `path`: mode 0600, so that only its owner (root) can connect.
+pub async fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
+    let listen_error = |source| ServeError::Listen { address: path.display().to_string(), source };
+    if UnixStream::connect(path).await.is_ok() {
+        return Err(ServeError::AlreadyServed(path.to_owned()));
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(listen_error(error)),
+        _ => {} // A socket that nobody serves is left over from a daemon that was killed.
+    }
+    let listener = UnixListener::bind(path).map_err(listen_error)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(listen_error)?;
+    Ok(listener)
+}
+
+/// Serves `routes` on a unix socket until the task set is cancelled.
+pub async fn serve_unix(
+    listener: UnixListener,
+    routes: Routes,
+    tasks: &TaskSet,
+) -> Result<(), ServeError> {
+    let incoming = UnixListenerStream::new(listener)
+        .map(|stream| stream.map(|stream| Connection { stream, caller: Caller::Local }));
+    let shutdown = tasks.token().cancelled_owned();
+    server(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
+    Ok(())
+}

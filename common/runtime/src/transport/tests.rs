@@ -1,0 +1,148 @@
+//! The table of [`crate::access`] on a real port: every method × every kind of peer.
+
+use std::time::Duration;
+
+use prost::Message as _;
+use skep_common::spec::NodeRole;
+use skep_common::{ClusterId, NodeId};
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
+
+use super::{ChannelPool, Peer, Tls, connect_unverified, serve_tls};
+use crate::access::{self, Caller};
+use crate::identity::{Authority, Credentials, Csr};
+use crate::{TaskSet, clock};
+
+fn credentials(
+    authority: &Authority,
+    cluster: ClusterId,
+    node: NodeId,
+    role: NodeRole,
+) -> Credentials {
+    let csr = Csr::generate().unwrap();
+    let life = Duration::from_secs(3600);
+    let certificate_pem =
+        authority.sign(&csr.csr_pem, node, role, cluster, clock::now(), life).unwrap();
+    Credentials { certificate_pem, key_pem: csr.key_pem, root_pem: authority.root_pem().to_owned() }
+}
+
+async fn serve(tls: Tls, tasks: &TaskSet) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let serving = tasks.clone();
+    tasks.spawn("test server", async move {
+        serve_tls(listener, tls, Routes::default(), &serving).await.unwrap();
+    });
+    address
+}
+
+/// Calls a method with an empty message, as a generated client would.
+async fn call(channel: Channel, path: &str) -> Status {
+    let mut grpc = tonic::client::Grpc::new(channel);
+    grpc.ready().await.map_err(|e| Status::unavailable(e.to_string())).unwrap();
+    let codec: tonic_prost::ProstCodec<(), ()> = tonic_prost::ProstCodec::default();
+    let path = tonic::codegen::http::uri::PathAndQuery::try_from(path).unwrap();
+    let answer = grpc.unary(tonic::Request::new(()), path, codec).await;
+    answer.err().unwrap_or_else(|| Status::ok("answered"))
+}
+
+fn methods() -> Vec<String> {
+    let files = prost_types::FileDescriptorSet::decode(skep_proto::FILE_DESCRIPTOR_SET).unwrap();
+    let services =
+        files.file.iter().filter(|file| file.package() == "skep.v1").flat_map(|f| &f.service);
+    services
+        .flat_map(|s| s.method.iter().map(|m| format!("/skep.v1.{}/{}", s.name(), m.name())))
+        .collect()
+}
+
+#[tokio::test]
+async fn every_method_answers_every_kind_of_peer_as_the_table_says() {
+    let (ours, other) =
+        (Authority::generate(clock::now()).unwrap(), Authority::generate(clock::now()).unwrap());
+    let (cluster, foreign_cluster) = (ClusterId(1), ClusterId(2));
+    let tasks = TaskSet::new();
+    let server = Tls::new(credentials(&ours, cluster, NodeId(1), NodeRole::Manager)).unwrap();
+    let address = serve(server, &tasks).await;
+
+    let pool = |authority, cluster, role| {
+        ChannelPool::new(Tls::new(credentials(authority, cluster, NodeId(9), role)).unwrap())
+    };
+    let workers = pool(&ours, cluster, NodeRole::Worker);
+    let managers = pool(&ours, cluster, NodeRole::Manager);
+    let foreign = pool(&other, foreign_cluster, NodeRole::Manager);
+    for path in methods() {
+        for (caller, channel) in [
+            (Caller::Anonymous, connect_unverified(&address).unwrap()),
+            (Caller::Node(NodeId(9), NodeRole::Worker), workers.channel(&address, Peer::Manager)),
+            (Caller::Node(NodeId(9), NodeRole::Manager), managers.channel(&address, Peer::Manager)),
+        ] {
+            let status = call(channel, &path).await;
+            // No service is mounted here: whoever gets past the table finds nothing behind it.
+            let expected =
+                access::check(&path, caller).err().map_or(Code::Unimplemented, |s| s.code());
+            assert_eq!(status.code(), expected, "{path} as {caller:?}: {status}");
+        }
+        let status = call(foreign.channel(&address, Peer::Manager), &path).await;
+        assert_eq!(status.code(), Code::Unavailable, "{path} from another swarm: {status}");
+    }
+    tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_certificate_of_the_same_root_for_another_swarm_is_refused() {
+    let authority = Authority::generate(clock::now()).unwrap();
+    let tasks = TaskSet::new();
+    let server =
+        Tls::new(credentials(&authority, ClusterId(1), NodeId(1), NodeRole::Manager)).unwrap();
+    let address = serve(server, &tasks).await;
+    let tls =
+        Tls::new(credentials(&authority, ClusterId(2), NodeId(2), NodeRole::Manager)).unwrap();
+    let status =
+        call(ChannelPool::new(tls).channel(&address, Peer::Manager), "/skep.v1.Raft/Vote").await;
+    assert_ne!(status.code(), Code::Unimplemented, "{status}");
+    assert_ne!(status.code(), Code::Ok, "{status}");
+    tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_worker_cannot_pose_as_a_manager_nor_a_node_as_another() {
+    let authority = Authority::generate(clock::now()).unwrap();
+    let tasks = TaskSet::new();
+    let worker =
+        Tls::new(credentials(&authority, ClusterId(1), NodeId(1), NodeRole::Worker)).unwrap();
+    let address = serve(worker, &tasks).await;
+    let tls =
+        Tls::new(credentials(&authority, ClusterId(1), NodeId(2), NodeRole::Manager)).unwrap();
+    let pool = ChannelPool::new(tls);
+    for (peer, expected) in [
+        (Peer::Manager, Code::Unavailable),
+        (Peer::Node(NodeId(3)), Code::Unavailable),
+        (Peer::Node(NodeId(1)), Code::Unimplemented),
+        (Peer::AnyNode, Code::Unimplemented),
+    ] {
+        let status = call(pool.channel(&address, peer), "/skep.v1.Peer/TaskLogs").await;
+        assert_eq!(status.code(), expected, "{peer:?}: {status}");
+    }
+    tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn new_credentials_change_the_next_connection_and_no_open_one() {
+    let authority = Authority::generate(clock::now()).unwrap();
+    let tasks = TaskSet::new();
+    let before = credentials(&authority, ClusterId(1), NodeId(1), NodeRole::Worker);
+    let server = Tls::new(before).unwrap();
+    let address = serve(server.clone(), &tasks).await;
+    let tls =
+        Tls::new(credentials(&authority, ClusterId(1), NodeId(2), NodeRole::Manager)).unwrap();
+    let pool = ChannelPool::new(tls);
+    let open = pool.channel(&address, Peer::Node(NodeId(1)));
+    assert_eq!(call(open.clone(), "/skep.v1.Peer/TaskLogs").await.code(), Code::Unimplemented);
+    server.replace(credentials(&authority, ClusterId(1), NodeId(5), NodeRole::Manager)).unwrap();
+    assert_eq!(call(open, "/skep.v1.Peer/TaskLogs").await.code(), Code::Unimplemented);
+    let renewed = pool.channel(&address, Peer::Node(NodeId(5)));
+    assert_eq!(call(renewed, "/skep.v1.Peer/TaskLogs").await.code(), Code::Unimplemented);
+    tasks.shutdown().await;
+}

@@ -1,0 +1,47 @@
+//! Named bounds. Each says why it has this value.
+
+use std::time::Duration;
+
+/// A node's heartbeat period. Swarm has 5 s; a third of the loss time, so that one lost beat is no
+/// news.
+pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
+/// Silence after which a node counts as down: three periods, as in Swarm.
+pub const NODE_DOWN_AFTER: Duration = Duration::from_secs(3);
+/// How long replacements wait when more than a third of the nodes fall silent at once: it is then
+/// likelier that this manager is cut off than that they all died.
+pub const MASS_SILENCE_WAIT: Duration = Duration::from_secs(15);
+/// How long the removal of a task waits for the balancers of nodes with a live session.
+pub const DRAIN_ACK_WAIT: Duration = Duration::from_secs(2);
+/// Finished tasks kept per slot. SwarmKit's `TaskHistoryRetentionLimit`.
+pub const TASK_HISTORY_LIMIT: i64 = 5;
+/// Largest gRPC message: a full assignment set or a list of some ten thousand tasks.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
+/// Largest certificate request, token or other message of a peer without a certificate.
+pub const ANONYMOUS_MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// Deadline of a unary call between nodes.
+pub const RPC_DEADLINE: Duration = Duration::from_secs(10);
+/// Deadline of a TCP connect and TLS handshake to a peer: a dead peer must not hold votes or
+/// replication.
+pub const CONNECT_DEADLINE: Duration = Duration::from_millis(200);
+/// Entries of a bounded queue between two tasks of one daemon where nothing better is known.
+pub const QUEUE_LENGTH: usize = 256;
+/// Health checks, stop grace and the like of Docker's engine, used where neither service nor image
+/// names a value.
+pub mod defaults {
+    use std::time::Duration;
+
+    /// Between SIGTERM and SIGKILL.
+    pub const STOP_GRACE_PERIOD: Duration = Duration::from_secs(10);
+    /// Between the end of one health check and the start of the next.
+    pub const HEALTH_INTERVAL: Duration = Duration::from_secs(30);
+    /// After this a health check counts as failed.
+    pub const HEALTH_TIMEOUT: Duration = Duration::from_secs(30);
+    /// Consecutive failures that make a container unhealthy.
+    pub const HEALTH_RETRIES: u32 = 3;
+    /// Between checks while the start period lasts.
+    pub const HEALTH_START_INTERVAL: Duration = Duration::from_secs(5);
+    /// Between the failure of a task and its replacement's start.
+    pub const RESTART_DELAY: Duration = Duration::from_secs(5);
+    /// Slots replaced at once by an update.
+    pub const UPDATE_PARALLELISM: u64 = 1;
+}

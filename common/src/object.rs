@@ -1,0 +1,518 @@
+//! What the store holds: spec, bookkeeping and status together.
+//!
+//! Field names are Docker's where Docker has such an object; [`Stack`] and [`Image`] are ours.
+//! Managers write everything but [`TaskStatus`] from `Accepted` on, [`NodeDescription`] and the
+//! container's facts, which the node's agent reports.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use crate::spec::{
+    ConfigSpec, Extra, NetworkSpec, NodeRole, NodeSpec, Platform, PortConfig, Resources,
+    SecretSpec, ServiceSpec, StackSpec, SwarmSpec, TaskSpec,
+};
+use crate::{
+    ClusterId, ConfigId, ImageId, NetworkId, NodeId, SecretId, ServiceId, StackId, TaskId,
+    TaskState, Timestamp,
+};
+
+/// The Raft index of an object's last write: the precondition of an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Version {
+    /// Raft index.
+    pub index: u64,
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.index.fmt(f)
+    }
+}
+
+/// Bookkeeping that the store writes on every change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Meta {
+    /// Raft index of the last write.
+    pub version: Version,
+    /// When it was made, by the proposer's clock.
+    pub created_at: Timestamp,
+    /// When it was last written, by the proposer's clock.
+    pub updated_at: Timestamp,
+}
+
+/// The swarm: settings, join tokens and the certificate authority.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Cluster {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: ClusterId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: SwarmSpec,
+    /// The secret part of the join tokens.
+    pub join_tokens: JoinTokens,
+    /// Certificate of the root, PEM.
+    pub root_ca_cert: String,
+    /// Private key of the root, PEM. Never leaves the managers; the log is sealed.
+    pub root_ca_key: String,
+    /// Pool of ingress slices: one per node, by node number.
+    pub ingress_pool: Ipv4Net,
+}
+
+/// Secrets of the join tokens: 25 characters of base 36 each.
+#[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct JoinTokens {
+    /// Makes a worker of its bearer.
+    pub worker: String,
+    /// Makes a manager of its bearer.
+    pub manager: String,
+}
+
+impl std::fmt::Debug for JoinTokens {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JoinTokens(…)")
+    }
+}
+
+/// A machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Node {
+    /// Id; the CN of its certificate.
+    #[serde(rename = "ID")]
+    pub id: NodeId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: NodeSpec,
+    /// What the node says of itself; absent until its first session.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<NodeDescription>,
+    /// Whether it is alive.
+    pub status: NodeStatus,
+    /// Its Raft member, where it is a manager.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manager_status: Option<ManagerStatus>,
+    /// 1–4094, unique: names its ingress slice, tunnel address and packet mark.
+    pub number: u16,
+}
+
+/// What a node says of itself.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NodeDescription {
+    /// Host name.
+    pub hostname: String,
+    /// Operating system and architecture.
+    pub platform: Platform,
+    /// What it has in all.
+    pub resources: Resources,
+    /// Labels set by its own configuration: `engine.labels.X`.
+    pub engine: EngineDescription,
+    /// Kept and not acted on yet: TLSInfo, CSIInfo, ….
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// The daemon's version and labels.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct EngineDescription {
+    /// Version of skep.
+    pub engine_version: String,
+    /// Labels from the daemon's configuration.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// Whether a node is alive, as the leader last recorded it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NodeStatus {
+    /// Ready or down.
+    pub state: NodeState,
+    /// Why, for people.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// Underlay address: where its tunnel ends and its port 2377 is reached.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub addr: String,
+}
+
+/// States of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    /// Joined, no session yet.
+    #[default]
+    Unknown,
+    /// It has silently gone: its tasks are replaced.
+    Down,
+    /// It has a session and its heartbeats arrive.
+    Ready,
+    /// Its session closed a moment ago.
+    Disconnected,
+}
+
+impl NodeState {
+    /// The name as JSON has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unknown => "unknown",
+            Self::Down => "down",
+            Self::Ready => "ready",
+            Self::Disconnected => "disconnected",
+        }
+    }
+}
+
+/// A manager's Raft member.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ManagerStatus {
+    /// Raft id, random, never reused.
+    #[serde(rename = "RaftID")]
+    pub raft_id: u64,
+    /// `ip:port` at which the other managers reach it.
+    pub addr: String,
+    /// Filled in by the manager that answers a question; never stored true.
+    pub leader: bool,
+    /// `reachable`, `unreachable` or `unknown`; filled in by the manager that answers.
+    pub reachability: String,
+}
+
+/// A service.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Service {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: ServiceId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: ServiceSpec,
+    /// The spec before the last update.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub previous_spec: Option<ServiceSpec>,
+    /// Version of the last change of `spec`; tasks carry the one they were made from.
+    pub spec_version: Version,
+    /// The last update's progress.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_status: Option<UpdateStatus>,
+    /// Ports as allocated.
+    #[serde(default)]
+    pub endpoint: Endpoint,
+    /// `service rm` was asked: its tasks are stopped and deleted, then the service itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pending_delete: bool,
+}
+
+/// An update's progress.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct UpdateStatus {
+    /// `updating`, `paused`, `completed`, `rollback_started`, `rollback_paused`, `rollback_completed`.
+    pub state: String,
+    /// When it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started_at: Option<Timestamp>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completed_at: Option<Timestamp>,
+    /// For people.
+    pub message: String,
+}
+
+/// A service's ports as allocated.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Endpoint {
+    /// Every published port with its number; dynamic ones keep theirs across updates.
+    pub ports: Vec<PortConfig>,
+    /// Kept and not acted on yet: Spec, VirtualIPs.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// A task: one attempt to run one container. It is never restarted and never moved.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Task {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: TaskId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// The task template it was made from.
+    pub spec: TaskSpec,
+    /// Version of the service's spec it was made from.
+    pub spec_version: Version,
+    /// Its service.
+    #[serde(rename = "ServiceID")]
+    pub service_id: ServiceId,
+    /// Replica number, from 1.
+    pub slot: u64,
+    /// Its node, from `Assigned` on.
+    #[serde(rename = "NodeID", default, skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<NodeId>,
+    /// What happened.
+    pub status: TaskStatus,
+    /// What managers want. Only grows.
+    pub desired_state: TaskState,
+    /// Its addresses.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub networks_attachments: Vec<NetworkAttachment>,
+    /// Its service's name when it was made: `service.slot` names it to people.
+    pub service_name: String,
+    /// A task with desired state `Ready` may run from this moment on (restart delay).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_after: Option<Timestamp>,
+}
+
+impl Task {
+    /// `service.slot`, as lists show it.
+    pub fn name(&self) -> String {
+        format!("{}.{}", self.service_name, self.slot)
+    }
+
+    /// The address of its uplink, once the allocator granted one.
+    pub fn ingress_address(&self) -> Option<Ipv4Addr> {
+        self.networks_attachments.iter().find(|attachment| attachment.ingress).map(|a| a.address)
+    }
+}
+
+/// An address of a task.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct NetworkAttachment {
+    /// Whether it is the uplink on the node's ingress bridge.
+    pub ingress: bool,
+    /// The address.
+    pub address: Ipv4Addr,
+    /// Bits of its network's prefix.
+    pub prefix: u8,
+}
+
+/// What happened to a task.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct TaskStatus {
+    /// When the state was reached, by the clock of who wrote it.
+    pub timestamp: Timestamp,
+    /// Only grows.
+    pub state: TaskState,
+    /// For people: what is going on.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub message: String,
+    /// For people: what went wrong, or what a waiting task waits for.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub err: String,
+    /// The container's facts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container_status: Option<ContainerStatus>,
+    /// When the leader wrote the state; manager clocks outrank worker clocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub applied_at: Option<Timestamp>,
+    /// A running task whose health check fails gets no connection and is replaced.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unhealthy: bool,
+}
+
+/// A container's facts.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ContainerStatus {
+    /// Its id on the node: the task's.
+    #[serde(rename = "ContainerID")]
+    pub container_id: String,
+    /// Process id of its first process on the node; 0 once it ended.
+    #[serde(rename = "PID")]
+    pub pid: i32,
+    /// Exit code, once it ended; 128 + n after signal n.
+    #[serde(rename = "ExitCode")]
+    pub exit_code: i32,
+    /// Whether the kernel killed a process of it for want of memory.
+    #[serde(rename = "OOMKilled", skip_serializing_if = "std::ops::Not::not")]
+    pub oom_killed: bool,
+}
+
+/// A network. Only the ingress network is made yet.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Network {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: NetworkId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: NetworkSpec,
+}
+
+/// A secret.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Secret {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: SecretId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: SecretSpec,
+}
+
+/// A config.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Config {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: ConfigId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: ConfigSpec,
+}
+
+/// A stack.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Stack {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: StackId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// What users ask.
+    pub spec: StackSpec,
+}
+
+/// What an image name means in this swarm, and who has its bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Image {
+    /// Id.
+    #[serde(rename = "ID")]
+    pub id: ImageId,
+    /// Bookkeeping.
+    #[serde(flatten)]
+    pub meta: Meta,
+    /// Normalised name: `docker.io/library/whoami:latest`.
+    pub name: String,
+    /// Digest of the manifest that the name means now: `sha256:…`.
+    pub digest: String,
+    /// Bytes of all its blobs.
+    pub size: u64,
+    /// When the image was made, as its config says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub created: Option<String>,
+    /// Nodes that hold all its blobs.
+    pub holders: std::collections::BTreeSet<NodeId>,
+}
+
+/// Kinds of objects in the store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "each is the object of that name")]
+pub enum Kind {
+    Cluster,
+    Node,
+    Service,
+    Task,
+    Network,
+    Secret,
+    Config,
+    Stack,
+    Image,
+}
+
+/// Any object of the store.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs, reason = "each is the object of that name")]
+pub enum Object {
+    Cluster(Box<Cluster>),
+    Node(Box<Node>),
+    Service(Box<Service>),
+    Task(Box<Task>),
+    Network(Box<Network>),
+    Secret(Box<Secret>),
+    Config(Box<Config>),
+    Stack(Box<Stack>),
+    Image(Box<Image>),
+}
+
+impl Object {
+    /// Its kind.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Cluster(_) => Kind::Cluster,
+            Self::Node(_) => Kind::Node,
+            Self::Service(_) => Kind::Service,
+            Self::Task(_) => Kind::Task,
+            Self::Network(_) => Kind::Network,
+            Self::Secret(_) => Kind::Secret,
+            Self::Config(_) => Kind::Config,
+            Self::Stack(_) => Kind::Stack,
+            Self::Image(_) => Kind::Image,
+        }
+    }
+
+    /// The 128 bits of its id.
+    pub fn raw_id(&self) -> u128 {
+        match self {
+            Self::Cluster(object) => object.id.0,
+            Self::Node(object) => object.id.0,
+            Self::Service(object) => object.id.0,
+            Self::Task(object) => object.id.0,
+            Self::Network(object) => object.id.0,
+            Self::Secret(object) => object.id.0,
+            Self::Config(object) => object.id.0,
+            Self::Stack(object) => object.id.0,
+            Self::Image(object) => object.id.0,
+        }
+    }
+
+    /// Its bookkeeping.
+    pub fn meta(&self) -> &Meta {
+        match self {
+            Self::Cluster(object) => &object.meta,
+            Self::Node(object) => &object.meta,
+            Self::Service(object) => &object.meta,
+            Self::Task(object) => &object.meta,
+            Self::Network(object) => &object.meta,
+            Self::Secret(object) => &object.meta,
+            Self::Config(object) => &object.meta,
+            Self::Stack(object) => &object.meta,
+            Self::Image(object) => &object.meta,
+        }
+    }
+}
+
+impl NodeRole {
+    /// The `OU` of a certificate, and the host name that a server of this role answers to.
+    pub fn organizational_unit(self) -> &'static str {
+        match self {
+            Self::Worker => "swarm-worker",
+            Self::Manager => "swarm-manager",
+        }
+    }
+}

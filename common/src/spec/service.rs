@@ -1,0 +1,288 @@
+//! `ServiceSpec`, `TaskSpec` and their policies.
+
+use serde::{Deserialize, Serialize};
+
+use super::{ContainerSpec, Extra, Labels, Nanos};
+
+/// What a service shall be.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ServiceSpec {
+    /// Unique name.
+    pub name: String,
+    /// Labels of the service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Labels>,
+    /// The template of its tasks.
+    pub task_template: TaskSpec,
+    /// How many tasks; absent is one replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<ServiceMode>,
+    /// How tasks are replaced; absent is one at a time, stop-first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_config: Option<UpdateConfig>,
+    /// How tasks are replaced when the previous spec comes back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollback_config: Option<UpdateConfig>,
+    /// Published ports.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoint_spec: Option<EndpointSpec>,
+    /// Kept and not acted on yet: Networks.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+impl ServiceSpec {
+    /// The number of replicas wanted; `None` for a mode that skep does not run yet.
+    pub fn replicas(&self) -> Option<u64> {
+        match &self.mode {
+            None => Some(1),
+            Some(mode) => {
+                mode.replicated.as_ref().map(|replicated| replicated.replicas.unwrap_or(1))
+            }
+        }
+    }
+
+    /// The container part of the task template; an absent one reads as empty.
+    pub fn container(&self) -> std::borrow::Cow<'_, ContainerSpec> {
+        self.task_template
+            .container_spec
+            .as_ref()
+            .map_or_else(Default::default, std::borrow::Cow::Borrowed)
+    }
+
+    /// The published ports; none where no endpoint spec is given.
+    pub fn ports(&self) -> &[PortConfig] {
+        self.endpoint_spec.as_ref().and_then(|spec| spec.ports.as_deref()).unwrap_or_default()
+    }
+}
+
+/// Exactly one of its fields is set.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ServiceMode {
+    /// A number of tasks, wherever they fit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replicated: Option<Replicated>,
+    /// Kept and not acted on yet: Global, ReplicatedJob, GlobalJob.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// The replicated mode.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Replicated {
+    /// Absent is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<u64>,
+}
+
+/// The template of a service's tasks.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct TaskSpec {
+    /// The container.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub container_spec: Option<ContainerSpec>,
+    /// Limits and reservations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resources: Option<ResourceRequirements>,
+    /// What happens when a task ends.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<RestartPolicy>,
+    /// Where tasks may run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placement: Option<Placement>,
+    /// A counter; raising it replaces every task.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub force_update: Option<u64>,
+    /// Kept and not acted on yet: Networks, LogDriver, Runtime, PluginSpec, ….
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// Limits (enforced by the kernel) and reservations (subtracted by the scheduler).
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct ResourceRequirements {
+    /// What a container may use at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limits: Option<Resources>,
+    /// What a node must have free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reservations: Option<Resources>,
+    /// Kept and not acted on yet: SwapBytes, MemorySwappiness.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// Amounts of a node's resources.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Resources {
+    /// Nano-CPUs; 10⁹ is one core.
+    #[serde(rename = "NanoCPUs", skip_serializing_if = "Option::is_none")]
+    pub nano_cpus: Option<i64>,
+    /// Bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_bytes: Option<i64>,
+    /// Processes and threads (limits only).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pids: Option<i64>,
+    /// Kept and not acted on yet: GenericResources.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// What happens when a task ends. Absent fields: any, 5 s, unlimited, unbounded.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct RestartPolicy {
+    /// Which ends are followed by a new task.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub condition: Option<RestartCondition>,
+    /// Between the end and the new task's start.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delay: Option<Nanos>,
+    /// Restarts within the window; 0 is unlimited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_attempts: Option<u64>,
+    /// Time over which attempts count; 0 is unbounded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub window: Option<Nanos>,
+}
+
+/// Which ends of a task are followed by a new one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartCondition {
+    /// None.
+    None,
+    /// Those with an error.
+    OnFailure,
+    /// All.
+    #[default]
+    Any,
+}
+
+/// Where tasks may run.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Placement {
+    /// `key == value` or `key != value`; all must hold.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<Vec<String>>,
+    /// Tasks of the service a node may have; 0 is unlimited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_replicas: Option<u64>,
+    /// Platforms the image exists for; empty is any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platforms: Option<Vec<Platform>>,
+    /// Kept and not acted on yet: Preferences.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// An operating system and a processor architecture.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Platform {
+    /// `amd64` or `x86_64` (the same), `arm64` or `aarch64` (the same).
+    #[serde(rename = "Architecture")]
+    pub architecture: String,
+    /// `linux`.
+    #[serde(rename = "OS")]
+    pub os: String,
+}
+
+/// How tasks are replaced. Absent fields: 1, 0 s, pause, 5 s, 0, stop-first.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct UpdateConfig {
+    /// Slots replaced at once; 0 is all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parallelism: Option<u64>,
+    /// Between one slot's replacement and the next one's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub delay: Option<Nanos>,
+    /// `pause`, `continue` or `rollback`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failure_action: Option<String>,
+    /// A task that ends within this time after it ran counts as a failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub monitor: Option<Nanos>,
+    /// Failures to tolerate, as a part of the slots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_failure_ratio: Option<f64>,
+    /// `stop-first` or `start-first`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub order: Option<String>,
+}
+
+/// How clients reach a service.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct EndpointSpec {
+    /// `vip` or `dnsrr`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<String>,
+    /// Published ports.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Vec<PortConfig>>,
+}
+
+/// One published port.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct PortConfig {
+    /// A name for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Absent is tcp.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<PortProtocol>,
+    /// The port inside the container.
+    pub target_port: u16,
+    /// The port on every node; absent or 0 is one of 30000–32767.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published_port: Option<u16>,
+    /// Absent is ingress.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub publish_mode: Option<PublishMode>,
+}
+
+/// A transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PortProtocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+impl PortProtocol {
+    /// The name as JSON has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
+/// Where a port is published.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PublishMode {
+    /// On every node, balanced over all tasks.
+    #[default]
+    Ingress,
+    /// On the task's node alone.
+    Host,
+}

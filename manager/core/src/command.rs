@@ -1,0 +1,163 @@
+//! What travels through the Raft log: a transaction on the store.
+//!
+//! A command is applied whole or refused whole, with a recorded outcome; applying never panics and
+//! never depends on anything but the store and the command. Ids and times arrive inside it.
+
+use std::net::Ipv4Addr;
+
+use serde::{Deserialize, Serialize};
+use skep_common::object::NetworkAttachment;
+use skep_common::object::TaskStatus;
+use skep_common::{Kind, NodeId, Object, ServiceId, TaskId, TaskState, Timestamp, Version};
+
+/// The highest format level that this program knows. A leader proposes none above the lowest of the
+/// managers; a manager that meets a higher one in its log stops and says so.
+pub const FORMAT_LEVEL: u32 = 1;
+
+/// A transaction.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Command {
+    /// Format level, at most [`FORMAT_LEVEL`].
+    pub level: u32,
+    /// The proposer's clock; becomes `CreatedAt` and `UpdatedAt`.
+    pub at: Timestamp,
+    /// Applied in order, all or none.
+    pub actions: Vec<Action>,
+}
+
+impl Command {
+    /// A transaction of this program's format level.
+    pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
+        Self { level: FORMAT_LEVEL, at, actions }
+    }
+}
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Action {
+    /// Creates or replaces an object. The store writes its `Meta`; a new node with number 0 is given
+    /// the lowest free one.
+    Put {
+        /// The object, whole.
+        object: Object,
+        /// What must hold of the object that is there.
+        expect: Expect,
+    },
+    /// Erases an object; an absent one is no error.
+    Delete {
+        /// Its kind.
+        kind: Kind,
+        /// The 128 bits of its id.
+        id: u128,
+    },
+    /// Changes parts of a task. Ignored where the task is gone: it was decided or reported before.
+    PatchTask(TaskPatch),
+    /// Adds a node to the holders of every image record with this digest, or takes it away.
+    ImageHolder {
+        /// Manifest digest.
+        digest: String,
+        /// The node.
+        node_id: NodeId,
+        /// Whether it holds all blobs.
+        holds: bool,
+    },
+}
+
+/// The precondition of a [`Action::Put`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Expect {
+    /// No object has this id (nor, where names are unique, this name).
+    Absent,
+    /// The object is at exactly this version.
+    Version(Version),
+    /// The object exists, whatever its version.
+    Present,
+}
+
+/// Parts of a task to change. `state` and `desired_state` only grow: a lower one is ignored.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TaskPatch {
+    /// The task.
+    pub task_id: Option<TaskId>,
+    /// What managers want.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_state: Option<TaskState>,
+    /// Its node; refused once it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<NodeId>,
+    /// Its addresses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub networks_attachments: Option<Vec<NetworkAttachment>>,
+    /// What happened; ignored whole where its state is below the task's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<TaskStatus>,
+}
+
+impl TaskPatch {
+    /// A patch of `task_id` that changes nothing yet.
+    pub fn of(task_id: TaskId) -> Self {
+        Self { task_id: Some(task_id), ..Self::default() }
+    }
+}
+
+/// What became of a command.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Outcome {
+    /// Every action was applied; objects it wrote have this version.
+    Applied(Version),
+    /// Nothing was changed.
+    Refused(Refusal),
+}
+
+/// Why a command was refused. The first action that fails decides.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum Refusal {
+    /// Two writers raced. The loser reads the object again before it asks again.
+    #[error("update out of sequence: the {kind:?} is at version {current}, not {given}")]
+    OutOfSequence {
+        /// Kind of the object.
+        kind: Kind,
+        /// Expected version.
+        given: Version,
+        /// Stored version.
+        current: Version,
+    },
+    /// The object to change is not there.
+    #[error("the {kind:?} does not exist")]
+    NotFound {
+        /// Its kind.
+        kind: Kind,
+    },
+    /// An object with this id or name is there.
+    #[error("name conflicts with an existing object: a {kind:?} named {name:?} already exists")]
+    NameTaken {
+        /// Its kind.
+        kind: Kind,
+        /// The name (or id).
+        name: String,
+    },
+    /// One service owns a published port on every node.
+    #[error(
+        "port {port}/{protocol} is already in use by service {owner_name:?} ({owner}) as an ingress port"
+    )]
+    PortInUse {
+        /// Published port.
+        port: u16,
+        /// `tcp`, `udp` or `sctp`.
+        protocol: String,
+        /// The service that has it.
+        owner: ServiceId,
+        /// Its name.
+        owner_name: String,
+    },
+    /// Two tasks of a node cannot have one address. A plan made on an old view; plan again.
+    #[error("address {address} is already taken by another task")]
+    AddressInUse {
+        /// The address.
+        address: Ipv4Addr,
+    },
+    /// All 4094 node numbers are given out. Remove nodes that are gone with `node rm`.
+    #[error("the swarm has its limit of 4094 nodes")]
+    NodeNumbersExhausted,
+}

@@ -1,0 +1,392 @@
+//! [`State::apply`]: one command, all or nothing.
+//!
+//! A command works on a clone, which is thrown away when an action is refused.
+
+use std::sync::Arc;
+
+use skep_common::object::NetworkAttachment;
+use skep_common::spec::PublishMode;
+use skep_common::{
+    ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
+    ServiceId, StackId, Task, TaskId, TaskState, Timestamp, Version,
+};
+
+use super::{Change, State};
+use crate::command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
+
+/// Node numbers have 12 bits in the packet mark; 0 and 4095 are not used.
+const NODE_NUMBER_MAX: u16 = 4094;
+
+impl State {
+    /// Applies the entry at Raft index `index`, and says what became of it and what it changed.
+    pub fn apply(&mut self, index: u64, command: &Command) -> (Outcome, Vec<Change>) {
+        let version = Version { index };
+        let mut next = self.clone();
+        next.version = version;
+        let mut changes = Vec::new();
+        let writer = Writer { at: command.at, version };
+        for action in &command.actions {
+            if let Err(refusal) = next.apply_action(&writer, action, &mut changes) {
+                self.version = version;
+                return (Outcome::Refused(refusal), Vec::new());
+            }
+        }
+        *self = next;
+        changes.sort_unstable();
+        changes.dedup();
+        (Outcome::Applied(version), changes)
+    }
+
+    /// Notes that an entry without a command (a membership change, a new leader's first) was applied.
+    pub fn skip(&mut self, index: u64) {
+        self.version = Version { index };
+    }
+
+    fn apply_action(
+        &mut self,
+        writer: &Writer,
+        action: &Action,
+        changes: &mut Vec<Change>,
+    ) -> Result<(), Refusal> {
+        match action {
+            Action::Put { object, expect } => {
+                let found = self.meta_of(object.kind(), object.raw_id());
+                let meta = writer.meta(object.kind(), found, *expect, object.raw_id())?;
+                changes.push(self.put(object, meta)?);
+            }
+            Action::Delete { kind, id } => changes.extend(self.delete(*kind, *id)),
+            Action::PatchTask(patch) => changes.extend(self.patch_task(writer, patch)?),
+            Action::ImageHolder { digest, node_id, holds } => {
+                self.set_image_holder(writer, digest, *node_id, *holds, changes);
+            }
+        }
+        Ok(())
+    }
+
+    fn meta_of(&self, kind: Kind, id: u128) -> Option<Meta> {
+        match kind {
+            Kind::Cluster => {
+                self.cluster.as_ref().filter(|object| object.id.0 == id).map(|o| o.meta)
+            }
+            Kind::Node => self.nodes.get(&NodeId(id)).map(|o| o.meta),
+            Kind::Service => self.services.get(&ServiceId(id)).map(|o| o.meta),
+            Kind::Task => self.tasks.get(&TaskId(id)).map(|o| o.meta),
+            Kind::Network => self.networks.get(&NetworkId(id)).map(|o| o.meta),
+            Kind::Secret => self.secrets.get(&SecretId(id)).map(|o| o.meta),
+            Kind::Config => self.configs.get(&ConfigId(id)).map(|o| o.meta),
+            Kind::Stack => self.stacks.get(&StackId(id)).map(|o| o.meta),
+            Kind::Image => self.images.get(&ImageId(id)).map(|o| o.meta),
+        }
+    }
+
+    fn put(&mut self, object: &Object, meta: Meta) -> Result<Change, Refusal> {
+        let (kind, id) = (object.kind(), object.raw_id());
+        match object {
+            Object::Cluster(cluster) => {
+                let mut cluster = (**cluster).clone();
+                cluster.meta = meta;
+                self.cluster = Some(Arc::new(cluster));
+            }
+            Object::Node(node) => self.put_node((**node).clone(), meta)?,
+            Object::Service(service) => self.put_service((**service).clone(), meta)?,
+            Object::Task(task) => return self.put_task((**task).clone(), meta),
+            Object::Network(network) => {
+                let old = self.networks.get(&network.id).map(|old| old.spec.name.clone());
+                self.rename(kind, id, old.as_deref(), &network.spec.name)?;
+                let mut network = (**network).clone();
+                network.meta = meta;
+                self.networks.insert(network.id, Arc::new(network));
+            }
+            Object::Secret(secret) => {
+                let old = self.secrets.get(&secret.id).map(|old| old.spec.name.clone());
+                self.rename(kind, id, old.as_deref(), &secret.spec.name)?;
+                let mut secret = (**secret).clone();
+                secret.meta = meta;
+                self.secrets.insert(secret.id, Arc::new(secret));
+            }
+            Object::Config(config) => {
+                let old = self.configs.get(&config.id).map(|old| old.spec.name.clone());
+                self.rename(kind, id, old.as_deref(), &config.spec.name)?;
+                let mut config = (**config).clone();
+                config.meta = meta;
+                self.configs.insert(config.id, Arc::new(config));
+            }
+            Object::Stack(stack) => {
+                let old = self.stacks.get(&stack.id).map(|old| old.spec.name.clone());
+                self.rename(kind, id, old.as_deref(), &stack.spec.name)?;
+                let mut stack = (**stack).clone();
+                stack.meta = meta;
+                self.stacks.insert(stack.id, Arc::new(stack));
+            }
+            Object::Image(image) => {
+                let old = self.images.get(&image.id).map(|old| old.name.clone());
+                self.rename(kind, id, old.as_deref(), &image.name)?;
+                let mut image: Image = (**image).clone();
+                image.meta = meta;
+                self.images.insert(image.id, Arc::new(image));
+            }
+        }
+        Ok(Change { kind, id, service_id: None, node_id: None })
+    }
+
+    fn put_node(&mut self, mut node: Node, meta: Meta) -> Result<(), Refusal> {
+        node.meta = meta;
+        if let Some(old) = self.nodes.get(&node.id) {
+            node.number = old.number; // Addresses and marks in use were derived from it.
+        } else {
+            let free = |number: &u16| !self.node_numbers.contains_key(number);
+            if node.number == 0 || !free(&node.number) {
+                let lowest = (1..=NODE_NUMBER_MAX).find(free);
+                node.number = lowest.ok_or(Refusal::NodeNumbersExhausted)?;
+            }
+        }
+        self.node_numbers.insert(node.number, node.id);
+        self.nodes.insert(node.id, Arc::new(node));
+        Ok(())
+    }
+
+    fn put_service(&mut self, mut service: Service, meta: Meta) -> Result<(), Refusal> {
+        let old = self.services.get(&service.id).cloned();
+        let old_name = old.as_ref().map(|old| old.spec.name.as_str());
+        self.rename(Kind::Service, service.id.0, old_name, &service.spec.name)?;
+        if let Some(old) = &old {
+            for port in ingress_ports(old) {
+                self.ports.remove(&port);
+            }
+        }
+        for (protocol, port) in ingress_ports(&service) {
+            if let Some(owner) = self.ports.insert((protocol, port), service.id) {
+                let owner_name = self.services.get(&owner).map(|owner| owner.spec.name.clone());
+                return Err(Refusal::PortInUse {
+                    port,
+                    protocol: protocol.name().to_owned(),
+                    owner,
+                    owner_name: owner_name.unwrap_or_else(|| service.spec.name.clone()),
+                });
+            }
+        }
+        service.meta = meta;
+        let spec_changed = old.as_ref().is_none_or(|old| old.spec != service.spec);
+        service.spec_version = match old {
+            Some(old) if !spec_changed => old.spec_version,
+            _ => meta.version,
+        };
+        self.services.insert(service.id, Arc::new(service));
+        Ok(())
+    }
+
+    fn put_task(&mut self, mut task: Task, meta: Meta) -> Result<Change, Refusal> {
+        task.meta = meta;
+        if let Some(old) = self.tasks.get(&task.id).cloned() {
+            task.desired_state = task.desired_state.max(old.desired_state);
+            if task.status.state < old.status.state {
+                task.status = old.status.clone();
+            }
+            self.unindex_task(&old);
+        }
+        self.index_task(task)
+    }
+
+    /// Releases what the old form of a task held, before its new form is indexed.
+    fn unindex_task(&mut self, task: &Task) {
+        self.service_tasks.remove(&(task.service_id, task.slot, task.id));
+        if let Some(node_id) = task.node_id {
+            self.node_tasks.remove(&(node_id, task.id));
+        }
+        for NetworkAttachment { address, .. } in &task.networks_attachments {
+            if self.addresses.get(address) == Some(&task.id) {
+                self.addresses.remove(address);
+            }
+        }
+    }
+
+    fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
+        self.service_tasks.insert((task.service_id, task.slot, task.id));
+        if let Some(node_id) = task.node_id {
+            self.node_tasks.insert((node_id, task.id));
+        }
+        if !task.status.state.is_terminal() {
+            for NetworkAttachment { address, .. } in &task.networks_attachments {
+                if self.addresses.insert(*address, task.id).is_some_and(|owner| owner != task.id) {
+                    return Err(Refusal::AddressInUse { address: *address });
+                }
+            }
+        }
+        let change = change_of(&task);
+        self.tasks.insert(task.id, Arc::new(task));
+        Ok(change)
+    }
+
+    fn patch_task(
+        &mut self,
+        writer: &Writer,
+        patch: &TaskPatch,
+    ) -> Result<Option<Change>, Refusal> {
+        let Some(old) = patch.task_id.and_then(|id| self.tasks.get(&id)).cloned() else {
+            return Ok(None);
+        };
+        let mut task = (*old).clone();
+        task.desired_state = task.desired_state.max(patch.desired_state.unwrap_or(TaskState::New));
+        if task.node_id.is_none() {
+            task.node_id = patch.node_id;
+        }
+        if let Some(attachments) = &patch.networks_attachments {
+            task.networks_attachments.clone_from(attachments);
+        }
+        if let Some(status) = &patch.status
+            && status.state >= task.status.state
+        {
+            let advanced = status.state > task.status.state;
+            let applied_at = if advanced { Some(writer.at) } else { task.status.applied_at };
+            task.status = status.clone();
+            task.status.applied_at = applied_at;
+        }
+        if task == *old {
+            return Ok(None);
+        }
+        task.meta.version = writer.version;
+        task.meta.updated_at = writer.at;
+        self.unindex_task(&old);
+        self.index_task(task).map(Some)
+    }
+
+    fn set_image_holder(
+        &mut self,
+        writer: &Writer,
+        digest: &str,
+        node_id: NodeId,
+        holds: bool,
+        changes: &mut Vec<Change>,
+    ) {
+        let with_digest = self.images.values().filter(|image| image.digest == digest);
+        let wrong = with_digest.filter(|image| image.holders.contains(&node_id) != holds);
+        for mut image in wrong.map(|image| (**image).clone()).collect::<Vec<Image>>() {
+            if holds {
+                image.holders.insert(node_id);
+            } else {
+                image.holders.remove(&node_id);
+            }
+            image.meta.version = writer.version;
+            image.meta.updated_at = writer.at;
+            changes.push(Change {
+                kind: Kind::Image,
+                id: image.id.0,
+                service_id: None,
+                node_id: None,
+            });
+            self.images.insert(image.id, Arc::new(image));
+        }
+    }
+
+    fn delete(&mut self, kind: Kind, id: u128) -> Option<Change> {
+        let mut change = Change { kind, id, service_id: None, node_id: None };
+        match kind {
+            Kind::Cluster => return None, // A swarm ends when its last manager leaves, not by a write.
+            Kind::Node => {
+                let node = self.nodes.remove(&NodeId(id))?;
+                self.node_numbers.remove(&node.number);
+            }
+            Kind::Service => {
+                let service = self.services.remove(&ServiceId(id))?;
+                for port in ingress_ports(&service) {
+                    self.ports.remove(&port);
+                }
+                self.names.remove(&(kind, service.spec.name.clone()));
+            }
+            Kind::Task => {
+                let task = self.tasks.remove(&TaskId(id))?;
+                self.unindex_task(&task);
+                change = change_of(&task);
+            }
+            Kind::Network => {
+                let network = self.networks.remove(&NetworkId(id))?;
+                self.names.remove(&(kind, network.spec.name.clone()));
+            }
+            Kind::Secret => {
+                let secret = self.secrets.remove(&SecretId(id))?;
+                self.names.remove(&(kind, secret.spec.name.clone()));
+            }
+            Kind::Config => {
+                let config = self.configs.remove(&ConfigId(id))?;
+                self.names.remove(&(kind, config.spec.name.clone()));
+            }
+            Kind::Stack => {
+                let stack = self.stacks.remove(&StackId(id))?;
+                self.names.remove(&(kind, stack.spec.name.clone()));
+            }
+            Kind::Image => {
+                let image = self.images.remove(&ImageId(id))?;
+                self.names.remove(&(kind, image.name.clone()));
+            }
+        }
+        Some(change)
+    }
+
+    fn rename(
+        &mut self,
+        kind: Kind,
+        id: u128,
+        old: Option<&str>,
+        new: &str,
+    ) -> Result<(), Refusal> {
+        if old == Some(new) {
+            return Ok(());
+        }
+        if self.names.contains_key(&(kind, new.to_owned())) {
+            return Err(Refusal::NameTaken { kind, name: new.to_owned() });
+        }
+        if let Some(old) = old {
+            self.names.remove(&(kind, old.to_owned()));
+        }
+        self.names.insert((kind, new.to_owned()), id);
+        Ok(())
+    }
+}
+
+fn change_of(task: &Task) -> Change {
+    Change {
+        kind: Kind::Task,
+        id: task.id.0,
+        service_id: Some(task.service_id),
+        node_id: task.node_id,
+    }
+}
+
+fn ingress_ports(
+    service: &Service,
+) -> impl Iterator<Item = (skep_common::spec::PortProtocol, u16)> {
+    let ingress = |port: &&skep_common::spec::PortConfig| {
+        port.publish_mode.unwrap_or_default() == PublishMode::Ingress
+    };
+    let numbered = service.endpoint.ports.iter().filter(ingress);
+    numbered.filter_map(|port| Some((port.protocol.unwrap_or_default(), port.published_port?)))
+}
+
+/// Who writes, as far as `Meta` is concerned.
+struct Writer {
+    at: Timestamp,
+    version: Version,
+}
+
+impl Writer {
+    fn meta(
+        &self,
+        kind: Kind,
+        found: Option<Meta>,
+        expect: Expect,
+        id: u128,
+    ) -> Result<Meta, Refusal> {
+        let created_at = match (found, expect) {
+            (None, Expect::Absent) => self.at,
+            (Some(_), Expect::Absent) => {
+                return Err(Refusal::NameTaken { kind, name: skep_common::TaskId(id).to_string() });
+            }
+            (None, Expect::Version(_) | Expect::Present) => return Err(Refusal::NotFound { kind }),
+            (Some(meta), Expect::Version(given)) if meta.version != given => {
+                return Err(Refusal::OutOfSequence { kind, given, current: meta.version });
+            }
+            (Some(meta), Expect::Version(_) | Expect::Present) => meta.created_at,
+        };
+        Ok(Meta { version: self.version, created_at, updated_at: self.at })
+    }
+}

@@ -1,0 +1,8 @@
+//! The wire contract, compiled from `proto/skep.proto`, where the comments are.
+
+#![allow(missing_docs, clippy::all, clippy::too_many_lines, reason = "generated: the .proto file has the comments")]
+
+tonic::include_proto!("skep.v1");
+
+/// The compiled descriptor of every service and message: what the access table is tested against.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));
