@@ -13,6 +13,7 @@ pub mod limits;
 pub mod object;
 pub mod spec;
 pub mod task_state;
+pub mod template;
 pub mod time;
 
 pub use id::{

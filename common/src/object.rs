@@ -107,6 +107,19 @@ pub struct Node {
     pub number: u16,
 }
 
+impl Node {
+    /// `ip:port` at which other nodes reach it.
+    pub fn address(&self) -> String {
+        let port = if self.status.port == 0 { NODE_PORT } else { self.status.port };
+        format!("{}:{port}", self.status.addr)
+    }
+
+    /// Its host name; empty until its first session.
+    pub fn hostname(&self) -> &str {
+        self.description.as_ref().map_or("", |description| &description.hostname)
+    }
+}
+
 /// What a node says of itself.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
@@ -144,10 +157,21 @@ pub struct NodeStatus {
     /// Why, for people.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub message: String,
-    /// Underlay address: where its tunnel ends and its port 2377 is reached.
+    /// Underlay address: where its tunnel ends.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub addr: String,
+    /// Where the node listens at this address; 0 is the usual port.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub port: u16,
 }
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero(port: &u16) -> bool {
+    *port == 0
+}
+
+/// The port on which nodes listen unless told otherwise.
+pub const NODE_PORT: u16 = 2377;
 
 /// States of a node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -202,10 +202,7 @@ mod tests {
     #[test]
     fn a_process_is_found_by_pid_and_start_time_and_is_gone_after_its_exit() {
         let mut command = Command::new("sleep");
-        prepare_child(
-            &mut command.arg("600"),
-            ChildSetup { new_session: true, ..Default::default() },
-        );
+        prepare_child(command.arg("600"), ChildSetup { new_session: true, ..Default::default() });
         let mut child = command.spawn().unwrap();
         let process = ProcessId::of(i32::try_from(child.id()).unwrap()).unwrap();
         assert_eq!(process.to_string().parse(), Ok(process));

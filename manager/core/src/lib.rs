@@ -1,10 +1,34 @@
 //! Every decision of the control plane, without I/O, clocks, tokio or Raft.
 //!
 //! Reading order: [`command`] (what can be asked of the store), [`store`] (the replicated tables and
-//! the one function that changes them).
+//! the one function that changes them), [`plan`](mod@plan) (one pass of all control loops) and what
+//! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`liveness`] (which
+//! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
+//! [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
 
 pub mod command;
 pub mod store;
 
+pub mod plan;
+
+pub mod allocator;
+pub mod assignments;
+pub mod constraint;
+pub mod endpoints;
+mod fork;
+pub mod image;
+pub mod liveness;
+pub mod orchestrator;
+pub mod ports;
+mod reaper;
+pub mod scheduler;
+pub mod service;
+pub mod stack;
+pub mod validate;
+
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
 pub use command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
+pub use plan::{Dirty, LeaderMemory, Options, Plan, plan};
 pub use store::{Change, State};

@@ -83,6 +83,10 @@ impl State {
         let (kind, id) = (object.kind(), object.raw_id());
         match object {
             Object::Cluster(cluster) => {
+                // A state is of one swarm; its object is replaced, never joined by a second one.
+                if self.cluster.as_ref().is_some_and(|old| old.id != cluster.id) {
+                    return Err(Refusal::NameTaken { kind, name: "default".to_owned() });
+                }
                 let mut cluster = (**cluster).clone();
                 cluster.meta = meta;
                 self.cluster = Some(Arc::new(cluster));
@@ -188,7 +192,7 @@ impl State {
     }
 
     /// Releases what the old form of a task held, before its new form is indexed.
-    fn unindex_task(&mut self, task: &Task) {
+    pub(super) fn unindex_task(&mut self, task: &Task) {
         self.service_tasks.remove(&(task.service_id, task.slot, task.id));
         if let Some(node_id) = task.node_id {
             self.node_tasks.remove(&(node_id, task.id));
@@ -200,7 +204,7 @@ impl State {
         }
     }
 
-    fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
+    pub(super) fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
         self.service_tasks.insert((task.service_id, task.slot, task.id));
         if let Some(node_id) = task.node_id {
             self.node_tasks.insert((node_id, task.id));

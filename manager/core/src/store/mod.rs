@@ -14,6 +14,7 @@
 
 mod apply;
 mod codec;
+mod scratch;
 #[cfg(test)]
 mod tests;
 
@@ -130,6 +131,17 @@ impl State {
     pub fn tasks_of_service(&self, service_id: ServiceId) -> impl Iterator<Item = &Arc<Task>> {
         self.service_tasks
             .range((service_id, 0, TaskId(0))..=(service_id, u64::MAX, TaskId(u128::MAX)))
+            .map(|(_, _, task_id)| self.indexed_task(*task_id))
+    }
+
+    /// Tasks of one slot of a service, by id.
+    pub fn tasks_of_slot(
+        &self,
+        service_id: ServiceId,
+        slot: u64,
+    ) -> impl Iterator<Item = &Arc<Task>> {
+        self.service_tasks
+            .range((service_id, slot, TaskId(0))..=(service_id, slot, TaskId(u128::MAX)))
             .map(|(_, _, task_id)| self.indexed_task(*task_id))
     }
 

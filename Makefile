@@ -1,0 +1,29 @@
+# Run any of these from a fresh clone, as root or as a user who may use sudo.
+.PHONY: demo test test-long verify fix bench
+
+# A swarm of five nodes on this machine: deploy, balance, lose a node, scale, update.
+demo:
+	deploy/demo.sh
+
+# Builds everything once, and runs every test; those that make namespaces run as root.
+test:
+	deploy/test.sh
+
+# The same with more seeds, more clients and more time.
+test-long:
+	SKEP_TEST_LONG=1 deploy/test.sh
+
+# What a change must pass; writes nothing.
+verify:
+	deploy/with-rust.sh cargo fmt --all --check
+	deploy/with-rust.sh cargo clippy --workspace --all-targets -- -D warnings
+	deploy/test.sh
+	RUSTDOCFLAGS="-D warnings" deploy/with-rust.sh cargo doc --workspace --no-deps --document-private-items
+	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "skipped: cargo deny is not installed"; fi
+
+fix:
+	deploy/with-rust.sh cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
+	deploy/with-rust.sh cargo fmt --all
+
+bench:
+	deploy/with-rust.sh cargo bench --workspace --benches

@@ -1,0 +1,360 @@
+//! `skep service create`.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, bail};
+use clap::Args;
+use skep_common::compose::units::capabilities;
+use skep_common::spec::{
+    ContainerSpec, EndpointSpec, Labels, Placement, Replicated, ServiceMode, ServiceSpec, TaskSpec,
+    Ulimit,
+};
+use skep_proto::CreateServiceRequest;
+
+use super::flags::{
+    Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
+    parse_publish, sort_ports,
+};
+use super::{Waiting, caller_environment, converge};
+use crate::client::{Client, Refusal};
+use crate::ui::Ui;
+
+/// `skep service create [OPTIONS] IMAGE [COMMAND] [ARG...]`
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// Service name
+    #[arg(long)]
+    name: Option<String>,
+    /// Service mode
+    #[arg(long, default_value = "replicated", value_parser = ["replicated", "global", "replicated-job", "global-job"])]
+    mode: String,
+    /// Set environment variables
+    #[arg(long, short, value_parser = parse_environment, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Read in a file of environment variables
+    #[arg(long, value_name = "FILE")]
+    env_file: Vec<std::path::PathBuf>,
+    /// Service labels
+    #[arg(long, short, value_parser = parse_label, value_name = "NAME=VALUE")]
+    label: Vec<(String, String)>,
+    /// Container labels
+    #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
+    container_label: Vec<(String, String)>,
+    /// Publish a port as a node port
+    #[arg(long, short, value_parser = parse_publish, value_name = "PORT")]
+    publish: Vec<Publish>,
+    /// Placement constraints
+    #[arg(long)]
+    constraint: Vec<String>,
+    /// Set one or more supplementary user groups for the container
+    #[arg(long)]
+    group: Vec<String>,
+    /// Set one or more custom host-to-IP mappings (host:ip)
+    #[arg(long = "add-host", visible_alias = "hosts", value_parser = parse_host, value_name = "HOST:IP")]
+    add_host: Vec<String>,
+    /// Sysctl options
+    #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
+    sysctl: Vec<(String, String)>,
+    /// Ulimit options
+    #[arg(long, value_parser = parse_ulimit, value_name = "NAME=SOFT[:HARD]")]
+    ulimit: Vec<Ulimit>,
+    /// Add Linux capabilities
+    #[arg(long)]
+    cap_add: Vec<String>,
+    /// Drop Linux capabilities
+    #[arg(long)]
+    cap_drop: Vec<String>,
+    #[command(flatten)]
+    flags: SpecFlags,
+    #[command(flatten)]
+    wait: WaitFlags,
+    /// The image
+    image: String,
+    /// What runs in it instead of its own command
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<String>,
+}
+
+fn list<T>(items: Vec<T>) -> Option<Vec<T>> {
+    (!items.is_empty()).then_some(items)
+}
+
+fn labels(pairs: &[(String, String)]) -> Option<Labels> {
+    (!pairs.is_empty()).then(|| pairs.iter().cloned().collect())
+}
+
+/// `HOST:IP` as a line of /etc/hosts.
+pub(super) fn parse_host(text: &str) -> Result<String, String> {
+    match text.split_once(':') {
+        Some((host, ip)) if !host.is_empty() && ip.parse::<std::net::IpAddr>().is_ok() => {
+            Ok(format!("{ip} {host}"))
+        }
+        _ => Err(format!("bad format for add-host: {text:?}: write HOST:IP")),
+    }
+}
+
+/// `nofile=1024:2048`.
+pub(super) fn parse_ulimit(text: &str) -> Result<Ulimit, String> {
+    let fail = || format!("invalid ulimit argument: {text}: write NAME=SOFT[:HARD]");
+    let (name, limits) = text.split_once('=').ok_or_else(fail)?;
+    let (soft, hard) = limits.split_once(':').unwrap_or((limits, limits));
+    let number = |text: &str| text.parse::<i64>().map_err(|_| fail());
+    let (soft, hard) = (number(soft)?, number(hard)?);
+    if hard != -1 && soft > hard {
+        return Err(format!(
+            "ulimit soft limit must be less than or equal to hard limit: {soft} > {hard}"
+        ));
+    }
+    Ok(Ulimit { name: name.into(), soft, hard })
+}
+
+/// The spec that the command line asks for. `from_files` are the lines of `--env-file`.
+fn spec(
+    args: &CreateArgs,
+    from_files: &[String],
+    caller: &BTreeMap<String, String>,
+) -> Result<ServiceSpec> {
+    let mut env = Vec::new();
+    for entry in
+        from_files.iter().chain(&args.env).filter_map(|text| environment_entry(text, caller))
+    {
+        set_environment(&mut env, entry);
+    }
+    let (add, drop) = capabilities(&args.cap_add, &args.cap_drop);
+    let container = ContainerSpec {
+        image: args.image.clone(),
+        args: list(args.args.clone()),
+        env: list(env),
+        labels: labels(&args.container_label),
+        groups: list(args.group.clone()),
+        hosts: list(args.add_host.clone()),
+        sysctls: labels(&args.sysctl),
+        ulimits: list(args.ulimit.clone()),
+        capability_add: list(add),
+        capability_drop: list(drop),
+        ..Default::default()
+    };
+    let mut ports: Vec<_> = args.publish.iter().flat_map(|Publish(ports)| ports.clone()).collect();
+    sort_ports(&mut ports);
+    let constraints: Vec<String> = args.constraint.clone();
+    let mut spec = ServiceSpec {
+        name: args.name.clone().unwrap_or_default(),
+        labels: labels(&args.label),
+        task_template: TaskSpec {
+            container_spec: Some(container),
+            placement: list(constraints).map(|constraints| Placement {
+                constraints: Some(constraints),
+                ..Default::default()
+            }),
+            ..Default::default()
+        },
+        mode: Some(mode(&args.mode)),
+        endpoint_spec: list(ports).map(|ports| EndpointSpec { mode: None, ports: Some(ports) }),
+        ..Default::default()
+    };
+    args.flags.apply(&mut spec)?;
+    Ok(spec)
+}
+
+fn mode(word: &str) -> ServiceMode {
+    let key = match word {
+        "global" => "Global",
+        "replicated-job" => "ReplicatedJob",
+        "global-job" => "GlobalJob",
+        _ => {
+            let replicated = Some(Replicated { replicas: Some(1) });
+            return ServiceMode { replicated, ..Default::default() };
+        }
+    };
+    let extra = [(key.to_owned(), serde_json::json!({}))].into_iter().collect();
+    ServiceMode { replicated: None, extra }
+}
+
+/// Sets or adds a variable of a list of `NAME=VALUE`.
+pub(super) fn set_environment(list: &mut Vec<String>, entry: String) {
+    let name = |text: &str| text.split('=').next().unwrap_or_default().to_owned();
+    let wanted = name(&entry);
+    match list.iter_mut().find(|known| name(known) == wanted) {
+        Some(known) => *known = entry,
+        None => list.push(entry),
+    }
+}
+
+/// The lines of the files that are neither empty nor comments.
+fn environment_files(paths: &[std::path::PathBuf]) -> Result<Vec<String>> {
+    let mut entries = Vec::new();
+    for path in paths {
+        let text = std::fs::read_to_string(path)
+            .with_context(|| format!("failed to read the environment file {}", path.display()))?;
+        for (number, line) in text.lines().enumerate() {
+            let line = line.trim_start();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            if line.starts_with('=')
+                || line.split('=').next().is_some_and(|name| name.contains(' '))
+            {
+                bail!("{}:{}: {line:?} has no valid name before '='", path.display(), number + 1);
+            }
+            entries.push(line.to_owned());
+        }
+    }
+    Ok(entries)
+}
+
+pub(super) async fn run(args: &CreateArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let spec = spec(args, &environment_files(&args.env_file)?, &caller_environment())?;
+    let request = CreateServiceRequest { spec_json: serde_json::to_string(&spec)? };
+    let made = client.control().create_service(request).await.map_err(Refusal)?.into_inner();
+    for warning in made.warnings {
+        ui.note(warning)?;
+    }
+    ui.line(&made.id)?;
+    converge(Waiting::for_new(made.id), &args.wait, client, ui).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+    use serde_json::{Value, json};
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: CreateArgs,
+    }
+
+    fn parse(line: &str) -> Result<Value> {
+        let words = skep_common::compose::units::split_words(line)?;
+        let line = Line::try_parse_from(["create".to_owned()].into_iter().chain(words))?;
+        let caller = [("FROM".to_owned(), "caller".to_owned())].into();
+        Ok(serde_json::to_value(spec(&line.args, &["F=file".into()], &caller)?)?)
+    }
+
+    #[track_caller]
+    fn check(line: &str, expect: &Value) {
+        assert_eq!(&parse(line).unwrap(), expect, "{line}");
+    }
+
+    #[test]
+    fn flags_make_the_spec() {
+        check(
+            "--name web --replicas 3 -p 8080:80 nginx:1 nginx -g 'daemon off;'",
+            &json!({
+                "Name": "web",
+                "TaskTemplate": {"ContainerSpec": {
+                    "Image": "nginx:1", "Args": ["nginx", "-g", "daemon off;"], "Env": ["F=file"],
+                }},
+                "Mode": {"Replicated": {"Replicas": 3}},
+                "EndpointSpec": {"Ports": [
+                    {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8080, "PublishMode": "ingress"},
+                ]},
+            }),
+        );
+        check(
+            "-e A=1 -e FROM -e GONE -e F=flag --entrypoint 'sh -c' --container-label c=d -l a -w /srv -u 1000:1000 \
+             --hostname h --cap-add net_admin --cap-drop all --sysctl net.core.somaxconn=10 --ulimit nofile=1:2 \
+             --stop-grace-period 30s --stop-signal SIGINT --read-only -t --init=false --add-host db:10.0.0.1 img",
+            &json!({
+                "Name": "", "Labels": {"a": ""},
+                "TaskTemplate": {"ContainerSpec": {
+                    "Image": "img", "Labels": {"c": "d"}, "Command": ["sh", "-c"], "Hostname": "h",
+                    "Env": ["F=flag", "A=1", "FROM=caller"], "Dir": "/srv", "User": "1000:1000",
+                    "StopSignal": "SIGINT", "TTY": true, "ReadOnly": true, "StopGracePeriod": 30_000_000_000_i64,
+                    "Hosts": ["10.0.0.1 db"], "Init": false, "Sysctls": {"net.core.somaxconn": "10"},
+                    "CapabilityAdd": ["CAP_NET_ADMIN"], "CapabilityDrop": ["ALL"],
+                    "Ulimits": [{"Name": "nofile", "Soft": 1, "Hard": 2}],
+                }},
+                "Mode": {"Replicated": {"Replicas": 1}},
+            }),
+        );
+    }
+
+    #[test]
+    fn policies_and_resources() {
+        check(
+            "--limit-cpu 0.5 --limit-memory 64M --limit-pids 10 --reserve-cpu .25 --reserve-memory 32m \
+             --constraint node.role==worker --constraint 'node.labels.a != b' --replicas-max-per-node 2 \
+             --restart-condition on-failure --restart-delay 1s --restart-max-attempts 3 --restart-window 1m \
+             --update-parallelism 2 --update-delay 1s --update-order start-first --update-failure-action rollback \
+             --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
+             --health-cmd 'curl -f http://localhost' --health-interval 5s --health-timeout 2s --health-retries 3 \
+             --health-start-period 1m -p published=53,target=53,protocol=udp,mode=host --endpoint-mode dnsrr img",
+            &json!({
+                "Name": "",
+                "TaskTemplate": {
+                    "ContainerSpec": {
+                        "Image": "img", "Env": ["F=file"],
+                        "Healthcheck": {
+                            "Test": ["CMD-SHELL", "curl -f http://localhost"], "Interval": 5_000_000_000_i64,
+                            "Timeout": 2_000_000_000_i64, "StartPeriod": 60_000_000_000_i64, "Retries": 3,
+                        },
+                    },
+                    "Resources": {
+                        "Limits": {"NanoCPUs": 500_000_000, "MemoryBytes": 67_108_864, "Pids": 10},
+                        "Reservations": {"NanoCPUs": 250_000_000, "MemoryBytes": 33_554_432},
+                    },
+                    "RestartPolicy": {
+                        "Condition": "on-failure", "Delay": 1_000_000_000, "MaxAttempts": 3,
+                        "Window": 60_000_000_000_i64,
+                    },
+                    "Placement": {
+                        "Constraints": ["node.role==worker", "node.labels.a != b"], "MaxReplicas": 2,
+                    },
+                },
+                "Mode": {"Replicated": {"Replicas": 1}},
+                "UpdateConfig": {
+                    "Parallelism": 2, "Delay": 1_000_000_000, "FailureAction": "rollback",
+                    "Monitor": 10_000_000_000_i64, "MaxFailureRatio": 0.2, "Order": "start-first",
+                },
+                "RollbackConfig": {"Parallelism": 1, "Order": "stop-first"},
+                "EndpointSpec": {"Mode": "dnsrr", "Ports": [
+                    {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 53, "PublishMode": "host"},
+                ]},
+            }),
+        );
+        check(
+            "--no-healthcheck --mode global -p 8000-8001:80 img",
+            &json!({
+                "Name": "",
+                "TaskTemplate": {"ContainerSpec": {
+                    "Image": "img", "Env": ["F=file"], "Healthcheck": {"Test": ["NONE"]},
+                }},
+                "Mode": {"Global": {}},
+                "EndpointSpec": {"Ports": [
+                    {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8000, "PublishMode": "ingress"},
+                    {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8001, "PublishMode": "ingress"},
+                ]},
+            }),
+        );
+    }
+
+    #[test]
+    fn wrong_flags_are_refused_in_a_sentence() {
+        for (line, expect) in [
+            ("--replicas x img", "invalid value 'x' for '--replicas <REPLICAS>'"),
+            ("-p 127.0.0.1:80:80 img", "hostip is not supported: remove 127.0.0.1"),
+            ("-p published=80 img", "missing mandatory field \"target\""),
+            ("-p target=80,mode=x img", "must be either 'ingress' or 'host'"),
+            ("-p 80/icmp img", "none of tcp, udp and sctp"),
+            ("--limit-memory 64X img", "is not a size such as 64M"),
+            ("--update-delay 5 img", "is not a duration such as 30s"),
+            ("--update-max-failure-ratio 2 img", "between 0 and 1"),
+            (
+                "--ulimit nofile=3:2 img",
+                "ulimit soft limit must be less than or equal to hard limit",
+            ),
+            ("-e =x img", "invalid environment variable: =x"),
+            (
+                "--no-healthcheck --health-cmd x img",
+                "--no-healthcheck conflicts with --health-* options",
+            ),
+            ("--mode global --replicas 2 img", "replicas can only be used with replicated mode"),
+            ("", "<IMAGE>"),
+        ] {
+            let error = parse(line).unwrap_err().to_string();
+            assert!(error.contains(expect), "{line}: {error}");
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! `skep service ls`, and the rows of `stack services`.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::{Value, json};
+use skep_common::spec::{PortConfig, PortProtocol, PublishMode};
+use skep_common::{Service, ServiceId, Task, TaskState};
+
+use super::super::filter::{self, Filter, Filters};
+use crate::client::Client;
+use crate::format::human::{familiar_image, natural_order};
+use crate::format::{View, plain_cell, render, shown};
+use crate::ui::Ui;
+
+/// Columns of a list of services.
+pub(in super::super) const VIEW: View = View {
+    columns: &[
+        shown("ID", "ID"),
+        shown("NAME", "Name"),
+        shown("MODE", "Mode"),
+        shown("REPLICAS", "Replicas"),
+        shown("IMAGE", "Image"),
+        shown("PORTS", "Ports"),
+    ],
+    cell: plain_cell,
+};
+
+/// `skep service ls [OPTIONS]`
+#[derive(Debug, Args)]
+pub(crate) struct LsArgs {
+    /// Filter output based on conditions provided
+    #[arg(long, short, value_parser = filter::parse, value_name = "KEY=VALUE")]
+    filter: Vec<Filter>,
+    /// Format output: table, 'table TEMPLATE', json, or TEMPLATE
+    #[arg(long)]
+    format: Option<String>,
+    /// Only display IDs
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+pub(super) async fn run(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let filters = Filters::new(&args.filter, &["id", "name", "label", "mode"])?;
+    let mut services: Vec<Service> = client.list_all("service").await?;
+    services.retain(|service| {
+        filters.is_match("id", |id| service.id.to_string().starts_with(id))
+            && filters.is_match("name", |name| service.spec.name.starts_with(name))
+            && filters.is_match("mode", |mode| mode_word(service) == mode)
+            && filters.match_labels("label", service.spec.labels.as_ref())
+    });
+    let tasks: Vec<Task> = client.list_all("task").await?;
+    Ok(ui.data(render(&VIEW, &rows(services, &tasks), args.format.as_deref(), args.quiet)?)?)
+}
+
+/// A row per service, by name.
+pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<Value> {
+    services.sort_by(|a, b| natural_order(&a.spec.name, &b.spec.name));
+    let mut running: BTreeMap<ServiceId, u64> = BTreeMap::new();
+    for task in tasks {
+        let wants = task.desired_state == TaskState::Running;
+        if wants && task.status.state == TaskState::Running {
+            *running.entry(task.service_id).or_default() += 1;
+        }
+    }
+    let row = |service: &Service| {
+        let running = running.get(&service.id).copied().unwrap_or_default();
+        json!({
+            "ID": service.id.short(),
+            "Name": service.spec.name,
+            "Mode": mode_word(service),
+            "Replicas": replicas(service, running),
+            "Image": familiar_image(&service.spec.container().image),
+            "Ports": ports(&service.endpoint.ports),
+        })
+    };
+    services.iter().map(row).collect()
+}
+
+/// The mode as lists show it.
+fn mode_word(service: &Service) -> &'static str {
+    let Some(mode) = &service.spec.mode else { return "replicated" };
+    match () {
+        () if mode.replicated.is_some() => "replicated",
+        () if mode.extra.contains_key("Global") => "global",
+        () if mode.extra.contains_key("ReplicatedJob") => "replicated job",
+        () if mode.extra.contains_key("GlobalJob") => "global job",
+        () => "replicated",
+    }
+}
+
+fn replicas(service: &Service, running: u64) -> String {
+    let desired = service.spec.replicas().unwrap_or(running);
+    let placement = service.spec.task_template.placement.as_ref();
+    match placement.and_then(|placement| placement.max_replicas) {
+        Some(max) if max > 0 => format!("{running}/{desired} (max {max} per node)"),
+        _ => format!("{running}/{desired}"),
+    }
+}
+
+/// A run of ports that are shown as one.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    protocol: PortProtocol,
+    published: (u16, u16),
+    target: (u16, u16),
+}
+
+impl Run {
+    /// Whether the next port belongs to it: consecutive numbers on both sides, or one target for all.
+    fn takes(&self, protocol: PortProtocol, published: u16, target: u16) -> bool {
+        let is_range = self.target.0 != self.target.1;
+        let follows = target == self.target.1.saturating_add(1);
+        let is_same = target == self.target.1 && !is_range;
+        let is_start = self.published.0 == self.published.1;
+        let fits = if is_start {
+            follows || is_same
+        } else if is_range {
+            follows
+        } else {
+            is_same
+        };
+        self.protocol == protocol && published == self.published.1.saturating_add(1) && fits
+    }
+
+    fn text(&self) -> String {
+        let side = |(start, end): (u16, u16)| {
+            if start == end { start.to_string() } else { format!("{start}-{end}") }
+        };
+        format!("*:{}->{}/{}", side(self.published), side(self.target), self.protocol.name())
+    }
+}
+
+/// Ports of the routing mesh: `*:8080->80/tcp`.
+pub(in super::super) fn ports(ports: &[PortConfig]) -> String {
+    let ingress =
+        ports.iter().filter(|port| port.publish_mode.unwrap_or_default() == PublishMode::Ingress);
+    let mut sorted: Vec<(PortProtocol, u16, u16)> = ingress
+        .filter_map(|port| {
+            Some((port.protocol.unwrap_or_default(), port.published_port?, port.target_port))
+        })
+        .collect();
+    sorted.sort_unstable();
+    let mut runs: Vec<Run> = Vec::new();
+    for (protocol, published, target) in sorted {
+        match runs.last_mut() {
+            Some(run) if run.takes(protocol, published, target) => {
+                run.published.1 = published;
+                run.target.1 = target;
+            }
+            _ => runs.push(Run {
+                protocol,
+                published: (published, published),
+                target: (target, target),
+            }),
+        }
+    }
+    runs.iter().map(Run::text).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use skep_common::compose::ports::parse_short;
+
+    #[test]
+    fn ports_are_grouped() {
+        for (given, expect) in [
+            ("8080:80", "*:8080->80/tcp"),
+            ("80:80 81:80 82:80", "*:80-82->80/tcp"),
+            ("80:80 81:81", "*:80-81->80-81/tcp"),
+            ("80:80 81:81 82:80", "*:80-81->80-81/tcp, *:82->80/tcp"),
+            ("80:80 82:82", "*:80->80/tcp, *:82->82/tcp"),
+            ("53:53/udp 53:53", "*:53->53/tcp, *:53->53/udp"),
+            ("80", ""),
+        ] {
+            let given: Vec<PortConfig> =
+                given.split(' ').flat_map(|text| parse_short(text).unwrap().ports).collect();
+            assert_eq!(ports(&given), expect);
+        }
+    }
+}

@@ -1,0 +1,461 @@
+//! `skep service update` and `service rollback`.
+//!
+//! Flags change the spec that was read; when someone else wrote in between, the spec is read again
+//! and the flags are laid over that. Source: docker/cli `service/update.go`.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::{Result, bail};
+use clap::Args;
+use skep_common::Service;
+use skep_common::compose::units::capability;
+use skep_common::spec::{
+    ContainerSpec, EndpointSpec, Labels, PortConfig, ServiceSpec, TaskSpec, Ulimit,
+};
+use skep_proto::UpdateServiceRequest;
+
+use super::create::{parse_host, parse_ulimit, set_environment};
+use super::flags::{
+    Publish, SpecFlags, WaitFlags, Words, environment_entry, parse_environment, parse_label,
+    parse_publish, parse_words, sort_ports,
+};
+use super::{Waiting, caller_environment, converge};
+use crate::client::{Client, Refusal};
+use crate::ui::Ui;
+
+/// How often an update that lost a race reads and asks again. The status of a running update is
+/// written a few times a second at most.
+const ATTEMPTS_MAX: usize = 5;
+
+/// `skep service update [OPTIONS] SERVICE`
+#[derive(Debug, Args)]
+pub(crate) struct UpdateArgs {
+    /// Service image tag
+    #[arg(long)]
+    image: Option<String>,
+    /// Service command args
+    #[arg(long, value_parser = parse_words, value_name = "COMMAND")]
+    args: Option<Words>,
+    /// Add or update an environment variable
+    #[arg(long, value_parser = parse_environment, value_name = "NAME[=VALUE]")]
+    env_add: Vec<String>,
+    /// Remove an environment variable
+    #[arg(long, value_name = "NAME")]
+    env_rm: Vec<String>,
+    /// Add or update a service label
+    #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
+    label_add: Vec<(String, String)>,
+    /// Remove a label by its key
+    #[arg(long, value_name = "NAME")]
+    label_rm: Vec<String>,
+    /// Add or update a container label
+    #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
+    container_label_add: Vec<(String, String)>,
+    /// Remove a container label by its key
+    #[arg(long, value_name = "NAME")]
+    container_label_rm: Vec<String>,
+    /// Add or update a published port
+    #[arg(long, value_parser = parse_publish, value_name = "PORT")]
+    publish_add: Vec<Publish>,
+    /// Remove a published port by its target port
+    #[arg(long, value_parser = parse_publish, value_name = "PORT")]
+    publish_rm: Vec<Publish>,
+    /// Add or update a placement constraint
+    #[arg(long, value_name = "CONSTRAINT")]
+    constraint_add: Vec<String>,
+    /// Remove a constraint
+    #[arg(long, value_name = "CONSTRAINT")]
+    constraint_rm: Vec<String>,
+    /// Add an additional supplementary user group to the container
+    #[arg(long, value_name = "GROUP")]
+    group_add: Vec<String>,
+    /// Remove a previously added supplementary user group from the container
+    #[arg(long, value_name = "GROUP")]
+    group_rm: Vec<String>,
+    /// Add a custom host-to-IP mapping (host:ip)
+    #[arg(long, value_parser = parse_host, value_name = "HOST:IP")]
+    host_add: Vec<String>,
+    /// Remove a custom host-to-IP mapping (host:ip)
+    #[arg(long, value_parser = parse_host, value_name = "HOST:IP")]
+    host_rm: Vec<String>,
+    /// Add or update a Sysctl option
+    #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
+    sysctl_add: Vec<(String, String)>,
+    /// Remove a Sysctl option
+    #[arg(long, value_name = "NAME")]
+    sysctl_rm: Vec<String>,
+    /// Add or update a ulimit option
+    #[arg(long, value_parser = parse_ulimit, value_name = "NAME=SOFT[:HARD]")]
+    ulimit_add: Vec<Ulimit>,
+    /// Remove a ulimit option
+    #[arg(long, value_name = "NAME")]
+    ulimit_rm: Vec<String>,
+    /// Add Linux capabilities
+    #[arg(long)]
+    cap_add: Vec<String>,
+    /// Drop Linux capabilities
+    #[arg(long)]
+    cap_drop: Vec<String>,
+    /// Force update even if no changes require it
+    #[arg(long)]
+    force: bool,
+    /// Rollback to previous specification
+    #[arg(long)]
+    rollback: bool,
+    #[command(flatten)]
+    flags: SpecFlags,
+    #[command(flatten)]
+    wait: WaitFlags,
+    /// Name or id of the service
+    service: String,
+}
+
+/// `skep service rollback [OPTIONS] SERVICE`
+#[derive(Debug, Args)]
+pub(crate) struct RollbackArgs {
+    #[command(flatten)]
+    wait: WaitFlags,
+    /// Name or id of the service
+    service: String,
+}
+
+/// Lays the flags over `spec`.
+fn apply(
+    args: &UpdateArgs,
+    spec: &mut ServiceSpec,
+    caller: &BTreeMap<String, String>,
+) -> Result<()> {
+    args.flags.apply(spec)?;
+    if args.force {
+        let counter = spec.task_template.force_update.get_or_insert(0);
+        *counter += 1;
+    }
+    change_map(&mut spec.labels, &args.label_add, &args.label_rm);
+    change_constraints(args, &mut spec.task_template);
+    change_ports(args, &mut spec.endpoint_spec);
+    let container = spec.task_template.container_spec.get_or_insert_default();
+    change_container(args, container, caller);
+    change_capabilities(args, container);
+    Ok(())
+}
+
+fn change_container(
+    args: &UpdateArgs,
+    container: &mut ContainerSpec,
+    caller: &BTreeMap<String, String>,
+) {
+    if let Some(image) = &args.image {
+        container.image.clone_from(image);
+    }
+    if let Some(Words(words)) = &args.args {
+        container.args = (!words.is_empty()).then(|| words.clone());
+    }
+    change_map(&mut container.labels, &args.container_label_add, &args.container_label_rm);
+    change_map(&mut container.sysctls, &args.sysctl_add, &args.sysctl_rm);
+    change_list(&mut container.env, |list| {
+        list.retain(|entry| {
+            !args.env_rm.iter().any(|name| entry.split('=').next() == Some(name.as_str()))
+        });
+        for entry in args.env_add.iter().filter_map(|text| environment_entry(text, caller)) {
+            set_environment(list, entry);
+        }
+    });
+    change_words(&mut container.groups, &args.group_add, &args.group_rm);
+    change_words(&mut container.hosts, &args.host_add, &args.host_rm);
+    change_list(&mut container.ulimits, |list| {
+        let is_replaced = |known: &Ulimit| args.ulimit_add.iter().any(|new| new.name == known.name);
+        list.retain(|known| !args.ulimit_rm.contains(&known.name) && !is_replaced(known));
+        list.extend(args.ulimit_add.iter().cloned());
+        list.sort_by(|a, b| a.name.cmp(&b.name));
+    });
+}
+
+/// Changes a list whose absence means that it is empty.
+fn change_list<T: Clone + PartialEq>(list: &mut Option<Vec<T>>, change: impl FnOnce(&mut Vec<T>)) {
+    let before = list.clone().unwrap_or_default();
+    let mut after = before.clone();
+    change(&mut after);
+    if after != before {
+        *list = (!after.is_empty()).then_some(after);
+    }
+}
+
+fn change_words(list: &mut Option<Vec<String>>, add: &[String], remove: &[String]) {
+    change_list(list, |list| {
+        list.retain(|word| !remove.contains(word));
+        for word in add {
+            if !list.contains(word) {
+                list.push(word.clone());
+            }
+        }
+    });
+}
+
+fn change_map(map: &mut Option<Labels>, add: &[(String, String)], remove: &[String]) {
+    let mut after = map.clone().unwrap_or_default();
+    after.retain(|name, _| !remove.contains(name));
+    after.extend(add.iter().cloned());
+    if after != map.clone().unwrap_or_default() {
+        *map = (!after.is_empty()).then_some(after);
+    }
+}
+
+fn change_constraints(args: &UpdateArgs, task: &mut TaskSpec) {
+    if args.constraint_add.is_empty() && args.constraint_rm.is_empty() {
+        return;
+    }
+    let placement = task.placement.get_or_insert_default();
+    change_words(&mut placement.constraints, &args.constraint_add, &args.constraint_rm);
+}
+
+/// Ports go by target port, protocol and mode; a new port takes the place of the one that is
+/// published under its number.
+fn change_ports(args: &UpdateArgs, endpoint: &mut Option<EndpointSpec>) {
+    if args.publish_add.is_empty() && args.publish_rm.is_empty() {
+        return;
+    }
+    let endpoint = endpoint.get_or_insert_default();
+    let kind = |port: &PortConfig| {
+        (port.protocol.unwrap_or_default(), port.publish_mode.unwrap_or_default() as u8)
+    };
+    change_list(&mut endpoint.ports, |ports| {
+        for removed in args.publish_rm.iter().flat_map(|Publish(ports)| ports) {
+            ports.retain(|port| {
+                port.target_port != removed.target_port || kind(port) != kind(removed)
+            });
+        }
+        for added in args.publish_add.iter().flat_map(|Publish(ports)| ports) {
+            ports.retain(|port| {
+                added.published_port.is_none()
+                    || port.published_port != added.published_port
+                    || kind(port) != kind(added)
+            });
+            ports.push(added.clone());
+        }
+        sort_ports(ports);
+    });
+}
+
+/// Dropping what was added takes it from the added ones, and the other way round.
+fn change_capabilities(args: &UpdateArgs, container: &mut ContainerSpec) {
+    let set =
+        |names: &[String]| -> BTreeSet<String> { names.iter().map(|n| capability(n)).collect() };
+    let (to_add, to_drop) = (set(&args.cap_add), set(&args.cap_drop));
+    if to_add.is_empty() && to_drop.is_empty() {
+        return;
+    }
+    let mut added = set(container.capability_add.as_deref().unwrap_or_default());
+    let mut dropped = set(container.capability_drop.as_deref().unwrap_or_default());
+    for name in to_drop.difference(&to_add) {
+        if !added.remove(name) {
+            dropped.insert(name.clone());
+        }
+    }
+    for name in &to_add {
+        if !dropped.remove(name) {
+            added.insert(name.clone());
+        }
+    }
+    let list = |names: BTreeSet<String>| {
+        let names: Vec<String> =
+            if names.contains("ALL") { vec!["ALL".into()] } else { names.into_iter().collect() };
+        (!names.is_empty()).then_some(names)
+    };
+    container.capability_add = list(added);
+    container.capability_drop = list(dropped);
+}
+
+/// Reads the service, changes its spec and writes it back, again when someone was faster.
+pub(super) async fn change(
+    client: &Client,
+    reference: &str,
+    ui: &mut Ui,
+    change: impl Fn(&mut ServiceSpec) -> Result<()>,
+) -> Result<Service> {
+    for attempt in 1.. {
+        let service: Service = client.get("service", reference).await?;
+        let mut spec = service.spec.clone();
+        change(&mut spec)?;
+        let request = UpdateServiceRequest {
+            id: service.id.to_string(),
+            version: service.meta.version.index,
+            spec_json: serde_json::to_string(&spec)?,
+            rollback: false,
+        };
+        match send(client, request, ui).await {
+            Ok(()) => return Ok(service),
+            Err(error) if attempt < ATTEMPTS_MAX && is_outdated(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    unreachable!("the last attempt returns")
+}
+
+async fn send(client: &Client, request: UpdateServiceRequest, ui: &mut Ui) -> Result<()> {
+    let answer = client.control().update_service(request).await.map_err(Refusal)?.into_inner();
+    for warning in answer.warnings {
+        ui.note(warning)?;
+    }
+    Ok(())
+}
+
+fn is_outdated(error: &anyhow::Error) -> bool {
+    let refusal = error.downcast_ref::<Refusal>();
+    refusal.is_some_and(|refusal| refusal.0.code() == tonic::Code::Aborted)
+}
+
+pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let service = if args.rollback {
+        let mut untouched = ServiceSpec::default();
+        apply(args, &mut untouched, &BTreeMap::new())?;
+        if untouched
+            != (ServiceSpec {
+                task_template: TaskSpec {
+                    container_spec: Some(ContainerSpec::default()),
+                    ..Default::default()
+                },
+                ..Default::default()
+            })
+        {
+            bail!("other flags may not be combined with --rollback");
+        }
+        send_rollback(client, &args.service, ui).await?
+    } else {
+        let caller = caller_environment();
+        change(client, &args.service, ui, |spec| apply(args, spec, &caller)).await?
+    };
+    ui.line(&args.service)?;
+    converge(Waiting::for_changed(&service), &args.wait, client, ui).await
+}
+
+async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<Service> {
+    let service: Service = client.get("service", reference).await?;
+    let request = UpdateServiceRequest {
+        id: service.id.to_string(),
+        version: service.meta.version.index,
+        spec_json: String::new(),
+        rollback: true,
+    };
+    send(client, request, ui).await?;
+    Ok(service)
+}
+
+pub(super) async fn rollback(args: &RollbackArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let service = send_rollback(client, &args.service, ui).await?;
+    ui.line(&args.service)?;
+    converge(Waiting::for_changed(&service), &args.wait, client, ui).await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser as _;
+    use serde_json::{Value, json};
+
+    #[derive(Debug, clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: UpdateArgs,
+    }
+
+    fn base() -> Value {
+        json!({
+            "Name": "web", "Labels": {"a": "1", "b": "2"},
+            "TaskTemplate": {
+                "ContainerSpec": {
+                    "Image": "img:1", "Args": ["x"], "Env": ["A=1", "B=2"],
+                    "CapabilityAdd": ["CAP_CHOWN"], "CapabilityDrop": ["CAP_KILL"],
+                    "Mounts": [{"Target": "/kept"}],
+                },
+                "Placement": {"Constraints": ["node.role==worker"]},
+            },
+            "Mode": {"Replicated": {"Replicas": 2}},
+            "UpdateConfig": {"Parallelism": 4},
+            "EndpointSpec": {"Ports": [
+                {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 53, "PublishMode": "ingress"},
+                {"Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8080, "PublishMode": "ingress"},
+            ]},
+        })
+    }
+
+    /// The fields that differ from the base, as `pointer=value`; a field that went has no value.
+    fn changes(line: &str) -> Result<Vec<String>> {
+        let words = skep_common::compose::units::split_words(line)?;
+        let words = ["update".to_owned()].into_iter().chain(words).chain(["web".to_owned()]);
+        let line = Line::try_parse_from(words)?;
+        let mut spec: ServiceSpec = serde_json::from_value(base())?;
+        apply(&line.args, &mut spec, &BTreeMap::new())?;
+        let mut out = Vec::new();
+        diff("", &base(), &serde_json::to_value(spec)?, &mut out);
+        Ok(out)
+    }
+
+    fn diff(path: &str, before: &Value, after: &Value, out: &mut Vec<String>) {
+        match (before, after) {
+            (Value::Object(a), Value::Object(b)) => {
+                let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+                for key in keys {
+                    let path = format!("{path}/{key}");
+                    diff(
+                        &path,
+                        a.get(key).unwrap_or(&Value::Null),
+                        b.get(key).unwrap_or(&Value::Null),
+                        out,
+                    );
+                }
+            }
+            (a, b) if a == b => {}
+            (_, Value::Null) => out.push(format!("{path}=")),
+            (_, b) => out.push(format!("{path}={b}")),
+        }
+    }
+
+    #[test]
+    fn only_what_was_given_changes() {
+        let container = "/TaskTemplate/ContainerSpec";
+        for (line, expect) in [
+            ("", vec![]),
+            ("--force", vec!["/TaskTemplate/ForceUpdate=1".to_owned()]),
+            ("--replicas 5", vec!["/Mode/Replicated/Replicas=5".into()]),
+            ("--image img:2", vec![format!("{container}/Image=\"img:2\"")]),
+            ("--args 'y z'", vec![format!("{container}/Args=[\"y\",\"z\"]")]),
+            ("--args ''", vec![format!("{container}/Args=")]),
+            ("--env-add B=3 --env-add C=4 --env-rm A", vec![format!("{container}/Env=[\"B=3\",\"C=4\"]")]),
+            ("--env-rm A --env-rm B", vec![format!("{container}/Env=")]),
+            ("--env-rm GONE", vec![]),
+            ("--label-add c=3 --label-rm a", vec!["/Labels/a=".into(), "/Labels/c=\"3\"".into()]),
+            ("--container-label-add c=3", vec![format!("{container}/Labels={{\"c\":\"3\"}}")]),
+            ("--constraint-rm node.role==worker", vec!["/TaskTemplate/Placement/Constraints=".into()]),
+            (
+                "--constraint-add node.role==worker --constraint-add a==b",
+                vec!["/TaskTemplate/Placement/Constraints=[\"node.role==worker\",\"a==b\"]".into()],
+            ),
+            (
+                "--publish-rm 80",
+                vec!["/EndpointSpec/Ports=[{\"Protocol\":\"udp\",\"PublishMode\":\"ingress\",\"PublishedPort\":53,\"TargetPort\":53}]".into()],
+            ),
+            (
+                "--publish-rm 53/udp --publish-add 8080:81",
+                vec!["/EndpointSpec/Ports=[{\"Protocol\":\"tcp\",\"PublishMode\":\"ingress\",\"PublishedPort\":8080,\"TargetPort\":81}]".into()],
+            ),
+            ("--publish-rm 53", vec![]),
+            ("--cap-add kill", vec![format!("{container}/CapabilityDrop=")]),
+            ("--cap-drop chown", vec![format!("{container}/CapabilityAdd=")]),
+            ("--cap-drop sys_time", vec![format!("{container}/CapabilityDrop=[\"CAP_KILL\",\"CAP_SYS_TIME\"]")]),
+            ("--update-delay 2s", vec!["/UpdateConfig/Delay=2000000000".into()]),
+            ("--rollback-delay 2s", vec!["/RollbackConfig={\"Delay\":2000000000,\"Parallelism\":1}".into()]),
+            ("--health-cmd x", vec![format!("{container}/Healthcheck={{\"Test\":[\"CMD-SHELL\",\"x\"]}}")]),
+            ("--hostname h --user ''", vec![format!("{container}/Hostname=\"h\"")]),
+            ("--limit-memory 1g", vec!["/TaskTemplate/Resources={\"Limits\":{\"MemoryBytes\":1073741824}}".into()]),
+        ] {
+            let got: Vec<String> = changes(line).unwrap();
+            let sorted = |text: &str| -> (String, Value) {
+                let (path, value) = text.split_once('=').unwrap();
+                (path.into(), serde_json::from_str(value).unwrap_or(Value::Null))
+            };
+            let got: Vec<_> = got.iter().map(|text| sorted(text)).collect();
+            let expect: Vec<_> = expect.iter().map(|text| sorted(text)).collect();
+            assert_eq!(got, expect, "{line}");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! `skep swarm`: make, join and leave a swarm. Wording: docker/cli `cli/command/swarm`.
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use skep_proto::{InitSwarmRequest, JoinSwarmRequest, JoinTokenRequest, LeaveSwarmRequest};
+
+use crate::client::{Client, Refusal};
+use crate::ui::Ui;
+
+/// Manage Swarm
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Initialize a swarm
+    Init(InitArgs),
+    /// Join a swarm as a node and/or manager
+    Join(JoinArgs),
+    /// Manage join tokens
+    JoinToken(JoinTokenArgs),
+    /// Leave the swarm
+    Leave(LeaveArgs),
+}
+
+/// Where a node listens and how others reach it.
+#[derive(Debug, Args)]
+pub(crate) struct AddressArgs {
+    /// Advertised address (format: "<ip|interface>[:port]")
+    #[arg(long, default_value = "", hide_default_value = true)]
+    advertise_addr: String,
+    /// Listen address (format: "<ip>[:port]")
+    #[arg(long, default_value = "0.0.0.0:2377")]
+    listen_addr: String,
+    /// Availability of the node
+    #[arg(long, default_value = "active", value_parser = ["active", "pause", "drain"])]
+    availability: String,
+}
+
+/// `skep swarm init`
+#[derive(Debug, Args)]
+pub(crate) struct InitArgs {
+    #[command(flatten)]
+    address: AddressArgs,
+    /// Pool of the ingress network, of which each node gets a part (CIDR)
+    #[arg(long, default_value = "", hide_default_value = true)]
+    ingress_addr_pool: String,
+    /// Task history retention limit
+    #[arg(long)]
+    task_history_limit: Option<i64>,
+    /// Validity period for node certificates (ns|us|ms|s|m|h)
+    #[arg(long, value_parser = skep_common::compose::units::parse_duration)]
+    cert_expiry: Option<skep_common::spec::Nanos>,
+}
+
+/// `skep swarm join`
+#[derive(Debug, Args)]
+pub(crate) struct JoinArgs {
+    /// Token for entry into the swarm
+    #[arg(long)]
+    token: String,
+    #[command(flatten)]
+    address: AddressArgs,
+    /// Address of a manager (format: "<ip>[:port]")
+    #[arg(value_name = "HOST:PORT", required = true)]
+    remotes: Vec<String>,
+}
+
+/// `skep swarm join-token`
+#[derive(Debug, Args)]
+pub(crate) struct JoinTokenArgs {
+    /// Which role the token gives
+    #[arg(value_parser = ["worker", "manager"])]
+    role: String,
+    /// Rotate join token
+    #[arg(long)]
+    rotate: bool,
+    /// Only display token
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+/// `skep swarm leave`
+#[derive(Debug, Args)]
+pub(crate) struct LeaveArgs {
+    /// Force this node to leave the swarm, ignoring warnings
+    #[arg(long, short)]
+    force: bool,
+}
+
+pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
+    match command {
+        Command::Init(args) => init(args, client, ui).await,
+        Command::Join(args) => join(args, client, ui).await,
+        Command::JoinToken(args) => join_token(args, client, ui).await,
+        Command::Leave(args) => {
+            let request = LeaveSwarmRequest { force: args.force };
+            client.machine().leave_swarm(request).await.map_err(Refusal)?;
+            Ok(ui.line("Node left the swarm.")?)
+        }
+    }
+}
+
+/// The swarm's settings that were given, as JSON; empty where none was.
+fn swarm_spec(args: &InitArgs) -> Result<String> {
+    use skep_common::spec::{CaConfig, OrchestrationConfig, SwarmSpec};
+    if args.task_history_limit.is_none() && args.cert_expiry.is_none() {
+        return Ok(String::new());
+    }
+    let spec = SwarmSpec {
+        name: "default".into(),
+        orchestration: args
+            .task_history_limit
+            .map(|limit| OrchestrationConfig { task_history_retention_limit: Some(limit) }),
+        ca_config: args
+            .cert_expiry
+            .map(|expiry| CaConfig { node_cert_expiry: Some(expiry), extra: Default::default() }),
+        ..Default::default()
+    };
+    Ok(serde_json::to_string(&spec)?)
+}
+
+async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let spec_json = swarm_spec(&args)?;
+    let request = InitSwarmRequest {
+        advertise_addr: args.address.advertise_addr,
+        listen_addr: args.address.listen_addr,
+        availability: args.address.availability,
+        spec_json,
+        ingress_pool: args.ingress_addr_pool,
+    };
+    let made = client.machine().init_swarm(request).await.map_err(Refusal)?.into_inner();
+    ui.line(format_args!(
+        "Swarm initialized: current node ({}) is now a manager.\n",
+        made.node_id
+    ))?;
+    ui.line(join_command("worker", &made.worker_token, &made.address))?;
+    ui.line(
+        "To add a manager to this swarm, run 'skep swarm join-token manager' and follow the instructions.",
+    )?;
+    Ok(())
+}
+
+async fn join(args: JoinArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let request = JoinSwarmRequest {
+        token: args.token,
+        remotes: args.remotes,
+        advertise_addr: args.address.advertise_addr,
+        listen_addr: args.address.listen_addr,
+        availability: args.address.availability,
+    };
+    let joined = client.machine().join_swarm(request).await.map_err(Refusal)?.into_inner();
+    Ok(ui.line(format_args!("This node joined a swarm as a {}.", joined.role))?)
+}
+
+async fn join_token(args: JoinTokenArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    let request = JoinTokenRequest { role: args.role.clone(), rotate: args.rotate };
+    let answer = client.control().join_token(request).await.map_err(Refusal)?.into_inner();
+    if args.quiet {
+        return Ok(ui.line(answer.token)?);
+    }
+    if args.rotate {
+        ui.line(format_args!("Successfully rotated {} join token.\n", args.role))?;
+    }
+    Ok(ui.line(join_command(&args.role, &answer.token, &answer.address))?)
+}
+
+fn join_command(role: &str, token: &str, address: &str) -> String {
+    format!(
+        "To add a {role} to this swarm, run the following command:\n\n    skep swarm join --token {token} {address}\n"
+    )
+}

@@ -1,0 +1,289 @@
+//! How this machine enters a swarm, and leaves it.
+
+use std::sync::Arc;
+
+use skep_common::spec::SwarmSpec;
+use skep_common::{ClusterId, NodeId};
+use skep_manager::NewSwarm;
+use skep_manager::join::parse_availability;
+use skep_proto::ca_client::CaClient;
+use skep_proto::{
+    InitSwarmRequest, InitSwarmResponse, IssueRequest, IssueResponse, JoinSwarmRequest, JoinSwarmResponse,
+    RootRequest,
+};
+use skep_runtime::clock;
+use skep_runtime::identity::{
+    Authority, Credentials, Csr, Files, JoinToken, NODE_CERTIFICATE_LIFE, RaftKey, root_digest,
+};
+use skep_runtime::telemetry::Chain;
+use skep_runtime::transport::{connect_unverified, connect_with_root};
+use tonic::Status;
+
+use super::address;
+use super::machine::Machine;
+use super::node::{Node, Parts};
+use super::record::{NodeRecord, RecordFile};
+
+const DEFAULT_INGRESS_POOL: &str = "10.192.0.0/10";
+
+fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
+    Status::internal(Chain(error).to_string())
+}
+
+fn failed(error: &anyhow::Error) -> Status {
+    Status::internal(format!("{error:#}"))
+}
+
+fn refuse_member(machine: &Machine) -> Result<(), Status> {
+    match machine.node() {
+        None => Ok(()),
+        Some(_) => Err(Status::failed_precondition(
+            "This node is already part of a swarm. Use \"skep swarm leave\" to leave this swarm and join another one.",
+        )),
+    }
+}
+
+/// `swarm init`.
+pub(super) async fn init(machine: &Machine, request: InitSwarmRequest) -> Result<InitSwarmResponse, Status> {
+    let _changing = machine.inner.changing.lock().await;
+    refuse_member(machine)?;
+    let options = &machine.inner.options;
+    let listen = address::listen(&request.listen_addr)?;
+    let written = or_configured(&request.advertise_addr, options.advertise_addr.as_deref());
+    let advertise = address::advertise(written, listen, None)?;
+    let availability = parse_availability(&request.availability)?;
+    let spec: SwarmSpec = match request.spec_json.as_str() {
+        "" => SwarmSpec::default(),
+        json => serde_json::from_str(json)
+            .map_err(|error| Status::invalid_argument(format!("the swarm spec is not valid: {error}")))?,
+    };
+    let pool = if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
+    let ingress_pool = pool
+        .parse()
+        .map_err(|_| Status::invalid_argument(format!("invalid ingress pool {pool:?}: write ADDRESS/BITS")))?;
+
+    let now = clock::now();
+    let authority = Authority::generate(now).map_err(|error| internal(&error))?;
+    let (node_id, cluster_id) =
+        (NodeId::random(&mut rand::rng()), ClusterId::random(&mut rand::rng()));
+    let csr = Csr::generate().map_err(|error| internal(&error))?;
+    let role = skep_common::spec::NodeRole::Manager;
+    let certificate_pem = authority
+        .sign(&csr.csr_pem, node_id, role, cluster_id, now, NODE_CERTIFICATE_LIFE)
+        .map_err(|error| internal(&error))?;
+    let root_pem = authority.root_pem().to_owned();
+    let credentials = Credentials { certificate_pem, key_pem: csr.key_pem, root_pem: root_pem.clone() };
+    let record = NodeRecord {
+        advertise_addr: advertise.to_string(),
+        listen_addr: listen.to_string(),
+        managers: vec![advertise.to_string()],
+        raft_id: Some(rand::random()),
+        is_voter: true,
+    };
+    let entering = Entering { machine, credentials, record };
+    let secret = entering
+        .enter(async |node: &Node| {
+            let manager = node.manager.as_ref().expect("a node with a Raft id is a manager");
+            manager.found(NewSwarm { cluster_id, authority, spec, ingress_pool, availability }).await
+        })
+        .await?;
+    let root_digest = root_digest(&root_pem).map_err(|error| internal(&error))?;
+    Ok(InitSwarmResponse {
+        node_id: node_id.to_string(),
+        worker_token: JoinToken { root_digest, secret }.to_string(),
+        address: advertise.to_string(),
+    })
+}
+
+fn or_configured<'a>(asked: &'a str, configured: Option<&'a str>) -> &'a str {
+    if asked.is_empty() { configured.unwrap_or_default() } else { asked }
+}
+
+/// `swarm join`.
+pub(super) async fn join(machine: &Machine, request: JoinSwarmRequest) -> Result<JoinSwarmResponse, Status> {
+    let _changing = machine.inner.changing.lock().await;
+    refuse_member(machine)?;
+    let options = &machine.inner.options;
+    let token: JoinToken =
+        request.token.parse().map_err(|error| Status::invalid_argument(format!("{error}")))?;
+    let listen = address::listen(&request.listen_addr)?;
+    let remotes: Vec<String> = request.remotes.iter().map(|remote| address::remote(remote)).collect();
+    let written = or_configured(&request.advertise_addr, options.advertise_addr.as_deref());
+    let advertise = address::advertise(written, listen, remotes.first().map(String::as_str))?;
+    parse_availability(&request.availability)?;
+    let csr = Csr::generate().map_err(|error| internal(&error))?;
+    let issue = IssueRequest {
+        token: token.to_string(),
+        csr_pem: csr.csr_pem.clone(),
+        availability: request.availability.clone(),
+        advertise_addr: advertise.to_string(),
+        hostname: options.hostname.clone(),
+    };
+    let (root_pem, issued) = ask_all(&remotes, &token, &issue).await?;
+    let is_manager = issued.role == "manager";
+    let record = NodeRecord {
+        advertise_addr: advertise.to_string(),
+        listen_addr: listen.to_string(),
+        managers: issued.managers.clone(),
+        raft_id: is_manager.then(rand::random),
+        is_voter: false,
+    };
+    let credentials =
+        Credentials { certificate_pem: issued.certificate_pem, key_pem: csr.key_pem, root_pem };
+    let managers = issued.managers;
+    Entering { machine, credentials, record }
+        .enter(async |node: &Node| match &node.manager {
+            Some(manager) => manager.join(&managers).await,
+            None => Ok(()),
+        })
+        .await?;
+    Ok(JoinSwarmResponse { node_id: issued.node_id, role: issued.role })
+}
+
+async fn ask_all(
+    remotes: &[String],
+    token: &JoinToken,
+    issue: &IssueRequest,
+) -> Result<(String, IssueResponse), Status> {
+    let mut last = Status::invalid_argument("no manager to join was named: skep swarm join --token TOKEN HOST:PORT");
+    for remote in remotes {
+        match ask(remote, token, issue).await {
+            Ok(issued) => return Ok(issued),
+            Err(status) if status.code() == tonic::Code::Unavailable => {
+                let why = status.message().to_owned();
+                last = Status::unavailable(format!(
+                    "no manager answers at {remote} ({why}): check the address, and that the firewall lets TCP port 2377 in"
+                ));
+            }
+            Err(status) => return Err(status),
+        }
+    }
+    Err(last)
+}
+
+/// Fetches the root, checks it against the token, and only then shows the token.
+async fn ask(
+    remote: &str,
+    token: &JoinToken,
+    issue: &IssueRequest,
+) -> Result<(String, IssueResponse), Status> {
+    let unverified = connect_unverified(remote).map_err(|error| internal(&error))?;
+    let root = CaClient::new(unverified).root(RootRequest {}).await?.into_inner().root_pem;
+    let digest = root_digest(&root).map_err(|error| internal(&error))?;
+    if digest != token.root_digest {
+        return Err(Status::permission_denied(format!(
+            "the join token is for another swarm than the one that answers at {remote}: get the current one there with `skep swarm join-token worker`"
+        )));
+    }
+    let channel = connect_with_root(remote, &root).map_err(|error| internal(&error))?;
+    let issued = CaClient::new(channel).issue(issue.clone()).await?.into_inner();
+    Ok((root, issued))
+}
+
+/// A machine on its way into a swarm. What fails leaves it outside, with nothing on disk.
+struct Entering<'a> {
+    machine: &'a Machine,
+    credentials: Credentials,
+    record: NodeRecord,
+}
+
+impl Entering<'_> {
+    async fn enter<T>(self, become_member: impl AsyncFnOnce(&Node) -> Result<T, Status>) -> Result<T, Status> {
+        let Self { machine, credentials, record } = self;
+        let options = &machine.inner.options;
+        let raft_key = RaftKey::generate();
+        let file = RecordFile::in_data_dir(&options.data_dir);
+        file.store(&record).map_err(|error| failed(&error))?;
+        let image_store = machine.inner.image_store.clone();
+        let stored = Files::in_data_dir(&options.data_dir).store(&credentials, &raft_key);
+        stored.map_err(|error| internal(&error))?;
+        let parts = Parts { credentials, raft_key, record: record.clone(), image_store };
+        let node = match Node::start(options, parts).await {
+            Ok(node) => node,
+            Err(error) => {
+                forget(machine);
+                return Err(failed(&error));
+            }
+        };
+        let entered = async {
+            node.serve(options).await.map_err(|error| failed(&error))?;
+            let result = become_member(&node).await?;
+            if record.raft_id.is_some() {
+                let stored = file.load().and_then(|stored| file.store(&NodeRecord { is_voter: true, ..stored }));
+                stored.map_err(|error| failed(&error))?;
+            }
+            Ok(result)
+        };
+        match entered.await {
+            Ok(result) => {
+                machine.inner.node.send_replace(Some(Arc::new(node)));
+                Ok(result)
+            }
+            Err(status) => {
+                node.stop().await;
+                forget(machine);
+                Err(status)
+            }
+        }
+    }
+}
+
+/// Removes everything that makes this machine a member; images stay.
+fn forget(machine: &Machine) {
+    let options = &machine.inner.options;
+    let mut failures = Vec::new();
+    if let Err(error) = Files::in_data_dir(&options.data_dir).remove() {
+        failures.push(Chain(&error).to_string());
+    }
+    if let Err(error) = RecordFile::in_data_dir(&options.data_dir).remove() {
+        failures.push(format!("{error:#}"));
+    }
+    for directory in ["raft", "tasks"] {
+        let path = options.data_dir.join(directory);
+        match std::fs::remove_dir_all(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                failures.push(format!("failed to remove {}: {error}", path.display()));
+            }
+            _ => {}
+        }
+    }
+    for failure in failures {
+        tracing::warn!(failure, "something of the swarm is left on this machine");
+    }
+}
+
+/// `swarm leave`.
+pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> {
+    let _changing = machine.inner.changing.lock().await;
+    let node = machine
+        .node()
+        .ok_or_else(|| Status::failed_precondition("This node is not part of a swarm"))?;
+    if node.manager.is_some() && !force {
+        return Err(Status::failed_precondition(
+            "You are attempting to leave the swarm on a node that is participating as a manager. The other managers go on counting this one, and lose their quorum when a majority is gone. Use --force to leave all the same.",
+        ));
+    }
+    node.stop().await;
+    let removed = remove_containers(machine).await;
+    node.teardown().await;
+    forget(machine);
+    machine.inner.node.send_replace(None);
+    removed
+}
+
+/// Ends every container of this machine: its swarm is no more.
+async fn remove_containers(machine: &Machine) -> Result<(), Status> {
+    use skep_worker::container::{ContainerRuntime, Options};
+    let options = &machine.inner.options;
+    let runtime = ContainerRuntime::open(Options {
+        containers_dir: options.run_dir.join("containers"),
+        state_dir: options.data_dir.join("containers"),
+        cgroup_parent: options.cgroup_parent.clone(),
+        self_exe: "/proc/self/exe".into(),
+    });
+    let runtime = runtime.map_err(|error| internal(&error))?;
+    for container in runtime.adopt().await.map_err(|error| internal(&error))? {
+        runtime.remove(&container.id).await.map_err(|error| internal(&error))?;
+    }
+    Ok(())
+}

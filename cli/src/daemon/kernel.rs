@@ -1,0 +1,58 @@
+//! What a machine must have before a daemon starts: found by trying, and named when missing.
+
+use std::path::Path;
+
+/// What is missing.
+#[derive(Debug, Default)]
+pub(super) struct Missing {
+    fatal: Vec<String>,
+    warnings: Vec<String>,
+}
+
+impl Missing {
+    /// One sentence with everything without which no container runs.
+    pub(super) fn fatal(&self) -> Option<String> {
+        if self.fatal.is_empty() { None } else { Some(self.fatal.join("; ")) }
+    }
+
+    /// What is missing and not fatal, each with what it disables.
+    pub(super) fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+}
+
+/// Namespaces of containers, each with the kernel option that has it.
+const NAMESPACES: [(&str, &str); 6] = [
+    ("mnt", "namespaces"),
+    ("uts", "CONFIG_UTS_NS"),
+    ("ipc", "CONFIG_IPC_NS"),
+    ("pid", "CONFIG_PID_NS"),
+    ("net", "CONFIG_NET_NS"),
+    ("user", "CONFIG_USER_NS"),
+];
+
+/// Looks at this machine.
+pub(super) fn check() -> Missing {
+    let mut missing = Missing::default();
+    if !nix::unistd::geteuid().is_root() {
+        missing.fatal.push("skep daemon must run as root: it makes namespaces and mounts (use sudo)".into());
+        return missing;
+    }
+    for (namespace, option) in NAMESPACES {
+        if !Path::new("/proc/self/ns").join(namespace).exists() {
+            let what = format!("this kernel has no {namespace} namespaces ({option})");
+            if namespace == "user" { missing.warnings.push(what) } else { missing.fatal.push(what) }
+        }
+    }
+    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    if !filesystems.lines().any(|line| line.ends_with("\toverlay")) {
+        missing.fatal.push("this kernel has no overlay file system (CONFIG_OVERLAY_FS; try: modprobe overlay)".into());
+    }
+    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() && !Path::new("/sys/fs/cgroup/memory").exists() {
+        missing.fatal.push("no cgroup hierarchy is mounted below /sys/fs/cgroup".into());
+    }
+    if !Path::new("/proc/sys/kernel/seccomp").exists() {
+        missing.fatal.push("this kernel cannot filter system calls (CONFIG_SECCOMP_FILTER)".into());
+    }
+    missing
+}

@@ -1,0 +1,60 @@
+//! `skep.v1.Control` on the unix socket: this node's own manager answers, or Docker's sentence does.
+
+use skep_proto::control_server::Control;
+use skep_proto::*;
+use tonic::{Request, Response, Status};
+
+use super::machine::Machine;
+use skep_manager::control::ControlService;
+
+/// Answers for whatever this machine is at the moment.
+#[derive(Clone)]
+pub(super) struct LocalControl {
+    machine: Machine,
+}
+
+impl LocalControl {
+    pub(super) fn new(machine: Machine) -> Self {
+        Self { machine }
+    }
+
+    fn manager(&self) -> Result<ControlService, Status> {
+        let node = self.machine.node();
+        let control = node.as_ref().and_then(|node| node.control());
+        control.ok_or_else(|| {
+            Status::failed_precondition(match node {
+                None => "This node is not a swarm manager. Use \"skep swarm init\" or \"skep swarm join\" to connect this node to swarm and try again.",
+                Some(_) => "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node.",
+            })
+        })
+    }
+}
+
+macro_rules! delegate {
+    ($($method:ident($request:ty) -> $response:ty;)*) => {
+        #[tonic::async_trait]
+        impl Control for LocalControl {
+            type WatchStream = <ControlService as Control>::WatchStream;
+            type ServiceLogsStream = <ControlService as Control>::ServiceLogsStream;
+            $(async fn $method(&self, request: Request<$request>) -> Result<Response<$response>, Status> {
+                Control::$method(&self.manager()?, request).await
+            })*
+        }
+    };
+}
+
+delegate! {
+    get(GetRequest) -> Document;
+    list(ListRequest) -> ListResponse;
+    watch(WatchRequest) -> Self::WatchStream;
+    create_service(CreateServiceRequest) -> CreateServiceResponse;
+    update_service(UpdateServiceRequest) -> UpdateServiceResponse;
+    remove_service(RemoveServiceRequest) -> RemoveServiceResponse;
+    service_logs(ServiceLogsRequest) -> Self::ServiceLogsStream;
+    update_node(UpdateNodeRequest) -> UpdateNodeResponse;
+    remove_node(RemoveNodeRequest) -> RemoveNodeResponse;
+    join_token(JoinTokenRequest) -> JoinTokenResponse;
+    deploy_stack(DeployStackRequest) -> DeployStackResponse;
+    remove_stack(RemoveStackRequest) -> RemoveStackResponse;
+    digest(DigestRequest) -> DigestResponse;
+}

@@ -1,0 +1,219 @@
+//! What runs while this machine is in a swarm: the one port, the agent and, on managers, consensus.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context as _, Result};
+use nix::ifaddrs::getifaddrs;
+use skep_common::NodeId;
+use skep_common::object::{EngineDescription, NodeDescription};
+use skep_common::spec::{NodeRole, Platform, Resources};
+use skep_manager::control::ControlService;
+use skep_manager::{Manager, ManagerOptions};
+use skep_proto::peer_server::PeerServer;
+use skep_runtime::TaskSet;
+use skep_runtime::identity::{Credentials, Files, RaftKey};
+use skep_runtime::telemetry::Chain;
+use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
+use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
+use skep_worker::container::{ContainerRuntime, Options as ContainerOptions};
+use skep_worker::embedded::uplink::{Underlay, Uplink};
+use skep_worker::embedded::{Embedded, NodeFacts};
+use skep_worker::images::ImageStore;
+use skep_worker::peer::PeerService;
+use tokio::net::TcpListener;
+use tonic::service::Routes;
+
+use super::options::Options;
+use super::record::{NodeRecord, RecordFile};
+use super::renewal;
+
+/// A machine that is in a swarm.
+pub(super) struct Node {
+    pub(super) node_id: NodeId,
+    pub(super) role: NodeRole,
+    pub(super) cluster_id: skep_common::ClusterId,
+    pub(super) record: NodeRecord,
+    pub(super) managers: Managers,
+    pub(super) pool: ChannelPool,
+    pub(super) images: Images,
+    pub(super) manager: Option<Arc<Manager>>,
+    uplink: Uplink,
+    tls: Tls,
+    tasks: TaskSet,
+}
+
+/// What a node is made of.
+pub(super) struct Parts {
+    pub(super) credentials: Credentials,
+    pub(super) raft_key: RaftKey,
+    pub(super) record: NodeRecord,
+    pub(super) image_store: ImageStore,
+}
+
+impl Node {
+    /// Starts everything but the agent: the port is served, and a manager takes part in consensus.
+    pub(super) async fn start(options: &Options, parts: Parts) -> Result<Self> {
+        let Parts { credentials, raft_key, record, image_store } = parts;
+        let subject = credentials.subject().context("this node's certificate cannot be read")?;
+        let tls = Tls::new(credentials).context("failed to set up TLS")?;
+        let pool = ChannelPool::new(tls.clone());
+        let tasks = TaskSet::new();
+        let managers = Managers::new(record.managers.clone());
+        let underlay = underlay(&record.advertise_addr, options)?;
+        let uplink = Uplink::new(underlay);
+        let images = Images::new(image_store, pool.clone(), tasks.clone()).await;
+        let images = images.context("failed to list this node's images")?;
+        let manager = match (subject.role, record.raft_id) {
+            (NodeRole::Manager, Some(raft_id)) => {
+                let options = ManagerOptions {
+                    node_id: subject.node_id,
+                    hostname: options.hostname.clone(),
+                    raft_id,
+                    raft_dir: options.data_dir.join("raft"),
+                    raft_key: raft_key.clone(),
+                    address: record.advertise_addr.clone(),
+                    pool: pool.clone(),
+                };
+                Some(Arc::new(Manager::start(options).await.context("failed to start this manager")?))
+            }
+            _ => None,
+        };
+        let files = Files::in_data_dir(&options.data_dir);
+        let renewing = renewal::run(tls.clone(), files, raft_key, managers.clone(), pool.clone());
+        tasks.spawn("renew certificate", renewing);
+        remember_managers(options, &record, &managers, &tasks);
+        Ok(Self {
+            node_id: subject.node_id,
+            role: subject.role,
+            cluster_id: subject.cluster_id,
+            record,
+            managers,
+            pool,
+            images,
+            manager,
+            uplink,
+            tls,
+            tasks,
+        })
+    }
+
+    /// Serves the one port and starts the agent.
+    pub(super) async fn serve(&self, options: &Options) -> Result<()> {
+        let containers = ContainerRuntime::open(ContainerOptions {
+            containers_dir: options.run_dir.join("containers"),
+            state_dir: options.data_dir.join("containers"),
+            cgroup_parent: options.cgroup_parent.clone(),
+            self_exe: "/proc/self/exe".into(),
+        });
+        let facts = NodeFacts { node_id: self.node_id, hostname: options.hostname.clone() };
+        let containers = containers.context("failed to open the container runtime")?;
+        let embedded = Embedded::new(containers, self.images.clone(), self.uplink.clone(), facts);
+        let peer = PeerService::new(
+            self.images.store().clone(),
+            Arc::new(embedded.clone()),
+            self.tls.clone(),
+            self.tasks.clone(),
+        );
+        let mut routes = Routes::new(PeerServer::new(peer));
+        if let Some(manager) = &self.manager {
+            routes = manager.add_routes(routes);
+        }
+        let listen = &self.record.listen_addr;
+        let listener = TcpListener::bind(listen).await.with_context(|| {
+            format!("failed to listen on {listen}: another program has the port (is another skep running?)")
+        })?;
+        let (tls, serving) = (self.tls.clone(), self.tasks.clone());
+        self.tasks.spawn_to_end("node port", async move {
+            if let Err(error) = serve_tls(listener, tls, routes, &serving).await {
+                tracing::error!(error = %Chain(&error), "the node port is not served any more");
+            }
+        });
+        let agent = AgentOptions {
+            description: description(options),
+            addr: self.record.advertise_addr.clone(),
+            tasks_dir: options.data_dir.join("tasks"),
+            executor: Arc::new(embedded),
+            images: Some(self.images.clone()),
+            balancers: Some(Box::new(self.uplink.clone())),
+            managers: self.managers.clone(),
+            pool: self.pool.clone(),
+            tasks: self.tasks.clone(),
+        };
+        Agent::start(agent).await.context("failed to take up this node's tasks")
+    }
+
+    pub(super) fn control(&self) -> Option<ControlService> {
+        self.manager.as_ref().map(|manager| manager.control())
+    }
+
+    /// Stops; containers, rules and files stay.
+    pub(super) async fn stop(&self) {
+        if let Some(manager) = &self.manager {
+            manager.stop().await;
+        }
+        self.tasks.shutdown().await;
+    }
+
+    /// Removes the mesh from this machine's kernel, after a stop.
+    pub(super) async fn teardown(&self) {
+        self.uplink.teardown().await;
+    }
+}
+
+/// Writes the managers down whenever they change, so that a restarted worker finds them.
+fn remember_managers(options: &Options, record: &NodeRecord, managers: &Managers, tasks: &TaskSet) {
+    let file = RecordFile::in_data_dir(&options.data_dir);
+    let mut changes = managers.watch();
+    tasks.spawn("remember managers", async move {
+        while changes.changed().await.is_ok() {
+            let managers = changes.borrow_and_update().clone();
+            // Read again: the manager's own part may have been written meanwhile.
+            let stored = file.load().and_then(|stored| file.store(&NodeRecord { managers, ..stored }));
+            if let Err(error) = stored {
+                tracing::warn!(error = format!("{error:#}"), "failed to write down the managers");
+            }
+        }
+    });
+    debug_assert_eq!(record.managers, managers.all());
+}
+
+/// The interface that has this node's address.
+fn underlay(advertise_addr: &str, options: &Options) -> Result<Underlay> {
+    let address: SocketAddr =
+        advertise_addr.parse().with_context(|| format!("{advertise_addr:?} is no ip:port"))?;
+    let address: Ipv4Addr = match address.ip() {
+        std::net::IpAddr::V4(address) => address,
+        std::net::IpAddr::V6(address) => {
+            anyhow::bail!("the routing mesh needs an IPv4 address to advertise, not {address}")
+        }
+    };
+    let mut interfaces = getifaddrs().context("failed to list this machine's interfaces")?;
+    let with_address = interfaces.find(|interface| {
+        let known = interface.address.as_ref().and_then(|known| known.as_sockaddr_in());
+        known.is_some_and(|known| known.ip() == address)
+    });
+    let interface = with_address.with_context(|| {
+        format!("no interface of this machine has the address {address} that it advertises")
+    })?;
+    Ok(Underlay { address, interface: interface.interface_name, run_dir: options.run_dir.clone() })
+}
+
+fn description(options: &Options) -> NodeDescription {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let memory = nix::sys::sysinfo::sysinfo().map(|info| info.ram_total()).unwrap_or(0);
+    NodeDescription {
+        hostname: options.hostname.clone(),
+        platform: Platform { architecture: std::env::consts::ARCH.to_owned(), os: "linux".to_owned() },
+        resources: Resources {
+            nano_cpus: i64::try_from(processors).ok().map(|count| count * 1_000_000_000),
+            memory_bytes: i64::try_from(memory).ok(),
+            ..Resources::default()
+        },
+        engine: EngineDescription {
+            engine_version: env!("CARGO_PKG_VERSION").to_owned(),
+            labels: options.labels.clone(),
+        },
+        ..NodeDescription::default()
+    }
+}

@@ -1,0 +1,142 @@
+//! The daemon's settings: flags, then the TOML file, then defaults.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use serde::Deserialize;
+
+/// Where settings are read from when no flag names a file.
+const DEFAULT_CONFIG: &str = "/etc/skep/daemon.toml";
+
+/// Flags of `skep daemon`. Each has a setting of the same name in the TOML file (with `_` for `-`).
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct DaemonArgs {
+    /// TOML file with settings (default /etc/skep/daemon.toml, where it exists)
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Directory for everything that must survive a reboot (default /var/lib/skep)
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Directory for sockets and running containers (default /run/skep)
+    #[arg(long, value_name = "DIR")]
+    run_dir: Option<PathBuf>,
+    /// Name of this node (default the host name)
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// Address that other nodes reach this one at, where `swarm init` and `swarm join` name none
+    #[arg(long, value_name = "IP|INTERFACE[:PORT]")]
+    advertise_addr: Option<String>,
+    /// Cgroup below which containers get theirs (default /skep)
+    #[arg(long, value_name = "PATH")]
+    cgroup_parent: Option<String>,
+    /// Label of this node's engine, for constraints on engine.labels.KEY
+    #[arg(long = "label", value_name = "KEY=VALUE")]
+    labels: Vec<String>,
+}
+
+/// The TOML file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct File {
+    data_dir: Option<PathBuf>,
+    run_dir: Option<PathBuf>,
+    hostname: Option<String>,
+    advertise_addr: Option<String>,
+    cgroup_parent: Option<String>,
+    labels: BTreeMap<String, String>,
+}
+
+/// Settings with every value decided.
+#[derive(Debug, Clone)]
+pub(super) struct Options {
+    pub(super) data_dir: PathBuf,
+    pub(super) run_dir: PathBuf,
+    pub(super) hostname: String,
+    pub(super) advertise_addr: Option<String>,
+    pub(super) cgroup_parent: String,
+    pub(super) labels: BTreeMap<String, String>,
+}
+
+impl Options {
+    pub(super) fn resolve(args: DaemonArgs) -> Result<Self> {
+        let file = read_file(args.config)?;
+        let mut labels = file.labels;
+        for label in args.labels {
+            let (key, value) = label
+                .split_once('=')
+                .with_context(|| format!("--label {label:?} has no value: write --label KEY=VALUE"))?;
+            labels.insert(key.to_owned(), value.to_owned());
+        }
+        let hostname = match args.hostname.or(file.hostname) {
+            Some(hostname) => hostname,
+            None => nix::unistd::gethostname()
+                .context("failed to read the host name: give --hostname")?
+                .to_string_lossy()
+                .into_owned(),
+        };
+        let cgroup_parent = args.cgroup_parent.or(file.cgroup_parent);
+        Ok(Self {
+            data_dir: args.data_dir.or(file.data_dir).unwrap_or_else(|| "/var/lib/skep".into()),
+            run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/skep".into()),
+            hostname,
+            advertise_addr: args.advertise_addr.or(file.advertise_addr),
+            cgroup_parent: cgroup_parent.unwrap_or_else(|| "/skep".into()),
+            labels,
+        })
+    }
+
+    /// Where clients connect.
+    pub(super) fn socket(&self) -> PathBuf {
+        self.run_dir.join("skep.sock")
+    }
+}
+
+fn read_file(named: Option<PathBuf>) -> Result<File> {
+    let path = named.clone().unwrap_or_else(|| DEFAULT_CONFIG.into());
+    match std::fs::read_to_string(&path) {
+        Ok(text) => toml::from_str(&text).with_context(|| {
+            format!("{} is not a valid configuration: correct it, or start without it", path.display())
+        }),
+        Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => Ok(File::default()),
+        Err(error) => Err(error).with_context(|| format!("failed to read {}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(toml: &str, args: DaemonArgs) -> Result<Options> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("daemon.toml");
+        std::fs::write(&path, toml).unwrap();
+        Options::resolve(DaemonArgs { config: Some(path), ..args })
+    }
+
+    #[test]
+    fn flags_come_before_the_file_and_the_file_before_defaults() {
+        let flags = DaemonArgs {
+            hostname: Some("flag".into()),
+            labels: vec!["disk=ssd".into()],
+            ..DaemonArgs::default()
+        };
+        let toml = "hostname = \"file\"\nrun_dir = \"/run/other\"\n[labels]\ndisk = \"hdd\"\nrow = \"a\"\n";
+        let options = resolve(toml, flags).unwrap();
+        assert_eq!(options.hostname, "flag");
+        assert_eq!(options.socket(), PathBuf::from("/run/other/skep.sock"));
+        assert_eq!(options.data_dir, PathBuf::from("/var/lib/skep"));
+        let labels: Vec<(&str, &str)> = options.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        assert_eq!(labels, [("disk", "ssd"), ("row", "a")]);
+    }
+
+    #[test]
+    fn a_wrong_key_is_named_with_its_place() {
+        let error = format!("{:#}", resolve("hostnam = \"x\"\n", DaemonArgs::default()).unwrap_err());
+        assert!(error.contains("daemon.toml") && error.contains("hostnam"), "{error}");
+        let missing = DaemonArgs { config: Some("/nonexistent.toml".into()), ..DaemonArgs::default() };
+        let error = format!("{:#}", Options::resolve(missing).unwrap_err());
+        assert!(error.contains("/nonexistent.toml"), "{error}");
+    }
+}

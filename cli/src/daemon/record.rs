@@ -1,0 +1,58 @@
+//! What a daemon must know to resume its part in the swarm, beside its certificate: `node.json`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+/// The file's content.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct NodeRecord {
+    /// `ip:port` at which other nodes reach this one.
+    pub(super) advertise_addr: String,
+    /// `ip:port` where it listens.
+    pub(super) listen_addr: String,
+    /// `ip:port` of the managers last known.
+    pub(super) managers: Vec<String>,
+    /// Its Raft id, where it is a manager.
+    pub(super) raft_id: Option<u64>,
+    /// Whether it is a voter already: a manager that stopped in the middle of joining asks again.
+    pub(super) is_voter: bool,
+}
+
+/// The file in a data directory.
+#[derive(Debug, Clone)]
+pub(super) struct RecordFile(PathBuf);
+
+impl RecordFile {
+    pub(super) fn in_data_dir(data_dir: &Path) -> Self {
+        Self(data_dir.join("node.json"))
+    }
+
+    pub(super) fn load(&self) -> Result<NodeRecord> {
+        let text = std::fs::read_to_string(&self.0)
+            .with_context(|| format!("failed to read {}", self.0.display()))?;
+        serde_json::from_str(&text).with_context(|| {
+            format!("{} is damaged: restore it from a backup, or leave the swarm and join again", self.0.display())
+        })
+    }
+
+    pub(super) fn store(&self, record: &NodeRecord) -> Result<()> {
+        let beside = self.0.with_extension("tmp");
+        let text = serde_json::to_vec_pretty(record).context("a record has no failing parts")?;
+        std::fs::write(&beside, text)
+            .and_then(|()| std::fs::File::open(&beside)?.sync_all())
+            .and_then(|()| std::fs::rename(&beside, &self.0))
+            .with_context(|| format!("failed to write {}", self.0.display()))
+    }
+
+    pub(super) fn remove(&self) -> Result<()> {
+        match std::fs::remove_file(&self.0) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("failed to remove {}", self.0.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! The end-to-end ring: real daemons in a laboratory, and what tests of it need.
+//!
+//! A test starts a [`Lab`], runs the client on its nodes, ends, cuts and starts them, sends
+//! [`Load`] through them, and waits for conditions with [`wait_until`]. Failing tests leave nothing:
+//! a lab is removed when it is dropped, and by its watchdog when the test process dies.
+//!
+//! ```no_run
+//! use skep_cluster_tests::{Lab, LabOptions, is_root_or_skip, wait_until};
+//! use std::time::Duration;
+//!
+//! if is_root_or_skip() {
+//!     let lab = Lab::start(LabOptions::default());
+//!     lab.kill(&["n5"]);
+//!     wait_until(Duration::from_secs(30), "n5 is down", || {
+//!         let nodes = lab.node("n1").skep(&["node", "ls", "--format", "json"]).ok().json_lines();
+//!         let is_down = nodes.iter().any(|n| n["Hostname"] == "n5" && n["Status"] == "Down");
+//!         (is_down.then_some(()), format!("{nodes:?}"))
+//!     });
+//! }
+//! ```
+//!
+//! # Invariants
+//!
+//! - At most two labs run on the machine at a time, whichever processes started them.
+//! - Nothing here sleeps in the hope that something is done by then: every wait has a condition, a
+//!   deadline, and a message that shows what was seen last.
+//! - A test that needs root is skipped with a printed reason, but fails where `CI=true`.
+
+mod command;
+mod lab;
+mod leaks;
+mod load;
+mod wait;
+
+pub use command::{Output, skep_binary};
+pub use lab::{Lab, LabOptions, Node};
+pub use leaks::{LabTraces, NodeTraces};
+pub use load::{HeldConnection, Load, LoadOptions, Record, Report, Summary};
+pub use wait::{is_root_or_skip, wait_until};

@@ -1,0 +1,149 @@
+//! The keys of the Compose specification: those that skep acts on and those that it does not yet.
+//!
+//! Source: compose-spec `schema/compose-spec.json`; docker/cli `cli/compose/schema`.
+
+/// Top level, acted on. `version` and `name` say nothing that a swarm needs.
+pub(super) const TOP: &[&str] = &["services", "version", "name"];
+/// Top level, not yet.
+pub(super) const TOP_LATER: &[&str] =
+    &["networks", "volumes", "secrets", "configs", "include", "models"];
+
+/// Of a service, acted on.
+pub(super) const SERVICE: &[&str] = &[
+    "cap_add",
+    "cap_drop",
+    "command",
+    "deploy",
+    "entrypoint",
+    "environment",
+    "extra_hosts",
+    "group_add",
+    "healthcheck",
+    "hostname",
+    "image",
+    "init",
+    "labels",
+    "oom_score_adj",
+    "ports",
+    "read_only",
+    "restart",
+    "stdin_open",
+    "stop_grace_period",
+    "stop_signal",
+    "sysctls",
+    "tty",
+    "ulimits",
+    "user",
+    "working_dir",
+];
+/// Of a service, not yet (or never meant for a swarm).
+pub(super) const SERVICE_LATER: &[&str] = &[
+    "annotations",
+    "attach",
+    "blkio_config",
+    "build",
+    "cgroup",
+    "cgroup_parent",
+    "cgroupns_mode",
+    "configs",
+    "container_name",
+    "cpu_count",
+    "cpu_percent",
+    "cpu_period",
+    "cpu_quota",
+    "cpu_rt_period",
+    "cpu_rt_runtime",
+    "cpu_shares",
+    "cpus",
+    "cpuset",
+    "credential_spec",
+    "depends_on",
+    "develop",
+    "device_cgroup_rules",
+    "devices",
+    "dns",
+    "dns_opt",
+    "dns_search",
+    "domainname",
+    "driver_opts",
+    "env_file",
+    "expose",
+    "extends",
+    "external_links",
+    "gpus",
+    "ipc",
+    "isolation",
+    "label_file",
+    "links",
+    "logging",
+    "mac_address",
+    "mem_limit",
+    "mem_reservation",
+    "mem_swappiness",
+    "memswap_limit",
+    "models",
+    "network_mode",
+    "networks",
+    "oom_kill_disable",
+    "pid",
+    "pids_limit",
+    "platform",
+    "post_start",
+    "pre_stop",
+    "privileged",
+    "profiles",
+    "provider",
+    "pull_policy",
+    "pull_refresh_after",
+    "runtime",
+    "scale",
+    "secrets",
+    "security_opt",
+    "shm_size",
+    "storage_opt",
+    "tmpfs",
+    "use_api_socket",
+    "userns_mode",
+    "uts",
+    "volumes",
+    "volumes_from",
+];
+
+/// Of a health check.
+pub(super) const HEALTHCHECK: &[&str] =
+    &["disable", "interval", "retries", "start_interval", "start_period", "test", "timeout"];
+
+/// Of a port in long syntax, acted on.
+pub(super) const PORT: &[&str] = &["mode", "name", "protocol", "published", "target"];
+/// Of a port in long syntax, not yet.
+pub(super) const PORT_LATER: &[&str] = &["app_protocol", "host_ip"];
+
+/// Of `deploy`.
+pub(super) const DEPLOY: &[&str] = &[
+    "endpoint_mode",
+    "labels",
+    "mode",
+    "placement",
+    "replicas",
+    "resources",
+    "restart_policy",
+    "rollback_config",
+    "update_config",
+];
+/// Of `deploy.placement`, acted on.
+pub(super) const PLACEMENT: &[&str] = &["constraints", "max_replicas_per_node"];
+/// Of `deploy.placement`, not yet.
+pub(super) const PLACEMENT_LATER: &[&str] = &["preferences"];
+/// Of `deploy.resources`.
+pub(super) const RESOURCES: &[&str] = &["limits", "reservations"];
+/// Of `deploy.resources.limits`.
+pub(super) const LIMITS: &[&str] = &["cpus", "memory", "pids"];
+/// Of `deploy.resources.reservations`, acted on.
+pub(super) const RESERVATIONS: &[&str] = &["cpus", "memory"];
+/// Of `deploy.resources.reservations`, not yet.
+pub(super) const RESERVATIONS_LATER: &[&str] = &["devices", "generic_resources", "pids"];
+/// Of `deploy.restart_policy`.
+pub(super) const RESTART_POLICY: &[&str] = &["condition", "delay", "max_attempts", "window"];
+/// Of `deploy.update_config` and `deploy.rollback_config`.
+pub(super) const UPDATE_CONFIG: &[&str] =
+    &["delay", "failure_action", "max_failure_ratio", "monitor", "order", "parallelism"];

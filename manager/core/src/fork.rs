@@ -1,0 +1,277 @@
+//! The state as one planning pass wants it, and the actions that lead there.
+//!
+//! The steps of a pass change a [`Fork`]; each sees what the ones before it decided. The actions are
+//! the difference between the fork and the view it started from, so a task that is made and placed
+//! in one pass is one write, and one that is made and given up again is none.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use rand::Rng;
+use skep_common::object::{NetworkAttachment, TaskStatus, UpdateStatus};
+use skep_common::{Kind, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp};
+
+use crate::command::{Action, Command, Expect, TaskPatch};
+use crate::store::State;
+
+/// A view and what a pass changed on it.
+pub(crate) struct Fork<'a> {
+    view: &'a State,
+    state: State,
+    now: Timestamp,
+    rng: &'a mut dyn Rng,
+    tasks: BTreeSet<TaskId>,
+    services: BTreeSet<ServiceId>,
+    new_tasks_left: usize,
+    n_changes: u64,
+}
+
+impl<'a> Fork<'a> {
+    /// Starts from `view`; at most `new_tasks_max` tasks can be made.
+    pub(crate) fn new(
+        view: &'a State,
+        now: Timestamp,
+        rng: &'a mut dyn Rng,
+        new_tasks_max: usize,
+    ) -> Self {
+        Self {
+            view,
+            state: view.clone(),
+            now,
+            rng,
+            tasks: BTreeSet::new(),
+            services: BTreeSet::new(),
+            new_tasks_left: new_tasks_max,
+            n_changes: 0,
+        }
+    }
+
+    /// The state as decided so far.
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// The pass's one reading of the clock.
+    pub(crate) fn now(&self) -> Timestamp {
+        self.now
+    }
+
+    /// The tasks that were changed.
+    pub(crate) fn touched_tasks(&self) -> &BTreeSet<TaskId> {
+        &self.tasks
+    }
+
+    /// The services that were changed.
+    pub(crate) fn touched_services(&self) -> &BTreeSet<ServiceId> {
+        &self.services
+    }
+
+    /// Counts the changes: what was read at one count holds until the next.
+    pub(crate) fn n_changes(&self) -> u64 {
+        self.n_changes
+    }
+
+    fn touch(&mut self, task_id: TaskId) {
+        self.n_changes += 1;
+        self.tasks.insert(task_id);
+    }
+
+    /// Whether a task can still be made in this pass.
+    pub(crate) fn has_room(&self) -> bool {
+        self.new_tasks_left > 0
+    }
+
+    /// Makes a task of the service's current spec; `false` where the pass has made enough.
+    pub(crate) fn create_task(
+        &mut self,
+        service: &Service,
+        slot: u64,
+        desired_state: TaskState,
+        start_after: Option<Timestamp>,
+    ) -> bool {
+        if !self.has_room() {
+            return false;
+        }
+        self.new_tasks_left -= 1;
+        let mut task = Task {
+            id: TaskId::random(&mut self.rng),
+            meta: skep_common::Meta::default(),
+            spec: service.spec.task_template.clone(),
+            spec_version: service.spec_version,
+            service_id: service.id,
+            slot,
+            node_id: None,
+            status: TaskStatus {
+                timestamp: self.now,
+                applied_at: Some(self.now),
+                message: "created".to_owned(),
+                ..TaskStatus::default()
+            },
+            desired_state,
+            networks_attachments: Vec::new(),
+            service_name: service.spec.name.clone(),
+            start_after,
+        };
+        // Orders it among its slot's tasks within this pass; the store writes the same.
+        task.meta.created_at = self.now;
+        self.touch(task.id);
+        self.state.scratch_put_task(task);
+        true
+    }
+
+    /// Raises a task's desired state; a lower one is ignored.
+    pub(crate) fn desire(&mut self, task_id: TaskId, desired_state: TaskState) {
+        if self.state.task(task_id).is_some_and(|task| task.desired_state < desired_state) {
+            self.touch(task_id);
+            self.state.scratch_touch_task(task_id, |task| task.desired_state = desired_state);
+        }
+    }
+
+    /// Gives a waiting task a node and an address.
+    pub(crate) fn place(
+        &mut self,
+        task_id: TaskId,
+        node_id: NodeId,
+        pinned: Option<String>,
+        address: NetworkAttachment,
+    ) {
+        let now = self.now;
+        self.touch(task_id);
+        self.state.scratch_place_task(task_id, |task| {
+            debug_assert!(task.node_id.is_none(), "a task is placed once");
+            task.node_id = Some(node_id);
+            task.networks_attachments = vec![address];
+            if let (Some(pinned), Some(container)) = (pinned, &mut task.spec.container_spec) {
+                container.image = pinned;
+            }
+            task.status = TaskStatus {
+                timestamp: now,
+                applied_at: Some(now),
+                state: TaskState::Assigned,
+                message: "scheduler assigned task to node".to_owned(),
+                ..TaskStatus::default()
+            };
+        });
+    }
+
+    /// Writes why a task waits, where that is news.
+    pub(crate) fn defer(&mut self, task_id: TaskId, reason: &str) {
+        let now = self.now;
+        let is_news =
+            |task: &Arc<Task>| task.status.state != TaskState::Pending || task.status.err != reason;
+        if !self.state.task(task_id).is_some_and(is_news) {
+            return;
+        }
+        self.touch(task_id);
+        self.state.scratch_touch_task(task_id, |task| {
+            if task.status.state != TaskState::Pending {
+                task.status.applied_at = Some(now);
+            }
+            task.status.timestamp = now;
+            task.status.state = TaskState::Pending;
+            task.status.message = "pending task scheduling".to_owned();
+            reason.clone_into(&mut task.status.err);
+        });
+    }
+
+    /// Writes that a task is lost with its node, which frees what it held.
+    pub(crate) fn orphan(&mut self, task_id: TaskId, reason: &str) {
+        let now = self.now;
+        self.touch(task_id);
+        self.state.scratch_edit_task(task_id, |task| {
+            task.status.timestamp = now;
+            task.status.applied_at = Some(now);
+            task.status.state = TaskState::Orphaned;
+            reason.clone_into(&mut task.status.err);
+        });
+    }
+
+    /// Erases a task.
+    pub(crate) fn delete_task(&mut self, task_id: TaskId) {
+        self.touch(task_id);
+        self.state.scratch_delete_task(task_id);
+    }
+
+    /// Erases a service.
+    pub(crate) fn delete_service(&mut self, service_id: ServiceId) {
+        self.services.insert(service_id);
+        self.try_out(Action::Delete { kind: Kind::Service, id: service_id.0 });
+    }
+
+    /// Writes a service's update status.
+    pub(crate) fn set_update_status(&mut self, service: &Service, status: UpdateStatus) {
+        let mut service = service.clone();
+        service.update_status = Some(status);
+        self.put_service(service);
+    }
+
+    /// Replaces a service. Tasks of a changed spec are for the next pass: only the committed entry
+    /// knows the new spec's version.
+    pub(crate) fn put_service(&mut self, service: Service) {
+        self.services.insert(service.id);
+        self.try_out(Action::Put {
+            object: Object::Service(Box::new(service)),
+            expect: Expect::Present,
+        });
+    }
+
+    fn try_out(&mut self, action: Action) {
+        self.n_changes += 1;
+        let index = self.view.version().index + 1;
+        let (outcome, _) = self.state.apply(index, &Command::new(self.now, vec![action]));
+        debug_assert!(
+            matches!(outcome, crate::Outcome::Applied(_)),
+            "the fork has this service and its ports are its own: {outcome:?}"
+        );
+    }
+
+    /// The actions that make the view what the fork is: services, then tasks, then erased services.
+    pub(crate) fn into_actions(self) -> Vec<Action> {
+        let Self { view, state, tasks, services, .. } = self;
+        let mut actions = Vec::with_capacity(tasks.len() + services.len());
+        for (old, new) in services.iter().map(|id| (view.service(*id), state.service(*id))) {
+            if let (Some(old), Some(new)) = (old, new)
+                && (old.update_status != new.update_status || old.spec != new.spec)
+            {
+                let object = Object::Service(Box::new((**new).clone()));
+                actions.push(Action::Put { object, expect: Expect::Version(old.meta.version) });
+            }
+        }
+        for task_id in tasks {
+            actions.extend(task_action(view.task(task_id), state.task(task_id)));
+        }
+        for service_id in services {
+            if view.service(service_id).is_some() && state.service(service_id).is_none() {
+                actions.push(Action::Delete { kind: Kind::Service, id: service_id.0 });
+            }
+        }
+        actions
+    }
+}
+
+/// The action that makes `old` what `new` is.
+fn task_action(old: Option<&Arc<Task>>, new: Option<&Arc<Task>>) -> Option<Action> {
+    let (old, new) = match (old, new) {
+        (None, None) => return None,
+        (Some(old), None) => return Some(Action::Delete { kind: Kind::Task, id: old.id.0 }),
+        (None, Some(new)) => return Some(put(new, Expect::Absent)),
+        (Some(old), Some(new)) => (old, new),
+    };
+    if Arc::ptr_eq(old, new) || old == new {
+        return None;
+    }
+    if old.spec != new.spec {
+        return Some(put(new, Expect::Version(old.meta.version)));
+    }
+    let mut patch = TaskPatch::of(new.id);
+    patch.desired_state = (old.desired_state != new.desired_state).then_some(new.desired_state);
+    patch.node_id = new.node_id.filter(|_| old.node_id.is_none());
+    patch.networks_attachments = (old.networks_attachments != new.networks_attachments)
+        .then(|| new.networks_attachments.clone());
+    patch.status = (old.status != new.status).then(|| new.status.clone());
+    Some(Action::PatchTask(patch))
+}
+
+fn put(task: &Arc<Task>, expect: Expect) -> Action {
+    Action::Put { object: Object::Task(Box::new((**task).clone())), expect }
+}

@@ -1,0 +1,408 @@
+//! Decides which nodes are alive, from heartbeats and sessions.
+//!
+//! The leader's shell reports what it sees as [`Event`]s and asks for a [`Verdict`] after each and at
+//! each tick. Nothing of this is stored but transitions of the node's state.
+//!
+//! # Rules
+//!
+//! 1. A node is silent when no heartbeat came for [`NODE_DOWN_AFTER`], or when its session closed and
+//!    two probes failed. It leaves the balancers, and it is down.
+//! 2. A closed session is probed at once; while it stays closed, once a heartbeat period.
+//! 3. The leader doubts itself: what its own tick was late is added to every deadline.
+//! 4. A new leader gives every node a fresh full grace, whatever the store says of it.
+//! 5. When more than a third of the nodes (and at least two) fall silent in one window, the fault is
+//!    likelier here than there: they leave the balancers at once, but are not down, so not replaced,
+//!    before [`MASS_SILENCE_WAIT`]. To see a common cause in time, a node that is one heartbeat
+//!    short of its deadline counts as falling silent.
+//!
+//! Differs from SwarmKit (`manager/dispatcher/heartbeat`), which kills healthy containers of a loaded
+//! cluster (moby#43508).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use skep_common::limits::{HEARTBEAT_PERIOD, MASS_SILENCE_WAIT, NODE_DOWN_AFTER};
+use skep_common::object::NodeState;
+use skep_common::{Node, NodeId, Object, Timestamp};
+
+use crate::command::{Action, Expect};
+use crate::store::State;
+
+/// Failed probes of a node without a session that make it silent.
+const PROBES_MAX: u32 = 2;
+
+/// What the leader's shell saw. Times are the leader's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// A heartbeat arrived.
+    Beat {
+        /// From whom.
+        node_id: NodeId,
+        /// When.
+        at: Timestamp,
+    },
+    /// An agent opened its session. An older one of that node is closed by this.
+    SessionOpened {
+        /// Whose.
+        node_id: NodeId,
+        /// When.
+        at: Timestamp,
+    },
+    /// A node's newest session ended.
+    SessionClosed {
+        /// Whose.
+        node_id: NodeId,
+    },
+    /// A probe was answered or not.
+    Probed {
+        /// Who was asked.
+        node_id: NodeId,
+        /// When the answer, or its absence, was known.
+        at: Timestamp,
+        /// Whether there was an answer.
+        is_alive: bool,
+    },
+    /// The leader's own clock, at least once a heartbeat period.
+    Tick {
+        /// How much later than planned.
+        late_by: Duration,
+    },
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Verdict {
+    /// Changed states of nodes. A command each: one that is out of sequence must not hold up others.
+    pub actions: Vec<Action>,
+    /// Nodes to ask whether they are alive; each answer is an [`Event::Probed`].
+    pub probes: Vec<NodeId>,
+    /// Nodes that get no connections now.
+    pub not_in_balancer: BTreeSet<NodeId>,
+    /// When to ask again though nothing happens.
+    pub deadline: Option<Timestamp>,
+}
+
+/// What a leader knows of one node.
+#[derive(Debug, Clone)]
+struct Watch {
+    /// Silent from then on.
+    silent_at: Timestamp,
+    has_session: bool,
+    /// Whether this leader has heard from it at all.
+    is_known: bool,
+    n_failed_probes: u32,
+    /// When it is to be probed; `None` while a probe is under way or a session open.
+    probe_at: Option<Timestamp>,
+    /// Set by rule 5: not down before then.
+    held_until: Option<Timestamp>,
+}
+
+impl Watch {
+    fn new(now: Timestamp) -> Self {
+        Self {
+            silent_at: now.after(NODE_DOWN_AFTER),
+            has_session: false,
+            is_known: false,
+            n_failed_probes: 0,
+            probe_at: None,
+            held_until: None,
+        }
+    }
+
+    fn see(&mut self, at: Timestamp) {
+        self.silent_at = self.silent_at.max(at.after(NODE_DOWN_AFTER));
+        self.is_known = true;
+        self.n_failed_probes = 0;
+        self.held_until = None;
+    }
+
+    fn is_silent(&self, now: Timestamp) -> bool {
+        now >= self.silent_at || (!self.has_session && self.n_failed_probes >= PROBES_MAX)
+    }
+
+    /// Silent, or one heartbeat short of it.
+    fn is_falling_silent(&self, now: Timestamp) -> bool {
+        self.is_silent(now.after(HEARTBEAT_PERIOD))
+    }
+}
+
+/// The leader's knowledge of all nodes.
+#[derive(Debug)]
+pub struct Liveness {
+    watches: BTreeMap<NodeId, Watch>,
+}
+
+impl Liveness {
+    /// Starts to lead: every node has a full grace from now on.
+    pub fn new(view: &State, now: Timestamp) -> Self {
+        let watches = view.nodes().keys().map(|node_id| (*node_id, Watch::new(now))).collect();
+        Self { watches }
+    }
+
+    /// Takes note of what was seen.
+    pub fn observe(&mut self, event: Event) {
+        match event {
+            Event::Beat { node_id, at } => self.watch(node_id, at).see(at),
+            Event::SessionOpened { node_id, at } => {
+                let watch = self.watch(node_id, at);
+                watch.see(at);
+                watch.has_session = true;
+                watch.probe_at = None;
+            }
+            Event::SessionClosed { node_id } => {
+                if let Some(watch) = self.watches.get_mut(&node_id) {
+                    watch.has_session = false;
+                    watch.probe_at = Some(Timestamp(i64::MIN));
+                }
+            }
+            Event::Probed { node_id, at, is_alive } => {
+                let Some(watch) = self.watches.get_mut(&node_id) else { return };
+                if is_alive {
+                    watch.see(at);
+                } else {
+                    watch.n_failed_probes += 1;
+                }
+                let is_done = watch.has_session || watch.n_failed_probes >= PROBES_MAX;
+                let again_at = if is_alive { at.after(HEARTBEAT_PERIOD) } else { at };
+                watch.probe_at = (!is_done).then_some(again_at);
+            }
+            Event::Tick { late_by } => {
+                for watch in self.watches.values_mut() {
+                    watch.silent_at = watch.silent_at.after(late_by);
+                }
+            }
+        }
+    }
+
+    fn watch(&mut self, node_id: NodeId, at: Timestamp) -> &mut Watch {
+        self.watches.entry(node_id).or_insert_with(|| Watch::new(at))
+    }
+
+    /// What follows from all that was seen. What was decided but not committed is decided again.
+    pub fn decide(&mut self, view: &State, now: Timestamp) -> Verdict {
+        self.watches.retain(|node_id, _| view.node(*node_id).is_some());
+        for node_id in view.nodes().keys() {
+            self.watch(*node_id, now);
+        }
+        self.hold_common_silence(view, now);
+        let mut verdict = Verdict::default();
+        for (node_id, watch) in &mut self.watches {
+            let Some(node) = view.node(*node_id) else { continue };
+            let is_silent = watch.is_silent(now);
+            if is_silent {
+                verdict.not_in_balancer.insert(*node_id);
+            }
+            let (state, message) = wanted_state(node, watch, now);
+            if state != node.status.state {
+                verdict.actions.push(put(node, state, message));
+            }
+            if watch.probe_at.is_some_and(|at| at <= now) {
+                watch.probe_at = None;
+                verdict.probes.push(*node_id);
+            }
+            let next_silence = (!is_silent).then_some(watch.silent_at);
+            let next_down = watch.held_until.filter(|at| *at > now);
+            let next = [next_silence, next_down, watch.probe_at, verdict.deadline];
+            verdict.deadline = next.into_iter().flatten().min();
+        }
+        verdict
+    }
+
+    /// Rule 5.
+    fn hold_common_silence(&mut self, view: &State, now: Timestamp) {
+        let is_up = |node_id: &NodeId| {
+            view.node(*node_id).is_some_and(|node| {
+                matches!(node.status.state, NodeState::Ready | NodeState::Disconnected)
+            })
+        };
+        let up = self.watches.iter().filter(|(node_id, _)| is_up(node_id));
+        let n_falling = up.clone().filter(|(_, watch)| watch.is_falling_silent(now)).count();
+        if n_falling < 2 || n_falling * 3 <= up.count() {
+            return;
+        }
+        for (node_id, watch) in &mut self.watches {
+            if is_up(node_id) && watch.is_silent(now) && watch.held_until.is_none() {
+                watch.held_until = Some(now.after(MASS_SILENCE_WAIT));
+            }
+        }
+    }
+}
+
+fn wanted_state(node: &Node, watch: &Watch, now: Timestamp) -> (NodeState, &'static str) {
+    let stored = node.status.state;
+    if watch.is_silent(now) {
+        return match stored {
+            NodeState::Unknown | NodeState::Down => (stored, ""), // It was not here before either.
+            NodeState::Ready | NodeState::Disconnected
+                if watch.held_until.is_some_and(|at| at > now) =>
+            {
+                (
+                    NodeState::Disconnected,
+                    "silent together with many others; waiting before replacing",
+                )
+            }
+            NodeState::Ready | NodeState::Disconnected => (NodeState::Down, "heartbeat failure"),
+        };
+    }
+    match (watch.has_session, watch.is_known) {
+        (true, _) => (NodeState::Ready, ""),
+        (false, false) => (stored, ""),
+        (false, true) if stored == NodeState::Ready => (NodeState::Disconnected, "session closed"),
+        (false, true) => (stored, ""),
+    }
+}
+
+fn put(node: &Node, state: NodeState, message: &str) -> Action {
+    let mut node = node.clone();
+    let expect = Expect::Version(node.meta.version);
+    node.status.state = state;
+    message.clone_into(&mut node.status.message);
+    Action::Put { object: Object::Node(Box::new(node)), expect }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{NOW, World, service};
+
+    struct Play {
+        world: World,
+        liveness: Liveness,
+    }
+
+    impl Play {
+        fn new(nodes: &str) -> Self {
+            let world = World::new(nodes, service(0), "");
+            let liveness = Liveness::new(&world.state, NOW);
+            let mut play = Self { world, liveness };
+            for node_id in play.nodes() {
+                play.liveness.observe(Event::SessionOpened { node_id, at: NOW });
+            }
+            play
+        }
+
+        fn nodes(&self) -> Vec<NodeId> {
+            self.world.state.nodes().keys().copied().collect()
+        }
+
+        /// Words of the verdict at `millis` after the start: `N=state`, `probe N`, `out N`.
+        fn at(&mut self, millis: u64, events: &[Event]) -> String {
+            self.world.now = NOW.after(Duration::from_millis(millis));
+            for event in events {
+                self.liveness.observe(*event);
+            }
+            let verdict = self.liveness.decide(&self.world.state, self.world.now);
+            let mut words: Vec<String> = Vec::new();
+            for action in &verdict.actions {
+                if let Action::Put { object: Object::Node(node), .. } = action {
+                    words.push(format!("{}={}", node.id.0, node.status.state.name()));
+                }
+            }
+            words.extend(verdict.probes.iter().map(|node_id| format!("probe {}", node_id.0)));
+            words
+                .extend(verdict.not_in_balancer.iter().map(|node_id| format!("out {}", node_id.0)));
+            self.world.apply(verdict.actions);
+            words.join(", ")
+        }
+
+        fn beats(&mut self, millis: u64, numbers: &[u128]) -> String {
+            let at = NOW.after(Duration::from_millis(millis));
+            let beats: Vec<Event> =
+                numbers.iter().map(|n| Event::Beat { node_id: NodeId(*n), at }).collect();
+            self.at(millis, &beats)
+        }
+    }
+
+    const ONE: NodeId = NodeId(1);
+
+    #[test]
+    fn a_silent_node_is_down_after_three_seconds_and_ready_with_its_next_session() {
+        let mut play = Play::new("1 2 3 4");
+        for second in 1..=3 {
+            assert_eq!(play.beats(second * 1000 - 1, &[2, 3, 4]), "", "second {second}");
+        }
+        assert_eq!(play.beats(3000, &[]), "1=down, out 1");
+        assert_eq!(play.beats(3001, &[]), "out 1", "it is decided once");
+        let at = NOW.after(Duration::from_millis(3500));
+        assert_eq!(play.at(3500, &[Event::SessionOpened { node_id: ONE, at }]), "1=ready");
+    }
+
+    #[test]
+    fn a_closed_session_is_probed_at_once_and_two_failures_are_enough() {
+        let mut play = Play::new("1 2 3 4");
+        let closed = Event::SessionClosed { node_id: ONE };
+        assert_eq!(play.at(100, &[closed]), "1=disconnected, probe 1");
+        assert_eq!(play.at(110, &[]), "", "one probe at a time");
+        let probed = |millis, is_alive| {
+            let at = NOW.after(Duration::from_millis(millis));
+            Event::Probed { node_id: ONE, at, is_alive }
+        };
+        assert_eq!(play.at(120, &[probed(120, false)]), "probe 1");
+        assert_eq!(play.at(140, &[probed(140, false)]), "1=down, out 1");
+
+        let mut play = Play::new("1 2 3 4");
+        assert_eq!(play.at(100, &[closed]), "1=disconnected, probe 1");
+        assert_eq!(play.at(120, &[probed(120, true)]), "", "it lives, without a session");
+        assert_eq!(play.beats(1119, &[2, 3, 4]), "");
+        assert_eq!(play.at(1120, &[]), "probe 1", "it is asked again after a heartbeat period");
+        let at = NOW.after(Duration::from_millis(1200));
+        assert_eq!(play.at(1200, &[Event::SessionOpened { node_id: ONE, at }]), "1=ready");
+        assert_eq!(play.at(1250, &[probed(1250, false)]), "", "an old probe's answer does no harm");
+    }
+
+    #[test]
+    fn the_leaders_own_lateness_is_not_the_nodes_fault() {
+        let mut play = Play::new("1 2 3 4");
+        play.beats(2000, &[2, 3, 4]);
+        let tick = Event::Tick { late_by: Duration::from_secs(5) };
+        assert_eq!(play.at(7500, &[tick]), "");
+        assert_eq!(play.beats(7600, &[2, 3, 4]), "");
+        assert_eq!(play.at(8000, &[]), "1=down, out 1");
+    }
+
+    #[test]
+    fn many_silent_at_once_leave_the_balancers_but_are_not_replaced_yet() {
+        let mut play = Play::new("1 2 3 4 5");
+        // Their heartbeats are out of step, as they are between real nodes.
+        play.beats(300, &[2]);
+        for second in 1..=2 {
+            assert_eq!(play.beats(second * 1000, &[3, 4, 5]), "", "second {second}");
+        }
+        assert_eq!(play.beats(3000, &[3, 4, 5]), "1=disconnected, out 1", "2 is about to follow");
+        assert_eq!(play.at(3300, &[]), "2=disconnected, out 1, out 2");
+        for second in 4..18 {
+            assert_eq!(
+                play.beats(second * 1000 - 10, &[3, 4, 5]),
+                "out 1, out 2",
+                "second {second}"
+            );
+        }
+        assert_eq!(play.beats(18_000, &[3, 4, 5]), "1=down, out 1, out 2");
+        let at = NOW.after(Duration::from_millis(18_100));
+        let back = Event::SessionOpened { node_id: NodeId(2), at };
+        assert_eq!(play.at(18_100, &[back]), "2=ready, out 1", "one came back in time");
+    }
+
+    #[test]
+    fn a_new_leader_gives_everyone_a_full_grace_and_believes_the_store_until_then() {
+        let world = World::new("1 2:down 3 4 5", service(0), "");
+        let liveness = Liveness::new(&world.state, NOW);
+        let mut play = Play { world, liveness };
+        assert_eq!(play.at(2999, &[]), "");
+        let open: Vec<Event> = [3, 4, 5]
+            .map(|n| Event::SessionOpened {
+                node_id: NodeId(n),
+                at: NOW.after(Duration::from_millis(2999)),
+            })
+            .into();
+        assert_eq!(play.at(2999, &open), "");
+        assert_eq!(play.at(3000, &[]), "1=down, out 1, out 2");
+    }
+
+    #[test]
+    fn the_deadline_is_when_silence_alone_decides() {
+        let mut play = Play::new("1 2 3 4");
+        let verdict = play.liveness.decide(&play.world.state, NOW);
+        assert_eq!(verdict.deadline, Some(NOW.after(NODE_DOWN_AFTER)));
+    }
+}

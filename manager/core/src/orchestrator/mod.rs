@@ -1,0 +1,160 @@
+//! Makes, replaces and gives up the tasks of one service.
+//!
+//! [`reconcile`] looks at one service on the pass's fork, in this order:
+//!
+//! ```text
+//! replicated: count of slots ─► restart: failed, evicted ─► updater: old spec ─► restart: release
+//!             +task  −slot               −task +task                −task +task         Ready → Running
+//! ```
+//!
+//! # Words
+//!
+//! A task is *live* while managers want it to run (`desired_state` ≤ `Running`), whatever happened
+//! to it. A slot is *occupied* while it has a live task, or when its newest task ended and the
+//! restart policy gives it no successor.
+//!
+//! # Invariants
+//!
+//! - Nothing is remembered that the store does not say, but when a task was first seen running
+//!   during an update ([`updater::Memory`]).
+//! - A successor in a slot waits with desired state `Ready` until its predecessors have stopped.
+//! - A slot has at most one live task, but for a start-first update.
+//!
+//! Source: SwarmKit `manager/orchestrator/{replicated,restart,update,constraintenforcer}`.
+
+pub(crate) mod enforcer;
+mod replicated;
+mod restart;
+#[cfg(test)]
+mod tests;
+pub(crate) mod updater;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use skep_common::object::NodeState;
+use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
+
+use crate::fork::Fork;
+use crate::plan::Options;
+use crate::store::State;
+
+pub use restart::MAX_ATTEMPTS_COUNTED;
+
+/// How long a successor waits for its predecessors at least. SwarmKit's `defaultOldTaskTimeout`.
+const OLD_TASK_WAIT: Duration = Duration::from_mins(1);
+/// What it waits beyond the predecessor's stop grace period: to withdraw, kill and report it.
+const STOP_SLACK: Duration = Duration::from_secs(10);
+
+/// One service in one pass.
+pub(crate) struct Scope<'p, 'a> {
+    /// The state that the pass changes.
+    pub(crate) fork: &'p mut Fork<'a>,
+    /// Settings.
+    pub(crate) options: &'p Options,
+    /// What updates remember.
+    pub(crate) updates: &'p mut updater::Memory,
+    /// Tasks that must leave their node because it has too little for all of its tasks.
+    pub(crate) evicted: &'p BTreeSet<TaskId>,
+    /// The earliest moment at which time alone changes the outcome.
+    pub(crate) wake: Option<(Timestamp, &'static str)>,
+    /// The slots as last read, with the fork's count of changes then.
+    slots: Option<(u64, Rc<Slots>)>,
+}
+
+/// The tasks of a service by slot, without those that are to be deleted.
+pub(crate) type Slots = BTreeMap<u64, Vec<Arc<Task>>>;
+
+/// Brings one service as close to its spec as this moment allows.
+pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
+    let service = scope.fork.state().service(service_id).cloned();
+    let Some(service) = service.filter(|service| !service.pending_delete) else {
+        remove_all(scope, service_id);
+        return;
+    };
+    let Some(replicas) = service.spec.replicas() else { return };
+    replicated::scale(scope, &service, replicas);
+    restart::replace_failed(scope, &service);
+    updater::advance(scope, &service);
+    updater::finish_start_first(scope, &service);
+    restart::release(scope, &service);
+}
+
+fn remove_all(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
+    let tasks: Vec<TaskId> =
+        scope.fork.state().tasks_of_service(service_id).map(|t| t.id).collect();
+    for task_id in tasks {
+        scope.fork.desire(task_id, TaskState::Remove);
+    }
+}
+
+impl<'p, 'a> Scope<'p, 'a> {
+    pub(crate) fn new(
+        fork: &'p mut Fork<'a>,
+        options: &'p Options,
+        updates: &'p mut updater::Memory,
+        evicted: &'p BTreeSet<TaskId>,
+    ) -> Self {
+        Self { fork, options, updates, evicted, wake: None, slots: None }
+    }
+
+    fn slots(&mut self, service_id: ServiceId) -> Rc<Slots> {
+        let n_changes = self.fork.n_changes();
+        if let Some((_, slots)) = self.slots.as_ref().filter(|(read_at, _)| *read_at == n_changes) {
+            return slots.clone();
+        }
+        let mut slots = Slots::new();
+        for task in self.fork.state().tasks_of_service(service_id) {
+            if task.desired_state < TaskState::Remove {
+                slots.entry(task.slot).or_default().push(task.clone());
+            }
+        }
+        let slots = Rc::new(slots);
+        self.slots = Some((n_changes, slots.clone()));
+        slots
+    }
+
+    fn wake_at(&mut self, at: Timestamp, why: &'static str) {
+        if self.wake.is_none_or(|(earliest, _)| at < earliest) {
+            self.wake = Some((at, why));
+        }
+    }
+
+    /// Notes that the pass was full: the rest is for the next one.
+    fn wake_for_rest(&mut self) {
+        self.wake_at(self.fork.now(), "tasks still to be created");
+    }
+
+    /// Makes a task that starts at `start_after` or, later, once the slot's other tasks have stopped.
+    /// `false` where the pass is full.
+    fn create_in_slot(&mut self, service: &Service, slot: u64, start_after: Timestamp) -> bool {
+        let now = self.fork.now();
+        let state = self.fork.state();
+        let is_free = !state.tasks_of_slot(service.id, slot).any(|task| is_stopping(state, task));
+        if is_free && start_after <= now {
+            return self.fork.create_task(service, slot, TaskState::Running, None);
+        }
+        self.fork.create_task(service, slot, TaskState::Ready, Some(start_after))
+    }
+}
+
+/// Whether managers want the task to run.
+pub(crate) fn is_live(task: &Task) -> bool {
+    task.desired_state <= TaskState::Running
+}
+
+/// Whether a task's container may run although it shall not, and its node can be asked to stop it.
+fn is_stopping(state: &State, task: &Task) -> bool {
+    let is_reachable = task
+        .node_id
+        .and_then(|id| state.node(id))
+        .is_some_and(|node| node.status.state != NodeState::Down);
+    !is_live(task) && !task.status.state.is_terminal() && is_reachable
+}
+
+/// The task of a slot that was made last.
+fn newest(tasks: &[Arc<Task>]) -> Option<&Arc<Task>> {
+    tasks.iter().max_by_key(|task| (task.meta.created_at, task.spec_version, task.id))
+}

@@ -1,0 +1,68 @@
+//! Converges a service to its number of slots.
+//!
+//! Scaling up fills the lowest free slots. Scaling down first gives up extra copies on one node,
+//! then slots that do not run, then high slots: a stateful primary usually has a low one.
+//! Source: SwarmKit `manager/orchestrator/replicated/services.go`, `reconcile`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use skep_common::{NodeId, Service, Task, TaskState};
+
+use super::{Scope, is_live, newest, restart};
+
+/// Slots that are not free, with their tasks.
+type Occupied<'s> = BTreeMap<u64, &'s [Arc<Task>]>;
+
+/// Makes missing tasks and gives up surplus slots, each with its history.
+pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service, replicas: u64) {
+    let now = scope.fork.now();
+    let slots = scope.slots(service.id);
+    let occupied = slots.iter().filter(|(_, tasks)| is_occupied(tasks, now));
+    let occupied: Occupied<'_> = occupied.map(|(slot, tasks)| (*slot, tasks.as_slice())).collect();
+    let n_occupied = occupied.len() as u64;
+    let free_slots = (1..).filter(|slot| !occupied.contains_key(slot));
+    let missing: Vec<u64> = (n_occupied..replicas).zip(free_slots).map(|(_, slot)| slot).collect();
+    for slot in missing {
+        if !scope.create_in_slot(service, slot, now) {
+            scope.wake_for_rest();
+            break;
+        }
+    }
+    if n_occupied > replicas {
+        let surplus = (0..).zip(keep_order(&occupied)).filter(|(rank, _)| *rank >= replicas);
+        for (_, slot) in surplus {
+            for task in occupied[&slot] {
+                scope.fork.desire(task.id, TaskState::Remove);
+            }
+        }
+    }
+}
+
+fn is_occupied(tasks: &[Arc<Task>], now: skep_common::Timestamp) -> bool {
+    let ended_for_good =
+        || newest(tasks).is_some_and(|task| !restart::has_successor(task, tasks, now));
+    tasks.iter().any(|task| is_live(task)) || ended_for_good()
+}
+
+/// Orders slots from the first to keep to the first to give up.
+fn keep_order(occupied: &Occupied<'_>) -> Vec<u64> {
+    let is_running = |tasks: &[Arc<Task>]| {
+        tasks.iter().any(|task| is_live(task) && task.status.state == TaskState::Running)
+    };
+    let mut slots: Vec<u64> = occupied.keys().copied().collect();
+    slots.sort_by_key(|slot| (!is_running(occupied[slot]), *slot));
+
+    let mut copies: BTreeMap<NodeId, u32> = BTreeMap::new();
+    let mut ranked: Vec<(u32, u64)> = Vec::with_capacity(slots.len());
+    for slot in slots {
+        let mut live = occupied[&slot].iter().filter(|task| is_live(task));
+        let nth_copy = match (live.next().and_then(|task| task.node_id), live.next()) {
+            (Some(node_id), None) => *copies.entry(node_id).and_modify(|n| *n += 1).or_insert(1),
+            _ => u32::MAX, // Unplaced, ended or mid-update: cheapest to give up.
+        };
+        ranked.push((nth_copy, slot));
+    }
+    ranked.sort_by_key(|(nth_copy, _)| *nth_copy); // Stable: keeps the order above on ties.
+    ranked.into_iter().map(|(_, slot)| slot).collect()
+}

@@ -1,0 +1,342 @@
+//! What the scheduler knows of each node, in dense arrays, kept up to date change by change.
+//!
+//! Each task is charged to its node: what it reserves while it may run there, its part in the counts
+//! that spreading looks at, its failure. A change of a task takes the old charge back and makes the
+//! new one, so the cost of a pass depends on what changed, not on what there is.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use skep_common::object::NodeState;
+use skep_common::spec::{Availability, PortProtocol, PublishMode, Resources, TaskSpec};
+use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
+
+use super::{FAILURE_WINDOW, GroupKey};
+use crate::allocator;
+use crate::orchestrator::is_live;
+use crate::store::State;
+
+/// CPU and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Amounts {
+    pub(crate) nano_cpus: i64,
+    pub(crate) memory_bytes: i64,
+}
+
+impl Amounts {
+    pub(crate) fn of(resources: Option<&Resources>) -> Self {
+        Self {
+            nano_cpus: resources.and_then(|resources| resources.nano_cpus).unwrap_or(0),
+            memory_bytes: resources.and_then(|resources| resources.memory_bytes).unwrap_or(0),
+        }
+    }
+
+    pub(crate) fn reserved_by(spec: &TaskSpec) -> Self {
+        Self::of(spec.resources.as_ref().and_then(|resources| resources.reservations.as_ref()))
+    }
+
+    pub(crate) fn take(&mut self, other: &Self) {
+        self.nano_cpus = self.nano_cpus.saturating_sub(other.nano_cpus);
+        self.memory_bytes = self.memory_bytes.saturating_sub(other.memory_bytes);
+    }
+
+    pub(crate) fn give_back(&mut self, other: &Self) {
+        self.nano_cpus = self.nano_cpus.saturating_add(other.nano_cpus);
+        self.memory_bytes = self.memory_bytes.saturating_add(other.memory_bytes);
+    }
+}
+
+/// One node.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) id: NodeId,
+    /// Absent once the node was removed; its tasks may still be charged to it.
+    pub(crate) node: Option<Arc<Node>>,
+    pub(crate) total: Amounts,
+    pub(crate) free: Amounts,
+    /// Tasks that managers want to run.
+    pub(crate) n_active: u32,
+    /// Addresses of its slice in use, and how many there are.
+    pub(crate) n_addresses: u32,
+    pub(crate) n_addresses_max: u32,
+    /// Host-mode ports in use.
+    pub(crate) ports: BTreeMap<(PortProtocol, u16), u32>,
+}
+
+impl Entry {
+    pub(crate) fn is_ready(&self) -> bool {
+        self.node.as_ref().is_some_and(|node| {
+            node.status.state == NodeState::Ready && node.spec.availability == Availability::Active
+        })
+    }
+
+    /// The share of the scarcer resource that is reserved.
+    pub(crate) fn reserved_percent(&self) -> u32 {
+        let percent = |free: i64, total: i64| match total {
+            1.. => u32::try_from((i128::from(total) - i128::from(free)) * 100 / i128::from(total))
+                .unwrap_or(0),
+            _ => 0,
+        };
+        let cpu = percent(self.free.nano_cpus, self.total.nano_cpus);
+        cpu.max(percent(self.free.memory_bytes, self.total.memory_bytes))
+    }
+}
+
+/// What one task adds to the index.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Charge {
+    Waiting { key: GroupKey, slot: u64 },
+    Placed { number: usize, service_id: ServiceId, amounts: Amounts, is_active: bool, ports: Ports },
+    Failed { number: usize, key: GroupKey, at: Timestamp },
+}
+
+type Ports = Vec<(PortProtocol, u16)>;
+
+/// All nodes and what is charged to them.
+#[derive(Debug, Default)]
+pub(crate) struct Index {
+    entries: Vec<Entry>,
+    numbers: BTreeMap<NodeId, usize>,
+    charges: HashMap<TaskId, Charge>,
+    waiting: BTreeMap<GroupKey, BTreeSet<(u64, TaskId)>>,
+    active: BTreeMap<ServiceId, BTreeMap<usize, u32>>,
+    failures: BTreeMap<GroupKey, BTreeMap<(usize, TaskId), Timestamp>>,
+    is_changed: bool,
+}
+
+impl Index {
+    /// Makes the index of a state anew.
+    pub(crate) fn rebuild(state: &State) -> Self {
+        let mut index = Self { is_changed: true, ..Self::default() };
+        for node_id in state.nodes().keys() {
+            index.sync_node(state, *node_id);
+        }
+        for task_id in state.tasks().keys() {
+            index.sync_task(state, *task_id);
+        }
+        index
+    }
+
+    /// Whether anything changed since this was last asked.
+    pub(crate) fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.is_changed)
+    }
+
+    /// Notes that something outside of the index changed what tasks wait for, such as an image.
+    pub(crate) fn set_changed(&mut self) {
+        self.is_changed = true;
+    }
+
+    /// Tasks without a node, by group, then slot.
+    pub(crate) fn waiting(&self) -> &BTreeMap<GroupKey, BTreeSet<(u64, TaskId)>> {
+        &self.waiting
+    }
+
+    pub(crate) fn entry(&self, number: usize) -> &Entry {
+        &self.entries[number]
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.entries.iter()
+    }
+
+    /// Active tasks of a service, by the number of the node.
+    pub(crate) fn active_of_service(&self, service_id: ServiceId) -> Vec<u32> {
+        let mut counts = vec![0; self.entries.len()];
+        for (number, count) in self.active.get(&service_id).into_iter().flatten() {
+            counts[*number] = *count;
+        }
+        counts
+    }
+
+    /// Failures of a group within [`FAILURE_WINDOW`], by the number of the node.
+    pub(crate) fn recent_failures(&self, key: GroupKey, now: Timestamp) -> BTreeMap<usize, u32> {
+        let mut counts = BTreeMap::new();
+        for ((number, _), at) in self.failures.get(&key).into_iter().flatten() {
+            if now.since(*at) <= FAILURE_WINDOW {
+                *counts.entry(*number).or_insert(0) += 1;
+            }
+        }
+        counts
+    }
+
+    /// Takes over a node as it is, or notes that it is gone.
+    pub(crate) fn sync_node(&mut self, state: &State, node_id: NodeId) {
+        let number = self.number(node_id);
+        let node = state.node(node_id).cloned();
+        let description = node.as_ref().and_then(|node| node.description.as_ref());
+        let total = Amounts::of(description.map(|description| &description.resources));
+        let slice = node.as_ref().and_then(|n| allocator::slice(allocator::pool(state), n.number));
+        let entry = &mut self.entries[number];
+        entry.free.give_back(&total);
+        entry.free.take(&entry.total);
+        entry.total = total;
+        entry.n_addresses_max = slice.map_or(0, |_| allocator::SLICE_TASKS_MAX);
+        entry.node = node;
+        self.is_changed = true;
+    }
+
+    fn number(&mut self, node_id: NodeId) -> usize {
+        *self.numbers.entry(node_id).or_insert_with(|| {
+            self.entries.push(Entry {
+                id: node_id,
+                node: None,
+                total: Amounts::default(),
+                free: Amounts::default(),
+                n_active: 0,
+                n_addresses: 0,
+                n_addresses_max: 0,
+                ports: BTreeMap::new(),
+            });
+            self.entries.len() - 1
+        })
+    }
+
+    /// Takes over a task as it is, or notes that it is gone.
+    pub(crate) fn sync_task(&mut self, state: &State, task_id: TaskId) {
+        let new = state.task(task_id).and_then(|task| self.charge_of(state, task));
+        if self.charges.get(&task_id) == new.as_ref() {
+            return;
+        }
+        self.is_changed = true;
+        if let Some(old) = self.charges.remove(&task_id) {
+            self.give_back(task_id, &old);
+        }
+        if let Some(new) = new {
+            self.take(task_id, &new);
+            self.charges.insert(task_id, new);
+        }
+    }
+
+    fn charge_of(&mut self, state: &State, task: &Task) -> Option<Charge> {
+        let key = (task.service_id, task.spec_version);
+        let Some(node_id) = task.node_id else {
+            let is_waiting = is_live(task) && task.status.state < TaskState::Assigned;
+            return is_waiting.then_some(Charge::Waiting { key, slot: task.slot });
+        };
+        let number = self.number(node_id);
+        match task.status.state {
+            TaskState::Failed | TaskState::Rejected => {
+                let at = task.status.applied_at.unwrap_or(task.status.timestamp);
+                Some(Charge::Failed { number, key, at })
+            }
+            state if state.is_terminal() => None,
+            _ => Some(Charge::Placed {
+                number,
+                service_id: task.service_id,
+                amounts: Amounts::reserved_by(&task.spec),
+                is_active: is_live(task),
+                ports: host_ports(state, task),
+            }),
+        }
+    }
+
+    fn take(&mut self, task_id: TaskId, charge: &Charge) {
+        match charge {
+            Charge::Waiting { key, slot } => {
+                self.waiting.entry(*key).or_default().insert((*slot, task_id));
+            }
+            Charge::Failed { number, key, at } => {
+                self.failures.entry(*key).or_default().insert((*number, task_id), *at);
+            }
+            Charge::Placed { number, service_id, amounts, is_active, ports } => {
+                let entry = &mut self.entries[*number];
+                entry.free.take(amounts);
+                entry.n_addresses += 1;
+                for port in ports {
+                    *entry.ports.entry(*port).or_insert(0) += 1;
+                }
+                if *is_active {
+                    entry.n_active += 1;
+                    let counts = self.active.entry(*service_id).or_default();
+                    *counts.entry(*number).or_insert(0) += 1;
+                }
+            }
+        }
+    }
+
+    fn give_back(&mut self, task_id: TaskId, charge: &Charge) {
+        match charge {
+            Charge::Waiting { key, slot } => {
+                if let Some(tasks) = self.waiting.get_mut(key) {
+                    tasks.remove(&(*slot, task_id));
+                    if tasks.is_empty() {
+                        self.waiting.remove(key);
+                    }
+                }
+            }
+            Charge::Failed { number, key, .. } => {
+                if let Some(failures) = self.failures.get_mut(key) {
+                    failures.remove(&(*number, task_id));
+                    if failures.is_empty() {
+                        self.failures.remove(key);
+                    }
+                }
+            }
+            Charge::Placed { number, service_id, amounts, is_active, ports } => {
+                let entry = &mut self.entries[*number];
+                entry.free.give_back(amounts);
+                entry.n_addresses -= 1;
+                for port in ports {
+                    decrement(&mut entry.ports, port);
+                }
+                if *is_active {
+                    entry.n_active -= 1;
+                    if let Some(counts) = self.active.get_mut(service_id) {
+                        decrement(counts, number);
+                        if counts.is_empty() {
+                            self.active.remove(service_id);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+/// The ports that a task takes on its node itself: those its service publishes in host mode.
+pub(super) fn host_ports(state: &State, task: &Task) -> Ports {
+    let Some(service) = state.service(task.service_id) else { return Ports::new() };
+    let ports = service.endpoint.ports.iter();
+    let host = ports.filter(|port| port.publish_mode == Some(PublishMode::Host));
+    let numbered = host.filter_map(|port| {
+        let published = port.published_port.filter(|published| *published != 0)?;
+        Some((port.protocol.unwrap_or_default(), published))
+    });
+    numbered.collect()
+}
+
+#[cfg(test)]
+impl Index {
+    /// All it knows, in an order that does not depend on how it came to know it.
+    pub(crate) fn describe(&self) -> Vec<String> {
+        let name = |number: &usize| self.entries[*number].id;
+        let mut lines: Vec<String> = self
+            .entries
+            .iter()
+            .filter(|entry| entry.node.is_some() || entry.n_addresses > 0)
+            .map(|entry| format!("{entry:?}"))
+            .collect();
+        for (service_id, counts) in &self.active {
+            let counts: BTreeMap<_, _> = counts.iter().map(|(n, count)| (name(n), count)).collect();
+            lines.push(format!("active {service_id} {counts:?}"));
+        }
+        for (key, failures) in &self.failures {
+            let failures: BTreeMap<_, _> =
+                failures.iter().map(|((n, task_id), at)| ((name(n), task_id), at)).collect();
+            lines.push(format!("failures {key:?} {failures:?}"));
+        }
+        lines.push(format!("waiting {:?}", self.waiting));
+        lines.sort();
+        lines
+    }
+}

@@ -1,0 +1,151 @@
+//! Assigns waiting tasks to nodes.
+//!
+//! [`schedule`] looks at every task without a node: it gives it the node that ranks first among
+//! those that pass all filters, with an address of that node's slice, or writes why none passes.
+//!
+//! ```text
+//! waiting ──► group by (service, spec version) ──► filter nodes ──► heap by rank ──► Assigned
+//!                                                       └── none left ─────────────► Pending, why
+//! ```
+//!
+//! # Reading order
+//!
+//! [`schedule`], [`filter`] (requirements, filters and the words for people), then [`index`].
+//!
+//! # Invariants
+//!
+//! - A task is assigned once: nothing here moves a task that has a node.
+//! - Decisions of one pass see each other: two tasks never take the same last CPU.
+//! - Ties end in `NodeId` order, so every leader computes the same placement.
+//! - The index is a function of the state: fed change by change it equals one made anew.
+//! - Absent on purpose: preemption, bin packing, random choice. Time enters only to forget failures
+//!   older than [`FAILURE_WINDOW`].
+//!
+//! Reasons are written after all groups are placed, so that they speak of what is left.
+//!
+//! # Sources
+//!
+//! SwarmKit `design/scheduler.md`, `manager/scheduler/{pipeline,filter,nodeinfo,scheduler}.go`.
+//! Differs: reservations count in the ranking; the text names the nearest miss.
+
+mod filter;
+mod index;
+#[cfg(test)]
+mod tests;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::time::Duration;
+
+use skep_common::{NodeId, ServiceId, TaskId, Version};
+
+use crate::allocator::{self, Cursors};
+use crate::fork::Fork;
+use crate::image;
+
+use filter::Requirement;
+pub(crate) use index::{Amounts, Index};
+
+/// Failures of a service's tasks on a node count for this long. SwarmKit's `monitorFailures`.
+pub const FAILURE_WINDOW: Duration = Duration::from_mins(5);
+/// From this many failures on a node ranks last for that service. SwarmKit's `maxFailures`.
+const FAILURES_MAX: u32 = 5;
+
+/// Tasks of one service and one spec version have equal requirements.
+pub(crate) type GroupKey = (ServiceId, Version);
+
+/// What orders nodes; the least is taken. The last part is the dense number of the node.
+///
+/// 1. nodes where the service failed often come last, 2. fewer active tasks of the service, 3. less
+///    reserved, in percent of the scarcer resource, 4. fewer active tasks in all, 5. `NodeId`.
+type Rank = (u32, u32, u32, u32, NodeId, usize);
+
+/// Places what can be placed and says of the rest why it waits.
+pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cursors) {
+    if !index.take_changed() {
+        return; // The reasons that were written are still true.
+    }
+    let keys: Vec<GroupKey> = index.waiting().keys().copied().collect();
+    let mut unread: BTreeMap<GroupKey, String> = BTreeMap::new();
+    for key in keys {
+        let Some(first) = index.waiting()[&key].first().map(|(_, task_id)| *task_id) else {
+            continue;
+        };
+        match requirement(fork, first) {
+            Ok(requirement) => place_group(fork, index, cursors, key, &requirement),
+            Err(reason) => {
+                unread.insert(key, reason);
+            }
+        }
+    }
+    let left: Vec<(GroupKey, Vec<TaskId>)> = index
+        .waiting()
+        .iter()
+        .map(|(key, tasks)| (*key, tasks.iter().map(|(_, task_id)| *task_id).collect()))
+        .collect();
+    for (key, tasks) in left {
+        let reason = unread.remove(&key).or_else(|| {
+            let requirement = requirement(fork, *tasks.first()?).ok()?;
+            Some(filter::explain(fork.state(), index, key.0, &requirement))
+        });
+        let reason = reason.unwrap_or_default();
+        for task_id in tasks {
+            fork.defer(task_id, &reason);
+            index.sync_task(fork.state(), task_id);
+        }
+    }
+    index.take_changed();
+}
+
+/// What a group's tasks need; an error is their reason to wait, whatever the nodes have.
+fn requirement(fork: &Fork<'_>, task_id: TaskId) -> Result<Requirement, String> {
+    let state = fork.state();
+    let task = state.task(task_id).ok_or_else(String::new)?;
+    let mut requirement = Requirement::of(state, task).map_err(|error| error.to_string())?;
+    let name = task.spec.container_spec.as_ref().map_or("", |container| &container.image);
+    if !name.is_empty() {
+        let pinned = image::resolve(state, name).map_err(|missing| missing.to_string())?;
+        requirement.pinned_image = (pinned != name).then_some(pinned);
+    }
+    Ok(requirement)
+}
+
+fn place_group(
+    fork: &mut Fork<'_>,
+    index: &mut Index,
+    cursors: &mut Cursors,
+    key: GroupKey,
+    requirement: &Requirement,
+) {
+    let tasks: Vec<TaskId> = index.waiting()[&key].iter().map(|(_, task_id)| *task_id).collect();
+    let failures = index.recent_failures(key, fork.now());
+    let mut counts = index.active_of_service(key.0);
+    let rank = |index: &Index, counts: &[u32], number: usize| -> Rank {
+        let entry = index.entry(number);
+        let failures = failures.get(&number).copied().filter(|n| *n >= FAILURES_MAX).unwrap_or(0);
+        (failures, counts[number], entry.reserved_percent(), entry.n_active, entry.id, number)
+    };
+    let fits = |(number, entry): &(usize, &index::Entry)| {
+        filter::first_miss(entry, requirement, counts[*number]).is_none()
+    };
+    let fitting = index.entries().enumerate().filter(fits);
+    let mut heap: BinaryHeap<Reverse<Rank>> =
+        fitting.map(|(number, _)| Reverse(rank(index, &counts, number))).collect();
+    'tasks: for task_id in tasks {
+        let (number, address) = loop {
+            let Some(Reverse((.., number))) = heap.pop() else { break 'tasks };
+            let entry = index.entry(number);
+            if filter::first_miss(entry, requirement, counts[number]).is_some() {
+                continue; // Full now; it stays out for the rest of the group.
+            }
+            let node = entry.node.as_deref();
+            if let Some(address) = node.and_then(|n| allocator::grant(fork.state(), cursors, n)) {
+                break (number, address);
+            }
+        };
+        fork.place(task_id, index.entry(number).id, requirement.pinned_image.clone(), address);
+        index.sync_task(fork.state(), task_id);
+        counts[number] += 1;
+        heap.push(Reverse(rank(index, &counts, number)));
+    }
+}

@@ -1,0 +1,230 @@
+//! Tables of placements and of the reasons for none.
+
+use skep_common::object::Image;
+use skep_common::spec::{
+    ContainerSpec, Placement, Platform, PortConfig, PublishMode, ResourceRequirements, Resources,
+};
+use skep_common::{ImageId, NodeId, Object, Service, TaskId, TaskState};
+
+use super::Index;
+use crate::testing::{NOW, World, service};
+
+/// `needs` has words: `cpu=CORES`, `mem=MIB`, `KEY==VALUE`, `max=N`, `arch=NAME`, `host=PORT`.
+fn service_with(replicas: u64, needs: &str) -> Service {
+    let mut service = service(replicas);
+    let mut placement = Placement::default();
+    let mut reservations = Resources::default();
+    for need in needs.split_whitespace() {
+        match need.split_once('=').unwrap() {
+            ("cpu", cores) => {
+                reservations.nano_cpus = Some(cores.parse::<i64>().unwrap() * 1_000_000_000);
+            }
+            ("mem", mib) => reservations.memory_bytes = Some(mib.parse::<i64>().unwrap() << 20),
+            ("max", n) => placement.max_replicas = Some(n.parse().unwrap()),
+            ("arch", name) => {
+                let platform = Platform { os: "linux".into(), architecture: name.into() };
+                placement.platforms = Some(vec![platform]);
+            }
+            ("host", port) => service.endpoint.ports.push(PortConfig {
+                target_port: 80,
+                published_port: Some(port.parse().unwrap()),
+                publish_mode: Some(PublishMode::Host),
+                ..PortConfig::default()
+            }),
+            _ => placement.constraints.get_or_insert_default().push(need.to_owned()),
+        }
+    }
+    service.spec.task_template.placement = Some(placement);
+    service.spec.task_template.resources = Some(ResourceRequirements {
+        reservations: Some(reservations),
+        ..ResourceRequirements::default()
+    });
+    service
+}
+
+#[test]
+fn tasks_go_to_the_node_that_ranks_first() {
+    for (name, nodes, needs, replicas, tasks, expect) in [
+        ("evenly, then by node id", "1 2 3", "", 4, "", "+1@1 +2@2 +3@3 +4@1"),
+        (
+            "only to ready and active nodes",
+            "1:down 2:drain 3:pause 4 5:unknown",
+            "",
+            2,
+            "",
+            "+1@4 +2@4",
+        ),
+        ("fewer tasks of the service first", "1 2", "", 3, "1@1:running 2@1:running", "+3@2"),
+        ("a full node is left", "1:cpu=2 2:cpu=8", "cpu=2", 4, "", "+1@1 +2@2 +3@2 +4@2"),
+        (
+            "less reserved first",
+            "1:mem=1024 2:mem=4096",
+            "mem=512",
+            2,
+            "1@1:running>shutdown",
+            "+1@2>ready +2@1",
+        ),
+        ("constraints", "1:zone=a 2:zone=b", "node.labels.zone==b", 2, "", "+1@2 +2@2"),
+        ("platform names have synonyms", "1", "arch=amd64", 1, "", "+1@1"),
+        ("max replicas", "1 2", "max=1", 3, "", "+1@1 +2@2 +3@-"),
+        ("a host port is taken once a node", "1 2", "host=8080", 3, "", "+1@1 +2@2 +3@-"),
+        (
+            "a stopping task keeps its host port",
+            "1",
+            "host=80",
+            1,
+            "1@1:running>shutdown",
+            "+1@->ready",
+        ),
+        (
+            "a stopping task keeps its memory",
+            "1:mem=1000",
+            "mem=600",
+            1,
+            "1@1:running>shutdown",
+            "+1@->ready",
+        ),
+        ("an ended one does not", "1:mem=1000", "mem=600", 1, "1@1:shutdown", "+1@1"),
+    ] {
+        let mut world = World::new(nodes, service_with(replicas, needs), tasks);
+        world.expect_step(name, expect);
+    }
+}
+
+#[test]
+fn a_node_where_a_service_keeps_failing_comes_last() {
+    let failed = "1@1:failed>shutdown ".repeat(5);
+    let mut world = World::new("1 2:cpu=1", service_with(3, ""), &failed);
+    world.expect_step("five failures", "+1@2 +2@2 +3@2");
+    let mut world =
+        World::new("1 2:cpu=1", service_with(3, ""), &failed["1@1:failed>shutdown ".len()..]);
+    world.expect_step("four are not enough", "+1@1 +2@2 +3@1");
+    let mut world = World::new("1 2:cpu=1", service_with(3, ""), &failed);
+    world.now = NOW.after(super::FAILURE_WINDOW * 2);
+    world.expect_step("they are forgotten", "+1@1 +2@2 +3@1");
+}
+
+#[test]
+fn who_waits_says_why() {
+    for (name, nodes, needs, expect) in [
+        ("no nodes", "", "", "no suitable node (the swarm has no nodes)"),
+        (
+            "per filter, and the nearest miss",
+            "1:mem=512 2:mem=256 3:zone=b 4:zone=b:down 5:drain 6:zone=c",
+            "mem=1024 node.labels.zone!=b node.labels.zone!=c",
+            "no suitable node (2 nodes not available for new tasks; scheduling constraints not satisfied \
+             on 2 nodes; insufficient resources on 2 nodes): most free memory: 512 MiB on n1, 1 GiB wanted",
+        ),
+        (
+            "CPU, too",
+            "1:cpu=1",
+            "cpu=2",
+            "no suitable node (insufficient resources on 1 node): most free CPU: 1 on n1, 2 wanted",
+        ),
+        (
+            "a constraint that nobody meets",
+            "1 2:disk=hdd",
+            "node.labels.disk!=x node.labels.disk==ssd",
+            "no suitable node (scheduling constraints not satisfied on 2 nodes): none of them has \
+             node.labels.disk == ssd",
+        ),
+        ("platform", "1", "arch=arm64", "no suitable node (unsupported platform on 1 node)"),
+        (
+            "a constraint that cannot be read",
+            "1",
+            "node.labels.a=b",
+            "constraint expected one operator from ==, !=: \"node.labels.a=b\"",
+        ),
+    ] {
+        let mut world = World::new(nodes, service_with(1, needs), "");
+        world.expect_step(name, "+1@-");
+        let task = world.state.tasks().values().next().unwrap().clone();
+        assert_eq!(task.status.err, expect, "{name}");
+        assert_eq!(task.status.state, TaskState::Pending, "{name}");
+    }
+}
+
+#[test]
+fn a_reason_is_written_only_when_it_changes() {
+    let mut world = World::new("1:mem=512", service_with(1, "mem=1024"), "1@-:new");
+    world.expect_step("the first reason", "1?");
+    world.put(vec![Object::Node(Box::new(crate::testing::parse_node("2:mem=256")))]);
+    world.expect_step("one more node is too small", "1?");
+    world.put(vec![Object::Node(Box::new(crate::testing::parse_node("3")))]);
+    world.expect_step("this one has room", "1@3");
+    let task = world.state.task(TaskId(1)).unwrap();
+    assert_eq!(task.status.err, "");
+    assert_eq!(task.ingress_address().unwrap().to_string(), "10.192.12.1");
+}
+
+#[test]
+fn a_task_waits_for_its_image_and_is_pinned_when_placed() {
+    let mut service = service(1);
+    let container = ContainerSpec { image: "whoami".into(), ..ContainerSpec::default() };
+    service.spec.task_template.container_spec = Some(container);
+    let mut world = World::new("1 2:down", service, "");
+    world.expect_step("nobody has it", "+1@-");
+    let task_id = *world.state.tasks().keys().next().unwrap();
+    let reason = |world: &World| world.state.task(task_id).unwrap().status.err.clone();
+    assert_eq!(reason(&world), "no image named whoami in this swarm: load it with skep image load");
+    let mut image = Image {
+        id: ImageId(1),
+        meta: skep_common::Meta::default(),
+        name: "docker.io/library/whoami:latest".into(),
+        digest: "sha256:12".into(),
+        size: 1,
+        created: None,
+        holders: [NodeId(2)].into(),
+    };
+    world.put(vec![Object::Image(Box::new(image.clone()))]);
+    world.expect_step("its holder is down", &format!("{}?", task_id.0));
+    assert!(reason(&world).starts_with("no living holder of image whoami"), "{}", reason(&world));
+    image.holders.insert(NodeId(1));
+    world.replace(Object::Image(Box::new(image)));
+    world.expect_step("a holder is alive", &format!("{}@1", task_id.0));
+    let task = world.state.task(task_id).unwrap();
+    assert_eq!(task.spec.container_spec.as_ref().unwrap().image, "whoami@sha256:12");
+}
+
+#[test]
+fn a_slice_that_is_full_is_a_reason() {
+    let mut world = World::new("1", service_with(1022, ""), "");
+    world.step();
+    let waiting: Vec<String> = world
+        .state
+        .tasks()
+        .values()
+        .filter(|task| task.node_id.is_none())
+        .map(|task| task.status.err.clone())
+        .collect();
+    assert_eq!(waiting, ["no suitable node (no free ingress address on 1 node)"]);
+    world.expect_settled("a full slice");
+    let (first, address) = world
+        .state
+        .tasks()
+        .values()
+        .find_map(|task| Some((task.id, task.ingress_address()?)))
+        .unwrap();
+    world.report(first, TaskState::Failed);
+    world.step();
+    let owner = world.state.address_owner(address).unwrap();
+    assert_ne!(owner, first, "an ended task's address is granted again");
+}
+
+#[test]
+fn the_index_is_a_function_of_the_state() {
+    let mut world = World::new("1 2 3", service_with(6, "cpu=1 max=2"), "");
+    world.step();
+    for (step, state) in
+        [TaskState::Running, TaskState::Failed, TaskState::Running].into_iter().enumerate()
+    {
+        let tasks: Vec<TaskId> = world.state.tasks().keys().copied().collect();
+        for task_id in tasks.into_iter().skip(step).step_by(2) {
+            world.report(task_id, state);
+        }
+        world.step();
+        world.step();
+        let anew = Index::rebuild(&world.state).describe();
+        assert_eq!(world.memory.index().describe(), anew, "after step {step}");
+    }
+}

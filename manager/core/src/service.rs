@@ -1,0 +1,280 @@
+//! What becomes of a service when it is created, updated, rolled back or removed.
+//!
+//! Each function makes the action that a control API proposes; the store checks once more what may
+//! have changed in between (names, ports, versions). Source: SwarmKit `manager/controlapi/service.go`.
+
+use skep_common::object::UpdateStatus;
+use skep_common::spec::ServiceSpec;
+use skep_common::{Meta, Object, Service, ServiceId, Timestamp, Version};
+
+use crate::command::{Action, Expect};
+use crate::store::State;
+use crate::{image, ports, validate};
+
+/// Why a request about a service is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// The spec cannot be run as asked.
+    #[error(transparent)]
+    Invalid(#[from] validate::Error),
+    /// A port cannot be published.
+    #[error(transparent)]
+    Port(#[from] ports::Error),
+    /// Choose another name, or update that service.
+    #[error("name conflicts with an existing object: service {name} already exists")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// Create a new service instead.
+    #[error("renaming services is not supported")]
+    Rename,
+    /// Create a new service instead.
+    #[error("service mode change is not allowed")]
+    ModeChange,
+    /// There was no update yet, or it was rolled back already.
+    #[error("service {name} does not have a previous spec")]
+    NoPreviousSpec {
+        /// Its name.
+        name: String,
+    },
+    /// It was removed, and only waits for its tasks to stop.
+    #[error("service {name} is being removed")]
+    BeingRemoved {
+        /// Its name.
+        name: String,
+    },
+}
+
+/// A service made of `spec`. Where one of that name is still being removed, it is taken over: its id
+/// stays, its old tasks go on stopping, and new ones start after them.
+pub fn create(
+    state: &State,
+    id: ServiceId,
+    spec: ServiceSpec,
+) -> Result<(ServiceId, Action), Error> {
+    validate::service_spec(&spec)?;
+    let mut service = Service {
+        id,
+        meta: Meta::default(),
+        spec: pinned(state, spec),
+        previous_spec: None,
+        spec_version: Version::default(),
+        update_status: None,
+        endpoint: skep_common::object::Endpoint::default(),
+        pending_delete: false,
+    };
+    let mut expect = Expect::Absent;
+    if let Some(old) = state.service_by_name(&service.spec.name) {
+        if !old.pending_delete {
+            return Err(Error::NameTaken { name: old.spec.name.clone() });
+        }
+        service.id = old.id;
+        expect = Expect::Version(old.meta.version);
+    }
+    service.endpoint.ports = ports::allocate(state, &service)?;
+    Ok((service.id, put(service, expect)))
+}
+
+/// The service with a new spec; its tasks are replaced as its update policy says. `version` is what
+/// the caller read; `None` where a spec like the stored one changes nothing.
+pub fn update(
+    state: &State,
+    service: &Service,
+    version: Version,
+    spec: ServiceSpec,
+) -> Result<Option<Action>, Error> {
+    validate::service_spec(&spec)?;
+    if service.pending_delete {
+        return Err(Error::BeingRemoved { name: service.spec.name.clone() });
+    }
+    if spec.name != service.spec.name {
+        return Err(Error::Rename);
+    }
+    let is_replicated = |spec: &ServiceSpec| spec.replicas().is_some();
+    if is_replicated(&spec) != is_replicated(&service.spec) {
+        return Err(Error::ModeChange);
+    }
+    let spec = keep_pin(state, &service.spec, spec);
+    if spec == service.spec && version == service.meta.version {
+        return Ok(None);
+    }
+    let mut new = service.clone();
+    new.previous_spec = Some(service.spec.clone());
+    new.update_status = None;
+    new.spec = spec;
+    new.endpoint.ports = ports::allocate(state, &new)?;
+    Ok(Some(put(new, Expect::Version(version))))
+}
+
+/// The service with its previous spec; asked a second time, it goes forward again.
+pub fn rollback(
+    state: &State,
+    service: &Service,
+    version: Version,
+    now: Timestamp,
+) -> Result<Action, Error> {
+    let name = || service.spec.name.clone();
+    if service.pending_delete {
+        return Err(Error::BeingRemoved { name: name() });
+    }
+    let previous =
+        service.previous_spec.clone().ok_or_else(|| Error::NoPreviousSpec { name: name() })?;
+    let mut new = service.clone();
+    new.previous_spec = Some(std::mem::replace(&mut new.spec, previous));
+    new.update_status = Some(UpdateStatus {
+        state: "rollback_started".to_owned(),
+        started_at: Some(now),
+        completed_at: None,
+        message: "manually requested rollback".to_owned(),
+    });
+    new.endpoint.ports = ports::allocate(state, &new)?;
+    Ok(put(new, Expect::Version(version)))
+}
+
+/// The service on its way out: its tasks are stopped and erased, then it is. Its ports are free at
+/// once. `None` where it is on its way already.
+pub fn remove(service: &Service) -> Option<Action> {
+    if service.pending_delete {
+        return None;
+    }
+    let mut new = service.clone();
+    new.pending_delete = true;
+    new.endpoint.ports.clear();
+    Some(put(new, Expect::Present))
+}
+
+fn put(service: Service, expect: Expect) -> Action {
+    Action::Put { object: Object::Service(Box::new(service)), expect }
+}
+
+/// The spec with its image pinned to what the name means now, where the swarm knows it.
+fn pinned(state: &State, mut spec: ServiceSpec) -> ServiceSpec {
+    if let Some(container) = &mut spec.task_template.container_spec
+        && let Some(pinned) = image::pin(state, &container.image)
+    {
+        container.image = pinned;
+    }
+    spec
+}
+
+/// As [`pinned`]; an image that the swarm no longer knows by this name keeps the pin that it had.
+fn keep_pin(state: &State, old: &ServiceSpec, new: ServiceSpec) -> ServiceSpec {
+    let mut spec = pinned(state, new);
+    let old_image = old.task_template.container_spec.as_ref().map(|container| &container.image);
+    if let (Some(container), Some(old_image)) = (&mut spec.task_template.container_spec, old_image)
+        && image::split_digest(old_image).0 == container.image
+    {
+        container.image.clone_from(old_image);
+    }
+    spec
+}
+
+/// The services of a stack, by name, without those that are being removed.
+pub fn of_stack<'a>(
+    state: &'a State,
+    stack: &'a str,
+) -> impl Iterator<Item = &'a std::sync::Arc<Service>> {
+    let is_of = move |service: &&std::sync::Arc<Service>| {
+        let labels = service.spec.labels.as_ref();
+        let label = labels.and_then(|labels| labels.get(crate::stack::NAMESPACE_LABEL));
+        !service.pending_delete && label.is_some_and(|label| label == stack)
+    };
+    state.services().values().filter(is_of)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::testing::{World, service as web};
+
+    fn spec(part: &serde_json::Value) -> ServiceSpec {
+        let mut whole = json!({"Name": "api", "TaskTemplate": {"ContainerSpec": {"Image": "i"}}});
+        whole.as_object_mut().unwrap().extend(part.as_object().unwrap().clone());
+        serde_json::from_value(whole).unwrap()
+    }
+
+    fn created() -> (World, ServiceId) {
+        let mut world = World::new("1", web(0), "");
+        let (id, action) = create(&world.state, ServiceId(1), spec(&json!({}))).unwrap();
+        world.apply(vec![action]);
+        (world, id)
+    }
+
+    #[test]
+    fn what_is_not_allowed_is_refused_in_swarms_words() {
+        let (world, id) = created();
+        let service = world.state.service(id).unwrap();
+        let refused = |part: serde_json::Value| {
+            let result = update(&world.state, service, service.meta.version, spec(&part));
+            result.map(|_| ()).unwrap_err().to_string()
+        };
+        assert_eq!(refused(json!({"Name": "b"})), "renaming services is not supported");
+        assert_eq!(
+            refused(json!({"Mode": {"Global": {}}})),
+            "service mode Global is not supported yet: use Replicated"
+        );
+        assert_eq!(
+            create(&world.state, ServiceId(2), spec(&json!({}))).unwrap_err().to_string(),
+            "name conflicts with an existing object: service api already exists"
+        );
+        assert_eq!(
+            rollback(&world.state, service, service.meta.version, world.now)
+                .unwrap_err()
+                .to_string(),
+            "service api does not have a previous spec"
+        );
+    }
+
+    #[test]
+    fn an_update_and_its_rollback_swap_the_specs() {
+        let (mut world, id) = created();
+        let get = |world: &World| (**world.state.service(id).unwrap()).clone();
+        let labelled = spec(&json!({"Labels": {"a": "b"}}));
+        let old = get(&world);
+        let same = update(&world.state, &old, old.meta.version, old.spec.clone()).unwrap();
+        assert_eq!(same, None, "an equal spec is no update");
+        let action =
+            update(&world.state, &old, old.meta.version, labelled.clone()).unwrap().unwrap();
+        world.apply(vec![action]);
+        let new = get(&world);
+        assert_eq!((&new.spec, new.previous_spec.as_ref()), (&labelled, Some(&old.spec)));
+        assert!(new.spec_version > old.spec_version);
+        let action = rollback(&world.state, &new, new.meta.version, world.now).unwrap();
+        world.apply(vec![action]);
+        let back = get(&world);
+        assert_eq!((&back.spec, back.previous_spec.as_ref()), (&old.spec, Some(&labelled)));
+        assert_eq!(back.update_status.unwrap().state, "rollback_started");
+    }
+
+    #[test]
+    fn an_image_is_pinned_when_it_is_known_and_keeps_its_pin() {
+        let (mut world, id) = created();
+        let image = |world: &World| world.state.service(id).unwrap().spec.container().image.clone();
+        assert_eq!(image(&world), "i", "nobody knows it yet");
+        let registration = image::Registration {
+            names: vec!["i".to_owned()],
+            digest: format!("sha256:{}", "1".repeat(64)),
+            size: 1,
+            created: None,
+        };
+        let actions =
+            image::register(&world.state, skep_common::NodeId(1), &registration, &mut world.rng);
+        world.apply(actions.clone());
+        let old = (**world.state.service(id).unwrap()).clone();
+        let action =
+            update(&world.state, &old, old.meta.version, spec(&json!({}))).unwrap().unwrap();
+        world.apply(vec![action]);
+        let pin = format!("i@sha256:{}", "1".repeat(64));
+        assert_eq!(image(&world), pin);
+        let record = *world.state.images().keys().next().unwrap();
+        world.apply(vec![Action::Delete { kind: skep_common::Kind::Image, id: record.0 }]);
+        let old = (**world.state.service(id).unwrap()).clone();
+        let labelled = spec(&json!({"Labels": {"a": "b"}}));
+        let action = update(&world.state, &old, old.meta.version, labelled).unwrap().unwrap();
+        world.apply(vec![action]);
+        assert_eq!(image(&world), pin, "the name is unknown now, the pin is not lost");
+    }
+}

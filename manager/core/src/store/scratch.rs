@@ -1,0 +1,56 @@
+//! Changes of a planning pass's own fork, without the bookkeeping of a committed command.
+//!
+//! A pass tries its decisions on a clone of the state before it proposes them. What it changes here
+//! is never kept: the committed command repeats it through [`State::apply`].
+
+use std::sync::Arc;
+
+use skep_common::{Task, TaskId};
+
+use super::State;
+
+impl State {
+    /// Adds a task, or replaces the one with its id.
+    pub(crate) fn scratch_put_task(&mut self, task: Task) {
+        if let Some(old) = self.tasks.get(&task.id).cloned() {
+            self.unindex_task(&old);
+        }
+        self.index_task(task).expect("a pass grants an address only after it looked for its owner");
+    }
+
+    /// Changes a task in place; an absent one is left alone.
+    pub(crate) fn scratch_edit_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
+        if let Some(old) = self.tasks.get(&task_id).cloned() {
+            let mut task = (*old).clone();
+            edit(&mut task);
+            self.unindex_task(&old);
+            self.index_task(task)
+                .expect("a pass grants an address only after it looked for its owner");
+        }
+    }
+
+    /// Changes a task where neither its place in an index nor its id changes.
+    pub(crate) fn scratch_touch_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
+        if let Some(task) = self.tasks.get_mut(&task_id) {
+            edit(Arc::make_mut(task));
+        }
+    }
+
+    /// Erases a task.
+    pub(crate) fn scratch_delete_task(&mut self, task_id: TaskId) {
+        if let Some(task) = self.tasks.remove(&task_id) {
+            self.unindex_task(&task);
+        }
+    }
+
+    /// Places a task: its node and its address, which nobody else has.
+    pub(crate) fn scratch_place_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
+        let Some(task) = self.tasks.get_mut(&task_id) else { return };
+        let task = Arc::make_mut(task);
+        edit(task);
+        let (node_id, addresses) = (task.node_id, task.networks_attachments.clone());
+        self.node_tasks.extend(node_id.map(|node_id| (node_id, task_id)));
+        self.addresses
+            .extend(addresses.into_iter().map(|attachment| (attachment.address, task_id)));
+    }
+}

@@ -1,0 +1,405 @@
+//! [`Consensus`]: the handle that everything else of a manager uses.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use openraft::errors::{Fatal, InitializeError, RaftError};
+use openraft::{BasicNode, Raft};
+use serde::Serialize;
+use skep_manager_core::State;
+use skep_runtime::TaskSet;
+use tokio::sync::{Mutex, mpsc, watch};
+
+use super::deadline::Deadline;
+use super::disk::{self, DirLock};
+use super::feed::{Feed, Hub};
+use super::leadership::{self, Leadership, Metrics};
+use super::log::{LogOptions, LogStore};
+use super::machine::{Machine, Obstacle, Unapplicable};
+use super::membership::{Member, members_of};
+use super::network::{Network, RaftTransport};
+use super::options::{Options, StartError, Timing};
+use super::propose::{self, Forward, Forwarder};
+use super::runtime::RaftRuntime;
+use super::snapshot::SnapshotStore;
+use super::types::{LogId, TypeConfig};
+use super::wire::{self, RaftRequest, ReadIndexAnswer, Route};
+
+/// How long a stop waits for tasks that are in the middle of something.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
+/// This manager's part in the swarm's consensus. Clones are handles on the same one; it ends with
+/// the last, as if killed, or with [`Consensus::shutdown`].
+#[derive(Clone)]
+pub struct Consensus {
+    pub(crate) inner: Arc<Inner>,
+}
+
+impl fmt::Debug for Consensus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Consensus {{ raft_id: {:x} }}", self.inner.raft_id)
+    }
+}
+
+pub(crate) struct Inner {
+    pub(crate) raft_id: u64,
+    pub(crate) raft: Raft<TypeConfig, Machine>,
+    pub(crate) metrics: Metrics,
+    pub(crate) timing: Timing,
+    pub(crate) transport: Arc<dyn RaftTransport>,
+    pub(crate) forwards: mpsc::Sender<Forward>,
+    pub(crate) membership_change: Mutex<()>,
+    hub: Arc<Hub>,
+    log: std::sync::Mutex<Option<LogStore>>,
+    leadership: watch::Receiver<Leadership>,
+    obstacle: Obstacle,
+    tasks: TaskSet,
+    /// Declared last: its tasks outlive none of what they use.
+    runtime: RaftRuntime,
+}
+
+/// Why this manager takes no part any more.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum StopReason {
+    /// It was asked to.
+    #[error("this manager's consensus was shut down")]
+    Shutdown,
+    /// It must not go on; see there for the remedy.
+    #[error("this manager cannot apply what the swarm has committed")]
+    Unapplicable(#[from] Unapplicable),
+    /// Its disk failed, or its data is damaged. The daemon must end; what it had acknowledged is on
+    /// other managers.
+    #[error("this manager's Raft storage failed: {0}")]
+    Storage(String),
+}
+
+/// Why a read was not served.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ReadError {
+    /// No leader answered in time.
+    #[error("no leader was found within {} ms: a majority of the managers is needed", waited.as_millis())]
+    NoLeader {
+        /// How long it was tried.
+        waited: Duration,
+    },
+    /// This manager stops.
+    #[error("this manager is stopping")]
+    Stopped,
+}
+
+/// Why a new swarm was not founded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BootstrapError {
+    /// Remedy: leave that swarm first, with an empty data directory.
+    #[error("this manager has the data of a swarm already")]
+    AlreadyMember,
+    /// The disk failed.
+    #[error("failed to write the first entry of the Raft log: {0}")]
+    Failed(String),
+}
+
+/// What `skep debug` shows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// This manager.
+    pub raft_id: u64,
+    /// Current term.
+    pub term: u64,
+    /// The leader's Raft id.
+    pub leader: Option<u64>,
+    /// `Leader`, `Follower`, `Candidate`, `Learner` or `Shutdown`.
+    pub role: String,
+    /// Index of the last entry in the log.
+    pub last_log_index: Option<u64>,
+    /// Index of the last entry known to be committed.
+    pub committed: Option<u64>,
+    /// Index of the last entry applied.
+    pub applied: Option<u64>,
+    /// Index of the last entry in the snapshot.
+    pub snapshot: Option<u64>,
+    /// Entries up to this index are gone from the log.
+    pub purged: Option<u64>,
+    /// Version of the state that the digest is of.
+    pub version: u64,
+    /// SHA-256 of the state: equal on all managers at one version.
+    pub digest: String,
+    /// All managers.
+    pub members: Vec<Member>,
+    /// On the leader: the last entry that each manager has.
+    pub matched: BTreeMap<u64, Option<u64>>,
+}
+
+#[cfg(test)]
+impl Inner {
+    /// What readers see, as it changes.
+    pub(crate) fn watch_state(&self) -> watch::Receiver<super::feed::Published> {
+        self.hub.watch()
+    }
+}
+
+impl Consensus {
+    /// Opens the data directory and takes part. A manager without data waits to be added, or for
+    /// [`Consensus::bootstrap`].
+    pub async fn start(options: Options) -> Result<Self, StartError> {
+        let runtime = RaftRuntime::new().map_err(StartError::Threads)?;
+        let hub = Arc::new(Hub::new());
+        let obstacle = Obstacle::default();
+        let start = open_raft(options.clone(), Arc::clone(&hub), Arc::clone(&obstacle));
+        let started = runtime.handle().spawn(start).await;
+        let (raft, log) = started.map_err(|error| StartError::Raft(error.to_string()))??;
+
+        let Options { raft_id, transport, timing, .. } = options;
+        let metrics = Metrics::of(&raft);
+        let (announced, leadership) = watch::channel(Leadership::default());
+        let (forwards, queue) = mpsc::channel(propose::QUEUE_LENGTH);
+        let tasks = TaskSet::new();
+        {
+            let _on_raft_threads = runtime.handle().enter();
+            let follow = leadership::follow(metrics.clone(), timing, announced, Arc::clone(&hub));
+            tasks.spawn_to_end("raft leadership", follow); // Ends with openraft, and says so.
+            let transport = Arc::clone(&transport);
+            let forwarder = Forwarder { raft_id, metrics: metrics.clone(), transport };
+            tasks.spawn("raft forwarder", forwarder.run(queue));
+        }
+        let (log, membership_change) = (std::sync::Mutex::new(Some(log)), Mutex::default());
+        let inner = Inner {
+            raft_id,
+            raft,
+            metrics,
+            timing,
+            transport,
+            forwards,
+            membership_change,
+            hub,
+            log,
+            leadership,
+            obstacle,
+            tasks,
+            runtime,
+        };
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    /// Founds a swarm whose only manager is this one, at `addr`. Safe to repeat.
+    pub async fn bootstrap(&self, addr: &str) -> Result<(), BootstrapError> {
+        let members = BTreeMap::from([(self.inner.raft_id, BasicNode::new(addr))]);
+        match self.inner.raft.initialize(members).await {
+            Ok(()) => Ok(()),
+            Err(RaftError::APIError(InitializeError::NotAllowed(_))) => {
+                let is_alone_here = self.members().iter().all(|m| m.raft_id == self.inner.raft_id);
+                if is_alone_here { Ok(()) } else { Err(BootstrapError::AlreadyMember) }
+            }
+            Err(error) => Err(BootstrapError::Failed(error.to_string())),
+        }
+    }
+
+    /// This manager's Raft id.
+    pub fn raft_id(&self) -> u64 {
+        self.inner.raft_id
+    }
+
+    /// The state as applied here, which may be behind.
+    pub fn state(&self) -> State {
+        self.inner.hub.state()
+    }
+
+    /// A state that holds all that was acknowledged, anywhere, before this call.
+    pub async fn read_state(&self) -> Result<State, ReadError> {
+        let waited = self.inner.timing.patience;
+        let mut deadline = Deadline::after(waited);
+        loop {
+            let asked = if self.is_raft_leader() {
+                deadline.bound(self.read_index_here()).await.flatten()
+            } else {
+                self.ask_read_index(&deadline).await
+            };
+            if let Some(log_id) = asked {
+                return self.wait_applied(log_id, &deadline).await;
+            }
+            if self.inner.metrics.borrow().running_state.is_err() {
+                return Err(ReadError::Stopped);
+            }
+            if deadline.has_passed() {
+                return Err(ReadError::NoLeader { waited });
+            }
+            deadline.back_off().await;
+        }
+    }
+
+    async fn ask_read_index(&self, deadline: &Deadline) -> ReadIndexAnswer {
+        let (leader, addr) = self.raft_leader()?;
+        let body = Route { from: self.inner.raft_id, to: leader }.start();
+        let request = RaftRequest::ReadIndex(body.into());
+        let call = self.inner.transport.call(leader, &addr, request, deadline.remaining());
+        let mut metrics = self.inner.metrics.clone();
+        let answer = tokio::select! {
+            answer = call => answer.ok()?,
+            _ = metrics.wait_for(|metrics| metrics.current_leader != Some(leader)) => return None,
+        };
+        wire::read_json(&wire::read_answer(answer).ok()?.rest()).ok()?
+    }
+
+    async fn wait_applied(&self, log_id: LogId, deadline: &Deadline) -> Result<State, ReadError> {
+        let mut published = self.inner.hub.watch();
+        let applied = published.wait_for(|published| {
+            published.applied.is_some_and(|applied| applied.index >= log_id.index)
+        });
+        match deadline.bound(applied).await {
+            Some(Ok(published)) => Ok(published.state.clone()),
+            Some(Err(_)) => Err(ReadError::Stopped),
+            None => Err(ReadError::NoLeader { waited: self.inner.timing.patience }),
+        }
+    }
+
+    /// Follows the state from now on; see [`Feed::next`].
+    pub fn subscribe(&self) -> Feed {
+        self.inner.hub.subscribe()
+    }
+
+    /// Who leads.
+    pub fn leadership(&self) -> watch::Receiver<Leadership> {
+        self.inner.leadership.clone()
+    }
+
+    /// Hands the lead to the voter that is furthest, and waits until somebody else leads. True: this
+    /// manager does not lead any more, or never did. For a clean stop.
+    pub async fn transfer_leader(&self) -> bool {
+        let mut metrics = self.inner.metrics.clone();
+        let target = {
+            let metrics = metrics.borrow();
+            if metrics.current_leader != Some(metrics.id) {
+                return true;
+            }
+            let membership = metrics.membership_config.membership();
+            let others = membership.voter_ids().filter(|voter| *voter != metrics.id);
+            // Of those that have the same entries, the one that answered last: it is alive.
+            let standing = |voter: &u64| {
+                let matched = metrics.replication.as_ref().and_then(|peers| peers.get(voter));
+                let answered = metrics.heartbeat.as_ref().and_then(|peers| peers.get(voter));
+                (matched.copied().flatten(), answered.copied().flatten())
+            };
+            others.max_by_key(standing)
+        };
+        let Some(target) = target else { return false };
+        if self.inner.raft.trigger().transfer_leader(target).await.is_err() {
+            return false;
+        }
+        let own = self.inner.raft_id;
+        let gone = metrics.wait_for(|metrics| metrics.current_leader.is_some_and(|id| id != own));
+        tokio::time::timeout(self.inner.timing.leader_silence_max(), gone).await.is_ok()
+    }
+
+    /// Waits until this manager takes no part any more, and says why. The daemon ends then.
+    pub async fn stopped(&self) -> StopReason {
+        let mut metrics = self.inner.metrics.clone();
+        let stopped = metrics.wait_for(|metrics| metrics.running_state.is_err()).await;
+        let fatal = stopped.and_then(|metrics| metrics.running_state.err());
+        match (self.inner.obstacle.get(), fatal) {
+            (Some(obstacle), _) => StopReason::Unapplicable(obstacle.clone()),
+            (None, Some(Fatal::StorageError(error))) => StopReason::Storage(error.to_string()),
+            (None, Some(Fatal::Panicked)) => StopReason::Storage("Raft panicked".to_owned()),
+            (None, Some(Fatal::Stopped) | None) => StopReason::Shutdown,
+        }
+    }
+
+    /// Where this manager stands. Computing the digest takes a while for a large state.
+    pub async fn status(&self) -> Status {
+        let state = self.state();
+        let version = state.version().index;
+        let digest = tokio::task::spawn_blocking(move || state.digest()).await;
+        let metrics = self.inner.metrics.borrow().clone();
+        let index = |log_id: Option<LogId>| log_id.map(|log_id| log_id.index);
+        let matched = metrics.replication.into_iter().flatten();
+        Status {
+            raft_id: self.inner.raft_id,
+            term: metrics.current_term,
+            leader: metrics.current_leader,
+            role: format!("{:?}", metrics.state),
+            last_log_index: metrics.last_log_index,
+            committed: index(metrics.local_committed),
+            applied: index(metrics.last_applied),
+            snapshot: index(metrics.snapshot),
+            purged: index(metrics.purged),
+            version,
+            digest: digest.unwrap_or_default(), // Empty when the caller's runtime is stopping.
+            members: members_of(metrics.membership_config.membership()),
+            matched: matched.map(|(raft_id, log_id)| (raft_id, index(log_id))).collect(),
+        }
+    }
+
+    /// Stops cleanly: what was left for later is written, and the data directory is free.
+    pub async fn shutdown(&self) {
+        let stopped = self.inner.raft.shutdown().await;
+        self.inner.tasks.shutdown().await;
+        let log = self.inner.log.lock().expect("nothing panics while it holds the log").take();
+        if let Some(log) = log {
+            if let Err(error) = log.close().await {
+                tracing::warn!(%error, "failed to close the Raft log; nothing acknowledged is lost");
+            }
+            self.end(log).await;
+        }
+        if let Err(error) = stopped {
+            tracing::error!(%error, "Raft did not end as it should");
+        }
+    }
+
+    /// Ends without a word, as a crash does.
+    #[cfg(test)]
+    pub(crate) async fn kill(&self) {
+        let log = self.inner.log.lock().expect("nothing panics while it holds the log").take();
+        if let Some(log) = log {
+            self.end(log).await;
+        }
+    }
+
+    async fn end(&self, log: LogStore) {
+        self.inner.runtime.stop(STOP_PATIENCE).await;
+        self.inner.hub.close();
+        let thread = log.take_thread();
+        drop(log);
+        if let Some(thread) = thread {
+            let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+            drop(joined); // A panic of that thread was logged when it happened.
+        }
+    }
+}
+
+async fn open_raft(
+    options: Options,
+    hub: Arc<Hub>,
+    obstacle: Obstacle,
+) -> Result<(Raft<TypeConfig, Machine>, LogStore), StartError> {
+    let config = options.raft_config()?;
+    let opening = options.clone();
+    let opened = tokio::task::spawn_blocking(move || open_storage(&opening)).await;
+    let (log, snapshots) = opened.map_err(|error| StartError::Raft(error.to_string()))??;
+    let machine = Machine::new(hub, snapshots, Arc::clone(&obstacle));
+    let membership = Arc::new(OnceLock::new());
+    let network = Network {
+        raft_id: options.raft_id,
+        membership: Arc::clone(&membership),
+        transport: options.transport,
+        append_time_min: options.timing.election_max,
+    };
+    let raft = Raft::new(options.raft_id, Arc::new(config), network, log.clone(), machine).await;
+    match (raft, obstacle.get()) {
+        (Ok(raft), _) => {
+            drop(membership.set(Metrics::of(&raft))); // Set once: here.
+            Ok((raft, log))
+        }
+        (Err(_), Some(obstacle)) => Err(obstacle.clone().into()),
+        (Err(error), None) => Err(StartError::Raft(error.to_string())),
+    }
+}
+
+fn open_storage(options: &Options) -> Result<(LogStore, SnapshotStore), disk::Error> {
+    disk::create_private_dir(&options.dir)?;
+    let lock = Arc::new(DirLock::take(&options.dir)?);
+    let (dir, key, disk) = (options.dir.clone(), options.key.clone(), Arc::clone(&options.disk));
+    let mut log_options = LogOptions::new(options.raft_id, dir.clone(), key.clone(), disk);
+    log_options.cached_bytes_max = options.cached_bytes_max.unwrap_or(log_options.cached_bytes_max);
+    let snapshots = SnapshotStore::open(dir, key)?;
+    Ok((LogStore::open(&log_options, lock)?, snapshots))
+}

@@ -1,0 +1,267 @@
+//! The set of managers: who is asked for votes.
+//!
+//! A new manager first gets the log as a learner, without a vote, and becomes a voter once it has
+//! caught up: a manager that does not answer never counts towards a majority. The leader makes the
+//! changes, one at a time; other managers pass them on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
+use openraft::{BasicNode, ChangeMembers, LogIdOptionExt as _, RaftMetrics};
+use serde::Serialize;
+
+use super::Consensus;
+use super::deadline::Deadline;
+use super::types::{Membership, TypeConfig};
+use super::wire::{self, MembershipChange, Proposal, RaftRequest, Route, Verdict};
+
+/// A learner that lacks no more than this gets its vote: what arrives while a message travels.
+const LAG_MAX: u64 = 100;
+/// What a forwarded change gets beyond the leader's own patience.
+const FORWARD_MARGIN: Duration = Duration::from_secs(2);
+
+/// Whether a manager has a vote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum MemberRole {
+    /// It votes.
+    Voter,
+    /// It gets the log, and has no vote yet.
+    Learner,
+}
+
+/// A manager.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Member {
+    /// Its Raft id.
+    pub raft_id: u64,
+    /// Where managers reach it.
+    pub addr: String,
+    /// Whether it votes.
+    pub role: MemberRole,
+}
+
+/// Why the set of managers was not changed. All changes are safe to repeat.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// No leader took the change in time.
+    #[error("no leader was found within {} ms: a majority of the managers is needed", waited.as_millis())]
+    NoLeader {
+        /// How long it was tried.
+        waited: Duration,
+    },
+    /// The leader was lost meanwhile; repeat to be sure.
+    #[error("the leader was lost before it confirmed the change of manager {raft_id:x}")]
+    Unknown {
+        /// Whom the change was about.
+        raft_id: u64,
+    },
+    /// The leader refused.
+    #[error("failed to change manager {raft_id:x}: {reason}")]
+    Refused {
+        /// Whom the change was about.
+        raft_id: u64,
+        /// Why, with the remedy.
+        reason: String,
+    },
+}
+
+impl Consensus {
+    /// Makes a manager a voter, or gives it another address. Returns once it is one.
+    ///
+    /// It must run already: it is sent the log first. Safe to repeat.
+    pub async fn add_manager(&self, raft_id: u64, addr: &str) -> Result<(), Error> {
+        let patience = self.inner.timing.catch_up;
+        let change = MembershipChange::Add { raft_id, addr: addr.to_owned(), patience };
+        self.change(change, raft_id, patience).await
+    }
+
+    /// Takes a manager out. The last voter stays. Safe to repeat.
+    pub async fn remove_manager(&self, raft_id: u64) -> Result<(), Error> {
+        let patience = self.inner.timing.patience;
+        self.change(MembershipChange::Remove { raft_id, patience }, raft_id, patience).await
+    }
+
+    /// All managers, by Raft id.
+    pub fn members(&self) -> Vec<Member> {
+        let metrics = self.inner.metrics.borrow();
+        members_of(metrics.membership_config.membership())
+    }
+
+    async fn change(
+        &self,
+        change: MembershipChange,
+        raft_id: u64,
+        waited: Duration,
+    ) -> Result<(), Error> {
+        let mut deadline = Deadline::after(waited);
+        loop {
+            let verdict = if self.is_raft_leader() {
+                self.change_here(&change).await
+            } else {
+                self.forward_change(&change, waited).await
+            };
+            match verdict {
+                Verdict::Done(()) => return Ok(()),
+                Verdict::Refused(reason) => return Err(Error::Refused { raft_id, reason }),
+                // Repeating is safe, and tells what became of it.
+                Verdict::NotTaken | Verdict::Unknown if !deadline.has_passed() => {
+                    deadline.back_off().await;
+                }
+                Verdict::NotTaken => return Err(Error::NoLeader { waited }),
+                Verdict::Unknown => return Err(Error::Unknown { raft_id }),
+            }
+        }
+    }
+
+    async fn forward_change(&self, change: &MembershipChange, patience: Duration) -> Verdict<()> {
+        let Some((leader, addr)) = self.raft_leader() else { return Verdict::NotTaken };
+        let mut body = Route { from: self.inner.raft_id, to: leader }.start();
+        Proposal::Membership(change.clone()).put(&mut body);
+        let request = RaftRequest::Propose(body.into());
+        let call = self.inner.transport.call(leader, &addr, request, patience + FORWARD_MARGIN);
+        let mut metrics = self.inner.metrics.clone();
+        let result = tokio::select! {
+            result = call => result,
+            _ = metrics.wait_for(|metrics| metrics.current_leader != Some(leader)) => {
+                return Verdict::Unknown;
+            }
+        };
+        match result.map(wire::read_answer) {
+            Ok(Ok(mut reader)) => wire::read_json(&reader.rest()).unwrap_or(Verdict::Unknown),
+            Ok(Err(_)) => Verdict::NotTaken,
+            Err(error) if error.may_have_arrived => Verdict::Unknown,
+            Err(_) => Verdict::NotTaken,
+        }
+    }
+
+    /// Makes a change as leader.
+    pub(crate) async fn change_here(&self, change: &MembershipChange) -> Verdict<()> {
+        let _one_at_a_time = self.inner.membership_change.lock().await;
+        let done = match change {
+            MembershipChange::Add { raft_id, addr, patience } => {
+                self.add_here(*raft_id, addr, &Deadline::after(*patience)).await
+            }
+            MembershipChange::Remove { raft_id, .. } => self.remove_here(*raft_id).await,
+        };
+        match done {
+            Ok(()) => Verdict::Done(()),
+            Err(verdict) => verdict,
+        }
+    }
+
+    async fn add_here(
+        &self,
+        raft_id: u64,
+        addr: &str,
+        deadline: &Deadline,
+    ) -> Result<(), Verdict<()>> {
+        let node = BasicNode::new(addr);
+        let membership = self.membership();
+        match membership.get_node(&raft_id) {
+            Some(known) if *known == node => {}
+            Some(_) => {
+                let nodes = BTreeMap::from([(raft_id, node)]);
+                self.write_membership(ChangeMembers::SetNodes(nodes), true).await?;
+            }
+            None => {
+                let nodes = BTreeMap::from([(raft_id, node)]);
+                self.write_membership(ChangeMembers::AddNodes(nodes), true).await?;
+            }
+        }
+        if is_settled_voter(&self.membership(), raft_id) {
+            return Ok(());
+        }
+        self.wait_caught_up(raft_id, deadline).await?;
+        let ids = BTreeSet::from([raft_id]);
+        self.write_membership(ChangeMembers::AddVoterIds(ids), true).await
+    }
+
+    async fn remove_here(&self, raft_id: u64) -> Result<(), Verdict<()>> {
+        let membership = self.membership();
+        let ids = BTreeSet::from([raft_id]);
+        if membership.voter_ids().any(|voter| voter == raft_id) {
+            self.write_membership(ChangeMembers::RemoveVoters(ids), false).await
+        } else if membership.get_node(&raft_id).is_some() {
+            self.write_membership(ChangeMembers::RemoveNodes(ids), false).await
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn wait_caught_up(&self, raft_id: u64, deadline: &Deadline) -> Result<(), Verdict<()>> {
+        let mut metrics = self.inner.metrics.clone();
+        let ready = metrics.wait_for(|metrics| {
+            let no_more_leader = metrics.current_leader != Some(metrics.id);
+            no_more_leader || raft_id == metrics.id || has_caught_up(metrics, raft_id)
+        });
+        let Some(Some(metrics)) = deadline.bound(ready).await else {
+            let reason = "it has not caught up with the log in time; see that it runs and that the \
+                          managers reach it, then repeat";
+            return Err(Verdict::Refused(reason.to_owned()));
+        };
+        if metrics.current_leader == Some(metrics.id) { Ok(()) } else { Err(Verdict::NotTaken) }
+    }
+
+    async fn write_membership(
+        &self,
+        change: ChangeMembers<u64, BasicNode>,
+        retain: bool,
+    ) -> Result<(), Verdict<()>> {
+        let written = self.inner.raft.change_membership(change, retain).await;
+        written.map(drop).map_err(|error| match error {
+            RaftError::APIError(ClientWriteError::ForwardToLeader(_)) => Verdict::NotTaken,
+            RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) | RaftError::Fatal(_) => {
+                Verdict::Unknown
+            }
+            // A change that the leader before began; it ends soon.
+            RaftError::APIError(ClientWriteError::ChangeMembershipError(
+                ChangeMembershipError::InProgress(_)
+                | ChangeMembershipError::UncommittedLeaderLog(_),
+            )) => Verdict::NotTaken,
+            RaftError::APIError(error) => Verdict::Refused(error.to_string()),
+        })
+    }
+
+    fn membership(&self) -> Membership {
+        self.inner.metrics.borrow().membership_config.membership().clone()
+    }
+
+    /// Whom openraft takes for the leader, with the address.
+    pub(crate) fn raft_leader(&self) -> Option<(u64, String)> {
+        let metrics = self.inner.metrics.borrow();
+        let leader = metrics.current_leader?;
+        let node = metrics.membership_config.membership().get_node(&leader)?;
+        Some((leader, node.addr.clone()))
+    }
+}
+
+pub(crate) fn members_of(membership: &Membership) -> Vec<Member> {
+    let voters: BTreeSet<u64> = membership.voter_ids().collect();
+    let role = |raft_id| {
+        if voters.contains(raft_id) { MemberRole::Voter } else { MemberRole::Learner }
+    };
+    let nodes = membership.nodes();
+    nodes
+        .map(|(raft_id, node)| Member {
+            raft_id: *raft_id,
+            addr: node.addr.clone(),
+            role: role(raft_id),
+        })
+        .collect()
+}
+
+/// It votes, and no change is half done.
+fn is_settled_voter(membership: &Membership, raft_id: u64) -> bool {
+    match membership.get_joint_config().as_slice() {
+        [voters] => voters.contains(&raft_id),
+        _ => false,
+    }
+}
+
+fn has_caught_up(metrics: &RaftMetrics<TypeConfig>, raft_id: u64) -> bool {
+    let replication = metrics.replication.as_ref();
+    let matched = replication.and_then(|peers| peers.get(&raft_id)).and_then(|m| m.as_ref());
+    matched.is_some_and(|matched| matched.index + LAG_MAX >= metrics.last_log_index.unwrap_or(0))
+        && metrics.last_applied.index() <= metrics.last_log_index
+}

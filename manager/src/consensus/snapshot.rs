@@ -1,0 +1,224 @@
+//! The snapshot file: the last built or received state, compressed and sealed.
+//!
+//! Frames: the head (JSON), then the compressed state in pieces, then an empty end. Peers get the
+//! compressed bytes as they are and seal them with keys of their own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use skep_manager_core::State;
+
+use super::disk::{self, Error};
+use super::frame::{
+    FIRST_COUNTER, FileKind, HEADER_LENGTH, new_header, parse_frame, put_frame, read_header,
+};
+use super::seal::DataKey;
+use super::types::SnapshotMeta;
+
+const SNAPSHOT: FileKind = FileKind { magic: b"skepsnap", purpose: "skep raft snapshot" };
+const FILE: &str = "snapshot";
+const TEMPORARY_FILE: &str = "snapshot.new";
+/// Content of one frame.
+const PIECE_BYTES: usize = 1 << 20;
+/// zstd's own default: fast, and about a tenth of the JSON.
+const COMPRESSION_LEVEL: i32 = 3;
+
+/// A state, compressed. Clones share the bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SnapshotData(pub(crate) Bytes);
+
+impl SnapshotData {
+    /// Compresses a state. Takes its time.
+    pub(crate) fn of(state: &State) -> std::io::Result<Self> {
+        zstd::bulk::compress(&state.encode(), COMPRESSION_LEVEL).map(|bytes| Self(bytes.into()))
+    }
+
+    /// Reads the state back. Takes its time.
+    pub(crate) fn state(&self) -> std::io::Result<State> {
+        let bytes = zstd::stream::decode_all(&*self.0)?;
+        State::decode(&bytes).map_err(std::io::Error::other)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Head {
+    meta: SnapshotMeta,
+    /// Bytes of the compressed state.
+    length: u64,
+}
+
+/// The snapshot file of a manager. Clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct SnapshotStore {
+    dir: PathBuf,
+    key: DataKey,
+    /// What is in the file; the lock keeps writers apart.
+    current: Arc<Mutex<Option<SnapshotMeta>>>,
+}
+
+impl SnapshotStore {
+    /// Opens the snapshot of a data directory, and checks it if there is one.
+    pub(crate) fn open(dir: PathBuf, key: DataKey) -> Result<Self, Error> {
+        let temporary = dir.join(TEMPORARY_FILE);
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &temporary)(error));
+            }
+            _ => {}
+        }
+        let store = Self { dir, key, current: Arc::default() };
+        let current = store.read()?.map(|(meta, _)| meta);
+        *store.current.lock().expect(UNPOISONED) = current;
+        Ok(store)
+    }
+
+    /// Stores a snapshot durably, unless a newer one is there. Blocks.
+    pub(crate) fn write(&self, meta: &SnapshotMeta, data: &SnapshotData) -> Result<(), Error> {
+        let mut current = self.current.lock().expect(UNPOISONED);
+        if current.as_ref().is_some_and(|current| current.last_log_id >= meta.last_log_id) {
+            return Ok(());
+        }
+        let temporary = self.dir.join(TEMPORARY_FILE);
+        let bytes = self.seal(meta, data);
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &temporary)(error));
+            }
+            _ => {}
+        }
+        let file = disk::create_private_file(&temporary)?;
+        let written = std::io::Write::write_all(&mut &file, &bytes);
+        written.map_err(Error::io("write", &temporary))?;
+        file.sync_all().map_err(Error::io("sync", &temporary))?;
+        fs::rename(&temporary, self.path()).map_err(Error::io("rename", &temporary))?;
+        disk::sync_dir(&self.dir)?;
+        *current = Some(meta.clone());
+        Ok(())
+    }
+
+    /// Reads the snapshot back, if there is one. Blocks.
+    pub(crate) fn read(&self) -> Result<Option<(SnapshotMeta, SnapshotData)>, Error> {
+        let path = self.path();
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        self.unseal(&path, &bytes).map(Some)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.join(FILE)
+    }
+
+    fn seal(&self, meta: &SnapshotMeta, data: &SnapshotData) -> Vec<u8> {
+        let (mut bytes, file_key) = new_header(SNAPSHOT, &self.key, 0);
+        let head = Head { meta: meta.clone(), length: data.0.len() as u64 };
+        let head = serde_json::to_vec(&head).expect("a head has no failing parts");
+        let pieces = std::iter::once(head.as_slice()).chain(data.0.chunks(PIECE_BYTES));
+        for (counter, piece) in (FIRST_COUNTER..).zip(pieces.chain(std::iter::once(&[][..]))) {
+            put_frame(&mut bytes, &file_key, self.key.id(), counter, piece);
+        }
+        bytes
+    }
+
+    fn unseal(&self, path: &Path, bytes: &[u8]) -> Result<(SnapshotMeta, SnapshotData), Error> {
+        let (_, file_key) = read_header(SNAPSHOT, &self.key, path, bytes)?;
+        let mut at = HEADER_LENGTH;
+        let mut counter = FIRST_COUNTER;
+        let mut next = || {
+            let offset = at as u64;
+            let frame =
+                parse_frame(&bytes[at..]).map_err(|reason| Error::damaged(path, offset, reason))?;
+            let content = frame.open(&file_key, &self.key, counter, path, offset)?;
+            at += frame.length;
+            counter += 1;
+            Ok((offset, content))
+        };
+        let (offset, head) = next()?;
+        let head: Head = serde_json::from_slice(&head)
+            .map_err(|error| Error::damaged(path, offset, error.to_string()))?;
+        let mut data = Vec::new();
+        loop {
+            let (offset, piece) = next()?;
+            if !piece.is_empty() {
+                data.extend_from_slice(&piece);
+            } else if data.len() as u64 == head.length {
+                return Ok((head.meta, SnapshotData(data.into())));
+            } else {
+                return Err(Error::damaged(path, offset, "pieces of the snapshot are missing"));
+            }
+        }
+    }
+}
+
+const UNPOISONED: &str = "nothing panics while it holds the snapshot";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::consensus::types::{StoredMembership, log_id};
+    use std::os::unix::fs::PermissionsExt as _;
+
+    fn meta(index: u64) -> SnapshotMeta {
+        SnapshotMeta {
+            last_log_id: Some(log_id(2, index)),
+            last_membership: StoredMembership::default(),
+        }
+    }
+
+    #[test]
+    fn a_snapshot_reads_back_and_an_older_one_never_replaces_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = DataKey::new(3, [1; 32]);
+        let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
+        assert_eq!(store.read().unwrap(), None);
+        let large = SnapshotData(vec![5; 3 * PIECE_BYTES + 7].into());
+        store.write(&meta(9), &large).unwrap();
+        store.write(&meta(8), &SnapshotData(Bytes::new())).unwrap();
+        let mode = fs::metadata(store.path()).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+
+        fs::write(dir.path().join(TEMPORARY_FILE), b"half").unwrap();
+        let store = SnapshotStore::open(dir.path().to_owned(), key).unwrap();
+        assert_eq!(store.read().unwrap(), Some((meta(9), large)));
+        assert!(!dir.path().join(TEMPORARY_FILE).exists());
+    }
+
+    #[test]
+    fn a_damaged_cut_or_foreign_snapshot_is_refused_with_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = DataKey::new(3, [1; 32]);
+        let open = |key: &DataKey| {
+            let opened = SnapshotStore::open(dir.path().to_owned(), key.clone());
+            opened.map(drop).map_err(|error| error.to_string())
+        };
+        let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
+        store.write(&meta(9), &SnapshotData(Bytes::from_static(b"state"))).unwrap();
+        let good = fs::read(store.path()).unwrap();
+
+        let mut flipped = good.clone();
+        flipped[HEADER_LENGTH + 40] ^= 1;
+        fs::write(store.path(), flipped).unwrap();
+        let text = open(&key).unwrap_err();
+        assert!(text.contains("snapshot is damaged at offset 70: the checksum"), "{text}");
+
+        let end = parse_frame(&good[HEADER_LENGTH..]).unwrap().length + HEADER_LENGTH;
+        fs::write(store.path(), &good[..end]).unwrap();
+        let text = open(&key).unwrap_err();
+        assert!(
+            text.contains(&format!("damaged at offset {end}: a frame is incomplete")),
+            "{text}"
+        );
+
+        fs::write(store.path(), &good).unwrap();
+        let text = open(&DataKey::new(4, [1; 32])).unwrap_err();
+        assert!(text.contains("its key id is 3, this node's is 4"), "{text}");
+        let text = open(&DataKey::new(3, [2; 32])).unwrap_err();
+        assert!(text.contains("the header does not authenticate"), "{text}");
+        open(&key).unwrap();
+    }
+}

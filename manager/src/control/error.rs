@@ -1,0 +1,122 @@
+//! Why a control request was refused. Messages and codes follow SwarmKit's control API.
+
+use skep_common::Kind;
+use skep_manager_core::{Refusal, service, stack};
+use tonic::{Code, Status};
+
+use crate::consensus::{ReadError, propose};
+
+/// A refused request. Each message is one sentence that says what, where and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No object has this id, name or prefix.
+    #[error("{kind} {reference:?} not found")]
+    NotFound {
+        /// `service`, `node`, ….
+        kind: &'static str,
+        /// What was asked for.
+        reference: String,
+    },
+    /// A prefix of several ids.
+    #[error("{kind} {reference:?} is ambiguous: {matches} ids begin with it; give more characters")]
+    Ambiguous {
+        /// `service`, `node`, ….
+        kind: &'static str,
+        /// What was asked for.
+        reference: String,
+        /// How many.
+        matches: usize,
+    },
+    /// The request itself is wrong.
+    #[error("{0}")]
+    Invalid(String),
+    /// Right, but not now.
+    #[error("{0}")]
+    Precondition(String),
+    /// The core refused the request about a service.
+    #[error("{0}")]
+    Service(#[from] service::Error),
+    /// The core refused the request about a stack.
+    #[error("{0}")]
+    Stack(#[from] stack::Error),
+    /// The store refused the write.
+    #[error("{0}")]
+    Refused(Refusal),
+    /// The write may or may not have been committed.
+    #[error("failed to commit the change")]
+    Propose(#[from] propose::Error),
+    /// There is no current view of the store.
+    #[error("failed to read the state of the swarm")]
+    Read(#[from] ReadError),
+}
+
+impl Error {
+    fn code(&self) -> Code {
+        match self {
+            Self::NotFound { .. } => Code::NotFound,
+            Self::Ambiguous { .. } | Self::Invalid(_) => Code::InvalidArgument,
+            Self::Precondition(_) => Code::FailedPrecondition,
+            Self::Service(error) => service_code(error),
+            Self::Stack(stack::Error::NotFound { .. }) => Code::NotFound,
+            Self::Stack(stack::Error::Service { error, .. }) => service_code(error),
+            Self::Stack(_) => Code::InvalidArgument,
+            Self::Refused(Refusal::OutOfSequence { .. }) => Code::Aborted,
+            Self::Refused(Refusal::NotFound { .. }) => Code::NotFound,
+            Self::Refused(Refusal::NameTaken { .. }) => Code::AlreadyExists,
+            Self::Refused(Refusal::PortInUse { .. }) => Code::InvalidArgument, // As SwarmKit.
+            Self::Refused(Refusal::AddressInUse { .. }) => Code::Aborted,
+            Self::Refused(Refusal::NodeNumbersExhausted) => Code::ResourceExhausted,
+            Self::Propose(_) | Self::Read(_) => Code::Unavailable,
+        }
+    }
+}
+
+fn service_code(error: &service::Error) -> Code {
+    match error {
+        service::Error::Invalid(_) | service::Error::Port(_) => Code::InvalidArgument, // As SwarmKit.
+        service::Error::NameTaken { .. } => Code::AlreadyExists,
+        service::Error::Rename | service::Error::ModeChange => Code::Unimplemented,
+        service::Error::NoPreviousSpec { .. } | service::Error::BeingRemoved { .. } => {
+            Code::FailedPrecondition
+        }
+    }
+}
+
+impl From<Error> for Status {
+    fn from(error: Error) -> Self {
+        let text = skep_runtime::telemetry::Chain(&error).to_string();
+        Self::new(error.code(), text)
+    }
+}
+
+/// The word for a kind in messages.
+pub fn kind_name(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Cluster => "cluster",
+        Kind::Node => "node",
+        Kind::Service => "service",
+        Kind::Task => "task",
+        Kind::Network => "network",
+        Kind::Secret => "secret",
+        Kind::Config => "config",
+        Kind::Stack => "stack",
+        Kind::Image => "image",
+    }
+}
+
+/// The kind that a word names.
+pub fn kind_of(name: &str) -> Result<Kind, Error> {
+    let all = [
+        Kind::Cluster,
+        Kind::Node,
+        Kind::Service,
+        Kind::Task,
+        Kind::Network,
+        Kind::Secret,
+        Kind::Config,
+        Kind::Stack,
+        Kind::Image,
+    ];
+    let found = all.into_iter().find(|kind| kind_name(*kind) == name);
+    found.ok_or_else(|| Error::Invalid(format!("there is no kind of object named {name:?}")))
+}

@@ -1,0 +1,127 @@
+//! From what a client writes to an object, and from an object to what a client may see.
+
+use skep_common::object::{JoinTokens, ManagerStatus};
+use skep_common::{Kind, NodeId, Object, ServiceId, Task, TaskId};
+use skep_manager_core::State;
+
+use super::error::{Error, kind_name};
+
+/// Finds one object: by id, then by name, then by a unique prefix of its id.
+pub fn find(state: &State, kind: Kind, reference: &str, own_id: NodeId) -> Result<Object, Error> {
+    if kind == Kind::Cluster {
+        let cluster = state.cluster().cloned();
+        return cluster
+            .map(|cluster| Object::Cluster(Box::new((*cluster).clone())))
+            .ok_or_else(|| Error::NotFound { kind: "cluster", reference: reference.to_owned() });
+    }
+    let own = own_id.to_string();
+    let reference = if kind == Kind::Node && reference == "self" { &own } else { reference };
+    let id = find_id(state, kind, reference)?;
+    object(state, kind, id)
+        .ok_or_else(|| Error::NotFound { kind: kind_name(kind), reference: reference.to_owned() })
+}
+
+fn find_id(state: &State, kind: Kind, reference: &str) -> Result<u128, Error> {
+    let not_found = || Error::NotFound { kind: kind_name(kind), reference: reference.to_owned() };
+    if reference.is_empty() {
+        return Err(not_found());
+    }
+    if let Ok(id) = reference.parse::<TaskId>() {
+        if object(state, kind, id.0).is_some() {
+            return Ok(id.0);
+        }
+    }
+    if let Some(id) = state.id_by_name(kind, reference) {
+        return Ok(id);
+    }
+    let ambiguous = |matches| Error::Ambiguous { kind: kind_name(kind), reference: reference.to_owned(), matches };
+    let ids = ids(state, kind);
+    let named: Vec<u128> = match kind {
+        Kind::Node => state.nodes().values().filter(|n| n.hostname() == reference).map(|n| n.id.0).collect(),
+        Kind::Task => {
+            let live = |task: &&std::sync::Arc<Task>| !task.status.state.is_terminal();
+            let named = state.tasks().values().filter(|task| task.name() == reference);
+            named.filter(live).map(|task| task.id.0).collect()
+        }
+        _ => Vec::new(),
+    };
+    let prefixed = || ids.filter(|id| TaskId(*id).to_string().starts_with(reference)).collect();
+    let matches: Vec<u128> = if named.is_empty() { prefixed() } else { named };
+    match matches.as_slice() {
+        [] => Err(not_found()),
+        [id] => Ok(*id),
+        several => Err(ambiguous(several.len())),
+    }
+}
+
+fn ids(state: &State, kind: Kind) -> Box<dyn Iterator<Item = u128> + '_> {
+    match kind {
+        Kind::Cluster => Box::new(state.cluster().map(|o| o.id.0).into_iter()),
+        Kind::Node => Box::new(state.nodes().keys().map(|id| id.0)),
+        Kind::Service => Box::new(state.services().keys().map(|id| id.0)),
+        Kind::Task => Box::new(state.tasks().keys().map(|id| id.0)),
+        Kind::Network => Box::new(state.networks().keys().map(|id| id.0)),
+        Kind::Secret => Box::new(state.secrets().keys().map(|id| id.0)),
+        Kind::Config => Box::new(state.configs().keys().map(|id| id.0)),
+        Kind::Stack => Box::new(state.stacks().keys().map(|id| id.0)),
+        Kind::Image => Box::new(state.images().keys().map(|id| id.0)),
+    }
+}
+
+/// The object with this id, whole.
+pub fn object(state: &State, kind: Kind, id: u128) -> Option<Object> {
+    macro_rules! of {
+        ($table:ident, $key:path, $variant:ident) => {
+            state.$table().get(&$key(id)).map(|o| Object::$variant(Box::new((**o).clone())))
+        };
+    }
+    match kind {
+        Kind::Cluster => {
+            let cluster = state.cluster().filter(|cluster| cluster.id.0 == id);
+            cluster.map(|cluster| Object::Cluster(Box::new((**cluster).clone())))
+        }
+        Kind::Node => of!(nodes, NodeId, Node),
+        Kind::Service => of!(services, ServiceId, Service),
+        Kind::Task => of!(tasks, TaskId, Task),
+        Kind::Network => of!(networks, skep_common::NetworkId, Network),
+        Kind::Secret => of!(secrets, skep_common::SecretId, Secret),
+        Kind::Config => of!(configs, skep_common::ConfigId, Config),
+        Kind::Stack => of!(stacks, skep_common::StackId, Stack),
+        Kind::Image => of!(images, skep_common::ImageId, Image),
+    }
+}
+
+/// What changes from one answer to the next and is therefore not stored: who leads, who is reachable.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Facts {
+    /// Raft id of the leader.
+    pub leader: Option<u64>,
+}
+
+/// The object as clients see it: without secrets, with the answering manager's facts filled in.
+pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
+    match &mut object {
+        Object::Cluster(cluster) => {
+            cluster.root_ca_key.clear();
+            cluster.join_tokens = JoinTokens::default();
+        }
+        Object::Node(node) => {
+            let ready = node.status.state == skep_common::object::NodeState::Ready;
+            if let Some(ManagerStatus { raft_id, leader, reachability, .. }) = &mut node.manager_status {
+                *leader = facts.leader == Some(*raft_id);
+                let word = if ready || *leader { "reachable" } else { "unreachable" };
+                word.clone_into(reachability);
+            }
+        }
+        Object::Secret(secret) => {
+            secret.spec.extra.remove("Data");
+        }
+        _ => {}
+    }
+    let value = serde_json::to_value(&object).expect("objects have string keys and no failing parts");
+    // `Object` is an enum with the kind as its only key.
+    match value {
+        serde_json::Value::Object(map) => map.into_iter().next().map_or(serde_json::Value::Null, |(_, inner)| inner),
+        other => other,
+    }
+}

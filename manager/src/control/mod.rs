@@ -1,0 +1,258 @@
+//! The product's API, answered by every manager.
+//!
+//! A handler reads a linearizable snapshot, decides with the pure functions of the core, and proposes
+//! one transaction whose preconditions make it safe on any manager: the leader need not run it.
+//!
+//! Reading order: [`error`], [`lookup`] (references and documents), `services`, `nodes`, `stacks`,
+//! `watch`, `logs`.
+
+pub mod error;
+mod logs;
+pub mod lookup;
+mod nodes;
+mod services;
+mod stacks;
+mod watch;
+
+use std::sync::Arc;
+
+use skep_common::{Kind, NodeId, Object, ServiceId, Version};
+use skep_manager_core::{Action, Command, Outcome, State};
+use skep_proto::control_server::Control;
+use skep_proto::*;
+use skep_runtime::identity::JoinToken;
+use skep_runtime::transport::ChannelPool;
+use skep_runtime::{TaskSet, clock};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::consensus::Consensus;
+use error::{Error, kind_name, kind_of};
+use lookup::{Facts, document};
+
+/// The service behind `skep.v1.Control`; clones share everything.
+#[derive(Debug, Clone)]
+pub struct ControlService {
+    pub(crate) inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) consensus: Consensus,
+    pub(crate) node_id: NodeId,
+    pub(crate) pool: ChannelPool,
+    pub(crate) tasks: TaskSet,
+    /// `ip:port` at which this manager is joined.
+    pub(crate) address: String,
+}
+
+type Answer<T> = Result<Response<T>, Status>;
+
+impl ControlService {
+    /// Serves the store behind `consensus`.
+    pub fn new(
+        consensus: Consensus,
+        node_id: NodeId,
+        pool: ChannelPool,
+        address: String,
+        tasks: TaskSet,
+    ) -> Self {
+        Self { inner: Arc::new(Inner { consensus, node_id, pool, tasks, address }) }
+    }
+
+    async fn read(&self) -> Result<State, Error> {
+        Ok(self.inner.consensus.read_state().await?)
+    }
+
+    /// Commits one transaction, or says why not.
+    async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
+        let outcome = self.inner.consensus.propose(&Command::new(clock::now(), actions)).await?;
+        match outcome {
+            Outcome::Applied(version) => Ok(version),
+            Outcome::Refused(refusal) => Err(Error::Refused(refusal)),
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let leadership = self.inner.consensus.leadership().borrow().clone();
+        Facts { leader: leadership.leader.map(|leader| leader.raft_id) }
+    }
+
+    fn json(&self, object: Object) -> String {
+        document(object, self.facts()).to_string()
+    }
+
+    async fn join_token(&self, request: JoinTokenRequest) -> Result<JoinTokenResponse, Error> {
+        let state = self.read().await?;
+        let cluster = state.cluster().ok_or_else(|| Error::NotFound {
+            kind: "cluster",
+            reference: "default".into(),
+        })?;
+        let mut cluster = (**cluster).clone();
+        let secret = match request.role.as_str() {
+            "worker" => &mut cluster.join_tokens.worker,
+            "manager" => &mut cluster.join_tokens.manager,
+            other => {
+                return Err(Error::Invalid(format!("there is no role {other:?}: ask for worker or manager")));
+            }
+        };
+        if request.rotate {
+            *secret = skep_runtime::identity::new_secret();
+        }
+        let secret = secret.clone();
+        let root_digest = skep_runtime::identity::root_digest(&cluster.root_ca_cert)
+            .map_err(|error| Error::Precondition(error.to_string()))?;
+        if request.rotate {
+            let expect = skep_manager_core::Expect::Version(cluster.meta.version);
+            self.write(vec![Action::Put { object: Object::Cluster(Box::new(cluster)), expect }]).await?;
+        }
+        let token = JoinToken { root_digest, secret }.to_string();
+        Ok(JoinTokenResponse { token, address: self.inner.address.clone() })
+    }
+
+    async fn list(&self, request: ListRequest) -> Result<Vec<String>, Error> {
+        let state = self.read().await?;
+        let kind = kind_of(&request.kind)?;
+        let mut objects: Vec<(String, Object)> = Vec::new();
+        let stack_label = |labels: Option<&skep_common::spec::Labels>| {
+            let label = labels.and_then(|labels| labels.get("com.docker.stack.namespace"));
+            request.stack.is_empty() || label.is_some_and(|label| *label == request.stack)
+        };
+        for object in state.objects().filter(|object| object.kind() == kind) {
+            let (wanted, key) = match &object {
+                Object::Node(node) => (true, format!("{} {}", node.hostname(), node.id)),
+                Object::Service(service) => {
+                    (stack_label(service.spec.labels.as_ref()), service.spec.name.clone())
+                }
+                Object::Task(task) => {
+                    let service = state.service(task.service_id);
+                    let labels = service.and_then(|service| service.spec.labels.as_ref());
+                    let of_service = request.service_ids.is_empty()
+                        || request.service_ids.contains(&task.service_id.to_string());
+                    let node = task.node_id.map(|id| id.to_string()).unwrap_or_default();
+                    let on_node = request.node_ids.is_empty() || request.node_ids.contains(&node);
+                    let newest_first = u64::MAX - task.meta.created_at.0.unsigned_abs();
+                    let key = format!("{} {:020} {newest_first:020}", task.service_name, task.slot);
+                    (of_service && on_node && stack_label(labels), key)
+                }
+                Object::Stack(stack) => (true, stack.spec.name.clone()),
+                Object::Image(image) => (true, image.name.clone()),
+                Object::Network(network) => (true, network.spec.name.clone()),
+                Object::Secret(secret) => (true, secret.spec.name.clone()),
+                Object::Config(config) => (true, config.spec.name.clone()),
+                Object::Cluster(_) => (true, String::new()),
+            };
+            if wanted {
+                objects.push((key, object));
+            }
+        }
+        objects.sort_by(|(left, _), (right, _)| left.cmp(right));
+        Ok(objects.into_iter().map(|(_, object)| self.json(object)).collect())
+    }
+
+    async fn digests(&self) -> Result<Vec<ManagerDigest>, Error> {
+        let state = self.read().await?;
+        let managers = state.nodes().values().filter_map(|node| {
+            let status = node.manager_status.as_ref()?;
+            Some((node.id, node.hostname().to_owned(), status.addr.clone()))
+        });
+        let asked = managers.map(|(node_id, hostname, addr)| async move {
+            let answer = if node_id == self.inner.node_id {
+                let status = self.inner.consensus.status().await;
+                Ok((status.version, status.digest))
+            } else {
+                self.remote_digest(node_id, &addr).await
+            };
+            let (version, digest, error) = match answer {
+                Ok((version, digest)) => (version, digest, String::new()),
+                Err(status) => (0, String::new(), status.message().to_owned()),
+            };
+            ManagerDigest { node_id: node_id.to_string(), hostname, version, digest, error }
+        });
+        Ok(futures::future::join_all(asked).await)
+    }
+
+    async fn remote_digest(&self, node_id: NodeId, addr: &str) -> Result<(u64, String), Status> {
+        let channel = self.inner.pool.channel(addr, skep_runtime::transport::Peer::Node(node_id));
+        let mut request = Request::new(RaftStatusRequest {});
+        request.set_timeout(skep_common::limits::RPC_DEADLINE);
+        let answer = raft_client::RaftClient::new(channel).status(request).await?.into_inner();
+        Ok((answer.version, answer.digest))
+    }
+}
+
+fn parse_id(kind: Kind, text: &str) -> Result<u128, Error> {
+    let not_found = || Error::NotFound { kind: kind_name(kind), reference: text.to_owned() };
+    text.parse::<ServiceId>().map(|id| id.0).map_err(|_| not_found())
+}
+
+fn parse_json<'a, T: serde::Deserialize<'a>>(what: &str, json: &'a str) -> Result<T, Error> {
+    serde_json::from_str(json).map_err(|error| Error::Invalid(format!("the {what} is not valid: {error}")))
+}
+
+#[tonic::async_trait]
+impl Control for ControlService {
+    type WatchStream = ReceiverStream<Result<WatchEvent, Status>>;
+    type ServiceLogsStream = ReceiverStream<Result<LogRecord, Status>>;
+
+    async fn get(&self, request: Request<GetRequest>) -> Answer<Document> {
+        let request = request.into_inner();
+        let kind = kind_of(&request.kind)?;
+        let state = self.read().await?;
+        let object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
+        Ok(Response::new(Document { kind: request.kind, json: self.json(object) }))
+    }
+
+    async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {
+        let json = Self::list(self, request.into_inner()).await?;
+        Ok(Response::new(ListResponse { json }))
+    }
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
+        Ok(Response::new(watch::start(self, request.into_inner())?))
+    }
+
+    async fn create_service(&self, request: Request<CreateServiceRequest>) -> Answer<CreateServiceResponse> {
+        let spec = parse_json("service spec", &request.into_inner().spec_json)?;
+        Ok(Response::new(services::create(self, spec).await?))
+    }
+
+    async fn update_service(&self, request: Request<UpdateServiceRequest>) -> Answer<UpdateServiceResponse> {
+        Ok(Response::new(services::update(self, request.into_inner()).await?))
+    }
+
+    async fn remove_service(&self, request: Request<RemoveServiceRequest>) -> Answer<RemoveServiceResponse> {
+        services::remove(self, &request.into_inner().id).await?;
+        Ok(Response::new(RemoveServiceResponse {}))
+    }
+
+    async fn service_logs(&self, request: Request<ServiceLogsRequest>) -> Answer<Self::ServiceLogsStream> {
+        Ok(Response::new(logs::start(self, request.into_inner())?))
+    }
+
+    async fn update_node(&self, request: Request<UpdateNodeRequest>) -> Answer<UpdateNodeResponse> {
+        nodes::update(self, request.into_inner()).await?;
+        Ok(Response::new(UpdateNodeResponse {}))
+    }
+
+    async fn remove_node(&self, request: Request<RemoveNodeRequest>) -> Answer<RemoveNodeResponse> {
+        nodes::remove(self, request.into_inner()).await?;
+        Ok(Response::new(RemoveNodeResponse {}))
+    }
+
+    async fn join_token(&self, request: Request<JoinTokenRequest>) -> Answer<JoinTokenResponse> {
+        Ok(Response::new(Self::join_token(self, request.into_inner()).await?))
+    }
+
+    async fn deploy_stack(&self, request: Request<DeployStackRequest>) -> Answer<DeployStackResponse> {
+        Ok(Response::new(stacks::deploy(self, request.into_inner()).await?))
+    }
+
+    async fn remove_stack(&self, request: Request<RemoveStackRequest>) -> Answer<RemoveStackResponse> {
+        Ok(Response::new(stacks::remove(self, &request.into_inner().name).await?))
+    }
+
+    async fn digest(&self, _: Request<DigestRequest>) -> Answer<DigestResponse> {
+        Ok(Response::new(DigestResponse { managers: self.digests().await? }))
+    }
+}

@@ -1,0 +1,90 @@
+//! `service create`, `update`, `rm`. What is allowed and what follows is decided in the core.
+
+use skep_common::spec::ServiceSpec;
+use skep_common::{Kind, Service, ServiceId, Task, TaskState, Version};
+use skep_manager_core::service;
+use skep_manager_core::{Action, Refusal, State, TaskPatch, image, validate};
+use skep_proto::{CreateServiceResponse, UpdateServiceRequest, UpdateServiceResponse};
+use skep_runtime::clock;
+use std::sync::Arc;
+
+use super::error::Error;
+use super::{ControlService, parse_id, parse_json};
+
+pub(super) async fn create(
+    control: &ControlService,
+    spec: ServiceSpec,
+) -> Result<CreateServiceResponse, Error> {
+    loop {
+        let state = control.read().await?;
+        let id = ServiceId::random(&mut rand::rng());
+        let (id, action) = service::create(&state, id, spec.clone())?;
+        match control.write(vec![action]).await {
+            // Two writers were given one dynamic port, or one name: the next view decides.
+            Err(Error::Refused(Refusal::PortInUse { .. } | Refusal::OutOfSequence { .. })) => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(CreateServiceResponse { id: id.to_string(), warnings: warnings(&state, &spec) }),
+        }
+    }
+}
+
+pub(super) async fn update(
+    control: &ControlService,
+    request: UpdateServiceRequest,
+) -> Result<UpdateServiceResponse, Error> {
+    let state = control.read().await?;
+    let service = find(&state, &request.id)?;
+    let version = Version { index: request.version };
+    if request.rollback {
+        let action = service::rollback(&state, &service, version, clock::now())?;
+        control.write(vec![action]).await?;
+        return Ok(UpdateServiceResponse::default());
+    }
+    let spec: ServiceSpec = parse_json("service spec", &request.spec_json)?;
+    let action = service::update(&state, &service, version, spec.clone())?;
+    if let Some(action) = action {
+        control.write(vec![action]).await?;
+    }
+    Ok(UpdateServiceResponse { warnings: warnings(&state, &spec) })
+}
+
+pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Error> {
+    loop {
+        let state = control.read().await?;
+        let service = find(&state, id)?;
+        let Some(action) = service::remove(&service) else { return Ok(()) };
+        match control.write(vec![action]).await {
+            // Its status was just written: what was asked does not depend on it.
+            Err(Error::Refused(Refusal::OutOfSequence { .. })) => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
+
+fn find(state: &State, id: &str) -> Result<Arc<Service>, Error> {
+    let service_id = ServiceId(parse_id(Kind::Service, id)?);
+    let not_found = || Error::NotFound { kind: "service", reference: id.to_owned() };
+    state.service(service_id).cloned().ok_or_else(not_found)
+}
+
+/// What users should know of an accepted spec.
+fn warnings(state: &State, spec: &ServiceSpec) -> Vec<String> {
+    let mut warnings = validate::warnings(spec);
+    let name = &spec.container().image;
+    if image::pin(state, name).is_none() {
+        warnings.push(format!(
+            "no image named {name} in this swarm: its tasks wait until it is loaded with skep image load"
+        ));
+    }
+    warnings
+}
+
+/// The task will never be heard of again.
+pub(super) fn orphan(task: &Task) -> Action {
+    let mut status = task.status.clone();
+    status.state = TaskState::Orphaned;
+    status.timestamp = clock::now();
+    "the node was removed".clone_into(&mut status.message);
+    Action::PatchTask(TaskPatch { status: Some(status), ..TaskPatch::of(task.id) })
+}

@@ -1,0 +1,164 @@
+//! `Watch`: the objects as they are, then every change as it is applied.
+
+use std::collections::BTreeSet;
+
+use skep_common::limits::QUEUE_LENGTH;
+use skep_common::{Kind, Object};
+use skep_manager_core::{Change, State};
+use skep_proto::watch_event::Action as EventAction;
+use skep_proto::{WatchEvent, WatchRequest};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::ControlService;
+use super::error::{Error, kind_name, kind_of};
+use super::lookup;
+
+/// What a watcher asked for.
+struct Selection {
+    kinds: Vec<Kind>,
+    service_ids: Vec<String>,
+}
+
+impl Selection {
+    fn wants(&self, kind: Kind, id: u128, service_id: Option<skep_common::ServiceId>) -> bool {
+        if !self.kinds.is_empty() && !self.kinds.contains(&kind) {
+            return false;
+        }
+        let service = match kind {
+            Kind::Service => Some(skep_common::ServiceId(id)),
+            _ => service_id,
+        };
+        self.service_ids.is_empty()
+            || service.is_some_and(|service| self.service_ids.contains(&service.to_string()))
+    }
+}
+
+pub(super) fn start(
+    control: &ControlService,
+    request: WatchRequest,
+) -> Result<ReceiverStream<Result<WatchEvent, Status>>, Error> {
+    let kinds = request.kinds.iter().map(|name| kind_of(name)).collect::<Result<Vec<_>, _>>()?;
+    let selection = Selection { kinds, service_ids: request.service_ids };
+    let (events, stream) = mpsc::channel(QUEUE_LENGTH);
+    let (control, tasks) = (control.clone(), control.inner.tasks.clone());
+    tasks.spawn("watch", async move {
+        // An error means that the client is gone.
+        let _ = run(&control, &selection, &events).await;
+    });
+    Ok(ReceiverStream::new(stream))
+}
+
+type Events = mpsc::Sender<Result<WatchEvent, Status>>;
+type Sent = Result<(), mpsc::error::SendError<Result<WatchEvent, Status>>>;
+
+async fn run(control: &ControlService, selection: &Selection, events: &Events) -> Sent {
+    let mut feed = control.inner.consensus.subscribe();
+    let state = match control.read().await {
+        Ok(state) => state,
+        Err(error) => return events.send(Err(error.into())).await,
+    };
+    let mut known = BTreeSet::new();
+    send_all(control, selection, events, &state, &mut known, EventAction::Initial).await?;
+    let version = state.version().index;
+    let synced = EventAction::Synced.into();
+    events.send(Ok(WatchEvent { action: synced, version, ..WatchEvent::default() })).await?;
+    loop {
+        let commit = tokio::select! {
+            commit = feed.next() => commit,
+            () = events.closed() => return Ok(()),
+        };
+        let Some(commit) = commit else {
+            return events.send(Err(Status::unavailable("this manager is stopping"))).await;
+        };
+        if commit.all_changed {
+            let before = std::mem::take(&mut known);
+            send_all(control, selection, events, &commit.state, &mut known, EventAction::Changed).await?;
+            for (kind, id) in before.difference(&known).copied().collect::<Vec<_>>() {
+                send_removed(events, kind, id, &commit.state).await?;
+            }
+            continue;
+        }
+        for change in &commit.changes {
+            send_change(control, selection, events, &commit.state, change, &mut known).await?;
+        }
+    }
+}
+
+async fn send_all(
+    control: &ControlService,
+    selection: &Selection,
+    events: &Events,
+    state: &State,
+    known: &mut BTreeSet<(Kind, u128)>,
+    action: EventAction,
+) -> Sent {
+    for object in state.objects() {
+        let (kind, id) = (object.kind(), object.raw_id());
+        if selection.wants(kind, id, service_of(&object)) {
+            known.insert((kind, id));
+            send_object(control, events, object, action, state).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn send_change(
+    control: &ControlService,
+    selection: &Selection,
+    events: &Events,
+    state: &State,
+    change: &Change,
+    known: &mut BTreeSet<(Kind, u128)>,
+) -> Sent {
+    if !selection.wants(change.kind, change.id, change.service_id) {
+        return Ok(());
+    }
+    match lookup::object(state, change.kind, change.id) {
+        Some(object) => {
+            known.insert((change.kind, change.id));
+            send_object(control, events, object, EventAction::Changed, state).await
+        }
+        None if known.remove(&(change.kind, change.id)) => {
+            send_removed(events, change.kind, change.id, state).await
+        }
+        None => Ok(()),
+    }
+}
+
+async fn send_object(
+    control: &ControlService,
+    events: &Events,
+    object: Object,
+    action: EventAction,
+    state: &State,
+) -> Sent {
+    let event = WatchEvent {
+        action: action.into(),
+        kind: kind_name(object.kind()).to_owned(),
+        id: skep_common::TaskId(object.raw_id()).to_string(),
+        json: control.json(object),
+        version: state.version().index,
+    };
+    events.send(Ok(event)).await
+}
+
+async fn send_removed(events: &Events, kind: Kind, id: u128, state: &State) -> Sent {
+    let event = WatchEvent {
+        action: EventAction::Removed.into(),
+        kind: kind_name(kind).to_owned(),
+        id: skep_common::TaskId(id).to_string(),
+        json: String::new(),
+        version: state.version().index,
+    };
+    events.send(Ok(event)).await
+}
+
+fn service_of(object: &Object) -> Option<skep_common::ServiceId> {
+    match object {
+        Object::Service(service) => Some(service.id),
+        Object::Task(task) => Some(task.service_id),
+        _ => None,
+    }
+}

@@ -1,0 +1,197 @@
+//! The agents' side of a manager: sessions are handed to the leader's loop, heartbeats are noted.
+//!
+//! A manager that does not lead names the one that does and keeps nothing.
+
+use std::sync::Arc;
+
+use dashmap::DashMap;
+use skep_common::limits::{HEARTBEAT_PERIOD, QUEUE_LENGTH};
+use skep_common::{Image, ImageId, Meta, NodeId, Object, Timestamp};
+use skep_manager_core::{Action, Command, Expect, Outcome, Refusal};
+use skep_proto::agent_message::Message;
+use skep_proto::dispatcher_server::Dispatcher;
+use skep_proto::{
+    AgentMessage, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello, RegisterImageRequest,
+    RegisterImageResponse,
+};
+use skep_runtime::access::Caller;
+use skep_runtime::{TaskSet, clock};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::consensus::Consensus;
+use crate::control::error::Error;
+
+/// Metadata of an answer that names the leader.
+const LEADER_METADATA: &str = "skep-leader";
+/// An agent that does not say hello is no agent.
+const HELLO_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// What agents bring to the leader's loop.
+#[derive(Debug)]
+pub(crate) enum SessionEvent {
+    /// A node said hello. The loop answers on `to_agent`, or drops it.
+    Opened { node_id: NodeId, session_id: u64, hello: Hello, to_agent: ToAgent },
+    /// A message of an open session.
+    Message { node_id: NodeId, session_id: u64, message: Message },
+    /// The agent's side of the stream ended.
+    Closed { node_id: NodeId, session_id: u64 },
+}
+
+pub(crate) type ToAgent = mpsc::Sender<Result<DispatcherMessage, Status>>;
+
+/// Where sessions go while this manager leads; clones share it.
+#[derive(Debug, Clone)]
+pub(crate) struct Door {
+    leading: Arc<watch::Sender<Option<mpsc::Sender<SessionEvent>>>>,
+    /// When each node was last heard. Written by handlers, read by the loop at its ticks: a heartbeat
+    /// waits in no queue.
+    pub(crate) beats: Arc<DashMap<NodeId, Timestamp>>,
+}
+
+impl Door {
+    pub(crate) fn new() -> Self {
+        Self { leading: Arc::new(watch::Sender::new(None)), beats: Arc::default() }
+    }
+
+    /// Lets sessions in until the receiver is dropped or the door is closed.
+    pub(crate) fn open(&self) -> mpsc::Receiver<SessionEvent> {
+        let (events, receiver) = mpsc::channel(QUEUE_LENGTH);
+        self.beats.clear();
+        self.leading.send_replace(Some(events));
+        receiver
+    }
+
+    pub(crate) fn close(&self) {
+        self.leading.send_replace(None);
+    }
+}
+
+/// The service behind `skep.v1.Dispatcher`.
+#[derive(Debug, Clone)]
+pub struct DispatcherService {
+    door: Door,
+    consensus: Consensus,
+    tasks: TaskSet,
+}
+
+impl DispatcherService {
+    pub(crate) fn new(door: Door, consensus: Consensus, tasks: TaskSet) -> Self {
+        Self { door, consensus, tasks }
+    }
+
+    fn entrance(&self) -> Result<mpsc::Sender<SessionEvent>, Status> {
+        let leading = self.door.leading.borrow().clone();
+        leading.ok_or_else(|| {
+            let mut status = Status::unavailable("this manager does not lead");
+            let leader = self.consensus.leadership().borrow().leader.clone();
+            if let Some(addr) = leader.and_then(|leader| leader.addr.parse().ok()) {
+                status.metadata_mut().insert(LEADER_METADATA, addr);
+            }
+            status
+        })
+    }
+
+    async fn register(&self, node_id: NodeId, request: &RegisterImageRequest) -> Result<(), Error> {
+        loop {
+            let state = self.consensus.read_state().await?;
+            let puts = request.names.iter().map(|name| {
+                let known = state.image_by_name(name);
+                let mut image = known.map_or_else(
+                    || Image {
+                        id: ImageId::random(&mut rand::rng()),
+                        meta: Meta::default(),
+                        name: name.clone(),
+                        digest: String::new(),
+                        size: 0,
+                        created: None,
+                        holders: std::collections::BTreeSet::new(),
+                    },
+                    |known| (**known).clone(),
+                );
+                let expect = known.map_or(Expect::Absent, |known| Expect::Version(known.meta.version));
+                if image.digest != request.digest {
+                    // Holders of what the name meant before have something else.
+                    let same = state.images().values().filter(|other| other.digest == request.digest);
+                    image.holders = same.flat_map(|other| other.holders.iter().copied()).collect();
+                }
+                image.digest.clone_from(&request.digest);
+                image.size = request.size;
+                image.created = Some(request.created.clone()).filter(|created| !created.is_empty());
+                image.holders.insert(node_id);
+                Action::Put { object: Object::Image(Box::new(image)), expect }
+            });
+            let mut actions: Vec<Action> = puts.collect();
+            let digest = request.digest.clone();
+            actions.push(Action::ImageHolder { digest, node_id, holds: true });
+            match self.consensus.propose(&Command::new(clock::now(), actions)).await? {
+                Outcome::Applied(_) => return Ok(()),
+                Outcome::Refused(Refusal::OutOfSequence { .. } | Refusal::NameTaken { .. }) => {} // Raced.
+                Outcome::Refused(refusal) => return Err(Error::Refused(refusal)),
+            }
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Dispatcher for DispatcherService {
+    type SessionStream = ReceiverStream<Result<DispatcherMessage, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let node_id = Caller::node_id(&request)?;
+        let entrance = self.entrance()?;
+        let mut stream = request.into_inner();
+        let first = tokio::time::timeout(HELLO_DEADLINE, stream.next()).await;
+        let hello = match first {
+            Ok(Some(Ok(AgentMessage { message: Some(Message::Hello(hello)) }))) => hello,
+            _ => return Err(Status::invalid_argument("a session begins with a hello")),
+        };
+        let (to_agent, from_loop) = mpsc::channel(QUEUE_LENGTH);
+        let session_id: u64 = rand::random();
+        let gone = |_| Status::unavailable("this manager does not lead any more");
+        self.door.beats.insert(node_id, clock::now());
+        let opened = SessionEvent::Opened { node_id, session_id, hello, to_agent: to_agent.clone() };
+        entrance.send(opened).await.map_err(gone)?;
+        self.tasks.spawn("session", async move {
+            loop {
+                let next = tokio::select! {
+                    next = stream.next() => next,
+                    () = to_agent.closed() => None,
+                    () = entrance.closed() => None,
+                };
+                let Some(Ok(AgentMessage { message: Some(message) })) = next else { break };
+                let event = SessionEvent::Message { node_id, session_id, message };
+                if entrance.send(event).await.is_err() {
+                    return; // This manager does not lead any more; dropping `to_agent` ends the stream.
+                }
+            }
+            let _ = entrance.send(SessionEvent::Closed { node_id, session_id }).await; // As above.
+        });
+        Ok(Response::new(ReceiverStream::new(from_loop)))
+    }
+
+    async fn heartbeat(
+        &self,
+        request: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
+        let node_id = Caller::node_id(&request)?;
+        self.entrance()?;
+        self.door.beats.insert(node_id, clock::now());
+        let heartbeat_millis = u64::try_from(HEARTBEAT_PERIOD.as_millis()).unwrap_or(u64::MAX);
+        Ok(Response::new(HeartbeatResponse { heartbeat_millis }))
+    }
+
+    async fn register_image(
+        &self,
+        request: Request<RegisterImageRequest>,
+    ) -> Result<Response<RegisterImageResponse>, Status> {
+        let node_id = Caller::node_id(&request)?;
+        self.register(node_id, request.get_ref()).await?;
+        Ok(Response::new(RegisterImageResponse {}))
+    }
+}

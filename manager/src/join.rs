@@ -1,0 +1,194 @@
+//! How nodes become members: certificates for the bearers of join tokens, Raft membership for managers.
+
+use std::time::Duration;
+
+use skep_common::object::{ManagerStatus, Node, NodeState, NodeStatus};
+use skep_common::spec::{Availability, NodeRole, NodeSpec};
+use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
+use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State};
+use skep_proto::ca_server::Ca;
+use skep_proto::{IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse};
+use skep_runtime::access::Caller;
+use skep_runtime::clock;
+use skep_runtime::identity::{Authority, JoinToken, NODE_CERTIFICATE_LIFE, root_digest};
+use skep_runtime::telemetry::Chain;
+use tonic::{Request, Response, Status};
+
+use crate::consensus::Consensus;
+use crate::control::error::Error;
+
+/// The service behind `skep.v1.Ca`.
+#[derive(Debug, Clone)]
+pub struct CaService {
+    consensus: Consensus,
+}
+
+impl CaService {
+    /// Signs with the authority's key in the store.
+    pub fn new(consensus: Consensus) -> Self {
+        Self { consensus }
+    }
+
+    async fn read(&self) -> Result<State, Status> {
+        self.consensus.read_state().await.map_err(|error| Error::Read(error).into())
+    }
+
+    fn role_of(state: &State, token: &JoinToken) -> Result<NodeRole, Status> {
+        let cluster = state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
+        let refused = |why: &str| {
+            let what = format!("the join token is not accepted: {why}; get the current one with `skep swarm join-token worker` (or manager) on a manager");
+            Status::permission_denied(what)
+        };
+        let digest = root_digest(&cluster.root_ca_cert).map_err(internal)?;
+        if digest != token.root_digest {
+            return Err(refused("it is of another swarm"));
+        }
+        let same = |secret: &str| equal(secret.as_bytes(), token.secret.as_bytes());
+        match (same(&cluster.join_tokens.worker), same(&cluster.join_tokens.manager)) {
+            (true, _) => Ok(NodeRole::Worker),
+            (_, true) => Ok(NodeRole::Manager),
+            _ => Err(refused("it was rotated, or mistyped")),
+        }
+    }
+
+    fn sign(state: &State, csr_pem: &str, node_id: NodeId, role: NodeRole) -> Result<(String, ClusterId), Status> {
+        let cluster = state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
+        let authority = Authority::from_pem(&cluster.root_ca_cert, &cluster.root_ca_key).map_err(internal)?;
+        let configured = cluster.spec.ca_config.as_ref().and_then(|config| config.node_cert_expiry);
+        let life: Duration = configured.map_or(NODE_CERTIFICATE_LIFE, |expiry| expiry.duration());
+        let signed = authority.sign(csr_pem, node_id, role, cluster.id, clock::now(), life);
+        let unsigned = |error| {
+            Status::invalid_argument(format!("the certificate request cannot be signed: {}", Chain(&error)))
+        };
+        Ok((signed.map_err(unsigned)?, cluster.id))
+    }
+}
+
+/// Compares secrets in time that does not tell where they differ.
+fn equal(left: &[u8], right: &[u8]) -> bool {
+    left.len() == right.len() && left.iter().zip(right).fold(0, |acc, (l, r)| acc | (l ^ r)) == 0
+}
+
+fn internal(error: impl std::error::Error) -> Status {
+    Status::internal(Chain(&error).to_string())
+}
+
+#[tonic::async_trait]
+impl Ca for CaService {
+    async fn root(&self, _: Request<RootRequest>) -> Result<Response<RootResponse>, Status> {
+        // The local copy will do: a root does not change, and the joiner checks its digest.
+        let state = self.consensus.state();
+        let cluster = state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
+        Ok(Response::new(RootResponse { root_pem: cluster.root_ca_cert.clone() }))
+    }
+
+    async fn issue(&self, request: Request<IssueRequest>) -> Result<Response<IssueResponse>, Status> {
+        let request = request.into_inner();
+        let token: JoinToken =
+            request.token.parse().map_err(|error| Status::invalid_argument(format!("{error}")))?;
+        let state = self.read().await?;
+        let role = Self::role_of(&state, &token)?;
+        let availability = parse_availability(&request.availability)?;
+        let node_id = NodeId::random(&mut rand::rng());
+        let (certificate_pem, cluster_id) = Self::sign(&state, &request.csr_pem, node_id, role)?;
+        let node = new_node(node_id, role, availability, &request.advertise_addr)?;
+        commit(&self.consensus, Object::Node(Box::new(node)), Expect::Absent).await?;
+        tracing::info!(node.id = %node_id, role = role.name(), hostname = request.hostname, "a node joins");
+        Ok(Response::new(IssueResponse {
+            certificate_pem,
+            node_id: node_id.to_string(),
+            role: role.name().to_owned(),
+            cluster_id: cluster_id.to_string(),
+            managers: manager_addresses(&state),
+        }))
+    }
+
+    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+        let node_id = Caller::node_id(&request)?;
+        let state = self.read().await?;
+        let gone = || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
+        let role = state.node(node_id).ok_or_else(gone)?.spec.role;
+        let (certificate_pem, _) = Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
+        Ok(Response::new(RenewResponse { certificate_pem }))
+    }
+}
+
+/// What a user wrote for an availability; empty is active.
+pub fn parse_availability(text: &str) -> Result<Availability, Status> {
+    match text {
+        "" | "active" => Ok(Availability::Active),
+        "pause" => Ok(Availability::Pause),
+        "drain" => Ok(Availability::Drain),
+        other => Err(Status::invalid_argument(format!(
+            "invalid availability {other:?}: use active, pause or drain"
+        ))),
+    }
+}
+
+/// A node that has just got its certificate.
+pub fn new_node(
+    id: NodeId,
+    role: NodeRole,
+    availability: Availability,
+    advertise_addr: &str,
+) -> Result<Node, Status> {
+    let address: std::net::SocketAddr = advertise_addr
+        .parse()
+        .map_err(|_| Status::invalid_argument(format!("{advertise_addr:?} is not an ip:port")))?;
+    Ok(Node {
+        id,
+        meta: Meta::default(),
+        spec: NodeSpec { role, availability, ..NodeSpec::default() },
+        description: None,
+        status: NodeStatus {
+            state: NodeState::Unknown,
+            message: "joined, no session yet".into(),
+            addr: address.ip().to_string(),
+            port: address.port(),
+        },
+        manager_status: None,
+        number: 0,
+    })
+}
+
+/// `ip:port` of every manager.
+pub fn manager_addresses(state: &State) -> Vec<String> {
+    let status = |node: &std::sync::Arc<Node>| node.manager_status.as_ref().map(|status| status.addr.clone());
+    state.nodes().values().filter_map(status).collect()
+}
+
+/// Makes a node with a manager's certificate a voter, and notes it in its object.
+pub(crate) async fn add_manager(
+    consensus: &Consensus,
+    node_id: NodeId,
+    raft_id: u64,
+    addr: &str,
+) -> Result<(), Status> {
+    consensus.add_manager(raft_id, addr).await.map_err(|error| Status::unavailable(Chain(&error).to_string()))?;
+    let status = ManagerStatus { raft_id, addr: addr.to_owned(), ..ManagerStatus::default() };
+    loop {
+        let state = consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
+        let gone = || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
+        let mut node = (**state.node(node_id).ok_or_else(gone)?).clone();
+        if node.manager_status.as_ref() == Some(&status) {
+            return Ok(());
+        }
+        node.manager_status = Some(status.clone());
+        let expect = Expect::Version(node.meta.version);
+        match commit(consensus, Object::Node(Box::new(node)), expect).await {
+            Err(status) if status.code() == tonic::Code::Aborted => {} // The node has just been written.
+            other => return other,
+        }
+    }
+}
+
+async fn commit(consensus: &Consensus, object: Object, expect: Expect) -> Result<(), Status> {
+    debug_assert_eq!(object.kind(), Kind::Node);
+    let command = Command::new(clock::now(), vec![Action::Put { object, expect }]);
+    let outcome = consensus.propose(&command).await.map_err(|error| Status::from(Error::Propose(error)))?;
+    match outcome {
+        Outcome::Applied(_) => Ok(()),
+        Outcome::Refused(refusal @ Refusal::OutOfSequence { .. }) => Err(Status::aborted(refusal.to_string())),
+        Outcome::Refused(refusal) => Err(Error::Refused(refusal).into()),
+    }
+}

@@ -1,0 +1,394 @@
+//! The leader's one loop: it drives the pure core over snapshots and proposes what that decides.
+//!
+//! ```text
+//! commits ──┐                            ┌─► one command in flight ─► Raft
+//! sessions ─┼─► state, dirty ─► decide ──┤
+//! ticks ────┘                            └─► sessions: mesh, images, tasks
+//! ```
+//!
+//! # Invariants
+//!
+//! - Commands are proposed in the term that this loop was started in: a deposed leader writes nothing.
+//! - At most one command is in flight; everything that happens meanwhile is one batch for the next.
+//! - Nothing is decided on a state older than this loop's own last write.
+//! - The loop never waits for an agent: a session whose queue is full is told later.
+
+mod sessions;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use skep_common::object::TaskStatus;
+use skep_common::{Kind, NodeId, TaskId, Timestamp};
+use skep_manager_core::endpoints::Drain;
+use skep_manager_core::liveness::{Event, Liveness};
+use skep_manager_core::{
+    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, plan,
+};
+use skep_runtime::{TaskSet, clock};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use crate::consensus::{Commit, Consensus, Feed, propose};
+use crate::dispatcher::{Door, SessionEvent};
+use sessions::Sessions;
+
+/// How often liveness is looked at though nothing happens: a fifth of the heartbeat period.
+const TICK: Duration = Duration::from_millis(200);
+/// A machine that does not even refuse a connection within this time counts as a failed probe.
+const PROBE_DEADLINE: Duration = Duration::from_millis(500);
+/// Events taken in one go: bounds how long a commit waits behind reports.
+const EVENTS_AT_ONCE: usize = 512;
+
+/// Leads whenever this manager does, for as long as it runs.
+pub(crate) async fn run(consensus: Consensus, door: Door, tasks: TaskSet) {
+    let mut leadership = consensus.leadership();
+    loop {
+        let term = match leadership.wait_for(|leadership| leadership.is_self).await {
+            Ok(leadership) => leadership.term,
+            Err(_) => return, // Consensus has ended.
+        };
+        tracing::info!(raft.term = term, "leading");
+        let events = door.open();
+        let probing = tasks.child();
+        let lost = async {
+            let still = |leadership: &crate::consensus::Leadership| {
+                leadership.is_self && leadership.term == term
+            };
+            // An error means that consensus has ended.
+            let _ = leadership.wait_for(|leadership| !still(leadership)).await;
+        };
+        let leader = Leader::new(consensus.clone(), door.clone(), term, probing.clone());
+        tokio::select! {
+            () = lost => {}
+            () = leader.run(events) => {}
+        }
+        door.close();
+        probing.cancel();
+        tracing::info!(raft.term = term, "not leading any more");
+    }
+}
+
+type InFlight = BoxFuture<'static, Result<Outcome, propose::Error>>;
+
+/// What a command in flight carries beside its actions.
+#[derive(Debug, Default)]
+struct Carried {
+    statuses: BTreeMap<TaskId, TaskStatus>,
+    is_plan: bool,
+}
+
+struct Leader {
+    consensus: Consensus,
+    door: Door,
+    term: u64,
+    tasks: TaskSet,
+    feed: Feed,
+    state: State,
+    dirty: Dirty,
+    memory: LeaderMemory,
+    rng: StdRng,
+    liveness: Liveness,
+    not_in_balancer: BTreeSet<NodeId>,
+    drain: Drain,
+    sessions: Sessions,
+    /// Reported and not committed yet; only the newest counts.
+    reported: BTreeMap<TaskId, TaskStatus>,
+    queued: VecDeque<Vec<Action>>,
+    in_flight: Option<(InFlight, Carried)>,
+    /// Nothing is decided on an older state.
+    own_version: u64,
+    deadline: Option<Timestamp>,
+    probes: mpsc::Receiver<Event>,
+    probe_results: mpsc::Sender<Event>,
+    next_tick: Instant,
+}
+
+impl Leader {
+    fn new(consensus: Consensus, door: Door, term: u64, tasks: TaskSet) -> Self {
+        let feed = consensus.subscribe();
+        let state = consensus.state();
+        let now = clock::now();
+        let (probe_results, probes) = mpsc::channel(skep_common::limits::QUEUE_LENGTH);
+        Self {
+            drain: Drain::new(&state, &BTreeSet::new(), now),
+            liveness: Liveness::new(&state, now),
+            sessions: Sessions::new(term),
+            consensus,
+            door,
+            term,
+            tasks,
+            feed,
+            state,
+            dirty: Dirty::all(),
+            memory: LeaderMemory::default(),
+            rng: StdRng::from_rng(&mut rand::rng()),
+            not_in_balancer: BTreeSet::new(),
+            reported: BTreeMap::new(),
+            queued: VecDeque::new(),
+            in_flight: None,
+            own_version: 0,
+            deadline: None,
+            probes,
+            probe_results,
+            next_tick: clock::monotonic() + TICK,
+        }
+    }
+
+    async fn run(mut self, mut events: mpsc::Receiver<SessionEvent>) {
+        loop {
+            let sleep = tokio::time::sleep_until(self.wake_at().into());
+            // Each arm is cancel-safe: what is in flight stays in `self`.
+            tokio::select! {
+                biased;
+                outcome = in_flight(&mut self.in_flight) => self.committed(outcome),
+                commit = self.feed.next() => match commit {
+                    Some(commit) => self.take(commit),
+                    None => return,
+                },
+                Some(event) = events.recv() => {
+                    self.handle(event);
+                    for _ in 1..EVENTS_AT_ONCE {
+                        let Ok(event) = events.try_recv() else { break };
+                        self.handle(event);
+                    }
+                }
+                Some(probed) = self.probes.recv() => self.liveness.observe(probed),
+                () = sleep => self.tick(),
+            }
+            self.decide();
+            self.dispatch();
+        }
+    }
+
+    fn wake_at(&self) -> Instant {
+        let now = clock::now();
+        let until = |deadline: Option<Timestamp>| {
+            deadline.map(|at| clock::monotonic() + at.since(now))
+        };
+        // Before its own write is seen, a deadline of the old state must not make the loop spin.
+        let own = if self.is_current() { until(self.deadline) } else { None };
+        [own, until(self.drain.deadline())].into_iter().flatten().fold(self.next_tick, Instant::min)
+    }
+
+    fn is_current(&self) -> bool {
+        self.in_flight.is_none() && self.state.version().index >= self.own_version
+    }
+
+    fn tick(&mut self) {
+        let now = clock::monotonic();
+        if now < self.next_tick {
+            return; // Another deadline woke the loop.
+        }
+        let late_by = now - self.next_tick;
+        if late_by > TICK {
+            tracing::warn!(?late_by, "this manager is short of processor time; nodes are given as much more");
+            self.liveness.observe(Event::Tick { late_by });
+        }
+        self.next_tick = now + TICK;
+    }
+
+    fn take(&mut self, commit: Commit) {
+        self.state = commit.state;
+        if commit.all_changed {
+            self.dirty = Dirty::all();
+            self.sessions.mark_all();
+        }
+        self.dirty.extend(&commit.changes);
+        for change in &commit.changes {
+            match change.kind {
+                Kind::Task => self.sessions.mark(change.node_id),
+                Kind::Node | Kind::Image => self.sessions.mark_all(),
+                _ => {}
+            }
+        }
+    }
+
+    fn handle(&mut self, event: SessionEvent) {
+        match event {
+            SessionEvent::Opened { node_id, session_id, hello, to_agent } => {
+                let opened = self.sessions.open(&self.state, node_id, session_id, &hello, to_agent);
+                let Some(actions) = opened else { return };
+                self.liveness.observe(Event::SessionOpened { node_id, at: clock::now() });
+                self.drain.session_opened(node_id);
+                self.queue(actions);
+            }
+            SessionEvent::Closed { node_id, session_id } => {
+                if self.sessions.close(node_id, session_id) {
+                    self.liveness.observe(Event::SessionClosed { node_id });
+                    self.drain.session_closed(node_id);
+                }
+            }
+            SessionEvent::Message { node_id, session_id, message } => {
+                if self.sessions.is_current(node_id, session_id) {
+                    self.handle_message(node_id, message);
+                }
+            }
+        }
+    }
+
+    fn handle_message(&mut self, node_id: NodeId, message: skep_proto::agent_message::Message) {
+        use skep_proto::agent_message::Message;
+        match message {
+            Message::Hello(_) => tracing::warn!(node.id = %node_id, "a second hello is ignored"),
+            Message::Report(report) => {
+                for report in report.tasks {
+                    self.take_report(node_id, &report);
+                }
+            }
+            Message::MeshApplied(applied) => {
+                self.drain.acknowledge(node_id, applied.version);
+                self.sessions.note_conditions(node_id, applied.conditions);
+            }
+            Message::Image(report) if report.held => {
+                let digest = report.digest;
+                self.queue(vec![Action::ImageHolder { digest, node_id, holds: true }]);
+            }
+            Message::Image(report) => {
+                let (digest, error) = (report.digest, report.error);
+                tracing::warn!(node.id = %node_id, digest, error, "a node cannot get an image");
+            }
+        }
+    }
+
+    fn take_report(&mut self, node_id: NodeId, report: &skep_proto::TaskStatusReport) {
+        let parsed = report.task_id.parse::<TaskId>().ok();
+        let status = serde_json::from_str::<TaskStatus>(&report.status_json).ok();
+        let (Some(task_id), Some(status)) = (parsed, status) else {
+            tracing::warn!(node.id = %node_id, task.id = report.task_id, "an unreadable report is ignored");
+            return;
+        };
+        let Some(task) = self.state.task(task_id) else { return };
+        if task.node_id != Some(node_id) {
+            tracing::warn!(node.id = %node_id, task.id = %task_id, "a report on another node's task is ignored");
+            return;
+        }
+        let mut known = task.status.clone();
+        known.applied_at = status.applied_at;
+        if status.state >= known.state && status != known {
+            self.reported.insert(task_id, status);
+        }
+    }
+
+    fn queue(&mut self, actions: Vec<Action>) {
+        if !actions.is_empty() {
+            self.queued.push_back(actions);
+        }
+    }
+
+    /// Proposes the next command, where none is in flight.
+    fn decide(&mut self) {
+        if !self.is_current() {
+            return;
+        }
+        let now = clock::now();
+        for entry in self.door.beats.iter() {
+            self.liveness.observe(Event::Beat { node_id: *entry.key(), at: *entry.value() });
+        }
+        let verdict = self.liveness.decide(&self.state, now);
+        self.probe(&verdict.probes);
+        self.not_in_balancer = verdict.not_in_balancer;
+        self.deadline = verdict.deadline;
+        if self.queued.is_empty() {
+            self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
+        }
+        let mut carried = Carried::default();
+        let mut actions = self.queued.pop_front().unwrap_or_default();
+        if actions.is_empty() {
+            actions = self.plan(now, &mut carried);
+        }
+        let statuses = std::mem::take(&mut self.reported);
+        actions.extend(statuses.iter().map(|(task_id, status)| {
+            Action::PatchTask(TaskPatch { status: Some(status.clone()), ..TaskPatch::of(*task_id) })
+        }));
+        carried.statuses = statuses;
+        if !actions.is_empty() {
+            self.propose(Command::new(now, actions), carried);
+        }
+    }
+
+    fn plan(&mut self, now: Timestamp, carried: &mut Carried) -> Vec<Action> {
+        let dirty = std::mem::take(&mut self.dirty);
+        let plan = plan(&self.state, &mut self.memory, &dirty, now, &mut self.rng);
+        let wake = plan.deadline.map(|(at, _)| at);
+        self.deadline = [self.deadline, wake].into_iter().flatten().min();
+        carried.is_plan = true;
+        plan.actions
+    }
+
+    fn propose(&mut self, command: Command, carried: Carried) {
+        let (consensus, term) = (self.consensus.clone(), self.term);
+        let proposal = async move { consensus.propose_as_leader(term, &command).await };
+        self.in_flight = Some((proposal.boxed(), carried));
+    }
+
+    fn committed(&mut self, (outcome, carried): (Result<Outcome, propose::Error>, Carried)) {
+        match outcome {
+            Ok(Outcome::Applied(version)) => self.own_version = version.index,
+            Ok(Outcome::Refused(refusal)) => {
+                tracing::debug!(%refusal, "a decision on an old state was refused, deciding again");
+                self.retry(carried);
+            }
+            Err(error) => {
+                // Not leading any more, mostly: then this loop ends before it could try again.
+                tracing::info!(%error, "a decision was not committed");
+                self.retry(carried);
+            }
+        }
+    }
+
+    fn retry(&mut self, carried: Carried) {
+        if carried.is_plan {
+            self.dirty = Dirty::all();
+        }
+        for (task_id, status) in carried.statuses {
+            self.reported.entry(task_id).or_insert(status); // A newer one counts.
+        }
+    }
+
+    /// Asks machines whether they live. A machine that refuses the connection lives: its daemon is
+    /// restarting, and its containers run; silence decides then.
+    fn probe(&self, nodes: &[NodeId]) {
+        for node_id in nodes {
+            let Some(node) = self.state.node(*node_id) else { continue };
+            let (node_id, address) = (*node_id, node.address());
+            let results = self.probe_results.clone();
+            self.tasks.spawn("probe", async move {
+                let connect = TcpStream::connect(&address);
+                let is_alive = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
+                    Ok(Ok(_)) => true,
+                    Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return,
+                    Ok(Err(_)) | Err(_) => false,
+                };
+                let probed = Event::Probed { node_id, at: clock::now(), is_alive };
+                let _ = results.send(probed).await; // The loop has ended.
+            });
+        }
+    }
+
+    /// Tells the agents what is new for them.
+    fn dispatch(&mut self) {
+        let now = clock::now();
+        self.drain.update(&self.state, &self.not_in_balancer, now);
+        let held_back = self.drain.held_back(&self.state, now);
+        self.sessions.dispatch(&self.state, &self.drain, held_back, now);
+    }
+}
+
+/// The outcome of what is in flight; never returns where nothing is.
+async fn in_flight(
+    slot: &mut Option<(InFlight, Carried)>,
+) -> (Result<Outcome, propose::Error>, Carried) {
+    match slot {
+        Some((proposal, _)) => {
+            let outcome = proposal.await;
+            let carried = slot.take().map(|(_, carried)| carried).unwrap_or_default();
+            (outcome, carried)
+        }
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,326 @@
+//! The open sessions: what each node was told, and what is new for it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use skep_common::limits::HEARTBEAT_PERIOD;
+use skep_common::object::NodeDescription;
+use skep_common::spec::PortProtocol;
+use skep_common::{NodeId, Object, TaskId, Timestamp};
+use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
+use skep_manager_core::endpoints::{self, Drain, Table};
+use skep_manager_core::{Action, Expect, State};
+use skep_proto::dispatcher_message::Message;
+use skep_proto::{
+    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, MeshBackend, MeshPeer, MeshPort,
+    MeshPortKey, MeshUpdate, PortCondition, Welcome,
+};
+use skep_runtime::identity::sign_grant;
+use tonic::Status;
+
+use crate::dispatcher::ToAgent;
+use crate::join::manager_addresses;
+
+/// One node's session.
+#[derive(Debug)]
+struct Session {
+    id: u64,
+    to_agent: ToAgent,
+    stream: Stream,
+    told_table: Option<(u64, Table)>,
+    told_managers: Vec<String>,
+    conditions: Vec<PortCondition>,
+    is_dirty: bool,
+}
+
+/// All sessions of this leader.
+#[derive(Debug)]
+pub(super) struct Sessions {
+    term: u64,
+    open: BTreeMap<NodeId, Session>,
+    held_back: BTreeSet<TaskId>,
+    duties: CopyDuties,
+    /// Images or nodes changed: duties are chosen anew.
+    are_duties_stale: bool,
+}
+
+impl Sessions {
+    pub(super) fn new(term: u64) -> Self {
+        Self {
+            term,
+            open: BTreeMap::new(),
+            held_back: BTreeSet::new(),
+            duties: CopyDuties::new(),
+            are_duties_stale: true,
+        }
+    }
+
+    /// Marks one node for the next dispatch.
+    pub(super) fn mark(&mut self, node_id: Option<NodeId>) {
+        if let Some(session) = node_id.and_then(|node_id| self.open.get_mut(&node_id)) {
+            session.is_dirty = true;
+        }
+    }
+
+    /// Marks every node for the next dispatch.
+    pub(super) fn mark_all(&mut self) {
+        self.are_duties_stale = true;
+        for session in self.open.values_mut() {
+            session.is_dirty = true;
+        }
+    }
+
+    /// Takes a session in, and returns what it changes in the store; `None` where it was turned away.
+    pub(super) fn open(
+        &mut self,
+        state: &State,
+        node_id: NodeId,
+        session_id: u64,
+        hello: &Hello,
+        to_agent: ToAgent,
+    ) -> Option<Vec<Action>> {
+        let refuse = |status: Status| {
+            let _ = to_agent.try_send(Err(status)); // The agent has gone already.
+            None
+        };
+        let (Some(node), Some(cluster)) = (state.node(node_id), state.cluster()) else {
+            return refuse(Status::permission_denied(format!("node {node_id} is no member of this swarm")));
+        };
+        let description: NodeDescription = match serde_json::from_str(&hello.description_json) {
+            Ok(description) => description,
+            Err(error) => return refuse(Status::invalid_argument(format!("the node's description: {error}"))),
+        };
+        let address = match hello.addr.parse::<std::net::SocketAddr>() {
+            Ok(address) => address,
+            Err(error) => return refuse(Status::invalid_argument(format!("the node's address: {error}"))),
+        };
+        let told_managers = manager_addresses(state);
+        let welcome = Welcome {
+            session_id: format!("{session_id:016x}"),
+            heartbeat_millis: u64::try_from(HEARTBEAT_PERIOD.as_millis()).unwrap_or(u64::MAX),
+            term: self.term,
+            managers: told_managers.clone(),
+            node_number: node.number.into(),
+            ingress_pool: cluster.ingress_pool.to_string(),
+        };
+        let message = DispatcherMessage { message: Some(Message::Welcome(welcome)) };
+        if to_agent.try_send(Ok(message)).is_err() {
+            return None; // The agent has gone already.
+        }
+        let session = Session {
+            id: session_id,
+            to_agent,
+            stream: Stream::default(),
+            told_table: None,
+            told_managers,
+            conditions: Vec::new(),
+            is_dirty: true,
+        };
+        self.open.insert(node_id, session);
+        let mut actions = Vec::new();
+        let mut changed = (**node).clone();
+        changed.description = Some(description);
+        changed.status.addr = address.ip().to_string();
+        changed.status.port = address.port();
+        if changed != **node {
+            let expect = Expect::Version(node.meta.version);
+            actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
+        }
+        actions.extend(holdings(state, node_id, &hello.image_digests));
+        Some(actions)
+    }
+
+    /// Whether that was the node's current session.
+    pub(super) fn close(&mut self, node_id: NodeId, session_id: u64) -> bool {
+        let is_current = self.is_current(node_id, session_id);
+        if is_current {
+            self.open.remove(&node_id);
+        }
+        is_current
+    }
+
+    pub(super) fn is_current(&self, node_id: NodeId, session_id: u64) -> bool {
+        self.open.get(&node_id).is_some_and(|session| session.id == session_id)
+    }
+
+    /// Notes which ports a node cannot serve; told once, when it changes.
+    pub(super) fn note_conditions(&mut self, node_id: NodeId, conditions: Vec<PortCondition>) {
+        let Some(session) = self.open.get_mut(&node_id) else { return };
+        if session.conditions != conditions {
+            for condition in &conditions {
+                tracing::warn!(node.id = %node_id, condition = condition.message, "a node cannot serve a port");
+            }
+            session.conditions = conditions;
+        }
+    }
+
+    /// Tells every node what is new for it, as far as its queue has room.
+    pub(super) fn dispatch(
+        &mut self,
+        state: &State,
+        drain: &Drain,
+        held_back: BTreeSet<TaskId>,
+        now: Timestamp,
+    ) {
+        for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>() {
+            self.mark(state.task(task_id).and_then(|task| task.node_id));
+        }
+        self.held_back = held_back;
+        let (version, table) = drain.table();
+        let is_stale = |session: &Session| session.told_table.as_ref().is_none_or(|(told, _)| *told != version);
+        if !self.open.values().any(|session| session.is_dirty || is_stale(session)) {
+            return;
+        }
+        if std::mem::take(&mut self.are_duties_stale) {
+            self.duties = assignments::copy_duties(state);
+        }
+        let mut gone = Vec::new();
+        for (node_id, session) in &mut self.open {
+            if !session.is_dirty && !is_stale(session) {
+                continue;
+            }
+            let permit = match session.to_agent.clone().try_reserve_owned() {
+                Ok(permit) => permit,
+                Err(tokio::sync::mpsc::error::TrySendError::Full(_)) => continue, // Told when there is room.
+                Err(tokio::sync::mpsc::error::TrySendError::Closed(_)) => {
+                    gone.push(*node_id);
+                    continue;
+                }
+            };
+            let set = assignments::for_node(state, *node_id, &self.duties, &self.held_back);
+            session.is_dirty = false;
+            let message = news(session, state, *node_id, set, (version, table), now);
+            if let Some(assignments) = message {
+                permit.send(Ok(DispatcherMessage { message: Some(Message::Assignments(assignments)) }));
+            }
+        }
+        // The reader of such a session reports its end as well; nothing is sent to it until then.
+        for node_id in gone {
+            if let Some(session) = self.open.get_mut(&node_id) {
+                session.is_dirty = false;
+            }
+        }
+    }
+}
+
+/// Corrects the store where it says something else than the node about what the node holds.
+fn holdings(state: &State, node_id: NodeId, held: &[String]) -> Vec<Action> {
+    let mut digests: BTreeMap<&str, bool> = BTreeMap::new();
+    for image in state.images().values() {
+        let known = digests.entry(&image.digest).or_insert(true);
+        *known &= image.holders.contains(&node_id);
+    }
+    let wrong = digests.into_iter().filter_map(|(digest, is_known)| {
+        let holds = held.iter().any(|held| held == digest);
+        (holds != is_known).then(|| Action::ImageHolder { digest: digest.to_owned(), node_id, holds })
+    });
+    wrong.collect()
+}
+
+fn news(
+    session: &mut Session,
+    state: &State,
+    node_id: NodeId,
+    set: assignments::AssignmentSet,
+    (version, table): (u64, &Table),
+    now: Timestamp,
+) -> Option<Assignments> {
+    let mesh = mesh_update(session.told_table.as_ref(), version, table);
+    let managers = manager_addresses(state);
+    let is_management_new = managers != session.told_managers;
+    let mut message = match session.stream.next(set) {
+        Some(message) => Assignments {
+            applies_to: message.applies_to,
+            results_in: message.results_in,
+            images: images(state, node_id, &message.changes.images, now),
+            removed_images: message.changes.removed_images,
+            task_jsons: message.changes.tasks.iter().map(task_json).collect(),
+            removed_tasks: message.changes.removed_tasks.iter().map(ToString::to_string).collect(),
+            ..Assignments::default()
+        },
+        None if mesh.is_some() || is_management_new => {
+            let sequence = session.stream.sequence();
+            Assignments { applies_to: sequence, results_in: sequence, ..Assignments::default() }
+        }
+        None => return None,
+    };
+    if mesh.is_some() {
+        session.told_table = Some((version, table.clone()));
+        message.mesh = mesh;
+    }
+    if is_management_new {
+        session.told_managers.clone_from(&managers);
+        message.managers = managers;
+    }
+    Some(message)
+}
+
+fn task_json(task: &assignments::AssignedTask) -> String {
+    serde_json::to_string(&task.to_task()).expect("a task has string keys and no failing parts")
+}
+
+fn images(
+    state: &State,
+    node_id: NodeId,
+    images: &BTreeMap<String, AssignedImage>,
+    now: Timestamp,
+) -> Vec<ImageAssignment> {
+    let key = state.cluster().map(|cluster| cluster.root_ca_key.clone()).unwrap_or_default();
+    let assigned = images.iter().map(|(digest, image)| {
+        let grant = if image.holders.is_empty() {
+            Vec::new()
+        } else {
+            sign_grant(&key, digest, node_id, now).unwrap_or_else(|error| {
+                tracing::error!(error = %skep_runtime::telemetry::Chain(&error), "no grant for an image");
+                Vec::new()
+            })
+        };
+        let holder = |(id, addr): (&NodeId, &String)| ImageHolder { node_id: id.to_string(), addr: addr.clone() };
+        ImageAssignment {
+            digest: digest.clone(),
+            name: image.name.clone(),
+            holders: image.holders.iter().map(holder).collect(),
+            grant: grant.into(),
+        }
+    });
+    assigned.collect()
+}
+
+fn mesh_update(told: Option<&(u64, Table)>, version: u64, table: &Table) -> Option<MeshUpdate> {
+    let empty = Table::default();
+    let (whole, old) = match told {
+        Some((told, _)) if *told == version => return None,
+        Some((_, old)) => (false, old),
+        None => (true, &empty),
+    };
+    let changes = endpoints::diff(old, table);
+    let key = |(protocol, published): &(PortProtocol, u16)| MeshPortKey {
+        protocol: protocol.name().to_owned(),
+        published: (*published).into(),
+    };
+    let port = |(id, port): (&(PortProtocol, u16), &endpoints::Port)| MeshPort {
+        protocol: id.0.name().to_owned(),
+        published: id.1.into(),
+        service_id: port.service_id.to_string(),
+        backends: port
+            .backends
+            .iter()
+            .map(|(task_id, address)| MeshBackend {
+                task_id: task_id.to_string(),
+                address: address.to_string(),
+                target_port: port.target_port.into(),
+            })
+            .collect(),
+    };
+    let peer = |(number, address): (&u16, &std::net::Ipv4Addr)| MeshPeer {
+        number: (*number).into(),
+        underlay: address.to_string(),
+    };
+    Some(MeshUpdate {
+        version,
+        whole,
+        peers: changes.peers.iter().map(peer).collect(),
+        removed_peers: changes.removed_peers.iter().map(|number| u32::from(*number)).collect(),
+        ports: changes.ports.iter().map(port).collect(),
+        removed_ports: changes.removed_ports.iter().map(key).collect(),
+    })
+}

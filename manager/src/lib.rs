@@ -1,0 +1,15 @@
+//! The replicated control plane: what a manager runs beside its worker.
+//!
+//! Reading order: [`manager`] (how the parts are put together), [`consensus`], [`control`] (what clients
+//! ask), [`join`] (certificates and membership), [`dispatcher`] (the agents' sessions), [`leader`] (the
+//! one loop that drives the pure core while this manager leads), [`raft_rpc`].
+
+pub mod consensus;
+pub mod control;
+pub mod dispatcher;
+pub mod join;
+pub mod leader;
+pub mod manager;
+pub mod raft_rpc;
+
+pub use manager::{Manager, ManagerOptions, NewSwarm};

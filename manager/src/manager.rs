@@ -1,0 +1,174 @@
+//! A manager: consensus and everything that stands on it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ipnet::Ipv4Net;
+use skep_common::limits::MESSAGE_BYTES_MAX;
+use skep_common::object::{Cluster, JoinTokens, ManagerStatus, Network};
+use skep_common::spec::{Availability, NetworkSpec, NodeRole, SwarmSpec};
+use skep_common::{ClusterId, Meta, NetworkId, NodeId, Object};
+use skep_manager_core::{Action, Command, Expect, Outcome};
+use skep_proto::ca_server::CaServer;
+use skep_proto::control_server::ControlServer;
+use skep_proto::dispatcher_server::DispatcherServer;
+use skep_proto::raft_server::RaftServer;
+use skep_runtime::identity::{Authority, RaftKey, new_secret};
+use skep_runtime::transport::ChannelPool;
+use skep_runtime::{TaskSet, clock};
+use tonic::Status;
+use tonic::service::Routes;
+
+use crate::consensus::{self, Consensus, DataKey, StopReason};
+use crate::control::ControlService;
+use crate::dispatcher::{DispatcherService, Door};
+use crate::join::{self, CaService};
+use crate::leader;
+use crate::raft_rpc::{GrpcTransport, RaftService, ask_to_add};
+
+/// What a manager needs.
+#[derive(Debug)]
+pub struct ManagerOptions {
+    /// This node.
+    pub node_id: NodeId,
+    /// Its host name.
+    pub hostname: String,
+    /// Its Raft id: random, never reused.
+    pub raft_id: u64,
+    /// Where log and snapshots are kept.
+    pub raft_dir: PathBuf,
+    /// Seals them.
+    pub raft_key: RaftKey,
+    /// `ip:port` at which other nodes reach it.
+    pub address: String,
+    /// Channels to other nodes.
+    pub pool: ChannelPool,
+}
+
+/// What a new swarm begins with.
+#[derive(Debug)]
+pub struct NewSwarm {
+    /// Its id.
+    pub cluster_id: ClusterId,
+    /// Its authority.
+    pub authority: Authority,
+    /// Its settings.
+    pub spec: SwarmSpec,
+    /// Pool of ingress slices.
+    pub ingress_pool: Ipv4Net,
+    /// Whether its first node takes tasks.
+    pub availability: Availability,
+}
+
+/// A running manager.
+#[derive(Debug)]
+pub struct Manager {
+    options: ManagerOptions,
+    consensus: Consensus,
+    control: ControlService,
+    door: Door,
+    tasks: TaskSet,
+}
+
+impl Manager {
+    /// Opens the log and takes part in consensus, as far as this manager is a member.
+    pub async fn start(options: ManagerOptions) -> Result<Self, consensus::StartError> {
+        let key = DataKey::new(options.raft_key.id, options.raft_key.key);
+        let transport = Arc::new(GrpcTransport::new(options.pool.clone()));
+        let raft = consensus::Options::new(options.raft_id, &options.raft_dir, key, transport);
+        let consensus = Consensus::start(raft).await?;
+        let tasks = TaskSet::new();
+        let control = ControlService::new(
+            consensus.clone(),
+            options.node_id,
+            options.pool.clone(),
+            options.address.clone(),
+            tasks.clone(),
+        );
+        let door = Door::new();
+        tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));
+        Ok(Self { options, consensus, control, door, tasks })
+    }
+
+    /// Founds a new swarm with this manager as its only one, and returns the worker token's secret.
+    pub async fn found(&self, swarm: NewSwarm) -> Result<String, Status> {
+        let internal = |error: &dyn std::error::Error| Status::internal(error.to_string());
+        self.consensus.bootstrap(&self.options.address).await.map_err(|error| internal(&error))?;
+        let tokens = JoinTokens { worker: new_secret(), manager: new_secret() };
+        let worker_secret = tokens.worker.clone();
+        let cluster = Cluster {
+            id: swarm.cluster_id,
+            meta: Meta::default(),
+            spec: SwarmSpec { name: "default".into(), ..swarm.spec },
+            join_tokens: tokens,
+            root_ca_cert: swarm.authority.root_pem().to_owned(),
+            root_ca_key: swarm.authority.key_pem().to_owned(),
+            ingress_pool: swarm.ingress_pool,
+        };
+        let address = &self.options.address;
+        let mut node = join::new_node(self.options.node_id, NodeRole::Manager, swarm.availability, address)?;
+        let raft_id = self.options.raft_id;
+        node.manager_status =
+            Some(ManagerStatus { raft_id, addr: address.clone(), ..ManagerStatus::default() });
+        let ingress = Network {
+            id: NetworkId::random(&mut rand::rng()),
+            meta: Meta::default(),
+            spec: NetworkSpec { name: "ingress".into(), ingress: Some(true), ..NetworkSpec::default() },
+        };
+        let put = |object| Action::Put { object, expect: Expect::Absent };
+        let actions = vec![
+            put(Object::Cluster(Box::new(cluster))),
+            put(Object::Node(Box::new(node))),
+            put(Object::Network(Box::new(ingress))),
+        ];
+        let command = Command::new(clock::now(), actions);
+        match self.consensus.propose(&command).await.map_err(|error| internal(&error))? {
+            Outcome::Applied(_) => Ok(worker_secret),
+            Outcome::Refused(refusal) => Err(Status::internal(refusal.to_string())),
+        }
+    }
+
+    /// Asks the other managers to make this one a voter; returns once it is one.
+    pub async fn join(&self, managers: &[String]) -> Result<(), Status> {
+        ask_to_add(&self.options.pool, managers, self.options.raft_id, &self.options.address).await
+    }
+
+    /// What clients ask.
+    pub fn control(&self) -> ControlService {
+        self.control.clone()
+    }
+
+    /// Adds this manager's services to those of the one port.
+    pub fn add_routes(&self, routes: Routes) -> Routes {
+        let consensus = || self.consensus.clone();
+        let raft = RaftService::new(consensus(), self.options.node_id, self.options.hostname.clone());
+        let dispatcher = DispatcherService::new(self.door.clone(), consensus(), self.tasks.clone());
+        routes
+            .add_service(CaServer::new(CaService::new(consensus())))
+            .add_service(
+                RaftServer::new(raft)
+                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
+            )
+            .add_service(
+                DispatcherServer::new(dispatcher).max_encoding_message_size(MESSAGE_BYTES_MAX),
+            )
+            .add_service(
+                ControlServer::new(self.control())
+                    .max_decoding_message_size(MESSAGE_BYTES_MAX)
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
+            )
+    }
+
+    /// Waits until consensus takes no part any more, and says why.
+    pub async fn stopped(&self) -> StopReason {
+        self.consensus.stopped().await
+    }
+
+    /// Hands the lead over, and stops. What was acknowledged is on disk.
+    pub async fn stop(&self) {
+        self.consensus.transfer_leader().await;
+        self.tasks.shutdown().await;
+        self.consensus.shutdown().await;
+    }
+}

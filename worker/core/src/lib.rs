@@ -1,0 +1,6 @@
+//! See ARCHITECTURE.md.
+pub mod image;
+
+pub mod mesh;
+pub mod oci;
+pub mod health;

@@ -1,0 +1,176 @@
+//! The input of the mesh: what a manager tells a node about the cluster's published ports.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use serde::{Deserialize, Serialize};
+
+use super::Slices;
+
+/// Why a mesh table cannot be put into effect.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Error {
+    /// The pool is too small for slices of this size.
+    #[error("the address pool {pool} cannot be cut into /{slice_prefix} slices")]
+    SlicePrefix {
+        /// The pool as configured.
+        pool: Ipv4Net,
+        /// The prefix length of a slice as configured.
+        slice_prefix: u8,
+    },
+    /// A node number outside of the pool, or 0, which no node has.
+    #[error("node number {number} has no slice in the address pool {pool}; the highest is {max}")]
+    NumberOutOfRange {
+        /// The number in question.
+        number: u16,
+        /// The pool as configured.
+        pool: Ipv4Net,
+        /// The highest number that has a slice.
+        max: u16,
+    },
+    /// Two services claim one port; managers never allocate that.
+    #[error("published port {port} is claimed by service {first} and by service {second}")]
+    DuplicatePort {
+        /// The port and its protocol.
+        port: String,
+        /// The service that comes first in the table.
+        first: String,
+        /// The service that comes second.
+        second: String,
+    },
+}
+
+/// Everything a node must know to serve every published port of the cluster.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeshTable {
+    /// Grows with every change; a node acknowledges the version it has in effect.
+    pub version: u64,
+    /// The number of the node that this table is for.
+    pub self_number: u16,
+    /// The pool that node slices are cut from.
+    #[serde(default = "MeshTable::default_pool")]
+    pub pool: Ipv4Net,
+    /// The prefix length of a node's slice.
+    #[serde(default = "MeshTable::default_slice_prefix")]
+    pub slice_prefix: u8,
+    /// All nodes of the cluster, the receiving one included. A node with several addresses has
+    /// several entries; the tunnel uses the first.
+    pub peers: Vec<Peer>,
+    /// All published ports of the cluster.
+    pub ports: Vec<PublishedPort>,
+}
+
+/// An address of a node on the underlay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// The node's number, 1 to [`super::NODE_NUMBER_MAX`].
+    pub number: u16,
+    /// The address that other nodes reach it at.
+    pub underlay: Ipv4Addr,
+}
+
+/// The transport protocol of a published port.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP, the only one that the mesh carries so far.
+    #[default]
+    Tcp,
+}
+
+impl Protocol {
+    /// The protocol's number in an IP header (IANA protocol numbers).
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+        }
+    }
+
+    /// The protocol with that number, where the mesh carries it.
+    pub fn from_number(number: u8) -> Option<Self> {
+        match number {
+            6 => Some(Self::Tcp),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp => f.write_str("tcp"),
+        }
+    }
+}
+
+/// A port that answers on every node.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// The port on the nodes.
+    pub published: u16,
+    /// The transport protocol.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// The service that publishes it.
+    pub service_id: String,
+    /// The healthy tasks behind it; none means that connections are refused.
+    pub backends: Vec<Backend>,
+}
+
+/// A task that serves a published port.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Backend {
+    /// The task.
+    pub task_id: String,
+    /// Its address in its node's slice.
+    pub address: Ipv4Addr,
+    /// The port that it listens on.
+    pub target_port: u16,
+}
+
+impl MeshTable {
+    /// The pool where the swarm names none: far from what home, office and cloud networks use.
+    pub fn default_pool() -> Ipv4Net {
+        Ipv4Net::new_assert(Ipv4Addr::new(10, 192, 0, 0), 10)
+    }
+
+    /// The size of a slice where the swarm names none: 1021 tasks on each of 4094 nodes.
+    pub fn default_slice_prefix() -> u8 {
+        22
+    }
+
+    /// The address arithmetic of this table's pool.
+    pub fn slices(&self) -> Result<Slices, Error> {
+        Slices::new(self.pool, self.slice_prefix)
+    }
+
+    /// Checks what [`super::Objects::of`] relies on.
+    pub fn validate(&self) -> Result<(), Error> {
+        let slices = self.slices()?;
+        slices.check_number(self.self_number)?;
+        self.peers.iter().try_for_each(|peer| slices.check_number(peer.number))?;
+
+        let mut seen = BTreeSet::new();
+        for port in &self.ports {
+            if !seen.insert((port.protocol, port.published)) {
+                return Err(self.duplicate(port));
+            }
+        }
+        Ok(())
+    }
+
+    fn duplicate(&self, port: &PublishedPort) -> Error {
+        let same =
+            |p: &&PublishedPort| (p.protocol, p.published) == (port.protocol, port.published);
+        let first = self.ports.iter().find(same).unwrap_or(port);
+        Error::DuplicatePort {
+            port: format!("{}/{}", port.published, port.protocol),
+            first: first.service_id.clone(),
+            second: port.service_id.clone(),
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! The effect side of the mesh table: one task applies the newest table, whatever came in between.
+
+use std::fmt;
+
+use skep_proto::PortCondition;
+use skep_runtime::TaskSet;
+use skep_runtime::telemetry::Chain;
+use skep_worker_core::mesh::MeshTable;
+use tokio::sync::{mpsc, watch};
+
+/// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
+#[tonic::async_trait]
+pub trait Balancers: Send + fmt::Debug + 'static {
+    /// Returns when the kernel's rules are those of the table, with what stands in the way of single
+    /// ports.
+    async fn apply(
+        &mut self,
+        table: &MeshTable,
+    ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
+}
+
+/// A table version that is in force.
+#[derive(Debug)]
+pub(super) struct Applied {
+    pub(super) version: u64,
+    pub(super) conditions: Vec<PortCondition>,
+}
+
+/// Hands tables to the applying task.
+#[derive(Debug)]
+pub(super) struct BalancerHandle {
+    newest: watch::Sender<Option<MeshTable>>,
+}
+
+impl BalancerHandle {
+    pub(super) fn start(
+        balancers: Option<Box<dyn Balancers>>,
+        applied: mpsc::Sender<Applied>,
+        tasks: &TaskSet,
+    ) -> Self {
+        let (newest, tables) = watch::channel(None);
+        tasks.spawn("balancers", run(balancers, tables, applied));
+        Self { newest }
+    }
+
+    pub(super) fn apply(&self, table: Option<MeshTable>) {
+        self.newest.send_replace(table);
+    }
+}
+
+async fn run(
+    mut balancers: Option<Box<dyn Balancers>>,
+    mut tables: watch::Receiver<Option<MeshTable>>,
+    applied: mpsc::Sender<Applied>,
+) {
+    let mut last_error = None;
+    while tables.changed().await.is_ok() {
+        let Some(table) = tables.borrow_and_update().clone() else { continue };
+        let result = match &mut balancers {
+            Some(balancers) => balancers.apply(&table).await,
+            None => Ok(Vec::new()),
+        };
+        match result {
+            Ok(conditions) => {
+                last_error = None;
+                if applied.send(Applied { version: table.version, conditions }).await.is_err() {
+                    return; // The agent has ended.
+                }
+            }
+            Err(error) => {
+                // Not acknowledged: the leader goes on without this node after its wait.
+                let text = Chain(error.as_ref()).to_string();
+                if last_error.as_ref() != Some(&text) {
+                    tracing::error!(version = table.version, error = text, "failed to change the balancers");
+                    last_error = Some(text);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Keeps the kernel's balancers at the endpoint table that the leader sent.
+//!
+//! Tasks of this node that have ended leave the local balancer at once, before the leader knows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+use skep_common::TaskId;
+use skep_proto::MeshUpdate;
+use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort};
+
+/// The table as received, and what is locally known to be dead.
+#[derive(Debug, Default)]
+pub(super) struct MeshState {
+    version: u64,
+    number: u16,
+    pool: Option<Ipv4Net>,
+    peers: BTreeMap<u16, Ipv4Addr>,
+    ports: BTreeMap<(Protocol, u16), PublishedPort>,
+    dead: BTreeSet<String>,
+}
+
+impl MeshState {
+    /// Takes the node's place in the mesh from a welcome.
+    pub(super) fn place(&mut self, number: u16, pool: Ipv4Net) {
+        self.number = number;
+        self.pool = Some(pool);
+    }
+
+    /// Takes over an update; whole ones replace everything. Entries that this program cannot read are
+    /// left out with a word in the log: the rest must go on.
+    pub(super) fn update(&mut self, update: MeshUpdate) {
+        if update.whole {
+            self.peers.clear();
+            self.ports.clear();
+        }
+        self.version = update.version;
+        for peer in update.peers {
+            match (u16::try_from(peer.number), peer.underlay.parse()) {
+                (Ok(number), Ok(underlay)) => {
+                    self.peers.insert(number, underlay);
+                }
+                _ => tracing::warn!(?peer, "ignoring a peer with an unreadable address"),
+            }
+        }
+        for number in update.removed_peers {
+            self.peers.retain(|known, _| u32::from(*known) != number);
+        }
+        for port in update.ports {
+            match published_port(&port) {
+                Some(port) => {
+                    self.ports.insert((port.protocol, port.published), port);
+                }
+                None => tracing::warn!(?port, "ignoring a published port that this node cannot serve"),
+            }
+        }
+        for key in update.removed_ports {
+            self.ports.retain(|(protocol, published), _| {
+                protocol.to_string() != key.protocol || u32::from(*published) != key.published
+            });
+        }
+        // Whoever the leader has withdrawn as well need not be remembered.
+        let named: BTreeSet<&str> =
+            self.ports.values().flat_map(|port| port.backends.iter().map(|b| b.task_id.as_str())).collect();
+        self.dead.retain(|task_id| named.contains(task_id.as_str()));
+    }
+
+    /// Notes that a task of this node has ended; whether the table names it.
+    pub(super) fn withdraw(&mut self, task_id: TaskId) -> bool {
+        let task_id = task_id.to_string();
+        let names = |port: &PublishedPort| port.backends.iter().any(|backend| backend.task_id == task_id);
+        let is_named = self.ports.values().any(names);
+        if is_named {
+            self.dead.insert(task_id);
+        }
+        is_named
+    }
+
+    /// The table for the kernel; `None` before the first welcome.
+    pub(super) fn table(&self) -> Option<MeshTable> {
+        let peers = self.peers.iter().map(|(number, underlay)| Peer { number: *number, underlay: *underlay });
+        let ports = self.ports.values().map(|port| {
+            let alive = port.backends.iter().filter(|backend| !self.dead.contains(&backend.task_id));
+            PublishedPort { backends: alive.cloned().collect(), ..port.clone() }
+        });
+        Some(MeshTable {
+            version: self.version,
+            self_number: self.number,
+            pool: self.pool?,
+            slice_prefix: MeshTable::default_slice_prefix(),
+            peers: peers.collect(),
+            ports: ports.collect(),
+        })
+    }
+}
+
+fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
+    let protocol = match port.protocol.as_str() {
+        "tcp" => Protocol::Tcp,
+        _ => return None,
+    };
+    let backends = port.backends.iter().map(|backend| {
+        Some(Backend {
+            task_id: backend.task_id.clone(),
+            address: backend.address.parse().ok()?,
+            target_port: u16::try_from(backend.target_port).ok()?,
+        })
+    });
+    Some(PublishedPort {
+        published: u16::try_from(port.published).ok()?,
+        protocol,
+        service_id: port.service_id.clone(),
+        backends: backends.collect::<Option<_>>()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use skep_proto::{MeshBackend, MeshPeer, MeshPort, MeshPortKey};
+
+    fn port(published: u32, tasks: &[u128]) -> MeshPort {
+        let backend = |task: &u128| MeshBackend {
+            task_id: TaskId(*task).to_string(),
+            address: format!("10.192.4.{task}"),
+            target_port: 80,
+        };
+        MeshPort {
+            protocol: "tcp".into(),
+            published,
+            service_id: "s".into(),
+            backends: tasks.iter().map(backend).collect(),
+        }
+    }
+
+    fn backends(state: &MeshState, published: u16) -> Vec<String> {
+        let table = state.table().unwrap();
+        let port = table.ports.iter().find(|port| port.published == published);
+        port.map(|p| p.backends.iter().map(|b| b.address.to_string()).collect()).unwrap_or_default()
+    }
+
+    #[test]
+    fn updates_change_what_they_name_and_the_dead_stay_out_until_withdrawn() {
+        let mut state = MeshState::default();
+        assert_eq!(state.table(), None);
+        state.place(3, "10.192.0.0/10".parse().unwrap());
+        let peers = vec![MeshPeer { number: 1, underlay: "10.77.0.1".into() }];
+        let whole = |ports| MeshUpdate { version: 1, whole: true, peers: peers.clone(), ports, ..MeshUpdate::default() };
+        state.update(whole(vec![port(80, &[1, 2]), port(81, &[3])]));
+        assert_eq!(backends(&state, 80), ["10.192.4.1", "10.192.4.2"]);
+        assert!(state.withdraw(TaskId(1)));
+        assert!(!state.withdraw(TaskId(9)));
+        assert_eq!(backends(&state, 80), ["10.192.4.2"]);
+        let removed = vec![MeshPortKey { protocol: "tcp".into(), published: 81 }];
+        state.update(MeshUpdate { version: 2, removed_ports: removed, ..MeshUpdate::default() });
+        assert_eq!(backends(&state, 80), ["10.192.4.2"], "an unrelated update does not revive the dead");
+        assert_eq!(backends(&state, 81), Vec::<String>::new());
+        state.update(MeshUpdate { version: 3, ports: vec![port(80, &[2])], ..MeshUpdate::default() });
+        state.update(MeshUpdate { version: 4, ports: vec![port(80, &[1, 2])], ..MeshUpdate::default() });
+        assert_eq!(backends(&state, 80), ["10.192.4.1", "10.192.4.2"], "a withdrawn task is forgotten");
+        assert_eq!(state.table().unwrap().version, 4);
+    }
+}

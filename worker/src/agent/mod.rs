@@ -1,0 +1,392 @@
+//! The worker's side of the session: applies assignments, runs tasks, reports.
+//!
+//! ```text
+//! leader ══ session ══► Agent ──► Runner (one a task) ──► Executor
+//!        ◄═ reports ══╝   │  └──► images: fetches what assignments name
+//!                         └─────► balancers: the mesh table, acknowledged when the kernel has it
+//! ```
+//!
+//! The agent is one loop that owns its state. It goes on alone when no manager answers: containers run
+//! on, health checks and balancing go on.
+//!
+//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `images`, `task_store`.
+//!
+//! # Invariants
+//!
+//! - An update of assignments is applied whole and in the order mesh, images, tasks; one that does not
+//!   follow from the set at hand ends the session, and the next begins with the whole set.
+//! - A table version is acknowledged only when the kernel's rules are those of that version.
+//! - Every status is reported again in a new session: the leader that took it may be gone.
+
+mod balancers;
+mod images;
+mod mesh;
+mod runner;
+mod session;
+mod task_store;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use ipnet::Ipv4Net;
+use skep_common::limits::QUEUE_LENGTH;
+use skep_common::object::{NodeDescription, TaskStatus};
+use skep_common::{Task, TaskId};
+use skep_proto::agent_message::Message;
+use skep_proto::{AgentMessage, Assignments, Hello, TaskReport, TaskStatusReport, Welcome};
+use skep_runtime::TaskSet;
+use skep_runtime::transport::ChannelPool;
+use tokio::sync::{mpsc, watch};
+
+pub use balancers::Balancers;
+pub use images::{ImageHolding, Images};
+pub use session::{LEADER_METADATA, Managers};
+pub use task_store::{Remembered, TaskStore};
+
+use crate::executor::{Executor, Found};
+use balancers::{Applied, BalancerHandle};
+use runner::{Assigned, Report, Runner};
+use session::{FromSession, SessionOptions};
+
+/// What an agent needs.
+#[derive(Debug)]
+pub struct AgentOptions {
+    /// What this node says of itself.
+    pub description: NodeDescription,
+    /// `ip:port` at which other nodes reach this one.
+    pub addr: String,
+    /// Where task records are kept.
+    pub tasks_dir: PathBuf,
+    /// Runs the containers.
+    pub executor: Arc<dyn Executor>,
+    /// Has the images; absent where nothing is fetched (tests).
+    pub images: Option<Images>,
+    /// Programs the kernel's balancers; absent where there is no mesh (tests).
+    pub balancers: Option<Box<dyn Balancers>>,
+    /// Where the leader may be found.
+    pub managers: Managers,
+    /// Channels to other nodes.
+    pub pool: ChannelPool,
+    /// What the agent's tasks belong to.
+    pub tasks: TaskSet,
+}
+
+/// The agent's loop and its state.
+#[derive(Debug)]
+pub struct Agent {
+    executor: Arc<dyn Executor>,
+    images: Option<Images>,
+    balancers: BalancerHandle,
+    store: TaskStore,
+    tasks: TaskSet,
+    held: BTreeMap<TaskId, Held>,
+    reports: mpsc::Sender<Report>,
+    sequence: u64,
+    to_leader: Option<mpsc::Sender<AgentMessage>>,
+    unsent: BTreeSet<TaskId>,
+    mesh: mesh::MeshState,
+    unsent_mesh: Option<skep_proto::MeshApplied>,
+    unsent_images: BTreeMap<String, ImageHolding>,
+}
+
+#[derive(Debug)]
+struct Held {
+    assigned: watch::Sender<Assigned>,
+    status: TaskStatus,
+}
+
+/// Why an agent cannot begin.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The records of its tasks cannot be read.
+    #[error("failed to read this node's tasks")]
+    Tasks(#[from] task_store::Error),
+    /// Its containers cannot be found.
+    #[error("failed to find this node's containers")]
+    Containers(#[from] crate::executor::Error),
+}
+
+impl Agent {
+    /// Takes up the tasks and containers of the last daemon, and starts to look for a leader.
+    pub async fn start(options: AgentOptions) -> Result<(), StartError> {
+        let store = TaskStore::open(&options.tasks_dir)?;
+        let remembered = store.load()?;
+        let mut found: BTreeMap<TaskId, Found> = options.executor.find().await?.into_iter().collect();
+        let (reports, reported) = mpsc::channel(QUEUE_LENGTH);
+        let (applied, balancer_events) = mpsc::channel(QUEUE_LENGTH);
+        let (fetched, image_events) = mpsc::channel(QUEUE_LENGTH);
+        if let Some(images) = &options.images {
+            images.report_to(fetched);
+        }
+        let mut agent = Self {
+            executor: options.executor,
+            images: options.images.clone(),
+            balancers: BalancerHandle::start(options.balancers, applied, &options.tasks),
+            store,
+            tasks: options.tasks.clone(),
+            held: BTreeMap::new(),
+            reports,
+            sequence: 0,
+            to_leader: None,
+            unsent: BTreeSet::new(),
+            mesh: mesh::MeshState::default(),
+            unsent_mesh: None,
+            unsent_images: BTreeMap::new(),
+        };
+        for record in remembered {
+            let container = found.remove(&record.task.id);
+            agent.run_task(record, container);
+        }
+        agent.forget_strangers(found.into_keys().collect());
+        let (events, session_events) = mpsc::channel(QUEUE_LENGTH);
+        let session = SessionOptions {
+            pool: options.pool,
+            managers: options.managers,
+            tasks: options.tasks.clone(),
+        };
+        let hello = hello_maker(options.description, options.addr, options.images);
+        options.tasks.spawn("session", session::run(session, hello, events));
+        let inputs = Inputs { session_events, reported, balancer_events, image_events };
+        options.tasks.spawn("agent", agent.run(inputs));
+        Ok(())
+    }
+
+    /// Erases containers that no record names: left by a daemon that was killed before it wrote one.
+    fn forget_strangers(&self, strangers: Vec<TaskId>) {
+        let executor = Arc::clone(&self.executor);
+        self.tasks.spawn("erase strangers", async move {
+            for task_id in strangers {
+                if let Err(error) = executor.remove(task_id).await {
+                    tracing::warn!(task.id = %task_id, %error, "failed to erase a container without a task");
+                }
+            }
+        });
+    }
+
+    async fn run(mut self, mut inputs: Inputs) {
+        loop {
+            // Each arm is cancel-safe: all of them receive from channels.
+            tokio::select! {
+                Some(event) = inputs.session_events.recv() => self.handle_session(event),
+                Some(report) = inputs.reported.recv() => {
+                    self.handle_report(report);
+                    // All that is waiting travels in one message.
+                    while let Ok(report) = inputs.reported.try_recv() {
+                        self.handle_report(report);
+                    }
+                }
+                Some(applied) = inputs.balancer_events.recv() => self.handle_applied(applied),
+                Some((digest, holding)) = inputs.image_events.recv() => {
+                    self.unsent_images.insert(digest, holding);
+                }
+                () = self.room_for_reports() => {}
+            }
+            self.flush();
+        }
+    }
+
+    /// Returns when something waits to be sent and the session's queue has room again.
+    async fn room_for_reports(&self) {
+        let has_unsent =
+            !self.unsent.is_empty() || self.unsent_mesh.is_some() || !self.unsent_images.is_empty();
+        match &self.to_leader {
+            Some(to_leader) if has_unsent => {
+                let _ = to_leader.reserve().await; // A closed queue is a session that ends: told apart.
+            }
+            _ => std::future::pending().await,
+        }
+    }
+
+    fn handle_session(&mut self, event: FromSession) {
+        match event {
+            FromSession::Opened { welcome, to_leader } => self.open_session(&welcome, to_leader),
+            FromSession::Assignments(assignments) => {
+                if let Err(why) = self.apply(assignments) {
+                    tracing::warn!(why, "asking the leader for everything again");
+                    self.to_leader = None; // Ends the session: the stream's sender is gone.
+                }
+            }
+            FromSession::Closed => self.to_leader = None,
+        }
+    }
+
+    fn open_session(&mut self, welcome: &Welcome, to_leader: mpsc::Sender<AgentMessage>) {
+        self.sequence = 0;
+        self.unsent = self.held.keys().copied().collect();
+        match (u16::try_from(welcome.node_number), welcome.ingress_pool.parse::<Ipv4Net>()) {
+            (Ok(number), Ok(pool)) => {
+                self.mesh.place(number, pool);
+                self.to_leader = Some(to_leader);
+            }
+            _ => tracing::error!(?welcome, "the leader's welcome cannot be read"),
+        }
+    }
+
+    fn apply(&mut self, assignments: Assignments) -> Result<(), String> {
+        let is_whole = assignments.applies_to == 0;
+        if !is_whole && assignments.applies_to != self.sequence {
+            return Err(format!("assignments for set {}, this is {}", assignments.applies_to, self.sequence));
+        }
+        let tasks: Vec<Task> = assignments
+            .task_jsons
+            .iter()
+            .map(|json| serde_json::from_str(json).map_err(|error| format!("an unreadable task: {error}")))
+            .collect::<Result<_, _>>()?;
+        let removed: Vec<TaskId> = assignments
+            .removed_tasks
+            .iter()
+            .map(|id| id.parse().map_err(|error| format!("an unreadable task id: {error}")))
+            .collect::<Result<_, _>>()?;
+        self.sequence = assignments.results_in;
+        if let Some(update) = assignments.mesh {
+            self.mesh.update(update);
+            self.balancers.apply(self.mesh.table());
+        }
+        if let Some(images) = &self.images {
+            images.assign(is_whole, assignments.images, &assignments.removed_images);
+        }
+        let named: BTreeSet<TaskId> = tasks.iter().map(|task| task.id).collect();
+        for task in tasks {
+            self.assign(task);
+        }
+        for task_id in removed {
+            self.remove(task_id);
+        }
+        if is_whole {
+            let unnamed: Vec<TaskId> = self.held.keys().filter(|id| !named.contains(id)).copied().collect();
+            for task_id in unnamed {
+                self.remove(task_id);
+            }
+        }
+        Ok(())
+    }
+
+    fn assign(&mut self, task: Task) {
+        let task_id = task.id;
+        if let Some(held) = self.held.get_mut(&task_id) {
+            let is_removed = held.assigned.borrow().removed;
+            if !is_removed && *held.assigned.borrow().task != task {
+                held.assigned.send_replace(Assigned { task: Arc::new(task), removed: false });
+                self.remember(task_id);
+            }
+            return;
+        }
+        // What managers know of the task's past on this node is in the task.
+        let status = task.status.clone();
+        self.run_task(Remembered { task, status, removed: false }, None);
+        self.remember(task_id);
+    }
+
+    fn remove(&mut self, task_id: TaskId) {
+        if let Some(held) = self.held.get(&task_id) {
+            held.assigned.send_modify(|assigned| assigned.removed = true);
+            self.remember(task_id);
+        }
+    }
+
+    fn run_task(&mut self, record: Remembered, found: Option<Found>) {
+        let task_id = record.task.id;
+        let (sender, assigned) = watch::channel(Assigned { task: Arc::new(record.task), removed: record.removed });
+        let runner =
+            Runner::new(assigned, Arc::clone(&self.executor), self.reports.clone(), record.status.clone());
+        self.held.insert(task_id, Held { assigned: sender, status: record.status });
+        self.tasks.spawn("task", runner.run(found));
+    }
+
+    fn handle_report(&mut self, report: Report) {
+        match report {
+            Report::Status(task_id, status) => {
+                if status.state.is_terminal() && self.mesh.withdraw(task_id) {
+                    self.balancers.apply(self.mesh.table());
+                }
+                if let Some(held) = self.held.get_mut(&task_id) {
+                    held.status = status;
+                    self.unsent.insert(task_id);
+                    self.remember(task_id);
+                }
+            }
+            Report::Erased(task_id) => {
+                self.held.remove(&task_id);
+                self.unsent.remove(&task_id);
+                if let Err(error) = self.store.erase(task_id) {
+                    tracing::warn!(task.id = %task_id, %error, "failed to forget a task");
+                }
+            }
+        }
+    }
+
+    fn handle_applied(&mut self, applied: Applied) {
+        self.unsent_mesh =
+            Some(skep_proto::MeshApplied { version: applied.version, conditions: applied.conditions });
+    }
+
+    fn remember(&self, task_id: TaskId) {
+        let Some(held) = self.held.get(&task_id) else { return };
+        let assigned = held.assigned.borrow();
+        let record = Remembered {
+            task: (*assigned.task).clone(),
+            status: held.status.clone(),
+            removed: assigned.removed,
+        };
+        if let Err(error) = self.store.store(&record) {
+            tracing::error!(task.id = %task_id, error = %skep_runtime::telemetry::Chain(&error), "failed to record a task");
+        }
+    }
+
+    /// Sends what waits to be sent, as far as the session's queue has room.
+    fn flush(&mut self) {
+        let Some(to_leader) = &self.to_leader else { return };
+        let send = |message| {
+            let permit = to_leader.try_reserve().ok()?;
+            permit.send(AgentMessage { message: Some(message) });
+            Some(())
+        };
+        if let Some(applied) = self.unsent_mesh.clone()
+            && send(Message::MeshApplied(applied)).is_some()
+        {
+            self.unsent_mesh = None;
+        }
+        while let Some((digest, holding)) = self.unsent_images.first_key_value() {
+            let report = images::report(digest, holding);
+            if send(Message::Image(report)).is_none() {
+                return;
+            }
+            self.unsent_images.pop_first();
+        }
+        if self.unsent.is_empty() {
+            return;
+        }
+        let reports = self.unsent.iter().filter_map(|task_id| {
+            let status = &self.held.get(task_id)?.status;
+            let status_json = serde_json::to_string(status).expect("a status has no failing parts");
+            Some(TaskStatusReport { task_id: task_id.to_string(), status_json })
+        });
+        let report = TaskReport { tasks: reports.collect() };
+        if send(Message::Report(report)).is_some() {
+            self.unsent.clear();
+        }
+    }
+}
+
+struct Inputs {
+    session_events: mpsc::Receiver<FromSession>,
+    reported: mpsc::Receiver<Report>,
+    balancer_events: mpsc::Receiver<Applied>,
+    image_events: mpsc::Receiver<(String, ImageHolding)>,
+}
+
+fn hello_maker(
+    description: NodeDescription,
+    addr: String,
+    images: Option<Images>,
+) -> impl Fn() -> Hello + Send + 'static {
+    let description_json = serde_json::to_string(&description).expect("a description has no failing parts");
+    move || Hello {
+        description_json: description_json.clone(),
+        addr: addr.clone(),
+        image_digests: images.as_ref().map(Images::held).unwrap_or_default(),
+    }
+}

@@ -1,0 +1,303 @@
+//! The life of one task on its node: from the assignment to the erasure of its container.
+//!
+//! ```text
+//! Accepted ─► Preparing ─► Ready ─► Starting ─► Running ─► Complete | Failed
+//!                 │          └ waits until managers want it running   │
+//!                 └─ error: Rejected          managers want it ended: Shutdown
+//! ```
+//!
+//! # Invariants
+//!
+//! - States reported only grow; a task is run once.
+//! - A running task whose checks fail is reported as unhealthy and goes on until managers have taken it
+//!   from the balancers and want it ended: nothing is killed under a connection.
+//! - Whatever happens, the runner ends by erasing the container once managers have forgotten the task.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use skep_common::object::TaskStatus;
+use skep_common::{Task, TaskId, TaskState};
+use skep_runtime::clock;
+use skep_worker_core::health::{Counter, Health, HealthCheck};
+use tokio::sync::{mpsc, watch};
+
+use crate::executor::{Error, Executor, Exit, Found};
+
+/// What managers want, as last assigned.
+#[derive(Debug, Clone)]
+pub(super) struct Assigned {
+    pub(super) task: Arc<Task>,
+    /// Managers have forgotten the task.
+    pub(super) removed: bool,
+}
+
+impl Assigned {
+    fn is_ending(&self) -> bool {
+        self.removed || self.task.desired_state > TaskState::Running
+    }
+
+    fn may_start(&self) -> bool {
+        self.task.desired_state >= TaskState::Running
+    }
+}
+
+/// What a runner tells the agent.
+#[derive(Debug)]
+pub(super) enum Report {
+    /// The task reached a state.
+    Status(TaskId, TaskStatus),
+    /// The task is erased; the runner has ended.
+    Erased(TaskId),
+}
+
+/// One task's runner.
+#[derive(Debug)]
+pub(super) struct Runner {
+    assigned: watch::Receiver<Assigned>,
+    executor: Arc<dyn Executor>,
+    reports: mpsc::Sender<Report>,
+    task_id: TaskId,
+    status: TaskStatus,
+    was_unhealthy: bool,
+}
+
+/// How a task ended.
+struct Ending {
+    state: TaskState,
+    message: &'static str,
+    err: String,
+    exit: Option<Exit>,
+}
+
+impl Ending {
+    fn new(state: TaskState, message: &'static str) -> Self {
+        Self { state, message, err: String::new(), exit: None }
+    }
+
+    fn error(state: TaskState, message: &'static str, error: Error) -> Self {
+        Self { err: error.0, ..Self::new(state, message) }
+    }
+}
+
+impl Runner {
+    pub(super) fn new(
+        assigned: watch::Receiver<Assigned>,
+        executor: Arc<dyn Executor>,
+        reports: mpsc::Sender<Report>,
+        status: TaskStatus,
+    ) -> Self {
+        let task_id = assigned.borrow().task.id;
+        let was_unhealthy = status.unhealthy;
+        Self { assigned, executor, reports, task_id, status, was_unhealthy }
+    }
+
+    /// Runs the task. `found` is its container, where one outlived the last daemon.
+    pub(super) async fn run(mut self, found: Option<Found>) {
+        if !self.status.state.is_terminal() {
+            let ending = self.live(found).await;
+            self.report_end(ending).await;
+        }
+        // An error means that the agent has ended: the next daemon takes over.
+        if self.assigned.wait_for(|assigned| assigned.removed).await.is_err() {
+            return;
+        }
+        self.erase().await;
+        let _ = self.reports.send(Report::Erased(self.task_id)).await; // As above.
+    }
+
+    /// From the assignment to the end of the container.
+    async fn live(&mut self, found: Option<Found>) -> Ending {
+        let since_start = match (found, self.status.state) {
+            (Some(Found::Started(container)), _) => {
+                self.status.container_status = Some(container);
+                None
+            }
+            (_, state) if state >= TaskState::Starting => {
+                let lost = Error("its container was gone when the daemon started again".into());
+                return Ending::error(TaskState::Failed, "lost", lost);
+            }
+            _ => match self.prepare_and_start().await {
+                Ok(started) => Some(started),
+                Err(ending) => return ending,
+            },
+        };
+        self.supervise(since_start).await
+    }
+
+    async fn prepare_and_start(&mut self) -> Result<Instant, Ending> {
+        self.report(TaskState::Accepted, "accepted").await;
+        self.report(TaskState::Preparing, "preparing").await;
+        let task = Arc::clone(&self.assigned.borrow().task);
+        let executor = Arc::clone(&self.executor);
+        tokio::select! {
+            biased;
+            () = self.wanted_ended() => return Err(Ending::new(TaskState::Shutdown, "shutdown")),
+            prepared = executor.prepare(&task) => {
+                prepared.map_err(|error| Ending::error(TaskState::Rejected, "preparing", error))?;
+            }
+        }
+        self.report(TaskState::Ready, "prepared").await;
+        let may_go_on = |assigned: &Assigned| assigned.may_start() || assigned.is_ending();
+        let is_ending = self.assigned.wait_for(may_go_on).await.is_ok_and(|assigned| assigned.is_ending());
+        if is_ending {
+            return Err(Ending::new(TaskState::Shutdown, "shutdown"));
+        }
+        self.report(TaskState::Starting, "starting").await;
+        let container = executor.start(&task).await;
+        let container = container.map_err(|error| Ending::error(TaskState::Failed, "starting", error))?;
+        self.status.container_status = Some(container);
+        Ok(clock::monotonic())
+    }
+
+    /// Watches a started container to its end. `started` is absent for one that was found running.
+    async fn supervise(&mut self, started: Option<Instant>) -> Ending {
+        let task = Arc::clone(&self.assigned.borrow().task);
+        let executor = Arc::clone(&self.executor);
+        let check = match executor.health_check(&task).await {
+            Ok(check) => check,
+            Err(error) => {
+                tracing::warn!(task.id = %self.task_id, %error, "running without its health check");
+                None
+            }
+        };
+        let mut monitor = Monitor::new(check, started, self.status.state == TaskState::Running);
+        if monitor.check.is_none() && self.status.state < TaskState::Running {
+            self.report(TaskState::Running, "started").await;
+        }
+        let task_id = self.task_id;
+        let exit = executor.wait(task_id);
+        tokio::pin!(exit);
+        loop {
+            let event = tokio::select! {
+                biased;
+                exit = &mut exit => return self.ended(exit),
+                () = self.wanted_ended() => None,
+                health = monitor.next(executor.as_ref(), task_id) => Some(health),
+            };
+            match event {
+                Some((Health::Healthy, _)) => {
+                    self.status.unhealthy = false;
+                    self.was_unhealthy = false;
+                    self.report(TaskState::Running, "started").await;
+                }
+                Some((Health::Unhealthy, output)) => {
+                    tracing::info!(task.id = %self.task_id, output, "the container is unhealthy");
+                    self.was_unhealthy = true;
+                    if self.status.state == TaskState::Running {
+                        self.status.unhealthy = true;
+                        self.report(TaskState::Running, "unhealthy").await;
+                        continue;
+                    }
+                    let ending = self.stop(&task, exit.as_mut()).await;
+                    return Ending { state: TaskState::Failed, ..ending };
+                }
+                Some((Health::Starting, _)) => {}
+                None => return self.stop(&task, exit.as_mut()).await,
+            }
+        }
+    }
+
+    async fn stop(&self, task: &Task, exit: std::pin::Pin<&mut (impl Future<Output = Exit> + Send)>) -> Ending {
+        if let Err(error) = self.executor.stop(task).await {
+            tracing::warn!(task.id = %self.task_id, %error, "failed to stop a container");
+        }
+        let exit = exit.await;
+        let state = if self.was_unhealthy { TaskState::Failed } else { TaskState::Shutdown };
+        let err = if self.was_unhealthy { "unhealthy container".into() } else { String::new() };
+        Ending { err, exit: Some(exit), ..Ending::new(state, "shutdown") }
+    }
+
+    /// The container ended by itself.
+    fn ended(&self, exit: Exit) -> Ending {
+        let is_wanted = self.assigned.borrow().is_ending();
+        let (state, message, err) = match &exit {
+            Exit { error: Some(error), .. } => (TaskState::Failed, "lost", error.clone()),
+            _ if is_wanted => (TaskState::Shutdown, "shutdown", String::new()),
+            Exit { code: 0, .. } => (TaskState::Complete, "finished", String::new()),
+            Exit { code, oom_killed: true, .. } => {
+                (TaskState::Failed, "started", format!("task: non-zero exit ({code}): out of memory"))
+            }
+            Exit { code, .. } => (TaskState::Failed, "started", format!("task: non-zero exit ({code})")),
+        };
+        Ending { err, exit: Some(exit), ..Ending::new(state, message) }
+    }
+
+    async fn wanted_ended(&mut self) {
+        // The agent has ended where this fails: nothing is stopped then.
+        if self.assigned.wait_for(Assigned::is_ending).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    async fn report_end(&mut self, ending: Ending) {
+        self.status.err = ending.err;
+        self.status.unhealthy = false;
+        if let Some(exit) = ending.exit {
+            let container = self.status.container_status.get_or_insert_default();
+            container.pid = 0;
+            container.exit_code = exit.code;
+            container.oom_killed = exit.oom_killed;
+        }
+        self.report(ending.state, ending.message).await;
+    }
+
+    async fn report(&mut self, state: TaskState, message: &str) {
+        debug_assert!(state >= self.status.state, "{state} follows {}", self.status.state);
+        if state > self.status.state {
+            self.status.timestamp = clock::now();
+        }
+        self.status.state = state;
+        message.clone_into(&mut self.status.message);
+        // The agent has ended when this fails; the next daemon reports from its memory.
+        let _ = self.reports.send(Report::Status(self.task_id, self.status.clone())).await;
+    }
+
+    async fn erase(&self) {
+        let mut pause = Duration::from_millis(100);
+        let mut is_first = true;
+        while let Err(error) = self.executor.remove(self.task_id).await {
+            if std::mem::take(&mut is_first) {
+                tracing::warn!(task.id = %self.task_id, %error, "failed to erase a container, trying again");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(30));
+        }
+    }
+}
+
+/// Runs one container's health checks, one after the other.
+struct Monitor {
+    check: Option<HealthCheck>,
+    counter: Counter,
+    started: Option<Instant>,
+    next_at: Option<Instant>,
+}
+
+impl Monitor {
+    fn new(check: Option<HealthCheck>, started: Option<Instant>, is_running: bool) -> Self {
+        let counter = if is_running { Counter::of_healthy() } else { Counter::default() };
+        Self { check, counter, started, next_at: None }
+    }
+
+    /// Returns when a check has changed the container's health. Cancel-safe: the pause before the next
+    /// check is kept in `self`, and a check that was cut off is run again.
+    async fn next(&mut self, executor: &dyn Executor, task_id: TaskId) -> (Health, String) {
+        let Some(check) = self.check.clone() else { return std::future::pending().await };
+        loop {
+            let delay = self.counter.delay(&check, self.since_start());
+            let at = *self.next_at.get_or_insert_with(|| clock::monotonic() + delay);
+            tokio::time::sleep_until(at.into()).await;
+            let (passed, output) = executor.run_check(task_id, &check.argv, check.timeout).await;
+            self.next_at = None;
+            if let Some(health) = self.counter.observe(&check, passed, self.since_start()) {
+                return (health, output);
+            }
+        }
+    }
+
+    /// A container that was found running has been started long ago.
+    fn since_start(&self) -> Duration {
+        self.started.map_or(Duration::MAX, |started| clock::monotonic().saturating_duration_since(started))
+    }
+}

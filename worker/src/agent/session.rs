@@ -1,0 +1,223 @@
+//! One session with the leader's dispatcher after another.
+//!
+//! A session is one ordered stream each way. Heartbeats go apart, from a thread of their own over a
+//! connection of their own, so that neither a full queue nor a busy thread pool looks like a dead node.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rand::RngExt as _;
+use skep_common::limits::QUEUE_LENGTH;
+use skep_proto::dispatcher_client::DispatcherClient;
+use skep_proto::dispatcher_message::Message;
+use skep_proto::{AgentMessage, Assignments, HeartbeatRequest, Hello, Welcome, agent_message};
+use skep_runtime::TaskSet;
+use skep_runtime::transport::{ChannelPool, Peer};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+/// First wait after a failed attempt. SwarmKit's agent begins with it as well.
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// Longest wait between attempts. SwarmKit waits up to 8 s; an idle attempt costs little.
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// A leader answers a Hello at once; one that does not is not the leader any more.
+const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
+/// Metadata of a manager that does not lead: who does.
+pub const LEADER_METADATA: &str = "skep-leader";
+
+/// Addresses of managers, best first; clones share them. Kept on disk by the daemon.
+#[derive(Debug, Clone)]
+pub struct Managers {
+    known: Arc<Mutex<Vec<String>>>,
+    changed: Arc<watch::Sender<Vec<String>>>,
+}
+
+impl Managers {
+    /// The managers that the daemon remembers.
+    pub fn new(known: Vec<String>) -> Self {
+        let (changed, _) = watch::channel(known.clone());
+        Self { known: Arc::new(Mutex::new(known)), changed: Arc::new(changed) }
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Vec<String> {
+        self.known.lock().expect(NOT_POISONED).clone()
+    }
+
+    /// Follows changes of the set.
+    pub fn watch(&self) -> watch::Receiver<Vec<String>> {
+        self.changed.subscribe()
+    }
+
+    fn replace(&self, managers: Vec<String>) {
+        let mut known = self.known.lock().expect(NOT_POISONED);
+        if managers.is_empty() || managers.iter().collect::<BTreeSet<_>>() == known.iter().collect() {
+            return;
+        }
+        *known = managers;
+        self.changed.send_replace(known.clone());
+    }
+}
+
+const NOT_POISONED: &str = "nothing panics while it holds the managers";
+
+/// What a session brings to the agent.
+#[derive(Debug)]
+pub(super) enum FromSession {
+    /// A session has begun: everything is to be reported again, on `to_leader`.
+    Opened { welcome: Welcome, to_leader: mpsc::Sender<AgentMessage> },
+    /// Work, in order.
+    Assignments(Assignments),
+    /// The session has ended; another is on its way.
+    Closed,
+}
+
+/// What [`run`] needs.
+#[derive(Debug, Clone)]
+pub(super) struct SessionOptions {
+    pub(super) pool: ChannelPool,
+    pub(super) managers: Managers,
+    pub(super) tasks: TaskSet,
+}
+
+/// Holds a session for as long as the agent lives. `hello` makes the first message anew each time.
+pub(super) async fn run(
+    options: SessionOptions,
+    hello: impl Fn() -> Hello + Send,
+    events: mpsc::Sender<FromSession>,
+) {
+    let mut leader: Option<String> = None;
+    let mut term_seen = 0;
+    let mut backoff = BACKOFF_MIN;
+    loop {
+        let candidates = options.managers.all();
+        let address = leader.take().or_else(|| pick(&candidates));
+        if let Some(address) = address {
+            match attempt(&options, &address, hello(), &events, &mut term_seen).await {
+                Ended::Redirected(to) if to != address => leader = Some(to),
+                Ended::Redirected(_) | Ended::Failed => {}
+                Ended::WasOpen => backoff = BACKOFF_MIN,
+            }
+        }
+        if leader.is_some() {
+            continue; // A redirection costs no wait; the leader it names does, if it is none.
+        }
+        let jitter = rand::rng().random_range(0.5..1.0);
+        tokio::time::sleep(backoff.mul_f64(jitter)).await;
+        backoff = (backoff * 2).min(BACKOFF_MAX);
+    }
+}
+
+fn pick(candidates: &[String]) -> Option<String> {
+    if candidates.is_empty() {
+        return None;
+    }
+    Some(candidates[rand::rng().random_range(0..candidates.len())].clone())
+}
+
+enum Ended {
+    Redirected(String),
+    Failed,
+    WasOpen,
+}
+
+async fn attempt(
+    options: &SessionOptions,
+    address: &str,
+    hello: Hello,
+    events: &mpsc::Sender<FromSession>,
+    term_seen: &mut u64,
+) -> Ended {
+    let (to_leader, outgoing) = mpsc::channel(QUEUE_LENGTH);
+    let first = AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
+    to_leader.try_send(first).expect("an empty queue has room");
+    let mut client = DispatcherClient::new(options.pool.fresh(address, Peer::Manager))
+        .max_decoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX);
+    let opening = async {
+        let mut stream = client.session(ReceiverStream::new(outgoing)).await?.into_inner();
+        match stream.next().await {
+            Some(Ok(skep_proto::DispatcherMessage { message: Some(Message::Welcome(welcome)) })) => {
+                Ok((welcome, stream))
+            }
+            Some(Err(status)) => Err(status),
+            _ => Err(Status::internal("the dispatcher did not begin with a welcome")),
+        }
+    };
+    let (welcome, mut stream) = match tokio::time::timeout(WELCOME_DEADLINE, opening).await {
+        Ok(Ok(opened)) => opened,
+        Ok(Err(status)) => {
+            tracing::debug!(manager = address, error = status.message(), "no session");
+            let named = status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
+            return named.map_or(Ended::Failed, |leader| Ended::Redirected(leader.to_owned()));
+        }
+        Err(_) => return Ended::Failed,
+    };
+    if welcome.term < *term_seen {
+        tracing::warn!(manager = address, term = welcome.term, "ignoring a deposed leader");
+        return Ended::Failed;
+    }
+    *term_seen = welcome.term;
+    tracing::info!(manager = address, term = welcome.term, "session with the leader");
+    options.managers.replace(welcome.managers.clone());
+    let beats = Heartbeats::start(options, address, &welcome);
+    if events.send(FromSession::Opened { welcome, to_leader }).await.is_err() {
+        return Ended::Failed; // The agent is ending.
+    }
+    while let Some(Ok(message)) = stream.next().await {
+        let Some(Message::Assignments(mut assignments)) = message.message else { continue };
+        options.managers.replace(std::mem::take(&mut assignments.managers));
+        if events.send(FromSession::Assignments(assignments)).await.is_err() {
+            break;
+        }
+    }
+    drop(beats);
+    tracing::info!(manager = address, "the session with the leader ended");
+    let _ = events.send(FromSession::Closed).await; // The agent is ending when this fails.
+    Ended::WasOpen
+}
+
+/// Sends heartbeats from a thread of its own until dropped.
+struct Heartbeats {
+    stop: tokio_util::sync::CancellationToken,
+}
+
+impl Heartbeats {
+    fn start(options: &SessionOptions, address: &str, welcome: &Welcome) -> Self {
+        let stop = options.tasks.token().child_token();
+        let (token, pool) = (stop.clone(), options.pool.clone());
+        let (address, session_id) = (address.to_owned(), welcome.session_id.clone());
+        let period = Duration::from_millis(welcome.heartbeat_millis.max(1));
+        let beat = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let Ok(runtime) = runtime else { return };
+            runtime.block_on(async {
+                let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
+                let mut interval = tokio::time::interval(period);
+                loop {
+                    tokio::select! {
+                        () = token.cancelled() => return,
+                        _ = interval.tick() => {}
+                    }
+                    let mut request = tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
+                    request.set_timeout(period);
+                    if let Err(status) = client.heartbeat(request).await {
+                        tracing::debug!(error = status.message(), "a heartbeat failed");
+                    }
+                }
+            });
+        };
+        if let Err(error) = std::thread::Builder::new().name("heartbeat".into()).spawn(beat) {
+            tracing::error!(%error, "no thread for heartbeats: managers will take this node for dead");
+        }
+        Self { stop }
+    }
+}
+
+impl Drop for Heartbeats {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}

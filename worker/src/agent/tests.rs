@@ -1,0 +1,1 @@
+//! Runs the agent against an executor that runs nothing.

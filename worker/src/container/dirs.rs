@@ -1,0 +1,123 @@
+//! Where everything of a container lies.
+//!
+//! The *run directory* is on a tmpfs and holds what ends with the machine's uptime; the *data
+//! directory* is on disk and holds what containers write and say.
+
+use std::path::{Path, PathBuf};
+
+/// A container's run directory, the shim's `--dir`.
+#[derive(Debug, Clone)]
+pub(super) struct RunDir(pub(super) PathBuf);
+
+impl RunDir {
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// What the shim is to make: `ShimConfig`.
+    pub(super) fn shim_config(&self) -> PathBuf {
+        self.0.join("shim.json")
+    }
+
+    /// The OCI specification.
+    pub(super) fn spec(&self) -> PathBuf {
+        self.0.join("config.json")
+    }
+
+    /// What the shim has made: `ShimState`.
+    pub(super) fn state(&self) -> PathBuf {
+        self.0.join("state.json")
+    }
+
+    /// How the container ended: `ExitStatus`.
+    pub(super) fn exit(&self) -> PathBuf {
+        self.0.join("exit.json")
+    }
+
+    /// Exists when the container was lost and cleaned up after.
+    pub(super) fn lost(&self) -> PathBuf {
+        self.0.join("lost")
+    }
+
+    /// Mount point of the root file system.
+    pub(super) fn rootfs(&self) -> PathBuf {
+        self.0.join("rootfs")
+    }
+
+    /// Short names of the layers, for the mount's options.
+    pub(super) fn links(&self) -> PathBuf {
+        self.0.join("l")
+    }
+
+    /// State directory of libcontainer, which adds the id.
+    pub(super) fn runtime_root(&self) -> PathBuf {
+        self.0.join("lc")
+    }
+
+    /// Name of the socket that hands over the terminal.
+    pub(super) fn console_socket(&self) -> PathBuf {
+        self.0.join("console.sock")
+    }
+
+    /// What the shim itself says, when it panics.
+    pub(super) fn shim_messages(&self) -> PathBuf {
+        self.0.join("shim.err")
+    }
+}
+
+/// A container's data directory.
+#[derive(Debug, Clone)]
+pub(super) struct DataDir(pub(super) PathBuf);
+
+impl DataDir {
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Upper directory of the overlay.
+    pub(super) fn upper(&self) -> PathBuf {
+        self.0.join("upper")
+    }
+
+    /// Work directory of the overlay.
+    pub(super) fn work(&self) -> PathBuf {
+        self.0.join("work")
+    }
+
+    /// Output of the container.
+    pub(super) fn log(&self) -> PathBuf {
+        self.0.join("log")
+    }
+
+    pub(super) fn hosts(&self) -> PathBuf {
+        self.0.join("hosts")
+    }
+
+    pub(super) fn hostname(&self) -> PathBuf {
+        self.0.join("hostname")
+    }
+
+    pub(super) fn resolv_conf(&self) -> PathBuf {
+        self.0.join("resolv.conf")
+    }
+}
+
+/// Writes a file so that a reader sees all of it or nothing.
+pub(super) fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let temporary = path.with_extension("tmp");
+    std::fs::write(&temporary, content)?;
+    std::fs::rename(&temporary, path)
+}
+
+/// Removes a file or a directory with all that is in it; it need not exist.
+pub(super) fn remove_all(path: &Path) -> std::io::Result<()> {
+    let result = match std::fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => std::fs::remove_dir_all(path),
+        Ok(_) => std::fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match result {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

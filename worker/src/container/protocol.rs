@@ -1,0 +1,82 @@
+//! What daemon, shim and exec helper tell each other, by file and by socket.
+//!
+//! The socket is the helper's standard input. Messages are JSON, one a line. The daemon sends the
+//! shim `start`; closing the socket before that means "never mind".
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use skep_common::Timestamp;
+use skep_runtime::sys::ProcessId;
+use skep_worker_core::oci::SpecInput;
+
+/// What the shim is to make.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ShimConfig {
+    /// The specification's share.
+    pub(super) spec: SpecInput,
+    /// Layers of the image, base first.
+    pub(super) layers: Vec<PathBuf>,
+    /// The container's data directory.
+    pub(super) data_dir: PathBuf,
+}
+
+/// How far a shim has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Phase {
+    /// The container is being made.
+    Creating,
+    /// It waits for its start, and goes away with the daemon.
+    Created,
+    /// It was told to start; from now on it outlives the daemon.
+    Running,
+}
+
+/// What a shim has made, in its run directory.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct ShimState {
+    pub(super) shim: ProcessId,
+    pub(super) init: Option<ProcessId>,
+    pub(super) phase: Phase,
+    pub(super) started_at: Option<Timestamp>,
+}
+
+/// What a shim says to its daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Report {
+    /// The container exists and waits.
+    Created { init: ProcessId },
+    /// The container's program runs.
+    Started { at: Timestamp },
+    /// It could not be made or started.
+    Failed { reason: String },
+}
+
+/// What an exec helper says to its daemon.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum ExecReport {
+    /// The command ended.
+    Exited { code: i32 },
+    /// The command could not be run.
+    Failed { reason: String },
+}
+
+/// The line that starts a container.
+pub(super) const START: &[u8] = b"start\n";
+
+/// Writes one message to a stream.
+pub(super) fn send<T: Serialize>(mut stream: impl Write, message: &T) -> io::Result<()> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    stream.write_all(&line)
+}
+
+/// Reads a JSON file.
+pub(super) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+    serde_json::from_slice(&std::fs::read(path)?).map_err(io::Error::from)
+}

@@ -1,0 +1,172 @@
+//! The executor of real nodes: embedded runtime, image store and routing mesh together.
+//!
+//! Reading order: [`Embedded`] (the [`Executor`]), `config` (from a task to a container), [`uplink`] (the
+//! mesh, which starts when the leader has given this node its place), `logs`.
+
+mod config;
+mod logs;
+pub mod uplink;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use skep_common::object::ContainerStatus;
+use skep_common::spec::{HealthConfig, Nanos};
+use skep_common::limits::defaults;
+use skep_common::{NodeId, Task, TaskId};
+use skep_worker_core::health::HealthCheck;
+use skep_worker_core::image::{Digest, Healthcheck, ImageConfig};
+use skep_worker_core::oci::signal;
+
+use crate::agent::Images;
+use crate::container::{AdoptedState, ContainerRuntime, Error as ContainerError, ExitStatus};
+use crate::executor::{Error, Executor, Exit, Found};
+use uplink::Uplink;
+
+/// What the templates of a service may ask of this node.
+#[derive(Debug, Clone)]
+pub struct NodeFacts {
+    /// Its id.
+    pub node_id: NodeId,
+    /// Its host name.
+    pub hostname: String,
+}
+
+/// Runs tasks as containers of this machine; clones are the same.
+#[derive(Debug, Clone)]
+pub struct Embedded {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    containers: ContainerRuntime,
+    images: Images,
+    uplink: Uplink,
+    facts: NodeFacts,
+    /// First processes of containers that wait for their start.
+    created: Mutex<BTreeMap<TaskId, i32>>,
+}
+
+impl Embedded {
+    /// Composes the parts.
+    pub fn new(containers: ContainerRuntime, images: Images, uplink: Uplink, facts: NodeFacts) -> Self {
+        Self { inner: Arc::new(Inner { containers, images, uplink, facts, created: Mutex::default() }) }
+    }
+
+    fn created(&self) -> MutexGuard<'_, BTreeMap<TaskId, i32>> {
+        self.inner.created.lock().expect("nothing panics while it holds the table")
+    }
+
+    async fn image_config(&self, task: &Task) -> Result<(Digest, ImageConfig), Error> {
+        let digest = config::image_digest(task)?;
+        let image = self.inner.images.store().config(digest).await;
+        Ok((digest, image.map_err(|error| Error::of(&error))?))
+    }
+}
+
+#[tonic::async_trait]
+impl Executor for Embedded {
+    async fn prepare(&self, task: &Task) -> Result<(), Error> {
+        let digest = config::image_digest(task)?;
+        let layers = self.inner.images.ensure(digest).await.map_err(|error| Error::of(&error))?;
+        let (_, image) = self.image_config(task).await?;
+        // Left over from a daemon that was killed in the middle.
+        self.remove(task.id).await?;
+        let config = config::container(task, &image, layers, &self.inner.facts)?;
+        let created = self.inner.containers.create(&config).await.map_err(|error| Error::of(&error))?;
+        self.created().insert(task.id, created.pid);
+        Ok(())
+    }
+
+    async fn start(&self, task: &Task) -> Result<ContainerStatus, Error> {
+        let id = task.id.to_string();
+        let pid = self.created().remove(&task.id);
+        let pid = pid.ok_or_else(|| Error("its container has not been made".into()))?;
+        if let Some(address) = task.ingress_address() {
+            self.inner.uplink.attach(task.id, pid, address).await?;
+        }
+        self.inner.containers.start(&id).await.map_err(|error| Error::of(&error))?;
+        Ok(ContainerStatus { container_id: id, pid, ..ContainerStatus::default() })
+    }
+
+    async fn health_check(&self, task: &Task) -> Result<Option<HealthCheck>, Error> {
+        let (_, image) = self.image_config(task).await?;
+        let of_image = image.healthcheck.as_ref().map(health_config);
+        let spec = task.spec.container_spec.as_ref();
+        Ok(HealthCheck::resolve(spec.and_then(|spec| spec.healthcheck.as_ref()), of_image.as_ref()))
+    }
+
+    async fn run_check(&self, task_id: TaskId, argv: &[String], timeout: Duration) -> (bool, String) {
+        match self.inner.containers.exec(&task_id.to_string(), argv, &[], timeout).await {
+            Ok(outcome) if outcome.is_timed_out => {
+                (false, format!("health check exceeded timeout ({timeout:?})"))
+            }
+            Ok(outcome) => (outcome.exit_code == 0, outcome.output),
+            Err(error) => (false, Error::of(&error).0),
+        }
+    }
+
+    async fn wait(&self, task_id: TaskId) -> Exit {
+        let exit = match self.inner.containers.wait(&task_id.to_string()).await {
+            Ok(ExitStatus { exit_code, oom_killed, .. }) => Exit { code: exit_code, oom_killed, error: None },
+            Err(error) => Exit { code: -1, oom_killed: false, error: Some(Error::of(&error).0) },
+        };
+        // The address may be given to another task from now on.
+        if let Err(error) = self.inner.uplink.detach(task_id).await {
+            tracing::warn!(task.id = %task_id, %error, "failed to disconnect an ended container");
+        }
+        exit
+    }
+
+    async fn stop(&self, task: &Task) -> Result<(), Error> {
+        let spec = task.spec.container_spec.as_ref();
+        let grace = spec.and_then(|spec| spec.stop_grace_period).map(Nanos::duration);
+        let grace = grace.unwrap_or(defaults::STOP_GRACE_PERIOD);
+        let of_spec = spec.and_then(|spec| spec.stop_signal.clone()).filter(|signal| !signal.is_empty());
+        let name = match of_spec {
+            Some(name) => Some(name),
+            None => self.image_config(task).await.ok().and_then(|(_, image)| image.stop_signal),
+        };
+        let number = name.map_or(Ok(libc::SIGTERM), |name| signal::parse(&name));
+        let number = number.map_err(|error| Error::of(&error))?;
+        match self.inner.containers.stop(&task.id.to_string(), number, grace).await {
+            Ok(_) | Err(ContainerError::NotFound(_) | ContainerError::Lost(_)) => Ok(()),
+            Err(error) => Err(Error::of(&error)),
+        }
+    }
+
+    async fn remove(&self, task_id: TaskId) -> Result<(), Error> {
+        self.created().remove(&task_id);
+        self.inner.uplink.detach(task_id).await?;
+        self.inner.containers.remove(&task_id.to_string()).await.map_err(|error| Error::of(&error))
+    }
+
+    async fn find(&self) -> Result<Vec<(TaskId, Found)>, Error> {
+        let adopted = self.inner.containers.adopt().await.map_err(|error| Error::of(&error))?;
+        let with_task = adopted.into_iter().filter_map(|container| {
+            let task_id = container.id.parse().ok()?;
+            let pid = match container.state {
+                AdoptedState::Running { pid, .. } => pid,
+                AdoptedState::Exited(_) | AdoptedState::Lost => 0,
+            };
+            let status = ContainerStatus { container_id: container.id, pid, ..ContainerStatus::default() };
+            Some((task_id, Found::Started(status)))
+        });
+        Ok(with_task.collect())
+    }
+}
+
+/// An image's health check in the words of a service's.
+fn health_config(check: &Healthcheck) -> HealthConfig {
+    HealthConfig {
+        test: Some(check.test.clone()),
+        interval: check.interval.map(Into::into),
+        timeout: check.timeout.map(Into::into),
+        start_period: check.start_period.map(Into::into),
+        start_interval: check.start_interval.map(Into::into),
+        retries: check.retries.and_then(|retries| u32::try_from(retries).ok()),
+        ..HealthConfig::default()
+    }
+}

@@ -1,0 +1,9 @@
+//! See ARCHITECTURE.md.
+pub mod images;
+pub mod net;
+pub mod agent;
+pub mod executor;
+pub mod peer;
+pub mod container;
+pub mod sys;
+pub mod embedded;

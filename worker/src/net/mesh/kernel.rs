@@ -1,0 +1,232 @@
+//! The part of the mesh that lives on a dedicated thread and blocks on the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File, TryLockError};
+use std::io;
+
+use skep_worker_core::mesh::{MeshTable, Objects, PortKey, Slices};
+
+use super::hold::{Hold, LoopbackListeners, hold};
+use super::layout::Layout;
+use super::links;
+use super::options::Options;
+use super::program::{Program, holder_of};
+use super::routes::Routes;
+use super::rules::Rules;
+use crate::net::rtnetlink::RouteChannel;
+use crate::net::{Error, sysctl};
+
+/// The file in the run directory whose lock says that a daemon drives this node's mesh.
+const LOCK_FILE: &str = "mesh.lock";
+
+/// Something about a published port that its service's users should know.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Condition {
+    /// Another program of this node has the port, so the mesh leaves it alone here. Remedy: stop
+    /// that program; the next table, or the same one again, takes the port.
+    PortHeld {
+        /// The service that publishes the port.
+        service_id: String,
+        /// The port.
+        port: PortKey,
+        /// The program, where the kernel shows it.
+        program: Option<Program>,
+    },
+    /// The port could not be taken for another reason, and is not served here.
+    PortFailed {
+        /// The service that publishes the port.
+        service_id: String,
+        /// The port.
+        port: PortKey,
+        /// What the kernel said.
+        reason: String,
+    },
+}
+
+impl std::fmt::Display for Condition {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::PortHeld { port, program: Some(program), .. } => {
+                write!(f, "port {port} is held by {program}")
+            }
+            Self::PortHeld { port, program: None, .. } => {
+                write!(f, "port {port} is held by another program")
+            }
+            Self::PortFailed { port, reason, .. } => {
+                write!(f, "port {port} could not be taken: {reason}")
+            }
+        }
+    }
+}
+
+/// What changed for the listeners, which live on the runtime.
+#[derive(Debug, Default)]
+pub(super) struct ListenerChanges {
+    pub(super) serve: Vec<(PortKey, LoopbackListeners)>,
+    pub(super) withdraw: Vec<PortKey>,
+}
+
+/// The kernel's state of the mesh on this node.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    options: Options,
+    slices: Slices,
+    channel: RouteChannel,
+    routes: Routes,
+    rules: Rules,
+    holds: BTreeMap<PortKey, Hold>,
+    lock: File,
+}
+
+impl Kernel {
+    /// Takes over what the kernel has, repairs what differs, and makes what is missing.
+    pub(super) fn start(options: Options) -> Result<(Self, ListenerChanges), Error> {
+        let slices = options.slices()?;
+        let lock = lock(&options)?;
+        let mut channel = RouteChannel::open()?;
+        links::check_pool(&mut channel, slices.pool())?;
+        sysctl::ensure_forwarding()?;
+        links::ensure(&mut channel, &options, &slices)?;
+        let layout = Layout::new(&options, slices.slice(options.self_number));
+        let mut kernel = Self {
+            routes: Routes::open(&options)?,
+            rules: Rules::open(layout)?,
+            holds: BTreeMap::new(),
+            options,
+            slices,
+            channel,
+            lock,
+        };
+        // What an earlier daemon published stays until the first table says otherwise.
+        let present = kernel.rules.observe()?;
+        let mut changes = ListenerChanges::default();
+        for key in present.ports.keys() {
+            match hold(*key) {
+                Ok((hold, listeners)) => {
+                    kernel.holds.insert(*key, hold);
+                    changes.serve.push((*key, listeners));
+                }
+                Err(error) => tracing::warn!(port = %key, %error, "failed to hold the port again"),
+            }
+        }
+        kernel.rules.converge(&present)?;
+        Ok((kernel, changes))
+    }
+
+    /// Puts a table into effect. Whatever the outcome, the listeners must follow the changes.
+    pub(super) fn apply(
+        &mut self,
+        table: &MeshTable,
+    ) -> (ListenerChanges, Result<Vec<Condition>, Error>) {
+        let mut changes = ListenerChanges::default();
+        let result = self.try_apply(table, &mut changes);
+        (changes, result)
+    }
+
+    fn try_apply(
+        &mut self,
+        table: &MeshTable,
+        changes: &mut ListenerChanges,
+    ) -> Result<Vec<Condition>, Error> {
+        self.options.check_table(table)?;
+        let version = table.version;
+        let mut wanted = Objects::of(table).map_err(|source| Error::Table { version, source })?;
+        let conditions = self.take_ports(table, &mut wanted, changes);
+        // Listeners are bound by now: they must be served also if something below fails.
+        self.converge(&wanted)?;
+        let published: BTreeSet<PortKey> = wanted.ports.keys().copied().collect();
+        let withdrawn = self.holds.keys().filter(|key| !published.contains(key));
+        changes.withdraw.extend(withdrawn.copied());
+        self.holds.retain(|key, _| published.contains(key));
+        Ok(conditions)
+    }
+
+    /// Holds every port that is not held yet; takes those that others have out of `wanted`.
+    fn take_ports(
+        &mut self,
+        table: &MeshTable,
+        wanted: &mut Objects,
+        changes: &mut ListenerChanges,
+    ) -> Vec<Condition> {
+        let mut conditions = Vec::new();
+        for published in &table.ports {
+            let key = PortKey { protocol: published.protocol, port: published.published };
+            if self.holds.contains_key(&key) {
+                continue;
+            }
+            match hold(key) {
+                Ok((hold, listeners)) => {
+                    self.holds.insert(key, hold);
+                    changes.serve.push((key, listeners));
+                }
+                Err(error) => {
+                    wanted.ports.remove(&key);
+                    conditions.push(refused(published.service_id.clone(), key, &error));
+                }
+            }
+        }
+        conditions
+    }
+
+    /// Routing that is added, then all rules at once, then routing that is deleted. A failure of
+    /// one peer's routing must not keep the others' ports from changing, so it is reported last.
+    fn converge(&mut self, wanted: &Objects) -> Result<(), Error> {
+        let devices = links::ensure(&mut self.channel, &self.options, &self.slices)?;
+        let present = self.routes.observe(devices)?;
+        let ops = present.diff(wanted);
+        let is_routing = |is_after: bool| {
+            ops.iter().filter(move |op| !op.is_rules() && op.is_after_rules() == is_after)
+        };
+        let mut failures = Vec::new();
+        for op in is_routing(false) {
+            failures.extend(self.routes.change(op, devices).err());
+        }
+        self.rules.converge(wanted)?;
+        for op in is_routing(true) {
+            failures.extend(self.routes.change(op, devices).err());
+        }
+        let mut failures = failures.into_iter();
+        let first = failures.next();
+        for error in failures {
+            tracing::warn!(error = &error as &dyn std::error::Error, "mesh routing is incomplete");
+        }
+        first.map_or(Ok(()), Err)
+    }
+
+    /// Lets go of the ports and of the lock; forwarding stays.
+    pub(super) fn release(&mut self) -> Result<(), Error> {
+        self.holds.clear();
+        let path = self.options.run_dir.join(LOCK_FILE);
+        self.lock.unlock().map_err(|e| Error::file("unlock", path, e))
+    }
+
+    /// Removes everything of the mesh from the kernel, and nothing else.
+    pub(super) fn teardown(&mut self) -> Result<(), Error> {
+        let rules = self.rules.remove();
+        let routing = self.routes.remove_rules();
+        let links = links::remove(&mut self.channel);
+        rules.and(routing).and(links).and(self.release())
+    }
+}
+
+fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            Condition::PortHeld { service_id, port, program: holder_of(port.port) }
+        }
+        _ => Condition::PortFailed { service_id, port, reason: error.to_string() },
+    }
+}
+
+fn lock(options: &Options) -> Result<File, Error> {
+    let dir = &options.run_dir;
+    fs::create_dir_all(dir).map_err(|e| Error::file("make the directory", dir, e))?;
+    let path = dir.join(LOCK_FILE);
+    let file = File::options().create(true).truncate(false).write(true).open(&path);
+    let file = file.map_err(|e| Error::file("open", &path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { path }),
+        Err(TryLockError::Error(e)) => Err(Error::file("lock", &path, e)),
+    }
+}

@@ -1,0 +1,175 @@
+//! The routing mesh of one node: every published port of the cluster answers here.
+//!
+//! Connections are translated (DNAT) to healthy tasks anywhere in the cluster, in exact turns. The
+//! task sees an outside client's own address: the node that hosts it marks a connection that came
+//! through the tunnel with the number of the node that sent it, and routes the answers back there.
+//! Clients inside the cluster (nodes and tasks) are masqueraded.
+//!
+//! ```text
+//!            client                         node 2, with a task
+//!               │ 10.98.0.1:8080               ┌────────────────────────────┐
+//!  node 1 ──────▼───────────────┐   VXLAN      │ skep-vx ── routing ── skep-ing ── eth0 of the task
+//!  │ dnat ─► 10.192.8.1:80 ─ skep-vx ═════════►│ mark 1                         │
+//!  │ un-dnat ◄──────────────────│◄═════════════│ fwmark 1 ─► table 20001 ◄──────┘
+//!  └────────────────────────────┘              └────────────────────────────┘
+//! ```
+//!
+//! [`Mesh`] is driven by the agent: [`Mesh::apply`] for each table from the manager,
+//! [`Mesh::attach`] and [`Mesh::detach`] for each task. Applying the same table again is cheap,
+//! checks everything, and repairs what other programs broke; do it now and then.
+//!
+//! # Reading order
+//!
+//! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
+//! change), `links`, `uplink`, `hold`, `loopback`.
+//!
+//! # Invariants
+//!
+//! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
+//!   restarts takes over without disturbing a connection.
+//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table.
+//! - Nothing host-wide is changed but `ip_forward`; in other programs' tables only
+//!   `ip filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
+//!   br_netfilter.
+//! - The end of the daemon leaves forwarding as it is; only [`Mesh::teardown`] removes it.
+//!
+//! A published port costs the daemon three file descriptors; its limit must allow for that.
+//! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
+
+mod hold;
+mod kernel;
+mod layout;
+mod links;
+mod loopback;
+mod options;
+mod program;
+mod routes;
+mod rules;
+mod uplink;
+
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use skep_worker_core::mesh::MeshTable;
+
+pub use self::kernel::Condition;
+pub use self::options::{MarkField, Options};
+pub use self::program::Program;
+
+use self::kernel::{Kernel, ListenerChanges};
+use self::loopback::Loopback;
+use self::uplink::Uplinks;
+use super::Error;
+use super::thread::KernelThread;
+
+/// What is in effect after [`Mesh::apply`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// The version of the table, to be acknowledged.
+    pub version: u64,
+    /// Ports that are not served here, and why.
+    pub conditions: Vec<Condition>,
+}
+
+/// The routing mesh of this node. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Mesh {
+    kernel: Arc<KernelThread<Kernel>>,
+    uplinks: Arc<KernelThread<Uplinks>>,
+    loopback: Arc<Mutex<Loopback>>,
+}
+
+impl Mesh {
+    /// Sets the mesh up in the network namespace of the calling thread, or takes over what an
+    /// earlier daemon left there.
+    ///
+    /// Must be called within a Tokio runtime.
+    pub async fn start(options: Options) -> Result<Self, Error> {
+        let slices = options.slices()?;
+        let underlay = options.underlay;
+        let for_uplinks = options.clone();
+        let (kernel, changes) =
+            KernelThread::start("skep-mesh", move || Kernel::start(options)).await?;
+        let (uplinks, ()) = KernelThread::start("skep-uplinks", move || {
+            Ok((Uplinks::open(for_uplinks, slices)?, ()))
+        })
+        .await?;
+        let mesh = Self {
+            kernel: Arc::new(kernel),
+            uplinks: Arc::new(uplinks),
+            loopback: Arc::new(Mutex::new(Loopback::new(underlay))),
+        };
+        mesh.follow(changes);
+        Ok(mesh)
+    }
+
+    /// Puts a table into effect; returns when the kernel's rules are changed.
+    ///
+    /// A port that another program holds is left to it and reported as a condition. After an
+    /// error the same table may be applied again. Order is the caller's: the last table counts,
+    /// whatever its version.
+    pub async fn apply(&self, table: &MeshTable) -> Result<Applied, Error> {
+        let version = table.version;
+        let table = table.clone();
+        let loopback = self.loopback.clone();
+        let runtime = tokio::runtime::Handle::current();
+        // Listeners follow on the thread: a caller that stops waiting must not separate them.
+        let result = self.kernel.run(move |kernel| {
+            let (changes, result) = kernel.apply(&table);
+            let _runtime = runtime.enter();
+            follow(&loopback, changes);
+            result
+        });
+        Ok(Applied { version, conditions: result.await?? })
+    }
+
+    /// Gives the container of a task its uplink `eth0` with an address of the node's slice, and
+    /// the default route by it. Fine if it has it already.
+    pub async fn attach(&self, task_id: &str, pid: u32, address: Ipv4Addr) -> Result<(), Error> {
+        let task_id = task_id.to_owned();
+        self.uplinks.run(move |uplinks| uplinks.attach(&task_id, pid, address)).await?
+    }
+
+    /// Takes the uplink of a task away. Fine if there is none.
+    pub async fn detach(&self, task_id: &str) -> Result<(), Error> {
+        let task_id = task_id.to_owned();
+        self.uplinks.run(move |uplinks| uplinks.detach(&task_id)).await?
+    }
+
+    /// Removes everything of the mesh from this node, and nothing else: for a node that leaves
+    /// the swarm or is removed. `ip_forward` stays on, since others may rely on it.
+    ///
+    /// The mesh is of no use afterwards; start another one instead.
+    pub async fn teardown(&self) -> Result<(), Error> {
+        self.end_loopback().await;
+        self.kernel.run(Kernel::teardown).await?
+    }
+
+    /// Lets go of the node's ports and of the lock, so that another daemon may take over.
+    /// Forwarding stays as it is; a daemon that just ends has the same effect.
+    ///
+    /// The mesh is of no use afterwards; start another one instead.
+    pub async fn shutdown(&self) -> Result<(), Error> {
+        self.end_loopback().await;
+        self.kernel.run(Kernel::release).await?
+    }
+
+    async fn end_loopback(&self) {
+        let tasks = self.loopback.lock().unwrap_or_else(PoisonError::into_inner).end();
+        tasks.shutdown().await;
+    }
+
+    fn follow(&self, changes: ListenerChanges) {
+        follow(&self.loopback, changes);
+    }
+}
+
+fn follow(loopback: &Mutex<Loopback>, changes: ListenerChanges) {
+    let mut loopback = loopback.lock().unwrap_or_else(PoisonError::into_inner);
+    for key in changes.withdraw {
+        loopback.withdraw(key);
+    }
+    for (key, listeners) in changes.serve {
+        loopback.serve(key, listeners);
+    }
+}

@@ -1,0 +1,110 @@
+//! Which program holds a port.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+/// The socket state `TCP_LISTEN` in `/proc/net/tcp`.
+const LISTEN: &str = "0A";
+
+/// A command line in a message is cut to this length.
+const COMMAND_LENGTH_MAX: usize = 120;
+
+/// A program that holds a port.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Its process id, as this node counts.
+    pub pid: u32,
+    /// Its command line, or its name where it shows none.
+    pub command: String,
+}
+
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (pid {})", self.command, self.pid)
+    }
+}
+
+/// The program that holds TCP port `port` in the calling thread's network namespace.
+///
+/// `None` where the kernel does not show it: a socket that is bound and does not listen is in no
+/// list, and a socket of the kernel itself belongs to no process.
+pub(super) fn holder_of(port: u16) -> Option<Program> {
+    let inodes = socket_inodes(port);
+    let mut processes: Vec<u32> = fs::read_dir("/proc")
+        .ok()?
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect();
+    processes.sort_unstable();
+    inodes.iter().find_map(|inode| {
+        let wanted = format!("socket:[{inode}]");
+        let pid = processes.iter().copied().find(|pid| has_open(*pid, &wanted))?;
+        Some(Program { pid, command: command_of(pid) })
+    })
+}
+
+/// Inodes of the sockets on a local port, those that listen first.
+fn socket_inodes(port: u16) -> Vec<u64> {
+    let mut found = Vec::new();
+    for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+        let text = fs::read_to_string(table).unwrap_or_default();
+        found.extend(text.lines().skip(1).filter_map(|line| socket_of(line, port)));
+    }
+    found.sort_by_key(|(is_listening, _)| !is_listening);
+    found.into_iter().map(|(_, inode)| inode).filter(|inode| *inode != 0).collect()
+}
+
+/// Whether the socket in a line of `/proc/net/tcp` listens, and its inode, if it is on `port`.
+fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
+    if u16::from_str_radix(local_port, 16).ok()? != port {
+        return None;
+    }
+    Some((*fields.get(3)? == LISTEN, fields.get(9)?.parse().ok()?))
+}
+
+fn has_open(pid: u32, wanted: &str) -> bool {
+    let Ok(files) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let mut targets = files.flatten().filter_map(|file| fs::read_link(file.path()).ok());
+    targets.any(|target| target == Path::new(wanted))
+}
+
+fn command_of(pid: u32) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let words: Vec<String> = line
+        .split(|byte| *byte == 0)
+        .filter(|word| !word.is_empty())
+        .map(|word| String::from_utf8_lossy(word).into_owned())
+        .collect();
+    if words.is_empty() {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        return name.trim().to_owned();
+    }
+    words.join(" ").chars().take(COMMAND_LENGTH_MAX).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn a_line_of_the_socket_table_is_read() {
+        let line = "   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  \
+                    1000        0 123456 1 0000000000000000 100 0 0 10 0";
+        assert_eq!(socket_of(line, 8080), Some((true, 123_456)));
+        assert_eq!(socket_of(line, 8081), None);
+        assert_eq!(socket_of("nonsense", 8080), None);
+    }
+
+    #[test]
+    fn this_test_is_found_as_a_holder() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let program = holder_of(listener.local_addr().unwrap().port()).unwrap();
+        assert_eq!(program.pid, std::process::id());
+        assert!(program.command.contains("skep_worker"), "{program}");
+    }
+}

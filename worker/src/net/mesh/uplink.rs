@@ -1,0 +1,194 @@
+//! Uplinks of tasks: a veth pair from the ingress bridge into the container, where it is the
+//! default way out.
+//!
+//! All calls are idempotent. The node's end carries the task id as its alias. It has hairpin mode
+//! set, since a task that is a client of its own published port may be its own backend: the
+//! bridge must send the packet out where it came in.
+
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::linux::fs::MetadataExt as _;
+
+use ipnet::Ipv4Net;
+use netlink_packet_route::link::{
+    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
+    LinkFlags, LinkInfo, LinkMessage,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use skep_worker_core::mesh::{Slices, interface_name};
+
+use super::links;
+use super::options::{BRIDGE, Options, UPLINK};
+use crate::net::Error;
+use crate::net::rtnetlink::{Link, Mode, RouteChannel};
+
+const LOOPBACK: &str = "lo";
+
+/// The uplinks of the tasks on this node. Lives on a dedicated thread, which enters containers.
+#[derive(Debug)]
+pub(super) struct Uplinks {
+    channel: RouteChannel,
+    home: File,
+    options: Options,
+    slices: Slices,
+}
+
+impl Uplinks {
+    /// Opens the node's interfaces in the namespace of the calling thread.
+    pub(super) fn open(options: Options, slices: Slices) -> Result<Self, Error> {
+        const HOME: &str = "/proc/thread-self/ns/net";
+        let home = File::open(HOME).map_err(|e| Error::file("open", HOME, e))?;
+        Ok(Self { channel: RouteChannel::open()?, home, options, slices })
+    }
+
+    /// Gives the container of a task its uplink.
+    pub(super) fn attach(
+        &mut self,
+        task_id: &str,
+        pid: u32,
+        address: Ipv4Addr,
+    ) -> Result<(), Error> {
+        let number = self.options.self_number;
+        if !self.slices.is_task_address(number, address) {
+            let slice = self.slices.slice(number);
+            return Err(Error::NotATaskAddress { task_id: task_id.to_owned(), address, slice });
+        }
+        let namespace = self.container(task_id, pid)?;
+        let mut inside = RouteChannel::open_in(&namespace, &self.home)?;
+        let mtu = links::mesh_mtu(&mut self.channel, &self.options)?;
+
+        let outer = self.ensure_pair(task_id, &namespace, &mut inside, mtu)?;
+        self.ensure_port(task_id, outer, mtu)?;
+
+        let link = inside.link(LOOPBACK)?.filter(|link| !link.is_up);
+        link.map_or(Ok(()), |link| set_up(&mut inside, &link, None))?;
+        let uplink = inside.link(UPLINK)?;
+        let gone = || Error::NoInterface { interface: format!("{UPLINK} of task {task_id}") };
+        let uplink = uplink.ok_or_else(gone)?;
+        let address = Ipv4Net::new_assert(address, self.slices.slice_prefix());
+        links::ensure_address(&mut inside, UPLINK, uplink.index, address)?;
+        set_up(&mut inside, &uplink, Some(mtu))?;
+        let gateway = self.slices.bridge_address(number);
+        let message = RouteNetlinkMessage::NewRoute(default_route(gateway, uplink.index));
+        inside.change("set the default route of a container", Mode::Replace, message)
+    }
+
+    /// Takes the uplink of a task away; fine where it has none.
+    pub(super) fn detach(&mut self, task_id: &str) -> Result<(), Error> {
+        let name = interface_name(task_id);
+        match self.channel.link(&name)? {
+            Some(link) => self.channel.delete_link(&name, link.index),
+            None => Ok(()),
+        }
+    }
+
+    /// The container's network namespace, which must not be the node's own.
+    fn container(&self, task_id: &str, pid: u32) -> Result<File, Error> {
+        let gone = |source| Error::ContainerGone { task_id: task_id.to_owned(), pid, source };
+        let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(gone)?;
+        let identity = |file: &File| file.metadata().map(|m| (m.st_dev(), m.st_ino()));
+        let inside = identity(&namespace).map_err(gone)?;
+        let home = identity(&self.home).map_err(gone)?;
+        if inside == home {
+            return Err(Error::HostNetwork { task_id: task_id.to_owned(), pid });
+        }
+        Ok(namespace)
+    }
+
+    /// Makes the pair, unless it is there; returns the index of the node's end.
+    fn ensure_pair(
+        &mut self,
+        task_id: &str,
+        namespace: &File,
+        inside: &mut RouteChannel,
+        mtu: u32,
+    ) -> Result<u32, Error> {
+        use std::os::fd::AsRawFd as _;
+        let name = interface_name(task_id);
+        let (outer, inner) = (self.channel.link(&name)?, inside.link(UPLINK)?);
+        if let (Some(outer), Some(inner)) = (&outer, &inner)
+            && outer.peer == Some(inner.index)
+            && inner.peer == Some(outer.index)
+        {
+            return Ok(outer.index);
+        }
+        if inner.is_some() {
+            let interface = format!("{UPLINK} of task {task_id}");
+            return Err(Error::ForeignInterface { interface, kind: "uplink of this node" });
+        }
+        if let Some(outer) = outer {
+            // Left by an attempt that was cut short, or by an earlier container of this task.
+            self.channel.delete_link(&name, outer.index)?;
+        }
+        let mut peer = LinkMessage::default();
+        peer.attributes = vec![
+            LinkAttribute::IfName(UPLINK.to_owned()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::NetNsFd(namespace.as_raw_fd()),
+        ];
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName(name.clone()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Veth),
+                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+            ]),
+        ];
+        let action = format!("make the uplink of task {task_id}");
+        self.channel.change(&action, Mode::Create, RouteNetlinkMessage::NewLink(message))?;
+        let outer = self.channel.link(&name)?;
+        Ok(outer.ok_or(Error::NoInterface { interface: name })?.index)
+    }
+
+    /// Makes the node's end a port of the bridge.
+    fn ensure_port(&mut self, task_id: &str, index: u32, mtu: u32) -> Result<(), Error> {
+        let bridge = self.channel.link(BRIDGE)?;
+        let bridge = bridge.ok_or(Error::NoInterface { interface: BRIDGE.to_owned() })?;
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.header.flags = LinkFlags::Up;
+        message.header.change_mask = LinkFlags::Up;
+        message.attributes = vec![
+            LinkAttribute::IfAlias(task_id.to_owned()),
+            LinkAttribute::Mtu(mtu),
+            LinkAttribute::Controller(bridge.index),
+        ];
+        let action = format!("connect task {task_id} to {BRIDGE}");
+        self.channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))?;
+
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        message.attributes = vec![LinkAttribute::LinkInfo(vec![
+            LinkInfo::PortKind(InfoPortKind::Bridge),
+            LinkInfo::PortData(InfoPortData::BridgePort(vec![InfoBridgePort::HairpinMode(true)])),
+        ])];
+        let action = format!("set hairpin mode for task {task_id}");
+        self.channel.change(&action, Mode::Change, RouteNetlinkMessage::NewLink(message))
+    }
+}
+
+fn set_up(channel: &mut RouteChannel, link: &Link, mtu: Option<u32>) -> Result<(), Error> {
+    let mut message = LinkMessage::default();
+    message.header.index = link.index;
+    message.header.flags = LinkFlags::Up;
+    message.header.change_mask = LinkFlags::Up;
+    message.attributes.extend(mtu.map(LinkAttribute::Mtu));
+    let action = format!("set up {} of a container", link.name);
+    channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))
+}
+
+fn default_route(gateway: Ipv4Addr, index: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = AddressFamily::Inet;
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Static;
+    message.header.scope = RouteScope::Universe;
+    message.header.kind = RouteType::Unicast;
+    message.attributes =
+        vec![RouteAttribute::Gateway(RouteAddress::Inet(gateway)), RouteAttribute::Oif(index)];
+    message
+}

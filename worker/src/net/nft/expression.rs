@@ -1,0 +1,272 @@
+//! Expressions of nftables rules: small instructions over 128-bit registers.
+//!
+//! Only what skep's rules need. Register 1 is the one that all of them work in; a concatenation
+//! goes on in register 9, the second 32-bit part of register 1.
+
+use std::net::Ipv4Addr;
+
+use ipnet::Ipv4Net;
+
+use super::attribute::Attributes;
+use super::uapi::{
+    NFPROTO_IPV4, NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_EXPR_DATA, NFTA_EXPR_NAME,
+    NFTA_VERDICT_CHAIN, NFTA_VERDICT_CODE,
+};
+
+const REGISTER_VERDICT: u32 = 0;
+const REGISTER: u32 = 1;
+const REGISTER_SECOND: u32 = 9;
+
+const META_MARK: u32 = 3;
+const META_IIFNAME: u32 = 6;
+const META_OIFNAME: u32 = 7;
+const META_IIFTYPE: u32 = 8;
+const META_L4PROTO: u32 = 16;
+/// The type of an Ethernet interface, which has Ethernet addresses to match.
+const ARPHRD_ETHER: u16 = 1;
+
+const CT_STATE: u32 = 0;
+const CT_DIRECTION: u32 = 1;
+const CT_STATUS: u32 = 2;
+const CT_MARK: u32 = 3;
+const CT_ZONE: u32 = 17;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`.
+const CT_STATE_NEW: u32 = 1 << 3;
+/// `IPS_DST_NAT`.
+const CT_STATUS_DNAT: u32 = 1 << 5;
+const DIRECTION_ORIGINAL: u8 = 0;
+const DIRECTION_REPLY: u8 = 1;
+
+const LINK_HEADER: u32 = 0;
+const NETWORK_HEADER: u32 = 1;
+const TRANSPORT_HEADER: u32 = 2;
+
+const INTERFACE_NAME_LENGTH: usize = 16;
+const VERDICT_DROP: u32 = 0;
+const VERDICT_ACCEPT: u32 = 1;
+/// `NFT_GOTO`, -4.
+const VERDICT_GOTO: u32 = 0xffff_fffc;
+
+/// One expression of a rule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expression(pub(super) Attributes);
+
+impl Expression {
+    /// The expression's encoding.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+fn named(name: &str, data: &Attributes) -> Expression {
+    Expression(Attributes::new().text(NFTA_EXPR_NAME, name).nested(NFTA_EXPR_DATA, data))
+}
+
+fn value(bytes: &[u8]) -> Attributes {
+    Attributes::new().raw(NFTA_DATA_VALUE, bytes)
+}
+
+/// The encoding of a verdict that goes to another chain for good.
+pub fn goto(chain: &str) -> Attributes {
+    let code = Attributes::new().be32(NFTA_VERDICT_CODE, VERDICT_GOTO);
+    Attributes::new().nested(NFTA_DATA_VERDICT, &code.text(NFTA_VERDICT_CHAIN, chain))
+}
+
+fn compare(is_equal: bool, bytes: &[u8]) -> Expression {
+    let list = Attributes::new().be32(1, REGISTER).be32(2, u32::from(!is_equal));
+    named("cmp", &list.nested(3, &value(bytes)))
+}
+
+fn meta(key: u32) -> Expression {
+    named("meta", &Attributes::new().be32(2, key).be32(1, REGISTER))
+}
+
+fn connection(key: u32) -> Expression {
+    named("ct", &Attributes::new().be32(2, key).be32(1, REGISTER))
+}
+
+fn payload(register: u32, base: u32, offset: u32, length: u32) -> Expression {
+    let list = Attributes::new().be32(1, register).be32(2, base).be32(3, offset);
+    named("payload", &list.be32(4, length))
+}
+
+fn bitwise(mask: &[u8], xor: &[u8]) -> Expression {
+    let length = u32::try_from(mask.len()).expect("masks have 16 bytes at most");
+    let list = Attributes::new().be32(1, REGISTER).be32(2, REGISTER).be32(3, length);
+    named("bitwise", &list.nested(4, &value(mask)).nested(5, &value(xor)))
+}
+
+fn lookup(set: &str, destination: Option<u32>, is_inverted: bool) -> Expression {
+    let mut list = Attributes::new().text(1, set).be32(2, REGISTER);
+    if let Some(destination) = destination {
+        list = list.be32(3, destination);
+    }
+    named("lookup", &if is_inverted { list.be32(5, 1) } else { list })
+}
+
+fn verdict(code: u32) -> Expression {
+    let code = Attributes::new().be32(NFTA_VERDICT_CODE, code);
+    let data = Attributes::new().nested(NFTA_DATA_VERDICT, &code);
+    named("immediate", &Attributes::new().be32(1, REGISTER_VERDICT).nested(2, &data))
+}
+
+fn name_bytes(name: &str) -> [u8; INTERFACE_NAME_LENGTH] {
+    let mut bytes = [0; INTERFACE_NAME_LENGTH];
+    let length = name.len().min(INTERFACE_NAME_LENGTH - 1);
+    bytes[..length].copy_from_slice(&name.as_bytes()[..length]);
+    bytes
+}
+
+/// `iifname NAME` or `iifname != NAME`.
+pub fn input_interface(is_equal: bool, name: &str) -> [Expression; 2] {
+    [meta(META_IIFNAME), compare(is_equal, &name_bytes(name))]
+}
+
+/// `oifname NAME` or `oifname != NAME`.
+pub fn output_interface(is_equal: bool, name: &str) -> [Expression; 2] {
+    [meta(META_OIFNAME), compare(is_equal, &name_bytes(name))]
+}
+
+/// `meta l4proto NUMBER`.
+pub fn transport_protocol(number: u8) -> [Expression; 2] {
+    [meta(META_L4PROTO), compare(true, &[number])]
+}
+
+/// `th dport PORT`.
+pub fn destination_port(port: u16) -> [Expression; 2] {
+    [payload(REGISTER, TRANSPORT_HEADER, 2, 2), compare(true, &port.to_be_bytes())]
+}
+
+/// The network number in a VXLAN header.
+pub fn vxlan_number(vni: u32) -> [Expression; 2] {
+    let [_, number @ ..] = vni.to_be_bytes();
+    [payload(REGISTER, TRANSPORT_HEADER, 12, 3), compare(true, &number)]
+}
+
+/// `ip saddr @SET` or `ip saddr != @SET`.
+pub fn source_in(is_member: bool, set: &str) -> [Expression; 2] {
+    [payload(REGISTER, NETWORK_HEADER, 12, 4), lookup(set, None, !is_member)]
+}
+
+/// `ip saddr NETWORK`.
+pub fn source_network(network: Ipv4Net) -> [Expression; 3] {
+    [
+        payload(REGISTER, NETWORK_HEADER, 12, 4),
+        bitwise(&network.netmask().octets(), &[0; 4]),
+        compare(true, &network.network().octets()),
+    ]
+}
+
+/// `ip daddr != 127.0.0.0/8`.
+pub fn destination_is_not_loopback() -> [Expression; 2] {
+    let first_byte = Ipv4Addr::LOCALHOST.octets()[0];
+    [payload(REGISTER, NETWORK_HEADER, 16, 1), compare(false, &[first_byte])]
+}
+
+/// `fib daddr type local`.
+pub fn destination_is_local() -> [Expression; 2] {
+    const RESULT_ADDRTYPE: u32 = 3;
+    const FLAG_DADDR: u32 = 2;
+    const RTN_LOCAL: u32 = 2;
+    let list = Attributes::new().be32(1, REGISTER).be32(2, RESULT_ADDRTYPE).be32(3, FLAG_DADDR);
+    [named("fib", &list), compare(true, &RTN_LOCAL.to_ne_bytes())]
+}
+
+/// `ct state new`.
+pub fn connection_is_new() -> [Expression; 3] {
+    let mask = CT_STATE_NEW.to_ne_bytes();
+    [connection(CT_STATE), bitwise(&mask, &[0; 4]), compare(false, &[0; 4])]
+}
+
+/// `ct status dnat` or `ct status ! dnat`.
+pub fn connection_is_published(is_published: bool) -> [Expression; 3] {
+    let mask = CT_STATUS_DNAT.to_ne_bytes();
+    [connection(CT_STATUS), bitwise(&mask, &[0; 4]), compare(!is_published, &[0; 4])]
+}
+
+/// `ct direction reply`.
+pub fn connection_is_reply() -> [Expression; 2] {
+    [connection(CT_DIRECTION), compare(true, &[DIRECTION_REPLY])]
+}
+
+/// `meta l4proto . th dport vmap @MAP`.
+pub fn port_to_verdict(map: &str) -> [Expression; 3] {
+    [
+        meta(META_L4PROTO),
+        payload(REGISTER_SECOND, TRANSPORT_HEADER, 2, 2),
+        lookup(map, Some(REGISTER_VERDICT), false),
+    ]
+}
+
+/// `ether saddr vmap @MAP`.
+pub fn sender_to_verdict(map: &str) -> [Expression; 4] {
+    [
+        meta(META_IIFTYPE),
+        compare(true, &ARPHRD_ETHER.to_ne_bytes()),
+        payload(REGISTER, LINK_HEADER, 6, 6),
+        lookup(map, Some(REGISTER_VERDICT), false),
+    ]
+}
+
+/// `ct mark & MASK vmap @MAP`.
+pub fn connection_mark_to_verdict(mask: u32, map: &str) -> [Expression; 3] {
+    [
+        connection(CT_MARK),
+        bitwise(&mask.to_ne_bytes(), &[0; 4]),
+        lookup(map, Some(REGISTER_VERDICT), false),
+    ]
+}
+
+/// `ct original zone set ZONE`.
+pub fn set_zone(zone: u16) -> [Expression; 2] {
+    let set = Attributes::new().be32(2, CT_ZONE).be32(4, REGISTER);
+    let zone = Attributes::new().be32(1, REGISTER).nested(2, &value(&zone.to_ne_bytes()));
+    [named("immediate", &zone), named("ct", &set.raw(3, &[DIRECTION_ORIGINAL]))]
+}
+
+/// `ct mark set ct mark & ~MASK | MARK`.
+pub fn set_connection_mark(mask: u32, mark: u32) -> [Expression; 3] {
+    let set = Attributes::new().be32(2, CT_MARK).be32(4, REGISTER);
+    [connection(CT_MARK), bitwise(&(!mask).to_ne_bytes(), &mark.to_ne_bytes()), named("ct", &set)]
+}
+
+/// `meta mark set meta mark & ~MASK | MARK`.
+pub fn set_packet_mark(mask: u32, mark: u32) -> [Expression; 3] {
+    let set = Attributes::new().be32(2, META_MARK).be32(3, REGISTER);
+    [meta(META_MARK), bitwise(&(!mask).to_ne_bytes(), &mark.to_ne_bytes()), named("meta", &set)]
+}
+
+/// `dnat to numgen inc mod MODULUS map @MAP`, where the map is an anonymous one of this batch.
+pub fn round_robin(modulus: u32, map: &str, map_id: u32) -> [Expression; 3] {
+    const INCREMENTAL: u32 = 0;
+    const NAT_DESTINATION: u32 = 1;
+    let numgen = Attributes::new().be32(1, REGISTER).be32(2, modulus).be32(3, INCREMENTAL);
+    let lookup = Attributes::new().text(1, map).be32(2, REGISTER).be32(3, REGISTER);
+    let nat = Attributes::new().be32(1, NAT_DESTINATION).be32(2, u32::from(NFPROTO_IPV4));
+    [
+        named("numgen", &numgen.be32(4, 0)),
+        named("lookup", &lookup.be32(4, map_id)),
+        named("nat", &nat.be32(3, REGISTER).be32(5, REGISTER_SECOND)),
+    ]
+}
+
+/// `masquerade`.
+pub fn masquerade() -> Expression {
+    named("masq", &Attributes::new())
+}
+
+/// `reject with tcp reset`.
+pub fn reject_with_reset() -> Expression {
+    const TCP_RESET: u32 = 1;
+    named("reject", &Attributes::new().be32(1, TCP_RESET).raw(2, &[0]))
+}
+
+/// `accept`.
+pub fn accept() -> Expression {
+    verdict(VERDICT_ACCEPT)
+}
+
+/// `drop`.
+pub fn discard() -> Expression {
+    verdict(VERDICT_DROP)
+}

@@ -1,0 +1,318 @@
+//! The process behind each machine of the lab: this test binary, executed again.
+//!
+//! It is in its network namespace from the start, reads one JSON request a line from stdin and
+//! answers one line each. It ends when stdin does, that is, also when the test is killed; a
+//! namespace made for it goes with it.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use nix::sys::socket as sys;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use skep_worker::net::nft::{Batch, Hook, NftChannel};
+use skep_worker::net::{MarkField, Mesh, Options};
+use skep_worker_core::mesh::MeshTable;
+
+/// Says that this process is a helper.
+pub(crate) const HELPER: &str = "SKEP_MESH_TEST_HELPER";
+
+/// Marks the lines that are answers, among those of the test harness.
+pub(crate) const ANSWER: &str = "@skep ";
+
+const PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) const LARGE: usize = 1 << 20;
+
+/// What a helper can be asked for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Request {
+    Start {
+        number: u16,
+        underlay: Ipv4Addr,
+        run_dir: String,
+        pool: String,
+    },
+    Apply(MeshTable),
+    Attach {
+        task_id: String,
+        pid: u32,
+        address: Ipv4Addr,
+    },
+    Detach {
+        task_id: String,
+    },
+    Teardown,
+    /// Serves HTTP on a port of all addresses.
+    Serve {
+        name: String,
+        port: u16,
+    },
+    /// Holds a port as any other program would.
+    Listen {
+        port: u16,
+    },
+    /// One connection each: the answers, or the kind of error.
+    Get {
+        address: SocketAddrV4,
+        count: usize,
+    },
+    /// One connection from a given local port, kept open.
+    Open {
+        id: String,
+        address: SocketAddrV4,
+        local: Option<SocketAddrV4>,
+    },
+    /// A request on a connection that is open.
+    Use {
+        id: String,
+        path: String,
+    },
+    Close {
+        id: String,
+    },
+    Write {
+        path: String,
+        text: String,
+    },
+    /// Chains of the nftables, as `table chain`.
+    Chains,
+    /// The generation of the nftables: how often anyone changed any rule.
+    Generation,
+    /// A chain such as iptables-nft makes, with the policy to drop what is forwarded.
+    DropForwarded,
+    /// Deletes one rule, or one table.
+    Damage {
+        table: String,
+        chain: Option<String>,
+    },
+}
+
+#[derive(Default)]
+struct State {
+    mesh: Option<Mesh>,
+    connections: BTreeMap<String, TcpStream>,
+    listeners: Vec<TcpListener>,
+}
+
+/// Runs the helper if this process is one.
+pub(crate) fn run_if_asked() {
+    if std::env::var_os(HELPER).is_none() {
+        return;
+    }
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let runtime = builder.worker_threads(2).enable_all().build().expect("runtime");
+    let mut state = State::default();
+    answer(Ok(json!("ready")));
+    for line in std::io::stdin().lock().lines() {
+        let line = line.expect("stdin");
+        let request: Request = serde_json::from_str(&line).expect("a request");
+        answer(runtime.block_on(async { handle(&mut state, request).await }));
+    }
+    std::process::exit(0);
+}
+
+fn answer(result: Result<Value, String>) {
+    let text = serde_json::to_string(&result).expect("an answer");
+    let mut out = std::io::stdout().lock();
+    // The harness may be in the middle of a line.
+    writeln!(out, "\n{ANSWER}{text}").and_then(|()| out.flush()).expect("stdout");
+}
+
+fn text(error: impl std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text
+}
+
+async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
+    match request {
+        Request::Start { number, underlay, run_dir, pool } => {
+            let mut options = Options::new(number, underlay, "eth0", run_dir);
+            options.pool = pool.parse().expect("a pool");
+            // A field of marks is the node's own affair: another one on each.
+            options.marks = MarkField::at(10 * (u32::from(number) - 1)).map_err(text)?;
+            if let Some(mesh) = state.mesh.take() {
+                mesh.shutdown().await.map_err(text)?;
+            }
+            state.mesh = Some(Mesh::start(options).await.map_err(text)?);
+            Ok(Value::Null)
+        }
+        Request::Apply(table) => {
+            let mesh = state.mesh.as_ref().expect("started");
+            let applied = mesh.apply(&table).await.map_err(text)?;
+            assert_eq!(applied.version, table.version);
+            Ok(json!(applied.conditions.iter().map(ToString::to_string).collect::<Vec<_>>()))
+        }
+        Request::Attach { task_id, pid, address } => {
+            let mesh = state.mesh.as_ref().expect("started");
+            mesh.attach(&task_id, pid, address).await.map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::Detach { task_id } => {
+            state.mesh.as_ref().expect("started").detach(&task_id).await.map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::Teardown => {
+            state.mesh.take().expect("started").teardown().await.map_err(text)?;
+            Ok(Value::Null)
+        }
+        other => tokio::task::block_in_place(|| handle_socket(state, other)),
+    }
+}
+
+fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
+    match request {
+        Request::Serve { name, port } => {
+            let listener = TcpListener::bind(("0.0.0.0", port)).map_err(text)?;
+            std::thread::spawn(move || serve(&listener, &name));
+            Ok(Value::Null)
+        }
+        Request::Listen { port } => {
+            state.listeners.push(TcpListener::bind(("0.0.0.0", port)).map_err(text)?);
+            Ok(Value::Null)
+        }
+        Request::Get { address, count } => {
+            let one = |_| match connect(address, None).and_then(|s| get(&s, "/")) {
+                Ok(body) => body,
+                Err(error) => format!("{:?}", error.kind()),
+            };
+            Ok(json!((0..count).map(one).collect::<Vec<String>>()))
+        }
+        Request::Open { id, address, local } => {
+            let stream = connect(address, local).map_err(text)?;
+            state.connections.insert(id, stream);
+            Ok(Value::Null)
+        }
+        Request::Use { id, path } => {
+            let stream = state.connections.get(&id).expect("an open connection");
+            Ok(json!(get(stream, &path).map_err(text)?))
+        }
+        Request::Close { id } => {
+            let stream = state.connections.remove(&id).expect("an open connection");
+            // With a reset, so that the same local port can be used at once again.
+            let linger = nix::libc::linger { l_onoff: 1, l_linger: 0 };
+            sys::setsockopt(&stream, sys::sockopt::Linger, &linger).map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::Write { path, text: value } => {
+            std::fs::write(path, value).map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::Chains => {
+            let chains = NftChannel::open().map_err(text)?.chains().map_err(text)?;
+            let names = chains.iter().map(|chain| format!("{} {}", chain.table, chain.name));
+            Ok(json!(names.collect::<Vec<_>>()))
+        }
+        Request::Generation => {
+            Ok(json!(NftChannel::open().map_err(text)?.generation().map_err(text)?))
+        }
+        Request::DropForwarded => {
+            let mut batch = Batch::new();
+            batch.add_table("filter");
+            let hook = Hook { kind: "filter", number: 2, priority: 0, drops_by_default: true };
+            batch.add_chain("filter", "FORWARD", Some(&hook));
+            commit(&batch)
+        }
+        Request::Damage { table, chain } => {
+            let mut batch = Batch::new();
+            match chain {
+                Some(chain) => batch.flush_chain(&table, &chain),
+                None => batch.delete_table(&table),
+            }
+            commit(&batch)
+        }
+        other => panic!("not a request about sockets: {other:?}"),
+    }
+}
+
+fn commit(batch: &Batch) -> Result<Value, String> {
+    NftChannel::open().map_err(text)?.commit(batch, None).map_err(text)?;
+    Ok(Value::Null)
+}
+
+fn connect(address: SocketAddrV4, local: Option<SocketAddrV4>) -> std::io::Result<TcpStream> {
+    let stream = match local {
+        None => TcpStream::connect_timeout(&SocketAddr::V4(address), PATIENCE)?,
+        Some(local) => {
+            let (inet, stream) = (sys::AddressFamily::Inet, sys::SockType::Stream);
+            let none = sys::SockFlag::SOCK_CLOEXEC;
+            let socket: OwnedFd = sys::socket(inet, stream, none, None)?;
+            sys::setsockopt(&socket, sys::sockopt::ReuseAddr, &true)?;
+            let patience = nix::sys::time::TimeVal::new(3, 0);
+            sys::setsockopt(&socket, sys::sockopt::SendTimeout, &patience)?;
+            use std::os::fd::AsRawFd as _;
+            sys::bind(socket.as_raw_fd(), &sys::SockaddrIn::from(local))?;
+            sys::connect(socket.as_raw_fd(), &sys::SockaddrIn::from(address))?;
+            TcpStream::from(socket)
+        }
+    };
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// One HTTP request on a connection that stays open.
+fn get(stream: &TcpStream, path: &str) -> std::io::Result<String> {
+    let mut stream = stream;
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: mesh\r\n\r\n")?;
+    let mut reader = BufReader::new(stream);
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        if let Some(value) = line.strip_prefix("Content-Length: ") {
+            length = value.trim().parse().expect("a length");
+        }
+        if line == "\r\n" {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body)?;
+    Ok(String::from_utf8(body).expect("text"))
+}
+
+/// Answers with the server's name and the client's address, or with a large body.
+fn serve(listener: &TcpListener, name: &str) {
+    for stream in listener.incoming() {
+        let stream = stream.expect("a connection");
+        let name = name.to_owned();
+        std::thread::spawn(move || {
+            if serve_one(&stream, &name).is_err() {
+                drop(stream.shutdown(Shutdown::Both));
+            }
+        });
+    }
+}
+
+fn serve_one(stream: &TcpStream, name: &str) -> std::io::Result<()> {
+    let client = stream.peer_addr()?.ip();
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut path = None;
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            path = path.or_else(|| line.split(' ').nth(1).map(str::to_owned));
+            if line == "\r\n" {
+                break;
+            }
+        }
+        let body = match path.as_deref() {
+            Some("/large") => "x".repeat(LARGE),
+            _ => format!("{name} {client}"),
+        };
+        let mut out = stream;
+        write!(out, "HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+    }
+}

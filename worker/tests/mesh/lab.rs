@@ -1,0 +1,409 @@
+//! A lab of network namespaces: a switch, nodes, tasks and an outside client.
+//!
+//! Nothing of it is in the host's namespace, and everything ends with the helper processes, which
+//! end when this test does.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use serde_json::Value;
+use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort, Slices};
+
+use crate::helper::{ANSWER, HELPER, Request};
+
+pub(crate) const N: u16 = 3;
+pub(crate) const TARGET_PORT: u16 = 80;
+const CLIENT_HOST: u8 = 9;
+/// How long a loaded machine may take for something that is sure to come.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Whether this test can run; where it cannot, says why, and fails in CI.
+pub(crate) fn can_run() -> bool {
+    let reason = if !nix::unistd::geteuid().is_root() {
+        "needs root to make network namespaces"
+    } else if Command::new("ip").arg("-V").output().is_err() {
+        "needs iproute2"
+    } else {
+        return true;
+    };
+    skip(reason);
+    false
+}
+
+/// Reports a test, or a part of one, that cannot run here.
+pub(crate) fn skip(reason: &str) {
+    assert!(std::env::var("CI").as_deref() != Ok("true"), "skipped in CI: {reason}");
+    eprintln!("skipped: {reason}");
+}
+
+/// A recording of changes in a namespace.
+pub(crate) struct Recorder {
+    child: Child,
+    lines: mpsc::Receiver<String>,
+}
+
+/// A process in a namespace.
+pub(crate) struct Machine {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Machine {
+    /// A process in a namespace of its own.
+    pub(crate) fn new() -> Self {
+        Self::start(&["unshare", "--net"])
+    }
+
+    /// Another process in the namespace of this one.
+    pub(crate) fn beside(&self) -> Self {
+        Self::start(&["nsenter", &self.namespace()])
+    }
+
+    /// The namespace is entered before this binary runs: its harness starts threads at once.
+    fn start(enter: &[&str]) -> Self {
+        let mut command = Command::new(enter[0]);
+        command.args(&enter[1..]).arg(std::env::current_exe().expect("this test"));
+        command.args(["--exact", "helper_process", "--nocapture"]).env(HELPER, "1");
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a helper process");
+        let stdin = child.stdin.take();
+        let stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let mut machine = Self { child, stdin, stdout };
+        machine.answer().expect("a helper that is ready");
+        let namespace = |pid| std::fs::read_link(format!("/proc/{pid}/ns/net")).expect("a process");
+        assert_ne!(namespace(machine.pid()), namespace(std::process::id()), "not the host's");
+        machine
+    }
+
+    /// The argument that has `nsenter` enter the machine's namespace.
+    pub(crate) fn namespace(&self) -> String {
+        format!("--net=/proc/{}/ns/net", self.pid())
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Asks, and expects that it succeeds.
+    #[track_caller]
+    pub(crate) fn ask(&mut self, request: &Request) -> Value {
+        match self.try_ask(request) {
+            Ok(value) => value,
+            Err(error) => panic!("{request:?}: {error}"),
+        }
+    }
+
+    /// Asks; the error is the text of a chain of errors.
+    pub(crate) fn try_ask(&mut self, request: &Request) -> Result<Value, String> {
+        let stdin = self.stdin.as_mut().expect("open until dropped");
+        let line = serde_json::to_string(request).expect("a request");
+        writeln!(stdin, "{line}").and_then(|()| stdin.flush()).expect("a helper that listens");
+        self.answer()
+    }
+
+    fn answer(&mut self) -> Result<Value, String> {
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.stdout.read_line(&mut line).expect("stdout"), 0, "the helper ended");
+            if let Some(text) = line.strip_prefix(ANSWER) {
+                return serde_json::from_str(text).expect("an answer");
+            }
+        }
+    }
+
+    /// Runs `ip` in the machine's namespace.
+    #[track_caller]
+    pub(crate) fn ip(&self, arguments: &str) -> String {
+        let mut command = Command::new("nsenter");
+        command.arg(self.namespace()).arg("ip").args(arguments.split_whitespace());
+        let output = command.output().expect("nsenter");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "ip {arguments}: {error}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// The answers of `count` connections.
+    #[track_caller]
+    pub(crate) fn get(&mut self, address: SocketAddrV4, count: usize) -> Vec<String> {
+        let answers = self.ask(&Request::Get { address, count });
+        serde_json::from_value(answers).expect("texts")
+    }
+
+    #[track_caller]
+    pub(crate) fn open(&mut self, id: &str, address: SocketAddrV4) {
+        self.ask(&Request::Open { id: id.into(), address, local: None });
+    }
+
+    #[track_caller]
+    pub(crate) fn use_connection(&mut self, id: &str, path: &str) -> String {
+        let answer = self.ask(&Request::Use { id: id.into(), path: path.into() });
+        answer.as_str().expect("a text").to_owned()
+    }
+
+    /// Packets that came in by an interface.
+    #[track_caller]
+    pub(crate) fn received(&self, interface: &str) -> u64 {
+        let links = self.ip(&format!("-s -j link show {interface}"));
+        let links: Value = serde_json::from_str(&links).expect("JSON");
+        links[0]["stats64"]["rx"]["packets"].as_u64().expect("a count")
+    }
+
+    /// Starts to record changes of links, addresses, routes, rules and neighbours.
+    pub(crate) fn record_changes(&self) -> Recorder {
+        let mut command = Command::new("nsenter");
+        command.arg(self.namespace()).args("ip monitor all".split(' ')).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("ip monitor");
+        let stdout = child.stdout.take().expect("piped");
+        let (sender, lines) = mpsc::channel();
+        std::thread::spawn(move || {
+            let lines = BufReader::new(stdout).lines();
+            lines.map_while(Result::ok).all(|line| sender.send(line).is_ok())
+        });
+        let recorder = Recorder { child, lines };
+        // It listens as soon as it reports one of the changes that are made for it.
+        while recorder.lines.recv_timeout(Duration::from_millis(20)).is_err() {
+            self.ip("route replace blackhole 192.0.2.1 table 999");
+            self.ip("route del blackhole 192.0.2.1 table 999");
+        }
+        recorder
+    }
+
+    /// The changes since the recording began.
+    pub(crate) fn changes(&self, mut recorder: Recorder) -> Vec<String> {
+        self.ip("route add blackhole 192.0.2.2 table 999");
+        let mut changes = Vec::new();
+        loop {
+            let line = recorder.lines.recv_timeout(PATIENCE).expect("the last change");
+            if line.contains("192.0.2.2") {
+                break;
+            }
+            changes.push(line);
+        }
+        self.ip("route del blackhole 192.0.2.2 table 999");
+        recorder.child.kill().expect("kill");
+        recorder.child.wait().expect("wait");
+        changes.retain(|line| !line.contains("192.0.2.1"));
+        changes
+    }
+
+    /// Ends the process at once, as a crash would.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        drop(self.stdin.take()); // The helper ends when its stdin does.
+        drop(self.child.wait());
+    }
+}
+
+/// A node: its namespace, its daemon, and the task on it.
+pub(crate) struct Node {
+    pub(crate) host: Machine,
+    pub(crate) daemon: Machine,
+    pub(crate) task: Machine,
+}
+
+pub(crate) struct Lab {
+    pub(crate) client: Machine,
+    pub(crate) nodes: Vec<Node>,
+    pub(crate) slices: Slices,
+    pub(crate) version: u64,
+    switch: Machine,
+    run_dir: tempfile::TempDir,
+}
+
+pub(crate) fn underlay(number: u16) -> Ipv4Addr {
+    Ipv4Addr::new(10, 98, 0, u8::try_from(number).expect("a small number"))
+}
+
+pub(crate) fn node_address(number: u16, port: u16) -> SocketAddrV4 {
+    SocketAddrV4::new(underlay(number), port)
+}
+
+pub(crate) fn task_name(number: u16) -> String {
+    format!("task{number:021}")
+}
+
+pub(crate) fn client_address() -> Ipv4Addr {
+    underlay(u16::from(CLIENT_HOST))
+}
+
+impl Lab {
+    /// Machines on one switch; meshes started, tasks attached and serving; no table applied.
+    pub(crate) fn new() -> Self {
+        let mut lab = Self::bare();
+        for number in 1..=N {
+            lab.start(number);
+            lab.attach(number);
+        }
+        lab
+    }
+
+    /// Machines on one switch, and nothing of skep.
+    pub(crate) fn bare() -> Self {
+        let switch = Machine::new();
+        switch.ip("link add br0 type bridge");
+        switch.ip("link set br0 up");
+        let client = Machine::new();
+        plug(&switch, &client, CLIENT_HOST.into());
+        let slices = Slices::new(MeshTable::default_pool(), 22).expect("the defaults");
+        let nodes = (1..=N).map(|number| {
+            let mut host = Machine::new();
+            plug(&switch, &host, number);
+            // As distributions have it: packets must come in where their answers would go out.
+            let path = "/proc/sys/net/ipv4/conf/all/rp_filter".into();
+            host.ask(&Request::Write { path, text: "1".into() });
+            let (daemon, mut task) = (host.beside(), Machine::new());
+            task.ask(&Request::Serve { name: number.to_string(), port: TARGET_PORT });
+            Node { host, daemon, task }
+        });
+        let nodes = nodes.collect();
+        let run_dir = tempfile::tempdir().expect("a directory");
+        Self { client, nodes, slices, version: 0, switch, run_dir }
+    }
+
+    pub(crate) fn start_request(&self, number: u16) -> Request {
+        Request::Start {
+            number,
+            underlay: underlay(number),
+            run_dir: self.run_dir.path().join(number.to_string()).display().to_string(),
+            pool: MeshTable::default_pool().to_string(),
+        }
+    }
+
+    pub(crate) fn start(&mut self, number: u16) {
+        let request = self.start_request(number);
+        self.node(number).daemon.ask(&request);
+    }
+
+    pub(crate) fn attach(&mut self, number: u16) {
+        let address = self.task_address(number);
+        let node = self.node(number);
+        let (task_id, pid) = (task_name(number), node.task.pid());
+        node.daemon.ask(&Request::Attach { task_id, pid, address });
+    }
+
+    pub(crate) fn node(&mut self, number: u16) -> &mut Node {
+        &mut self.nodes[usize::from(number) - 1]
+    }
+
+    pub(crate) fn task_address(&self, number: u16) -> Ipv4Addr {
+        self.slices.task_addresses(number).next().expect("a slice has task addresses")
+    }
+
+    /// A new version of the table with all nodes; ports are pairs of port and backing nodes.
+    pub(crate) fn table(&self, number: u16, ports: &[(u16, &[u16])]) -> MeshTable {
+        let ports = ports.iter().map(|(published, nodes)| PublishedPort {
+            published: *published,
+            protocol: Protocol::Tcp,
+            service_id: format!("service-{published}"),
+            backends: nodes.iter().map(|node| self.backend(*node)).collect(),
+        });
+        MeshTable {
+            version: self.version,
+            self_number: number,
+            pool: MeshTable::default_pool(),
+            slice_prefix: MeshTable::default_slice_prefix(),
+            peers: (1..=N).map(|number| Peer { number, underlay: underlay(number) }).collect(),
+            ports: ports.collect(),
+        }
+    }
+
+    fn backend(&self, node: u16) -> Backend {
+        let address = self.task_address(node);
+        Backend { task_id: task_name(node), address, target_port: TARGET_PORT }
+    }
+
+    /// Applies the next version of the table on every node; returns all conditions.
+    #[track_caller]
+    pub(crate) fn publish(&mut self, ports: &[(u16, &[u16])]) -> Vec<String> {
+        self.version += 1;
+        let mut conditions = Vec::new();
+        for number in 1..=N {
+            let table = self.table(number, ports);
+            let answer = self.node(number).daemon.ask(&Request::Apply(table));
+            conditions.extend(serde_json::from_value::<Vec<String>>(answer).expect("texts"));
+        }
+        conditions
+    }
+
+    /// Applies a table without node 1 on the nodes that are left.
+    pub(crate) fn publish_without_node_1(&mut self) {
+        self.version += 1;
+        for number in 2..=N {
+            let mut table = self.table(number, &[(8080, &[2, 3])]);
+            table.peers.retain(|peer| peer.number != 1);
+            self.node(number).daemon.ask(&Request::Apply(table));
+        }
+    }
+
+    /// Asserts that the clients' connections through a node take exact turns over all tasks.
+    #[track_caller]
+    pub(crate) fn assert_turns(&mut self, who: Client, through: SocketAddrV4) {
+        let answers = self.client(who).get(through, 2 * usize::from(N));
+        let expect = (1..=N).map(|number| (number.to_string(), 2)).collect();
+        assert_eq!(count(&answers), expect, "{who:?} through {through}: {answers:?}");
+        if who == Client::Outside {
+            let seen: BTreeSet<&str> = answers.iter().filter_map(|a| a.split(' ').nth(1)).collect();
+            let own = client_address().to_string();
+            assert_eq!(seen, BTreeSet::from([own.as_str()]), "addresses that tasks saw");
+        }
+    }
+
+    pub(crate) fn client(&mut self, who: Client) -> &mut Machine {
+        match who {
+            Client::Outside => &mut self.client,
+            Client::Node(number) => &mut self.node(number).host,
+            Client::Task(number) => &mut self.node(number).task,
+        }
+    }
+
+    /// Sets whether bridged packets go through iptables' hooks; false if the kernel has no such
+    /// setting.
+    pub(crate) fn set_bridge_netfilter(&mut self, is_on: bool) -> bool {
+        let path = "/proc/sys/net/bridge/bridge-nf-call-iptables".to_owned();
+        let text = u8::from(is_on).to_string();
+        let machines = self.nodes.iter_mut().map(|node| &mut node.host);
+        let mut machines = machines.chain([&mut self.switch]);
+        machines.all(|machine| {
+            let request = Request::Write { path: path.clone(), text: text.clone() };
+            machine.try_ask(&request).is_ok()
+        })
+    }
+}
+
+/// Who connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Client {
+    Outside,
+    Node(u16),
+    Task(u16),
+}
+
+/// How many answers each task gave.
+pub(crate) fn count(answers: &[String]) -> BTreeMap<String, usize> {
+    let mut counts = BTreeMap::new();
+    for answer in answers {
+        let name = answer.split(' ').next().unwrap_or_default();
+        *counts.entry(name.to_owned()).or_default() += 1;
+    }
+    counts
+}
+
+fn plug(switch: &Machine, machine: &Machine, number: u16) {
+    let pid = machine.pid();
+    switch.ip(&format!("link add p{number} type veth peer name eth0 netns {pid}"));
+    switch.ip(&format!("link set p{number} master br0 up"));
+    machine.ip("link set lo up");
+    machine.ip(&format!("addr add {}/24 dev eth0", underlay(number)));
+    machine.ip("link set eth0 up");
+}
