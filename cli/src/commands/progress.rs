@@ -37,7 +37,7 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// For a service that was just made.
+    /// For a service that was just made, or that is to be taken as it is.
     pub(super) fn for_new(service_id: String) -> Self {
         Self { service_id, version: 0, status: None }
     }

@@ -10,7 +10,7 @@
 //!
 //! - Commands are proposed in the term that this loop was started in: a deposed leader writes nothing.
 //! - At most one command is in flight; everything that happens meanwhile is one batch for the next.
-//! - Nothing is decided on a state older than this loop's own last write.
+//! - Nothing is decided while a command is in flight, nor on a state without it.
 //! - The loop never waits for an agent: a session whose queue is full is told later.
 
 mod sessions;
@@ -100,8 +100,6 @@ struct Leader {
     reported: BTreeMap<TaskId, TaskStatus>,
     queued: VecDeque<Vec<Action>>,
     in_flight: Option<(InFlight, Carried)>,
-    /// Nothing is decided on an older state.
-    own_version: u64,
     deadline: Option<Timestamp>,
     probes: mpsc::Receiver<Event>,
     probe_results: mpsc::Sender<Event>,
@@ -131,7 +129,6 @@ impl Leader {
             reported: BTreeMap::new(),
             queued: VecDeque::new(),
             in_flight: None,
-            own_version: 0,
             deadline: None,
             probes,
             probe_results,
@@ -170,13 +167,13 @@ impl Leader {
         let until = |deadline: Option<Timestamp>| {
             deadline.map(|at| clock::monotonic() + at.since(now))
         };
-        // Before its own write is seen, a deadline of the old state must not make the loop spin.
+        // While a command is in flight, a deadline that it may have dealt with must not make the loop spin.
         let own = if self.is_current() { until(self.deadline) } else { None };
         [own, until(self.drain.deadline())].into_iter().flatten().fold(self.next_tick, Instant::min)
     }
 
     fn is_current(&self) -> bool {
-        self.in_flight.is_none() && self.state.version().index >= self.own_version
+        self.in_flight.is_none()
     }
 
     fn tick(&mut self) {
@@ -193,7 +190,9 @@ impl Leader {
     }
 
     fn take(&mut self, commit: Commit) {
-        self.state = commit.state;
+        if commit.state.version() >= self.state.version() {
+            self.state = commit.state;
+        }
         if commit.all_changed {
             self.dirty = Dirty::all();
             self.sessions.mark_all();
@@ -328,7 +327,9 @@ impl Leader {
 
     fn committed(&mut self, (outcome, carried): (Result<Outcome, propose::Error>, Carried)) {
         match outcome {
-            Ok(Outcome::Applied(version)) => self.own_version = version.index,
+            // The feed is silent about a command that changed nothing: the state is taken here, what
+            // changed in it comes by the feed.
+            Ok(Outcome::Applied(_)) => self.state = self.consensus.state(),
             Ok(Outcome::Refused(refusal)) => {
                 tracing::debug!(%refusal, "a decision on an old state was refused, deciding again");
                 self.retry(carried);

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 
 use skep_worker::container::ContainerRuntime;
 
-use crate::environment::{Environment, busybox_layer, config, options, shell, tokio};
+use crate::environment::{Environment, busybox_layer, config_on, options, shell, tokio};
 
 /// `creator BASE CGROUP-PARENT LAYER ID start|wait SCRIPT`: makes a container and waits for ever.
 pub(crate) fn run(words: &[&str]) {
@@ -15,8 +15,7 @@ pub(crate) fn run(words: &[&str]) {
     let runtime = tokio();
     runtime.block_on(async {
         let containers = ContainerRuntime::open(options(Path::new(base), cgroup_parent)).unwrap();
-        let mut config = config(id, shell(script));
-        config.layers = vec![layer.into()];
+        let config = config_on(layer.into(), id, shell(script));
         let created = containers.create(&config).await.unwrap();
         if *what == "start" {
             containers.start(id).await.unwrap();

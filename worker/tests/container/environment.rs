@@ -186,9 +186,14 @@ pub(crate) fn shell(script: &str) -> ContainerInput {
 }
 
 pub(crate) fn config(id: &str, container: ContainerInput) -> ContainerConfig {
+    config_on(busybox_layer(), id, container)
+}
+
+/// The same on another layer.
+pub(crate) fn config_on(layer: PathBuf, id: &str, container: ContainerInput) -> ContainerConfig {
     ContainerConfig {
         id: id.into(),
-        layers: vec![busybox_layer()],
+        layers: vec![layer],
         image: ImageConfig::default(),
         container,
         etc_hosts: "127.0.0.1 localhost\n".into(),
@@ -202,7 +207,7 @@ pub(crate) fn busybox_layer() -> PathBuf {
     LAYER.get_or_init(|| make_layer().expect("a root file system")).clone()
 }
 
-/// Removed by [`remove_layer`].
+/// Removed by [`LayerGuard`].
 fn make_layer() -> std::io::Result<PathBuf> {
     let layer = layer_path();
     for directory in ["bin", "etc", "proc", "sys", "dev", "tmp", "var"] {
@@ -243,12 +248,16 @@ fn layer_path() -> PathBuf {
     std::env::temp_dir().join(format!("skep-test-layer-{}", std::process::id()))
 }
 
-/// Removes the layer, when all tests have run.
-pub(crate) fn remove_layer() {
-    match fs::remove_dir_all(layer_path()) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            println!("failed to remove {}: {error}", layer_path().display());
+/// Removes the layer when all tests have run, well or not.
+pub(crate) struct LayerGuard;
+
+impl Drop for LayerGuard {
+    fn drop(&mut self) {
+        match fs::remove_dir_all(layer_path()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                println!("failed to remove {}: {error}", layer_path().display());
+            }
+            _ => {}
         }
-        _ => {}
     }
 }

@@ -80,6 +80,7 @@ fn run_tests(filters: &[&str]) -> ExitCode {
         let is_ci = std::env::var_os("CI").is_some_and(|value| value == "true");
         return if is_ci { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     }
+    let _guard = environment::LayerGuard;
     println!("\nrunning {} tests", tests.len());
     let mut failed = Vec::new();
     for (name, test) in &tests {
@@ -89,7 +90,6 @@ fn run_tests(filters: &[&str]) -> ExitCode {
             failed.push(name);
         }
     }
-    environment::remove_layer();
     println!("\ntest result: {} passed; {} failed", tests.len() - failed.len(), failed.len());
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

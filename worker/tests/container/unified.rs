@@ -32,8 +32,8 @@ pub(crate) fn run_inner() {
     mount(None::<&str>, "/", None::<&str>, flags, None::<&str>).unwrap();
     let target = "/sys/fs/cgroup";
     mount(Some("cgroup2"), target, Some("cgroup2"), MsFlags::empty(), None::<&str>).unwrap();
+    let _guard = crate::environment::LayerGuard;
     block_on(containers);
-    crate::environment::remove_layer();
 }
 
 async fn containers(env: Environment) {

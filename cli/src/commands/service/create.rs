@@ -15,9 +15,12 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
     parse_publish, sort_ports,
 };
-use super::{Waiting, caller_environment, converge};
+use super::{Waiting, caller_environment, converge, names};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
+
+/// How many names are drawn before the user is asked for one.
+const ATTEMPTS_MAX: usize = 10;
 
 /// `skep service create [OPTIONS] IMAGE [COMMAND] [ARG...]`
 #[derive(Debug, Args)]
@@ -50,7 +53,7 @@ pub(crate) struct CreateArgs {
     #[arg(long)]
     group: Vec<String>,
     /// Set one or more custom host-to-IP mappings (host:ip)
-    #[arg(long = "add-host", visible_alias = "hosts", value_parser = parse_host, value_name = "HOST:IP")]
+    #[arg(long = "add-host", value_parser = parse_host, value_name = "HOST:IP")]
     add_host: Vec<String>,
     /// Sysctl options
     #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
@@ -203,9 +206,24 @@ fn environment_files(paths: &[std::path::PathBuf]) -> Result<Vec<String>> {
 }
 
 pub(super) async fn run(args: &CreateArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let spec = spec(args, &environment_files(&args.env_file)?, &caller_environment())?;
-    let request = CreateServiceRequest { spec_json: serde_json::to_string(&spec)? };
-    let made = client.control().create_service(request).await.map_err(Refusal)?.into_inner();
+    let mut spec = spec(args, &environment_files(&args.env_file)?, &caller_environment())?;
+    let mut attempt = 1;
+    let made = loop {
+        if args.name.is_none() {
+            spec.name = names::random(&mut rand::rng());
+        }
+        let request = CreateServiceRequest { spec_json: serde_json::to_string(&spec)? };
+        match client.control().create_service(request).await {
+            Ok(made) => break made.into_inner(),
+            // A name that was drawn may be taken; one that was given is the user's to change.
+            Err(status)
+                if args.name.is_none()
+                    && attempt < ATTEMPTS_MAX
+                    && status.code() == tonic::Code::AlreadyExists => {}
+            Err(status) => return Err(Refusal(status).into()),
+        }
+        attempt += 1;
+    };
     for warning in made.warnings {
         ui.note(warning)?;
     }

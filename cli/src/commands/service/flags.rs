@@ -199,6 +199,16 @@ struct HealthFlags {
     no_healthcheck: bool,
 }
 
+/// Sets the number of tasks; a mode that was never given is the replicated one.
+pub(super) fn set_replicas(spec: &mut ServiceSpec, replicas: u64) -> Result<()> {
+    let mode = spec.mode.get_or_insert_default();
+    if mode.replicated.is_none() && !mode.extra.is_empty() {
+        bail!("replicas can only be used with replicated mode");
+    }
+    mode.replicated = Some(Replicated { replicas: Some(replicas) });
+    Ok(())
+}
+
 /// Sets `field` to a given value; an absent one leaves it.
 fn set<T: Clone>(field: &mut Option<T>, given: &Option<T>) {
     if given.is_some() {
@@ -217,10 +227,7 @@ impl SpecFlags {
     /// Lays the given flags over `spec`.
     pub(super) fn apply(&self, spec: &mut ServiceSpec) -> Result<()> {
         if let Some(replicas) = self.replicas {
-            let Some(mode) = spec.mode.get_or_insert_default().replicated.as_mut() else {
-                bail!("replicas can only be used with replicated mode");
-            };
-            *mode = Replicated { replicas: Some(replicas) };
+            set_replicas(spec, replicas)?;
         }
         if self.endpoint_mode.is_some() {
             let endpoint: &mut EndpointSpec = spec.endpoint_spec.get_or_insert_default();

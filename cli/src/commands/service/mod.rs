@@ -5,6 +5,7 @@ mod flags;
 mod inspect;
 mod list;
 mod logs;
+mod names;
 mod pretty;
 mod scale;
 mod update;

@@ -1,13 +1,12 @@
 //! `skep service scale` and `service rm`.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow};
 use clap::Args;
 use skep_common::Service;
-use skep_common::spec::Replicated;
 use skep_proto::RemoveServiceRequest;
 
 use super::super::Failures;
-use super::flags::WaitFlags;
+use super::flags::{WaitFlags, set_replicas};
 use super::update::change;
 use super::{Waiting, converge};
 use crate::client::{Client, Refusal};
@@ -49,27 +48,21 @@ pub(crate) struct RmArgs {
 
 pub(super) async fn run(args: &ScaleArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let mut failures = Failures::default();
-    let mut scaled: Vec<(&Scale, Service)> = Vec::new();
+    let mut scaled: Vec<(&Scale, Waiting)> = Vec::new();
     for scale in &args.scales {
-        let replicated = Replicated { replicas: Some(scale.replicas) };
-        let result =
-            change(client, &scale.service, ui, |spec| match spec.mode.get_or_insert_default() {
-                mode if mode.replicated.is_some() || mode.extra.is_empty() => {
-                    mode.replicated = Some(replicated.clone());
-                    Ok(())
-                }
-                _ => bail!("scale can only be used with replicated mode"),
-            });
+        let result = change(client, &scale.service, ui, |spec| {
+            set_replicas(spec, scale.replicas)
+                .map_err(|_| anyhow!("scale can only be used with replicated mode"))
+        });
         match result.await {
-            Ok(service) => {
+            Ok(waiting) => {
                 ui.line(format_args!("{} scaled to {}", scale.service, scale.replicas))?;
-                scaled.push((scale, service));
+                scaled.push((scale, waiting));
             }
             Err(error) => failures.add(&anyhow!("{}: {error:#}", scale.service)),
         }
     }
-    for (scale, service) in &scaled {
-        let waiting = Waiting::for_changed(service);
+    for (scale, waiting) in scaled {
         if let Err(error) = converge(waiting, &args.wait, client, ui).await {
             failures.add(&anyhow!("{}: {error:#}", scale.service));
         }

@@ -271,7 +271,7 @@ pub(super) async fn change(
     reference: &str,
     ui: &mut Ui,
     change: impl Fn(&mut ServiceSpec) -> Result<()>,
-) -> Result<Service> {
+) -> Result<Waiting> {
     for attempt in 1.. {
         let service: Service = client.get("service", reference).await?;
         let mut spec = service.spec.clone();
@@ -283,7 +283,7 @@ pub(super) async fn change(
             rollback: false,
         };
         match send(client, request, ui).await {
-            Ok(()) => return Ok(service),
+            Ok(()) => return waiting_after(client, &service).await,
             Err(error) if attempt < ATTEMPTS_MAX && is_outdated(&error) => {}
             Err(error) => return Err(error),
         }
@@ -305,18 +305,17 @@ fn is_outdated(error: &anyhow::Error) -> bool {
 }
 
 pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let service = if args.rollback {
-        let mut untouched = ServiceSpec::default();
-        apply(args, &mut untouched, &BTreeMap::new())?;
-        if untouched
-            != (ServiceSpec {
-                task_template: TaskSpec {
-                    container_spec: Some(ContainerSpec::default()),
-                    ..Default::default()
-                },
+    let waiting = if args.rollback {
+        let blank = ServiceSpec {
+            task_template: TaskSpec {
+                container_spec: Some(Default::default()),
                 ..Default::default()
-            })
-        {
+            },
+            ..Default::default()
+        };
+        let mut touched = blank.clone();
+        apply(args, &mut touched, &BTreeMap::new())?;
+        if touched != blank {
             bail!("other flags may not be combined with --rollback");
         }
         send_rollback(client, &args.service, ui).await?
@@ -325,10 +324,20 @@ pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Resu
         change(client, &args.service, ui, |spec| apply(args, spec, &caller)).await?
     };
     ui.line(&args.service)?;
-    converge(Waiting::for_changed(&service), &args.wait, client, ui).await
+    converge(waiting, &args.wait, client, ui).await
 }
 
-async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<Service> {
+/// What to wait for once a change of `before` was accepted. An update that changes nothing is not
+/// written: the service as it is must then be what it should be.
+async fn waiting_after(client: &Client, before: &Service) -> Result<Waiting> {
+    let after: Service = client.get("service", &before.id.to_string()).await?;
+    if after.meta.version == before.meta.version {
+        return Ok(Waiting::for_new(before.id.to_string()));
+    }
+    Ok(Waiting::for_changed(before))
+}
+
+async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<Waiting> {
     let service: Service = client.get("service", reference).await?;
     let request = UpdateServiceRequest {
         id: service.id.to_string(),
@@ -337,13 +346,13 @@ async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<
         rollback: true,
     };
     send(client, request, ui).await?;
-    Ok(service)
+    waiting_after(client, &service).await
 }
 
 pub(super) async fn rollback(args: &RollbackArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let service = send_rollback(client, &args.service, ui).await?;
+    let waiting = send_rollback(client, &args.service, ui).await?;
     ui.line(&args.service)?;
-    converge(Waiting::for_changed(&service), &args.wait, client, ui).await
+    converge(waiting, &args.wait, client, ui).await
 }
 
 #[cfg(test)]

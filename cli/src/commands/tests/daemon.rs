@@ -1,0 +1,356 @@
+//! A daemon that answers from a table and plays prepared changes to whoever watches.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+
+use futures::{Stream, StreamExt as _};
+use serde_json::{Value, json};
+use skep_proto::control_server::{Control, ControlServer};
+use skep_proto::load_image_request::Part;
+use skep_proto::machine_server::{Machine, MachineServer};
+use skep_proto::watch_event::Action;
+use skep_proto::*;
+use skep_runtime::TaskSet;
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::{Request, Response, Status, Streaming};
+
+/// What the daemon holds and what it was asked.
+#[derive(Debug, Default)]
+pub(in super::super) struct Table {
+    /// Objects by kind, in the order of lists.
+    pub(in super::super) objects: BTreeMap<String, Vec<Value>>,
+    /// Objects that a watcher is told of after the first set, in this order.
+    pub(in super::super) changes: VecDeque<(String, Value)>,
+    /// Answers to updates before they succeed.
+    pub(in super::super) refusals: VecDeque<Status>,
+    /// Output of tasks.
+    pub(in super::super) logs: Vec<LogRecord>,
+    /// Specs, requests and bytes as they arrived.
+    pub(in super::super) asked: Vec<Value>,
+    /// The archive that was sent.
+    pub(in super::super) archive: Vec<u8>,
+}
+
+/// The daemon; it ends with the test.
+#[derive(Debug)]
+pub(in super::super) struct Daemon {
+    directory: tempfile::TempDir,
+    tasks: TaskSet,
+    pub(in super::super) table: Arc<Mutex<Table>>,
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.tasks.token().cancel();
+    }
+}
+
+impl Daemon {
+    pub(in super::super) fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(directory.path().join("skep.sock")).unwrap();
+        let table: Arc<Mutex<Table>> = Arc::default();
+        let served = Served(Arc::clone(&table));
+        let tasks = TaskSet::new();
+        let server = tonic::transport::Server::builder()
+            .add_service(ControlServer::new(served.clone()))
+            .add_service(MachineServer::new(served))
+            .serve_with_incoming(UnixListenerStream::new(listener));
+        tasks.spawn("fake daemon", async move { server.await.unwrap() });
+        Self { directory, tasks, table }
+    }
+
+    pub(in super::super) fn host(&self) -> String {
+        format!("unix://{}", self.directory.path().join("skep.sock").display())
+    }
+
+    /// A directory for the test's files.
+    pub(in super::super) fn directory(&self) -> &std::path::Path {
+        self.directory.path()
+    }
+
+    /// Adds objects of a kind.
+    pub(in super::super) fn hold(&self, kind: &str, objects: impl IntoIterator<Item = Value>) {
+        self.table.lock().unwrap().objects.entry(kind.into()).or_default().extend(objects);
+    }
+
+    /// Adds changes for the watcher.
+    pub(in super::super) fn play(&self, kind: &str, objects: impl IntoIterator<Item = Value>) {
+        let changes = objects.into_iter().map(|object| (kind.to_owned(), object));
+        self.table.lock().unwrap().changes.extend(changes);
+    }
+
+    /// What it was asked so far.
+    pub(in super::super) fn asked(&self) -> Vec<Value> {
+        self.table.lock().unwrap().asked.clone()
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Served(Arc<Mutex<Table>>);
+
+type Answer<T> = Result<Response<T>, Status>;
+type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl Served {
+    fn ask(&self, what: Value) {
+        self.0.lock().unwrap().asked.push(what);
+    }
+
+    fn find(&self, kind: &str, reference: &str) -> Result<Value, Status> {
+        let table = self.0.lock().unwrap();
+        let objects = table.objects.get(kind).map(Vec::as_slice).unwrap_or_default();
+        let is_meant = |object: &&Value| {
+            let is = |value: &Value| value.as_str() == Some(reference);
+            is(&object["ID"])
+                || is(&object["Spec"]["Name"])
+                || is(&object["Description"]["Hostname"])
+                || (reference == "self" && object["Description"]["Hostname"] == "n1")
+                || (reference.len() >= 4
+                    && object["ID"].as_str().is_some_and(|id| id.starts_with(reference)))
+        };
+        let found = objects.iter().find(is_meant).cloned();
+        found.ok_or_else(|| Status::not_found(format!("{kind} {reference} not found")))
+    }
+}
+
+fn spec(json: &str) -> Value {
+    serde_json::from_str(json).unwrap()
+}
+
+fn event(action: Action, kind: &str, object: &Value) -> WatchEvent {
+    WatchEvent {
+        action: action.into(),
+        kind: kind.into(),
+        id: object["ID"].as_str().unwrap_or_default().into(),
+        json: if object.is_null() { String::new() } else { object.to_string() },
+        version: 0,
+    }
+}
+
+#[tonic::async_trait]
+impl Control for Served {
+    type WatchStream = Messages<WatchEvent>;
+    type ServiceLogsStream = Messages<LogRecord>;
+
+    async fn get(&self, request: Request<GetRequest>) -> Answer<Document> {
+        let GetRequest { kind, reference } = request.into_inner();
+        let json = self.find(&kind, &reference)?.to_string();
+        Ok(Response::new(Document { kind, json }))
+    }
+
+    async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {
+        let request = request.into_inner();
+        let table = self.0.lock().unwrap();
+        let objects = table.objects.get(&request.kind).map(Vec::as_slice).unwrap_or_default();
+        let is_one = |ids: &[String], id: &Value| {
+            ids.is_empty() || ids.iter().any(|known| id.as_str() == Some(known.as_str()))
+        };
+        let label = |object: &Value| {
+            let labels = match request.kind.as_str() {
+                "task" => &object["Spec"]["ContainerSpec"]["Labels"],
+                _ => &object["Spec"]["Labels"],
+            };
+            labels["com.docker.stack.namespace"].as_str().unwrap_or_default().to_owned()
+        };
+        let selected = objects.iter().filter(|object| {
+            is_one(&request.service_ids, &object["ServiceID"])
+                && is_one(&request.node_ids, &object["NodeID"])
+                && (request.stack.is_empty() || request.stack == label(object))
+        });
+        Ok(Response::new(ListResponse { json: selected.map(Value::to_string).collect() }))
+    }
+
+    async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
+        let request = request.into_inner();
+        let mut table = self.0.lock().unwrap();
+        let mut events = Vec::new();
+        for (kind, objects) in &table.objects {
+            if request.kinds.contains(kind) {
+                events.extend(objects.iter().map(|object| event(Action::Initial, kind, object)));
+            }
+        }
+        events.push(event(Action::Synced, "", &Value::Null));
+        let changes = std::mem::take(&mut table.changes);
+        events.extend(changes.iter().map(|(kind, object)| {
+            let action =
+                if object.get("removed").is_some() { Action::Removed } else { Action::Changed };
+            event(action, kind, object)
+        }));
+        let stream = futures::stream::iter(events.into_iter().map(Ok));
+        Ok(Response::new(Box::pin(stream.chain(futures::stream::pending()))))
+    }
+
+    async fn create_service(
+        &self,
+        request: Request<CreateServiceRequest>,
+    ) -> Answer<CreateServiceResponse> {
+        self.ask(json!({"create": spec(&request.into_inner().spec_json)}));
+        let id = "asv0000000000000000000000".to_owned();
+        Ok(Response::new(CreateServiceResponse { id, warnings: Vec::new() }))
+    }
+
+    async fn update_service(
+        &self,
+        request: Request<UpdateServiceRequest>,
+    ) -> Answer<UpdateServiceResponse> {
+        let request = request.into_inner();
+        if let Some(refusal) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(refusal);
+        }
+        let spec = if request.rollback { Value::Null } else { spec(&request.spec_json) };
+        for service in self.0.lock().unwrap().objects.entry("service".into()).or_default() {
+            // As the real one: what changes nothing is not written.
+            if service["ID"] == request.id.as_str() && service["Spec"] != spec {
+                service["Version"]["Index"] = (request.version + 1).into();
+            }
+        }
+        self.ask(json!({"update": request.id, "version": request.version, "spec": spec}));
+        Ok(Response::new(UpdateServiceResponse { warnings: vec!["watch out".into()] }))
+    }
+
+    async fn remove_service(
+        &self,
+        request: Request<RemoveServiceRequest>,
+    ) -> Answer<RemoveServiceResponse> {
+        self.ask(json!({"remove": request.into_inner().id}));
+        Ok(Response::new(RemoveServiceResponse {}))
+    }
+
+    async fn service_logs(
+        &self,
+        request: Request<ServiceLogsRequest>,
+    ) -> Answer<Self::ServiceLogsStream> {
+        let request = request.into_inner();
+        self.ask(
+            json!({"tail": request.tail, "since": request.since_nanos, "follow": request.follow}),
+        );
+        let logs = self.0.lock().unwrap().logs.clone();
+        Ok(Response::new(Box::pin(futures::stream::iter(logs.into_iter().map(Ok)))))
+    }
+
+    async fn update_node(&self, request: Request<UpdateNodeRequest>) -> Answer<UpdateNodeResponse> {
+        let request = request.into_inner();
+        self.ask(json!({"update": request.id, "spec": spec(&request.spec_json)}));
+        Ok(Response::new(UpdateNodeResponse {}))
+    }
+
+    async fn remove_node(&self, request: Request<RemoveNodeRequest>) -> Answer<RemoveNodeResponse> {
+        match request.into_inner().force {
+            true => Ok(Response::new(RemoveNodeResponse {})),
+            false => Err(Status::failed_precondition("node n2 is not down and can't be removed")),
+        }
+    }
+
+    async fn join_token(&self, request: Request<JoinTokenRequest>) -> Answer<JoinTokenResponse> {
+        let token = format!("SWMTKN-1-{}", request.into_inner().role);
+        Ok(Response::new(JoinTokenResponse { token, address: "10.0.0.1:2377".into() }))
+    }
+
+    async fn deploy_stack(
+        &self,
+        request: Request<DeployStackRequest>,
+    ) -> Answer<DeployStackResponse> {
+        let request = request.into_inner();
+        self.ask(json!({"deploy": spec(&request.spec_json), "prune": request.prune}));
+        let names = |name: &str| vec![name.to_owned()];
+        Ok(Response::new(DeployStackResponse {
+            created: names("shop_new"),
+            updated: names("shop_web"),
+            unchanged: names("shop_db"),
+            removed: names("shop_old"),
+            warnings: names("image web:1 is on one node only"),
+        }))
+    }
+
+    async fn remove_stack(
+        &self,
+        request: Request<RemoveStackRequest>,
+    ) -> Answer<RemoveStackResponse> {
+        match request.into_inner().name.as_str() {
+            "shop" => Ok(Response::new(RemoveStackResponse { removed: vec!["shop_web".into()] })),
+            name => Err(Status::not_found(format!("stack {name} not found"))),
+        }
+    }
+
+    async fn digest(&self, _: Request<DigestRequest>) -> Answer<DigestResponse> {
+        let manager = |hostname: &str, digest: &str| ManagerDigest {
+            node_id: format!("id-{hostname}"),
+            hostname: hostname.into(),
+            version: 7,
+            digest: digest.into(),
+            error: String::new(),
+        };
+        Ok(Response::new(DigestResponse {
+            managers: vec![manager("n1", "aa"), manager("n2", "aa")],
+        }))
+    }
+}
+
+#[tonic::async_trait]
+impl Machine for Served {
+    async fn info(&self, _: Request<InfoRequest>) -> Answer<InfoResponse> {
+        Ok(Response::new(InfoResponse {
+            version: "9.9.9".into(),
+            hostname: "n1".into(),
+            node_id: "node1".into(),
+            cluster_id: "cluster1".into(),
+            role: "manager".into(),
+            advertise_addr: "10.0.0.1:2377".into(),
+            data_dir: "/var/lib/skep".into(),
+            managers: vec!["10.0.0.1:2377".into()],
+            warnings: vec!["no IPv6".into()],
+        }))
+    }
+
+    async fn init_swarm(&self, request: Request<InitSwarmRequest>) -> Answer<InitSwarmResponse> {
+        let request = request.into_inner();
+        self.ask(json!({
+            "advertise": request.advertise_addr, "listen": request.listen_addr,
+            "availability": request.availability, "spec": request.spec_json, "pool": request.ingress_pool,
+        }));
+        Ok(Response::new(InitSwarmResponse {
+            node_id: "node1".into(),
+            worker_token: "SWMTKN-1-w".into(),
+            address: "10.0.0.1:2377".into(),
+        }))
+    }
+
+    async fn join_swarm(&self, request: Request<JoinSwarmRequest>) -> Answer<JoinSwarmResponse> {
+        let request = request.into_inner();
+        self.ask(json!({"token": request.token, "remotes": request.remotes}));
+        Ok(Response::new(JoinSwarmResponse { node_id: "node2".into(), role: "worker".into() }))
+    }
+
+    async fn leave_swarm(&self, request: Request<LeaveSwarmRequest>) -> Answer<LeaveSwarmResponse> {
+        match request.into_inner().force {
+            true => Ok(Response::new(LeaveSwarmResponse {})),
+            false => Err(Status::failed_precondition(
+                "You are attempting to leave the swarm on a manager.",
+            )),
+        }
+    }
+
+    async fn load_image(
+        &self,
+        request: Request<Streaming<LoadImageRequest>>,
+    ) -> Answer<LoadImageResponse> {
+        let mut stream = request.into_inner();
+        let mut image = LoadedImage { names: Vec::new(), digest: "sha256:abc".into() };
+        while let Some(message) = stream.message().await? {
+            match message.part {
+                Some(Part::Header(header)) => {
+                    self.ask(json!({"import": header.import, "name": header.name, "changes": header.changes}));
+                    if !header.import {
+                        image.names.push("docker.io/library/web:1".into());
+                    }
+                }
+                Some(Part::Data(data)) => self.0.lock().unwrap().archive.extend_from_slice(&data),
+                None => return Err(Status::invalid_argument("empty message")),
+            }
+        }
+        Ok(Response::new(LoadImageResponse { images: vec![image] }))
+    }
+}
