@@ -13,9 +13,7 @@ use futures::future::{BoxFuture, join_all};
 use skep_common::object::Config;
 use skep_common::spec::ConfigSpec;
 use skep_common::{ConfigId, Meta, Object};
-use skep_manager::consensus::{
-    CallError, Consensus, DataKey, Options, RaftRequest, RaftTransport,
-};
+use skep_manager::consensus::{CallError, Consensus, DataKey, Options, RaftRequest, RaftTransport};
 use skep_manager_core::{Action, Command, Expect};
 use skep_runtime::clock;
 

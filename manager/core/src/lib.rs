@@ -26,6 +26,8 @@ pub mod service;
 pub mod stack;
 pub mod validate;
 
+#[cfg(test)]
+mod simulation;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 

@@ -185,14 +185,22 @@ pub fn plan(
     now: Timestamp,
     rng: &mut impl Rng,
 ) -> Plan {
-    let work = memory.begin(view, dirty, now);
+    let mut work = memory.begin(view, dirty, now);
     let mut fork = Fork::new(view, now, rng, memory.options.new_tasks_max);
     let mut evicted = BTreeSet::new();
+    // Only nodes that were decided about are looked at again if this plan is lost.
+    let mut decided = BTreeSet::new();
     for node_id in &work.nodes {
+        let n_changes = fork.n_changes();
         let wake = reaper::orphan_tasks(&mut fork, *node_id);
         memory.timers.set(Subject::Node(*node_id), wake.map(|at| (at, "node down for a day")));
-        evicted.extend(enforcer::overcommitted(fork.state(), *node_id));
+        let leaving = enforcer::overcommitted(fork.state(), *node_id);
+        if fork.n_changes() > n_changes || !leaving.is_empty() {
+            decided.insert(*node_id);
+        }
+        evicted.extend(leaving);
     }
+    work.nodes = decided;
     for service_id in &work.services {
         let LeaderMemory { options, updates, .. } = &mut *memory;
         let mut scope = Scope::new(&mut fork, options, updates, &evicted);

@@ -137,10 +137,16 @@ impl Consensus {
 
     /// Makes a change as leader.
     pub(crate) async fn change_here(&self, change: &MembershipChange) -> Verdict<()> {
-        let _one_at_a_time = self.inner.membership_change.lock().await;
+        let (MembershipChange::Add { patience, .. } | MembershipChange::Remove { patience, .. }) =
+            change;
+        let deadline = Deadline::after(*patience);
+        let Some(_one_at_a_time) = deadline.bound(self.inner.membership_change.lock()).await else {
+            let reason = "another change of the managers is under way; repeat when it has ended";
+            return Verdict::Refused(reason.to_owned());
+        };
         let done = match change {
-            MembershipChange::Add { raft_id, addr, patience } => {
-                self.add_here(*raft_id, addr, &Deadline::after(*patience)).await
+            MembershipChange::Add { raft_id, addr, .. } => {
+                self.add_here(*raft_id, addr, &deadline).await
             }
             MembershipChange::Remove { raft_id, .. } => self.remove_here(*raft_id).await,
         };

@@ -221,4 +221,25 @@ mod tests {
         assert!(text.contains("the header does not authenticate"), "{text}");
         open(&key).unwrap();
     }
+
+    /// `UPDATE_GOLDEN=1` rewrites the file, which only a new format version justifies.
+    #[test]
+    fn a_snapshot_of_format_version_1_still_opens() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let golden = golden.join("src/consensus/log/golden/v1.snapshot");
+        let dir = tempfile::tempdir().unwrap();
+        let key = DataKey::new(3, [1; 32]);
+        let mut state = State::default();
+        state.skip(9);
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
+            store.write(&meta(9), &SnapshotData::of(&state).unwrap()).unwrap();
+            fs::rename(store.path(), &golden).unwrap();
+        }
+        fs::copy(&golden, dir.path().join(FILE)).unwrap();
+        let store = SnapshotStore::open(dir.path().to_owned(), key).unwrap();
+        let (found, data) = store.read().unwrap().unwrap();
+        assert_eq!(found, meta(9));
+        assert_eq!(data.state().unwrap().digest(), state.digest());
+    }
 }

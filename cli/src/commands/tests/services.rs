@@ -143,7 +143,13 @@ async fn an_update_that_changes_nothing_ends_too() {
     let daemon = Daemon::start();
     daemon.hold("service", [with_status(service(5, 1), "paused", "it failed")]);
     let (code, _, err) = run(&daemon, "service scale web=1").await;
-    assert_eq!((code, err.as_str()), (1, "watch out\nweb: service update paused: it failed\n"));
+    assert_eq!(
+        (code, err.as_str()),
+        (
+            1,
+            "watch out\noverall progress: 0 out of 1 tasks\nweb: service update paused: it failed\n"
+        )
+    );
 }
 
 #[tokio::test]

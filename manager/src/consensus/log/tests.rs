@@ -662,3 +662,44 @@ fn nothing_readable_reaches_the_disk() {
     let bytes = fs::read(segments(dir.path()).pop().unwrap()).unwrap();
     assert!(!bytes.windows(6).any(|window| window == b"secret"));
 }
+
+/// A log of format version 1 as it was written once: it opens for ever. `UPDATE_GOLDEN=1` rewrites it,
+/// which only a new format version justifies.
+#[test]
+fn a_segment_of_format_version_1_still_opens() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/consensus/log/golden/v1.segment");
+    let runtime = runtime();
+    let dir = tempfile::tempdir().unwrap();
+    let members = openraft::Membership::new_with_defaults(vec![[7].into()], []);
+    let membership = Entry { log_id: log_id(1, 3), payload: EntryPayload::Membership(members) };
+    let blank = Entry { log_id: log_id(2, 4), payload: EntryPayload::Blank };
+    let expect = [entry(1, 2, 5), membership, blank];
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        runtime.block_on(async {
+            let mut log = open(&options(dir.path())).unwrap();
+            log.blocking_append([entry(1, 1, 3), expect[0].clone(), entry(1, 3, 9)]).await.unwrap();
+            log.save_vote(&Vote::new(1, 7)).await.unwrap();
+            log.truncate_after(Some(log_id(1, 2))).await.unwrap();
+            log.blocking_append(expect[1..].to_vec()).await.unwrap();
+            log.save_committed(Some(log_id(1, 3))).await.unwrap();
+            log.save_vote(&Vote::new_committed(2, 7)).await.unwrap();
+            log.purge(log_id(1, 1)).await.unwrap();
+            log.close().await.unwrap();
+            crash(log);
+        });
+        let path = segments(dir.path()).pop().unwrap();
+        fs::create_dir_all(golden.parent().unwrap()).unwrap();
+        fs::write(&golden, &fs::read(&path).unwrap()[..frames(&path).1]).unwrap();
+        fs::remove_file(path).unwrap();
+    }
+    disk::create_private_dir(&dir.path().join("log")).unwrap();
+    fs::copy(&golden, dir.path().join("log/00000000000000000001.segment")).unwrap();
+    runtime.block_on(async {
+        let mut log = open(&options(dir.path())).unwrap();
+        assert_eq!(all(&log).await, expect);
+        assert_eq!(log.index().purged, Some(log_id(1, 1)));
+        assert_eq!(log.read_committed().await.unwrap(), Some(log_id(1, 3)));
+        assert_eq!(log.reader.clone().read_vote().await.unwrap(), Some(Vote::new_committed(2, 7)));
+        crash(log);
+    });
+}
