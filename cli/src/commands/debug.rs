@@ -14,6 +14,9 @@ use crate::ui::Ui;
 pub(crate) enum Command {
     /// Show the version and the digest of every manager's store
     Digest(DigestArgs),
+    /// Write many services without tasks, and print those that were acknowledged
+    #[command(hide = true)]
+    Write(super::debug_write::WriteArgs),
 }
 
 /// `skep debug digest [OPTIONS]`
@@ -36,7 +39,10 @@ const VIEW: View = View {
 };
 
 pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
-    let Command::Digest(args) = command;
+    let args = match command {
+        Command::Write(args) => return super::debug_write::run(args, client, ui).await,
+        Command::Digest(args) => args,
+    };
     let answer = client.control().digest(DigestRequest {}).await.map_err(Refusal)?.into_inner();
     let row = |manager: &ManagerDigest| {
         json!({

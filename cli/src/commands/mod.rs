@@ -9,6 +9,7 @@
 
 pub(crate) mod completion;
 pub(crate) mod debug;
+mod debug_write;
 mod filter;
 pub(crate) mod image;
 pub(crate) mod info;

@@ -54,5 +54,15 @@ pub(super) fn check() -> Missing {
     if !Path::new("/proc/sys/kernel/seccomp").exists() {
         missing.fatal.push("this kernel cannot filter system calls (CONFIG_SECCOMP_FILTER)".into());
     }
+    missing.warnings.extend(check_network());
     missing
+}
+
+/// Tries what the routing mesh needs, on a thread that ends with the network namespace it is tried in.
+fn check_network() -> Vec<String> {
+    match std::thread::spawn(skep_worker::net::probe).join() {
+        Ok(Ok(missing)) => missing,
+        Ok(Err(error)) => vec![format!("the routing mesh's needs could not be checked: {error}")],
+        Err(_) => vec!["the routing mesh's needs could not be checked".into()],
+    }
 }

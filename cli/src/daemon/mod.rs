@@ -66,6 +66,7 @@ async fn serve(options: Options) -> Result<()> {
     for warning in missing.warnings() {
         tracing::warn!(warning, "the kernel lacks something");
     }
+    raise_file_limit();
     make_directory(&options.data_dir)?;
     make_directory(&options.run_dir)?;
     let mut terminate = signal(SignalKind::terminate()).context("failed to watch for SIGTERM")?;
@@ -99,6 +100,17 @@ async fn serve(options: Options) -> Result<()> {
     match failure {
         Some(failure) => Err(anyhow::anyhow!(failure)),
         None => Ok(()),
+    }
+}
+
+/// Published ports, connections and container processes are file descriptors; the usual soft limit of
+/// 1024 is for programs that use `select`.
+fn raise_file_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!(%error, "failed to raise the limit of open files");
     }
 }
 

@@ -1,6 +1,20 @@
-//! See ARCHITECTURE.md.
-pub mod image;
+//! Every decision of a node, without I/O, clocks or tokio.
+//!
+//! # Reading order
+//!
+//! [`mesh`] (which kernel objects make every published port answer here, and how to get from one set of
+//! them to the next), [`image`] (names, digests and documents of images), [`oci`] (the runtime
+//! specification of a container, with Docker's defaults), [`health`] (what the results of health checks
+//! mean). They do not depend on each other.
+//!
+//! # Invariants
+//!
+//! - Equal inputs give equal outputs, byte for byte: order never comes from hashing.
+//! - Nothing here touches the machine: `skep_worker` has the shell file of the same noun.
 
 pub mod mesh;
+
+pub mod image;
 pub mod oci;
+
 pub mod health;

@@ -14,9 +14,11 @@ pub mod channel;
 mod error;
 pub mod mesh;
 pub mod nft;
+mod probe;
 pub mod rtnetlink;
 pub mod sysctl;
 pub mod thread;
 
 pub use error::Error;
+pub use probe::probe;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};
