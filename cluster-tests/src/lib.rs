@@ -27,13 +27,17 @@
 //! - A test that needs root is skipped with a printed reason, but fails where `CI=true`.
 
 mod command;
+mod follow;
 mod lab;
 mod leaks;
 mod load;
+mod swarm;
 mod wait;
 
 pub use command::{Output, skep_binary};
+pub use follow::Running;
 pub use lab::{Lab, LabOptions, Node};
 pub use leaks::{LabTraces, NodeTraces};
 pub use load::{HeldConnection, Load, LoadOptions, Record, Report, Summary};
+pub use swarm::{SETTLES_WITHIN, TaskRow, Tasks, WHOAMI, WHOAMI_ENVIRONMENT, Whoami};
 pub use wait::{is_root_or_skip, wait_until};

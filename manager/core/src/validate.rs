@@ -314,8 +314,15 @@ mod tests {
         }
     }
 
+    #[track_caller]
+    fn check(part: &serde_json::Value, expect: &str) {
+        let text =
+            service_spec(&spec(part.clone())).map_or_else(|error| error.0, |()| String::new());
+        assert_eq!(text, expect, "{part}");
+    }
+
     #[test]
-    fn what_cannot_run_is_refused_in_swarms_words() {
+    fn names_modes_and_containers_are_refused_in_swarms_words() {
         let container = |part| json!({"TaskTemplate": {"ContainerSpec": part}});
         for (part, expect) in [
             (json!({}), ""),
@@ -351,6 +358,14 @@ mod tests {
                 container(json!({"Mounts": [{"Target": "/a"}, {"Target": "/a"}]})),
                 "ContainerSpec: duplicate mount point: /a",
             ),
+        ] {
+            check(&part, expect);
+        }
+    }
+
+    #[test]
+    fn resources_policies_and_ports_are_refused_in_swarms_words() {
+        for (part, expect) in [
             (
                 json!({"TaskTemplate": {"Resources": {"Limits": {"NanoCPUs": 999_999}}}}),
                 "invalid cpu value 0.000999999: Must be at least 0.001",
@@ -389,9 +404,7 @@ mod tests {
             ),
             (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80}, {"TargetPort": 81}]}}), ""),
         ] {
-            let text =
-                service_spec(&spec(part.clone())).map_or_else(|error| error.0, |()| String::new());
-            assert_eq!(text, expect, "{part}");
+            check(&part, expect);
         }
     }
 

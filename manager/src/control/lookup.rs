@@ -26,10 +26,10 @@ fn find_id(state: &State, kind: Kind, reference: &str) -> Result<u128, Error> {
     if reference.is_empty() {
         return Err(not_found());
     }
-    if let Ok(id) = reference.parse::<TaskId>() {
-        if object(state, kind, id.0).is_some() {
-            return Ok(id.0);
-        }
+    if let Ok(id) = reference.parse::<TaskId>()
+        && object(state, kind, id.0).is_some()
+    {
+        return Ok(id.0);
     }
     if let Some(id) = state.id_by_name(kind, reference) {
         return Ok(id);

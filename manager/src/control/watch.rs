@@ -28,7 +28,8 @@ impl Selection {
         }
         let service = match kind {
             Kind::Service => Some(skep_common::ServiceId(id)),
-            _ => service_id,
+            Kind::Task => service_id,
+            _ => return true, // Only services and tasks are selected by service.
         };
         self.service_ids.is_empty()
             || service.is_some_and(|service| self.service_ids.contains(&service.to_string()))
