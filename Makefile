@@ -1,5 +1,5 @@
 # Run any of these from a fresh clone, as root or as a user who may use sudo.
-.PHONY: demo test test-long verify fix bench
+.PHONY: demo test test-long verify fix bench release
 
 # A swarm of five nodes on this machine: deploy, balance, lose a node, scale, update.
 demo:
@@ -27,3 +27,11 @@ fix:
 
 bench:
 	deploy/with-rust.sh cargo bench --workspace --benches
+
+# The one binary, without shared libraries: target/skep. Its flags are its own, so that the development
+# build is left as it is.
+release:
+	deploy/prerequisites.sh
+	RUSTFLAGS="-C target-feature=+crt-static" deploy/with-rust.sh cargo build --release --package skep-cli \
+	  --target x86_64-unknown-linux-gnu --target-dir target/release-static
+	install target/release-static/x86_64-unknown-linux-gnu/release/skep target/skep

@@ -26,14 +26,17 @@
 //!   deadline, and a message that shows what was seen last.
 //! - A test that needs root is skipped with a printed reason, but fails where `CI=true`.
 
+mod archives;
 mod command;
 mod follow;
 mod lab;
 mod leaks;
 mod load;
+mod machine;
 mod swarm;
 mod wait;
 
+pub use archives::{BUSYBOX, busybox_root, docker_archive, pack, sha256};
 pub use command::{Output, skep_binary};
 pub use follow::Running;
 pub use lab::{Lab, LabOptions, Node};

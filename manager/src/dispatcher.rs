@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use dashmap::DashMap;
 use skep_common::limits::{HEARTBEAT_PERIOD, QUEUE_LENGTH};
-use skep_common::{Image, ImageId, Meta, NodeId, Object, Timestamp};
-use skep_manager_core::{Action, Command, Expect, Outcome, Refusal};
+use skep_common::{NodeId, Timestamp};
+use skep_manager_core::image::{self, Registration};
+use skep_manager_core::{Command, Outcome, Refusal};
 use skep_proto::agent_message::Message;
 use skep_proto::dispatcher_server::Dispatcher;
 use skep_proto::{
@@ -94,38 +95,19 @@ impl DispatcherService {
         })
     }
 
-    async fn register(&self, node_id: NodeId, request: &RegisterImageRequest) -> Result<(), Error> {
+    async fn register(&self, node_id: NodeId, request: RegisterImageRequest) -> Result<(), Error> {
+        let registration = Registration {
+            names: request.names,
+            digest: request.digest,
+            size: request.size,
+            created: Some(request.created).filter(|created| !created.is_empty()),
+        };
         loop {
             let state = self.consensus.read_state().await?;
-            let puts = request.names.iter().map(|name| {
-                let known = state.image_by_name(name);
-                let mut image = known.map_or_else(
-                    || Image {
-                        id: ImageId::random(&mut rand::rng()),
-                        meta: Meta::default(),
-                        name: name.clone(),
-                        digest: String::new(),
-                        size: 0,
-                        created: None,
-                        holders: std::collections::BTreeSet::new(),
-                    },
-                    |known| (**known).clone(),
-                );
-                let expect = known.map_or(Expect::Absent, |known| Expect::Version(known.meta.version));
-                if image.digest != request.digest {
-                    // Holders of what the name meant before have something else.
-                    let same = state.images().values().filter(|other| other.digest == request.digest);
-                    image.holders = same.flat_map(|other| other.holders.iter().copied()).collect();
-                }
-                image.digest.clone_from(&request.digest);
-                image.size = request.size;
-                image.created = Some(request.created.clone()).filter(|created| !created.is_empty());
-                image.holders.insert(node_id);
-                Action::Put { object: Object::Image(Box::new(image)), expect }
-            });
-            let mut actions: Vec<Action> = puts.collect();
-            let digest = request.digest.clone();
-            actions.push(Action::ImageHolder { digest, node_id, holds: true });
+            if state.node(node_id).is_none() {
+                return Err(Error::Precondition(format!("node {node_id} is no member of this swarm")));
+            }
+            let actions = image::register(&state, node_id, &registration, &mut rand::rng());
             match self.consensus.propose(&Command::new(clock::now(), actions)).await? {
                 Outcome::Applied(_) => return Ok(()),
                 Outcome::Refused(Refusal::OutOfSequence { .. } | Refusal::NameTaken { .. }) => {} // Raced.
@@ -191,7 +173,7 @@ impl Dispatcher for DispatcherService {
         request: Request<RegisterImageRequest>,
     ) -> Result<Response<RegisterImageResponse>, Status> {
         let node_id = Caller::node_id(&request)?;
-        self.register(node_id, request.get_ref()).await?;
+        self.register(node_id, request.into_inner()).await?;
         Ok(Response::new(RegisterImageResponse {}))
     }
 }

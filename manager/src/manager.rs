@@ -74,7 +74,8 @@ impl Manager {
     /// Opens the log and takes part in consensus, as far as this manager is a member.
     pub async fn start(options: ManagerOptions) -> Result<Self, consensus::StartError> {
         let key = DataKey::new(options.raft_key.id, options.raft_key.key);
-        let transport = Arc::new(GrpcTransport::new(options.pool.clone()));
+        // Raft has a runtime of its own, and its channels end with it.
+        let transport = Arc::new(GrpcTransport::new(options.pool.separate()));
         let raft = consensus::Options::new(options.raft_id, &options.raft_dir, key, transport);
         let consensus = Consensus::start(raft).await?;
         let tasks = TaskSet::new();

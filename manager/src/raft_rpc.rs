@@ -18,6 +18,9 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::consensus::{CallError, Consensus, RaftRequest, RaftTransport};
 
+/// The largest snapshot that is taken, compressed: some ten million tasks. Both ends hold it in memory.
+const SNAPSHOT_BYTES_MAX: usize = 1 << 30;
+
 /// Calls other managers through the pool.
 #[derive(Debug, Clone)]
 pub struct GrpcTransport {
@@ -134,8 +137,15 @@ impl Raft for RaftService {
     ) -> Result<Response<RaftMessage>, Status> {
         let mut stream = request.into_inner();
         let mut pieces = Vec::new();
+        let mut n_bytes = 0;
         while let Some(message) = stream.next().await {
-            pieces.push(message?.payload);
+            let payload = message?.payload;
+            n_bytes += payload.len();
+            if n_bytes > SNAPSHOT_BYTES_MAX {
+                let why = format!("the snapshot has more than {SNAPSHOT_BYTES_MAX} bytes");
+                return Err(Status::resource_exhausted(why));
+            }
+            pieces.push(payload);
         }
         self.handle(RaftRequest::Snapshot(pieces)).await
     }

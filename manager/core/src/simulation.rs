@@ -1,7 +1,7 @@
 //! A swarm in one thread, under one seed: the pure core, and workers that obey, fail, vanish, return.
 //!
 //! Each tick of 250 ms something may happen, then the leader looks, decides and tells. Checked at every
-//! tick are the invariants of DESIGN.md section 10 that the core answers for: 2 (one unfenced
+//! tick are the invariants of ARCHITECTURE.md, "Invariants", that the core answers for: 2 (one unfenced
 //! task a slot), 3 (placements keep to the filters), 4 (no address twice: the store would refuse), 5
 //! (states only grow), 8 (an update keeps its promise) and, when the faults end, 12 (all settles, and
 //! who waits says why). The seed is the test's name for what happened: it repeats it exactly.

@@ -30,9 +30,17 @@ pub(super) async fn remove(control: &ControlService, request: RemoveNodeRequest)
     let state = control.read().await?;
     let not_found = || Error::NotFound { kind: "node", reference: request.id.clone() };
     let node = state.node(node_id).ok_or_else(not_found)?;
-    if node.manager_status.is_some() {
-        let why = format!("node {node_id} is a manager: let it leave the swarm first (skep swarm leave --force)");
-        return Err(Error::Precondition(why));
+    if let Some(manager) = &node.manager_status {
+        if node.status.state != NodeState::Down || !request.force {
+            let why = format!(
+                "node {node_id} is a manager and must not be missed by the others: let it leave the swarm (skep swarm leave --force), and when it is down, remove it with skep node rm --force"
+            );
+            return Err(Error::Precondition(why));
+        }
+        control.inner.consensus.remove_manager(manager.raft_id).await.map_err(|error| {
+            let why = skep_runtime::telemetry::Chain(&error).to_string();
+            Error::Precondition(format!("manager {node_id} cannot be removed: {why}"))
+        })?;
     }
     if node.status.state == NodeState::Ready && !request.force {
         let why = format!("node {node_id} is not down and can't be removed: stop it first, or use --force");

@@ -27,7 +27,7 @@ use skep_common::{Kind, NodeId, TaskId, Timestamp};
 use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Event, Liveness};
 use skep_manager_core::{
-    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, plan,
+    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, plan,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -298,7 +298,12 @@ impl Leader {
         let mut carried = Carried::default();
         let mut actions = self.queued.pop_front().unwrap_or_default();
         if actions.is_empty() {
+            // A pass over images and tasks, worth it only when one of them may have lost its last use.
+            let is_sweep_due = self.dirty.images || !self.dirty.services.is_empty();
             actions = self.plan(now, &mut carried);
+            if is_sweep_due {
+                actions.extend(image::unused(&self.state));
+            }
         }
         let statuses = std::mem::take(&mut self.reported);
         actions.extend(statuses.iter().map(|(task_id, status)| {

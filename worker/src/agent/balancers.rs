@@ -1,12 +1,17 @@
 //! The effect side of the mesh table: one task applies the newest table, whatever came in between.
 
 use std::fmt;
+use std::time::Duration;
 
 use skep_proto::PortCondition;
 use skep_runtime::TaskSet;
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::mesh::MeshTable;
 use tokio::sync::{mpsc, watch};
+
+/// How often a table in force is applied again: other programs flush chains, and free ports that they
+/// held.
+const REPAIR_PERIOD: Duration = Duration::from_secs(10);
 
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
@@ -54,7 +59,12 @@ async fn run(
     applied: mpsc::Sender<Applied>,
 ) {
     let mut last_error = None;
-    while tables.changed().await.is_ok() {
+    let mut acknowledged = None;
+    loop {
+        tokio::select! {
+            changed = tables.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(REPAIR_PERIOD) => {}
+        }
         let Some(table) = tables.borrow_and_update().clone() else { continue };
         let result = match &mut balancers {
             Some(balancers) => balancers.apply(&table).await,
@@ -63,6 +73,10 @@ async fn run(
         match result {
             Ok(conditions) => {
                 last_error = None;
+                let news = (table.version, conditions.clone());
+                if acknowledged.replace(news.clone()).as_ref() == Some(&news) {
+                    continue; // It was in force already.
+                }
                 if applied.send(Applied { version: table.version, conditions }).await.is_err() {
                     return; // The agent has ended.
                 }

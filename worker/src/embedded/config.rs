@@ -14,8 +14,9 @@ use super::NodeFacts;
 use crate::container::ContainerConfig;
 use crate::executor::Error;
 
-/// Where the host's resolvers are listed.
-const RESOLV_CONF: &str = "/etc/resolv.conf";
+/// Where the host's resolvers are listed; the second, where the first names but a local forwarder,
+/// which a container cannot reach (systemd-resolved).
+const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
 
 /// The digest that a task's image is pinned to.
 pub(super) fn image_digest(task: &Task) -> Result<Digest, Error> {
@@ -38,8 +39,8 @@ pub(super) fn container(
     let mut input = container_input(&spec, task.spec.resources.as_ref());
     input.labels.extend(swarm_labels(task, facts));
     let etc_hosts = etc_hosts(task, &spec, input.hostname.as_deref());
-    // A host without the file resolves by 127.0.0.1; so does the container, in vain.
-    let etc_resolv_conf = std::fs::read_to_string(RESOLV_CONF).unwrap_or_default();
+    let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let etc_resolv_conf = resolv_conf(&first, &second);
     let image = oci::ImageConfig {
         entrypoint: Some(image.entrypoint.clone()),
         cmd: Some(image.cmd.clone()),
@@ -103,6 +104,21 @@ fn swarm_labels(task: &Task, facts: &NodeFacts) -> BTreeMap<String, String> {
     .collect()
 }
 
+/// The first text without loopback resolvers, or the second where none is left in the first.
+/// Source: moby `libnetwork/resolvconf`.
+fn resolv_conf(first: &str, second: &str) -> String {
+    let is_resolver = |line: &str| line.trim_start().starts_with("nameserver");
+    let is_reachable = |line: &&str| {
+        let address = line.split_whitespace().nth(1).and_then(|text| text.parse::<std::net::IpAddr>().ok());
+        !is_resolver(line) || address.is_some_and(|address| !address.is_loopback())
+    };
+    let filtered = |text: &str| {
+        let lines: Vec<&str> = text.lines().filter(is_reachable).collect();
+        lines.iter().any(|line| is_resolver(line)).then(|| lines.join("\n") + "\n")
+    };
+    filtered(first).or_else(|| filtered(second)).unwrap_or_default()
+}
+
 fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> String {
     let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     for line in spec.hosts.iter().flatten() {
@@ -115,4 +131,24 @@ fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> Strin
         writeln!(text, "{address}\t{own}").expect("a string takes what it is given");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::resolv_conf;
+
+    #[test]
+    fn a_container_gets_resolvers_that_it_can_reach() {
+        let plain = "search lab\nnameserver 10.0.0.2\n";
+        let stub = "nameserver 127.0.0.53\noptions edns0\n";
+        for (first, second, expect) in [
+            (plain, "", plain),
+            (stub, plain, plain),
+            ("nameserver 127.0.0.1\nnameserver 10.0.0.2\n", plain, "nameserver 10.0.0.2\n"),
+            (stub, "", ""),
+            ("", "", ""),
+        ] {
+            assert_eq!(resolv_conf(first, second), expect, "{first:?}");
+        }
+    }
 }

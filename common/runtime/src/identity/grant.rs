@@ -13,9 +13,9 @@ use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::Error;
 
-/// How long a grant is good: longer than any fetch; a node that lost its assignment keeps the right
-/// until then.
-const GRANT_LIFE: Duration = Duration::from_secs(3600);
+/// How long a grant is good. A node whose fetch is tried again for longer gets a new one with its next
+/// session; one that lost its assignment keeps the right until then.
+const GRANT_LIFE: Duration = Duration::from_secs(24 * 3600);
 
 /// Why a grant is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -89,7 +89,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_grant_is_for_one_node_one_swarm_and_an_hour() {
+    fn a_grant_is_for_one_node_one_swarm_and_a_day() {
         let now = Timestamp::from_secs(1_800_000_000);
         let (ours, other) = (Authority::generate(now).unwrap(), Authority::generate(now).unwrap());
         let signed = sign_grant(ours.key_pem(), "sha256:aa", NodeId(7), now).unwrap();

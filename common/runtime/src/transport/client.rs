@@ -62,6 +62,12 @@ impl ChannelPool {
         Self { tls, channels: Arc::default() }
     }
 
+    /// A pool with the same certificate and channels of its own: those of one tokio runtime must not be
+    /// used by another, which may outlive it.
+    pub fn separate(&self) -> Self {
+        Self::new(self.tls.clone())
+    }
+
     /// A channel to `address` (`ip:port`). It connects when first used and again whenever it was lost;
     /// a dead machine costs a call [`CONNECT_DEADLINE`].
     pub fn channel(&self, address: &str, peer: Peer) -> Channel {
