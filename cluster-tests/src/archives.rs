@@ -14,9 +14,8 @@ pub const BUSYBOX: &str = "busybox:latest";
 /// The static program that test images are made of; Debian's package `busybox-static` has it.
 const PROGRAM: &str = "/bin/busybox";
 /// Commands that tests run in containers.
-const APPLETS: [&str; 12] = [
-    "cat", "dd", "echo", "false", "grep", "ls", "seq", "sh", "sleep", "sync", "test", "true",
-];
+const APPLETS: [&str; 12] =
+    ["cat", "dd", "echo", "false", "grep", "ls", "seq", "sh", "sleep", "sync", "test", "true"];
 
 impl Lab {
     /// Stores a busybox as an image, through a node.

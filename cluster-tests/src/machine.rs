@@ -1,6 +1,6 @@
 //! A node of a lab as a machine: its files, its daemon's process, and its containers' processes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -24,16 +24,20 @@ impl Lab {
     /// The first processes of all containers on a node by their ids, as the node numbers them.
     #[track_caller]
     pub fn containers(&self, node: &str) -> BTreeMap<String, i64> {
+        // What has ended keeps its directory until its task is deleted.
         let script = "for file in /run/skep/containers/*/state.json; do \
-                      test ! -f $file || { echo $file; cat $file; echo; }; done";
+                      test ! -f $file || { echo $file; cat $file; echo; }; done; \
+                      echo /proc/[0-9]*";
         let output = self.node(node).exec(&["sh", "-c", script]).ok();
+        let mut lines: Vec<&str> = output.stdout.lines().filter(|line| !line.is_empty()).collect();
+        let processes: BTreeSet<&str> = lines.pop().unwrap_or_default().split(' ').collect();
         let mut found = BTreeMap::new();
-        let mut lines = output.stdout.lines().filter(|line| !line.is_empty());
-        while let (Some(file), Some(json)) = (lines.next(), lines.next()) {
+        for [file, json] in lines.as_chunks().0 {
             let state: Value = serde_json::from_str(json).expect("state.json is JSON");
             let id = file.split('/').nth_back(1).expect("the file is in a directory");
-            if state["phase"] == "running" {
-                found.insert(id.to_owned(), state["init"]["Pid"].as_i64().expect("a pid"));
+            let pid = state["init"]["Pid"].as_i64().unwrap_or_default();
+            if processes.contains(format!("/proc/{pid}").as_str()) {
+                found.insert(id.to_owned(), pid);
             }
         }
         found

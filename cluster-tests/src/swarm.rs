@@ -120,8 +120,8 @@ impl Lab {
     pub fn import_whoami(&self) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let archive = dir.path().join("whoami.tar");
-        let script = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../deploy/examples/make-whoami-image.sh");
+        let script =
+            Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/make-whoami-image.sh");
         let mut command = Command::new(script);
         command.arg(&archive);
         run(command).ok();

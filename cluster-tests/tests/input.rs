@@ -91,7 +91,10 @@ fn a_wrong_compose_file_is_refused_with_its_line_and_deploys_nothing() {
     let before = services(&lab);
     let web = "services:\n  good:\n    image: none:latest\n  web:\n    image: none:latest\n";
     let cases: [(&str, &[&str]); 6] = [
-        ("    deploy:\n      replica: 3\n", &["stack.yml:7", "web", "'deploy.replica'", "'replicas'"]),
+        (
+            "    deploy:\n      replica: 3\n",
+            &["stack.yml:7", "web", "'deploy.replica'", "'replicas'"],
+        ),
         ("    deploy:\n      replicas: many\n", &["stack.yml:7", "web", "\"many\"", "number"]),
         ("    ports: [\"9000:80\"]\n", &["web", "'9000'", "owner"]),
         ("    ports: [\"http\"]\n", &["stack.yml:6", "web", "http"]),
@@ -126,7 +129,8 @@ fn a_daemon_with_wrong_settings_does_not_start() {
     let twice = daemon(&["--data-dir", "/var/lib/skep", "--run-dir", "/run/skep"]);
     check_sentence(&twice, &["already", "/run/skep/skep.sock"]);
     let run_dir = dir.path().join("run");
-    let same_data = daemon(&["--data-dir", "/var/lib/skep", "--run-dir", run_dir.to_str().unwrap()]);
+    let same_data =
+        daemon(&["--data-dir", "/var/lib/skep", "--run-dir", run_dir.to_str().unwrap()]);
     check_sentence(&same_data, &["/var/lib/skep", "another process"]);
     lab.node("n1").skep(&["info"]).ok();
 
@@ -197,9 +201,8 @@ fn a_torn_raft_log_is_cut_and_a_damaged_one_refused() {
     lab.start_nodes(&[node]);
     let name = segment.file_name().unwrap().to_str().unwrap();
     let log = lab.node(node).log();
-    let is_told = |line: &&str| {
-        line.contains(" WARN ") && line.contains(name) && line.contains("offset=")
-    };
+    let is_told =
+        |line: &&str| line.contains(" WARN ") && line.contains(name) && line.contains("offset=");
     let told: Vec<&str> = log.lines().filter(is_told).collect();
     assert_eq!(told.len(), 1, "one warning about {name} in\n{log}");
     let version = lab.wait_until_alike("n1", 3);
@@ -223,7 +226,8 @@ fn a_torn_raft_log_is_cut_and_a_damaged_one_refused() {
     flip_byte(&segment, middle);
     lab.start_nodes(&[node]);
     lab.wait_until_alike("n1", 3);
-    let labels = lab.node("n1").skep(&["node", "inspect", "--format", "{{json .Spec.Labels}}", "n1"]);
+    let labels =
+        lab.node("n1").skep(&["node", "inspect", "--format", "{{json .Spec.Labels}}", "n1"]);
     let labels = labels.ok().json();
     let last = [&labels["a"], &labels["b"], &labels["c"]];
     assert_eq!(last, ["19", "4", "19"], "{labels}");

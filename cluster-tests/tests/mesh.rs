@@ -28,7 +28,10 @@ const PORT: u16 = 8080;
 /// A service with one task, on [`FAR_NODE`].
 const FAR_PORT: u16 = 8081;
 const FAR_NODE: &str = "n5";
+/// A service with one task, which is replaced start-first.
+const SINGLE_PORT: u16 = 8082;
 const WEB: &str = "mesh_web";
+const SINGLE: &str = "mesh_single";
 const N_TASKS: usize = 5;
 /// A busy machine answers late; what is lost is not answered at all.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -54,6 +57,20 @@ services:
     deploy:
       replicas: 5
       update_config: {parallelism: 1, monitor: 1s}
+  single:
+    image: IMAGE
+    ports: ["8082:8080"]
+    environment:
+      SERVICE_NAME: "{{.Service.Name}}"
+    healthcheck:
+      test: ["CMD", "/whoami", "healthcheck"]
+      interval: 1s
+      timeout: 20s
+      retries: 5
+    stop_grace_period: 20s
+    deploy:
+      replicas: 1
+      update_config: {order: start-first, monitor: 1s}
 "#;
 
 #[test]
@@ -89,10 +106,18 @@ fn the_mesh_answers_every_client_through_every_node() {
     scaling_up_fails_no_request(&lab);
     step("a rolling update");
     a_rolling_update_fails_no_request(&lab);
+    step("a start-first update of one task");
+    a_start_first_update_of_one_task_fails_no_request(&lab);
+    step("a daemon that starts again");
+    a_daemon_that_starts_again_disturbs_nothing(&lab);
     step("a node that dies");
     a_dead_node_fails_no_request_of_the_living(&lab);
+    step("ports that come and go");
+    ports_come_and_go(&lab);
     step("a service that is removed");
     a_removed_service_answers_no_more(&lab);
+    step("a port that is taken");
+    a_taken_port_is_refused(&lab);
     lab.down();
 }
 
@@ -362,27 +387,106 @@ fn a_rolling_update_fails_no_request(lab: &Lab) {
         ("four outside clients", load(lab, "client", urls(lab, &NODES), 4)),
         ("a node", load(lab, "n2", urls(lab, &NODES), 1)),
     ];
-    for (_, load) in &loads {
-        load.wait_for_more(20, SETTLES_WITHIN);
+    update(lab, WEB, &before);
+    assert_loads_did_not_fail(loads);
+    for task in lab.whoamis_of(WEB) {
+        assert_eq!(task.environment.get("GREETING").map(String::as_str), Some("hello"));
     }
-    let update = ["service", "update", "--detach", "--env-add", "GREETING=hello", WEB];
-    lab.node("n1").skep(&update).ok();
-    lab.node("n1").wait_for_tasks(WEB, "all tasks are new", |tasks| {
+}
+
+fn a_start_first_update_of_one_task_fails_no_request(lab: &Lab) {
+    let before = lab.wait_until_settled("n1", SINGLE, 1);
+    let urls: Vec<String> = NODES.map(|node| url(lab, node, SINGLE_PORT, "/")).into();
+    let loads = [
+        ("outside clients", load(lab, "client", urls.clone(), 2)),
+        ("a node", load(lab, "n4", urls, 1)),
+    ];
+    update(lab, SINGLE, &before);
+    assert_loads_did_not_fail(loads);
+}
+
+/// Updates a service and waits until all its tasks were replaced and the old ones are gone.
+#[track_caller]
+fn update(lab: &Lab, service: &str, before: &[TaskRow]) {
+    let n1 = lab.node("n1");
+    n1.skep(&["service", "update", "--detach", "--env-add", "GREETING=hello", service]).ok();
+    n1.wait_for_tasks(service, "all tasks are new", |tasks| {
         let running: Vec<TaskRow> =
             tasks.iter().filter(|task| task.is_running()).cloned().collect();
-        let is_new = running.len() == N_TASKS && ids(&running).is_disjoint(&ids(&before));
+        let is_new = running.len() == before.len() && ids(&running).is_disjoint(&ids(before));
         is_new.then_some(())
     });
-    lab.wait_until_settled("n1", WEB, N_TASKS);
+    lab.wait_until_settled("n1", service, before.len());
+}
+
+/// Each load still goes on, and none of its requests has failed.
+#[track_caller]
+fn assert_loads_did_not_fail(loads: [(&str, Load); 2]) {
     for (who, load) in loads {
         load.wait_for_more(20, SETTLES_WITHIN);
         let report = load.stop();
         eprintln!("{who}: {} requests", report.summary.requests);
         report.assert_none_failed();
     }
-    for task in lab.whoamis_of(WEB) {
-        assert_eq!(task.environment.get("GREETING").map(String::as_str), Some("hello"));
+}
+
+/// Rules, connections and tasks stay while a node has no daemon, and when it has one again.
+fn a_daemon_that_starts_again_disturbs_nothing(lab: &Lab) {
+    let restarted = "n3";
+    let mut held = (0..N_TASKS).map(|_| lab.hold("client", &url(lab, restarted, PORT, "/")));
+    let mut held: Vec<HeldConnection> = held.by_ref().collect();
+    let first: Vec<Record> = held.iter_mut().map(|held| held.request("/")).collect();
+    assert!(first.iter().all(Record::is_ok), "{first:#?}");
+    let loads = [
+        ("outside clients", load(lab, "client", urls(lab, &NODES), 2)),
+        ("a node", load(lab, restarted, urls(lab, &NODES), 1)),
+    ];
+    lab.kill_daemon(&[restarted]);
+    for (_, load) in &loads {
+        load.wait_for_more(20, SETTLES_WITHIN);
     }
+    lab.start_nodes(&[restarted]);
+    lab.wait_for_node("n1", restarted, "Ready");
+    let tasks = lab.wait_until_settled("n1", WEB, N_TASKS);
+    assert_loads_did_not_fail(loads);
+    for (held, first) in held.iter_mut().zip(&first) {
+        // On a machine so busy that the node was seen down, its task was replaced meanwhile.
+        if tasks.iter().any(|task| task.id.starts_with(first.field("Hostname"))) {
+            let answer = held.request("/");
+            assert!(answer.is_ok(), "a connection of before: {answer:#?}");
+            assert_eq!(answer.field("Hostname"), first.field("Hostname"));
+        }
+    }
+    let report = send(lab, "client", &urls(lab, &[restarted]), 1, 50);
+    assert_eq!(report.count_by("Slot"), slots(10));
+}
+
+fn ports_come_and_go(lab: &Lab) {
+    let n1 = lab.node("n1");
+    let outcomes = |port: u16| -> Vec<String> {
+        let urls = NODES.map(|node| url(lab, node, port, "/"));
+        let options = LoadOptions { requests: Some(5), ..LoadOptions::to(urls) };
+        let records = lab.load("client", &options).finish().records;
+        records.into_iter().map(|record| record.outcome).collect()
+    };
+    let wait_for = |port: u16, outcome: &str| {
+        let what = format!("port {port} of every node gives {outcome}");
+        wait_until(SETTLES_WITHIN, &what, || {
+            let seen = outcomes(port);
+            (seen.iter().all(|seen| seen == outcome).then_some(()), format!("{seen:?}"))
+        });
+    };
+    let new_port = 8083;
+    assert_eq!(outcomes(new_port), ["Connect"; 5], "nobody has this port yet");
+    n1.skep(&["service", "update", "--detach", "--publish-add", "8083:8080", "far"]).ok();
+    wait_for(new_port, "Ok");
+    wait_for(FAR_PORT, "Ok");
+    n1.skep(&["service", "update", "--detach", "--publish-rm", "8080", "far"]).ok();
+    wait_for(new_port, "Connect");
+    wait_for(FAR_PORT, "Connect");
+    n1.skep(&["service", "update", "--detach", "--publish-add", "8081:8080", "far"]).ok();
+    wait_for(FAR_PORT, "Ok");
+    lab.wait_until_settled("n1", "far", 1);
 }
 
 fn a_dead_node_fails_no_request_of_the_living(lab: &Lab) {
@@ -396,12 +500,7 @@ fn a_dead_node_fails_no_request_of_the_living(lab: &Lab) {
     ];
     let tasks = lab.wait_until_settled("n1", WEB, N_TASKS);
     assert!(tasks.iter().all(|task| task.node != dead), "{tasks:#?}");
-    for (who, load) in loads {
-        load.wait_for_more(20, SETTLES_WITHIN);
-        let report = load.stop();
-        eprintln!("{who}: {} requests", report.summary.requests);
-        report.assert_none_failed();
-    }
+    assert_loads_did_not_fail(loads);
     for node in &living {
         let report = send(lab, "client", &urls(lab, &[node]), 1, 50);
         assert_eq!(report.count_by("Slot"), slots(10), "through {node}");
@@ -427,4 +526,11 @@ fn a_removed_service_answers_no_more(lab: &Lab) {
     });
     let report = send(lab, "client", &[url(lab, "n1", FAR_PORT, "/")], 1, 5);
     assert_eq!(report.count_by("Node"), [(FAR_NODE, 5)].into(), "another service is not touched");
+}
+
+fn a_taken_port_is_refused(lab: &Lab) {
+    let again = ["service", "create", "--detach", "--publish", "8081:80", WHOAMI];
+    let error = lab.node("n1").skep(&again).err();
+    let told = format!("port '{FAR_PORT}' (tcp) is already in use by service 'far'");
+    assert_eq!(error.matches(&told).count(), 1, "said, and said once: {error}");
 }

@@ -10,10 +10,13 @@ use std::fs;
 use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, SETTLES_WITHIN, TaskRow, WHOAMI, is_root_or_skip, wait_until,
+    Lab, LabOptions, SETTLES_WITHIN, TaskRow, WHOAMI, Whoami, is_root_or_skip, wait_until,
 };
 
 const NODES: [&str; 5] = ["n1", "n2", "n3", "n4", "n5"];
+
+/// Finds no service and leaves none.
+type Scenario = fn(&Lab);
 
 #[test]
 fn services_are_what_was_asked_whatever_fails() {
@@ -22,7 +25,7 @@ fn services_are_what_was_asked_whatever_fails() {
     }
     let lab = Lab::start(LabOptions::default());
     lab.import_whoami();
-    let scenarios: [(&str, fn(&Lab)); 13] = [
+    let scenarios: [(&str, Scenario); 13] = [
         ("create, scale, rm", create_scale_and_remove),
         ("update, two at a time", an_update_stops_at_most_two_tasks_at_once),
         ("constraints", constraints_choose_nodes),
@@ -245,9 +248,8 @@ fn exit(lab: &Lab, service: &str, code: u8) {
 fn wait_until_it_listens(lab: &Lab, service: &str) {
     wait_until(SETTLES_WITHIN, &format!("{service} listens"), || {
         let whoamis = lab.whoamis_of(service);
-        let url = "http://127.0.0.1:8080/".to_owned();
-        let answers =
-            |whoami: &skep_cluster_tests::Whoami| whoami.requests(&[url.clone()], 1).summary.ok == 1;
+        let url = ["http://127.0.0.1:8080/".to_owned()];
+        let answers = |whoami: &Whoami| whoami.requests(&url, 1).summary.ok == 1;
         let is_listening = !whoamis.is_empty() && whoamis.iter().all(answers);
         (is_listening.then_some(()), format!("{whoamis:#?}"))
     });
@@ -324,7 +326,8 @@ fn logs_come_from_all_nodes(lab: &Lab) {
         wait_until(SETTLES_WITHIN, &format!("the logs of all nodes through {via}"), || {
             let output = lab.node(via).skep(&["service", "logs", "talk"]).ok();
             let lines: Vec<String> = output.stdout.lines().map(str::to_owned).collect();
-            let is_whole = lines.len() == 5 && before.iter().all(|t| has_line(&lines, t, listening));
+            let is_whole =
+                lines.len() == 5 && before.iter().all(|t| has_line(&lines, t, listening));
             (is_whole.then_some(()), format!("{before:#?}\n{}", output.stdout))
         });
     }

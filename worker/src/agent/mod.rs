@@ -40,6 +40,7 @@ use skep_proto::{AgentMessage, Assignments, Hello, TaskReport, TaskStatusReport,
 use skep_runtime::TaskSet;
 use skep_runtime::transport::ChannelPool;
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 pub use balancers::Balancers;
 pub use images::{ImageHolding, Images};
@@ -86,6 +87,7 @@ pub struct Agent {
     reports: mpsc::Sender<Report>,
     sequence: u64,
     to_leader: Option<mpsc::Sender<AgentMessage>>,
+    end_session: CancellationToken,
     unsent: BTreeSet<TaskId>,
     mesh: mesh::MeshState,
     unsent_mesh: Option<skep_proto::MeshApplied>,
@@ -131,6 +133,7 @@ impl Agent {
             reports,
             sequence: 0,
             to_leader: None,
+            end_session: CancellationToken::new(),
             unsent: BTreeSet::new(),
             mesh: mesh::MeshState::default(),
             unsent_mesh: None,
@@ -202,11 +205,17 @@ impl Agent {
 
     fn handle_session(&mut self, event: FromSession) {
         match event {
-            FromSession::Opened { welcome, to_leader } => self.open_session(&welcome, to_leader),
+            FromSession::Opened { welcome, to_leader, end } => {
+                self.end_session = end;
+                self.open_session(&welcome, to_leader);
+            }
+            // What still comes of a session that is being ended is not applied.
+            FromSession::Assignments(_) if self.to_leader.is_none() => {}
             FromSession::Assignments(assignments) => {
                 if let Err(why) = self.apply(assignments) {
                     tracing::warn!(why, "asking the leader for everything again");
-                    self.to_leader = None; // Ends the session: the stream's sender is gone.
+                    self.to_leader = None;
+                    self.end_session.cancel();
                 }
             }
             FromSession::Closed => self.to_leader = None,
@@ -221,7 +230,10 @@ impl Agent {
                 self.mesh.place(number, pool);
                 self.to_leader = Some(to_leader);
             }
-            _ => tracing::error!(?welcome, "the leader's welcome cannot be read"),
+            _ => {
+                tracing::error!(?welcome, "the leader's welcome cannot be read");
+                self.end_session.cancel();
+            }
         }
     }
 

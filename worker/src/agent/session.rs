@@ -17,6 +17,7 @@ use skep_runtime::transport::{ChannelPool, Peer};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::Status;
 
 /// First wait after a failed attempt. SwarmKit's agent begins with it as well.
@@ -67,8 +68,8 @@ const NOT_POISONED: &str = "nothing panics while it holds the managers";
 /// What a session brings to the agent.
 #[derive(Debug)]
 pub(super) enum FromSession {
-    /// A session has begun: everything is to be reported again, on `to_leader`.
-    Opened { welcome: Welcome, to_leader: mpsc::Sender<AgentMessage> },
+    /// A session has begun: everything is to be reported again, on `to_leader`. Cancelling `end` ends it.
+    Opened { welcome: Welcome, to_leader: mpsc::Sender<AgentMessage>, end: CancellationToken },
     /// Work, in order.
     Assignments(Assignments),
     /// The session has ended; another is on its way.
@@ -163,10 +164,17 @@ async fn attempt(
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
     options.managers.replace(welcome.managers.clone());
     let beats = Heartbeats::start(options, address, &welcome);
-    if events.send(FromSession::Opened { welcome, to_leader }).await.is_err() {
+    let end = options.tasks.token().child_token();
+    let opened = FromSession::Opened { welcome, to_leader, end: end.clone() };
+    if events.send(opened).await.is_err() {
         return Ended::Failed; // The agent is ending.
     }
-    while let Some(Ok(message)) = stream.next().await {
+    loop {
+        let next = tokio::select! {
+            next = stream.next() => next,
+            () = end.cancelled() => None,
+        };
+        let Some(Ok(message)) = next else { break };
         let Some(Message::Assignments(mut assignments)) = message.message else { continue };
         options.managers.replace(std::mem::take(&mut assignments.managers));
         if events.send(FromSession::Assignments(assignments)).await.is_err() {
@@ -181,7 +189,7 @@ async fn attempt(
 
 /// Sends heartbeats from a thread of its own until dropped.
 struct Heartbeats {
-    stop: tokio_util::sync::CancellationToken,
+    stop: CancellationToken,
 }
 
 impl Heartbeats {

@@ -1,1 +1,413 @@
-//! Runs the agent against an executor that runs nothing.
+//! The agent against a dispatcher of the test's own and an executor that runs nothing.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use skep_common::object::{ContainerStatus, NodeDescription, TaskStatus};
+use skep_common::spec::{NodeRole, TaskSpec};
+use skep_common::{ClusterId, Meta, NodeId, ServiceId, Task, TaskId, TaskState, Version};
+use skep_proto::agent_message::Message as FromAgent;
+use skep_proto::dispatcher_message::Message;
+use skep_proto::dispatcher_server::{Dispatcher, DispatcherServer};
+use skep_proto::{
+    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, RegisterImageRequest,
+    RegisterImageResponse, Welcome,
+};
+use skep_runtime::identity::{Authority, Credentials, Csr};
+use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
+use skep_runtime::{TaskSet, clock};
+use skep_worker_core::health::HealthCheck;
+use tokio::sync::{mpsc, watch};
+use tokio_stream::StreamExt as _;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::service::Routes;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::{Agent, AgentOptions, Managers};
+use crate::executor::{Error, Executor, Exit, Found};
+
+/// Nothing here takes longer on a machine that lives.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    let result = tokio::time::timeout(PATIENCE, future).await;
+    result.unwrap_or_else(|_| panic!("{what}: not within {PATIENCE:?}"))
+}
+
+/// An executor whose containers end when the test, or a stop, says so.
+#[derive(Debug, Default)]
+struct Puppets {
+    exits: Mutex<BTreeMap<TaskId, watch::Sender<Option<Exit>>>>,
+    calls: Mutex<Vec<String>>,
+    healthy: watch::Sender<bool>,
+    has_check: bool,
+    found: Vec<TaskId>,
+}
+
+impl Puppets {
+    fn note(&self, call: &str, task_id: TaskId) {
+        self.calls.lock().unwrap().push(format!("{call} {}", task_id.0));
+    }
+
+    fn calls(&self) -> Vec<String> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    fn exit_of(&self, task_id: TaskId) -> watch::Sender<Option<Exit>> {
+        self.exits.lock().unwrap().entry(task_id).or_insert_with(|| watch::channel(None).0).clone()
+    }
+
+    fn end(&self, task_id: TaskId, code: i32) {
+        let exit = Exit { code, oom_killed: false, error: None };
+        self.exit_of(task_id).send_replace(Some(exit));
+    }
+}
+
+#[tonic::async_trait]
+impl Executor for Puppets {
+    async fn prepare(&self, task: &Task) -> Result<(), Error> {
+        self.note("prepare", task.id);
+        if task.service_name == "broken" { Err(Error("no such image".into())) } else { Ok(()) }
+    }
+
+    async fn start(&self, task: &Task) -> Result<ContainerStatus, Error> {
+        self.note("start", task.id);
+        Ok(ContainerStatus { pid: 7, ..ContainerStatus::default() })
+    }
+
+    async fn health_check(&self, _: &Task) -> Result<Option<HealthCheck>, Error> {
+        Ok(self.has_check.then(|| HealthCheck {
+            argv: vec!["check".into()],
+            interval: Duration::from_millis(1),
+            timeout: PATIENCE,
+            start_period: Duration::ZERO,
+            start_interval: Duration::from_millis(1),
+            retries: 2,
+        }))
+    }
+
+    async fn run_check(&self, _: TaskId, _: &[String], _: Duration) -> (bool, String) {
+        (*self.healthy.borrow(), "output".into())
+    }
+
+    async fn wait(&self, task_id: TaskId) -> Exit {
+        let mut exits = self.exit_of(task_id).subscribe();
+        exits.wait_for(Option::is_some).await.unwrap().clone().unwrap()
+    }
+
+    async fn stop(&self, task: &Task) -> Result<(), Error> {
+        self.note("stop", task.id);
+        self.end(task.id, 143);
+        Ok(())
+    }
+
+    async fn remove(&self, task_id: TaskId) -> Result<(), Error> {
+        self.note("remove", task_id);
+        Ok(())
+    }
+
+    async fn find(&self) -> Result<Vec<(TaskId, Found)>, Error> {
+        let found = |id: &TaskId| (*id, Found::Started(ContainerStatus { pid: 7, ..ContainerStatus::default() }));
+        Ok(self.found.iter().map(found).collect())
+    }
+}
+
+/// One session, from the leader's side.
+struct Session {
+    to_agent: mpsc::Sender<Result<DispatcherMessage, Status>>,
+    from_agent: Streaming<AgentMessage>,
+}
+
+impl Session {
+    async fn welcome(&self, term: u64) {
+        let welcome = Welcome {
+            heartbeat_millis: 1000,
+            term,
+            node_number: 1,
+            ingress_pool: "10.192.0.0/10".into(),
+            ..Welcome::default()
+        };
+        self.send(Message::Welcome(welcome)).await;
+    }
+
+    async fn send(&self, message: Message) {
+        let sent = self.to_agent.send(Ok(DispatcherMessage { message: Some(message) })).await;
+        assert!(sent.is_ok(), "the agent ended the session");
+    }
+
+    async fn assign(&self, applies_to: u64, tasks: &[Task], removed: &[TaskId]) {
+        let assignments = Assignments {
+            applies_to,
+            results_in: applies_to + 1,
+            task_jsons: tasks.iter().map(|task| serde_json::to_string(task).unwrap()).collect(),
+            removed_tasks: removed.iter().map(ToString::to_string).collect(),
+            ..Assignments::default()
+        };
+        self.send(Message::Assignments(assignments)).await;
+    }
+
+    /// Reads reports until a task has reached `state`, and returns that status. States never fall.
+    async fn until(&mut self, task_id: TaskId, wanted: impl Fn(&TaskStatus) -> bool) -> TaskStatus {
+        let mut last = TaskState::New;
+        soon("a report", async {
+            loop {
+                let message = self.from_agent.next().await.expect("the session is open").unwrap();
+                let Some(FromAgent::Report(report)) = message.message else { continue };
+                for report in report.tasks.iter().filter(|report| report.task_id == task_id.to_string()) {
+                    let status: TaskStatus = serde_json::from_str(&report.status_json).unwrap();
+                    assert!(status.state >= last, "{} after {last}", status.state);
+                    last = status.state;
+                    if wanted(&status) {
+                        return status;
+                    }
+                }
+            }
+        })
+        .await
+    }
+}
+
+#[derive(Debug)]
+struct FakeLeader {
+    sessions: mpsc::Sender<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
+}
+
+#[tonic::async_trait]
+impl Dispatcher for FakeLeader {
+    type SessionStream = ReceiverStream<Result<DispatcherMessage, Status>>;
+
+    async fn session(
+        &self,
+        request: Request<Streaming<AgentMessage>>,
+    ) -> Result<Response<Self::SessionStream>, Status> {
+        let (to_agent, stream) = mpsc::channel(16);
+        self.sessions.send((to_agent, request.into_inner())).await.map_err(|_| Status::unavailable("over"))?;
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn heartbeat(&self, _: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
+        Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000 }))
+    }
+
+    async fn register_image(
+        &self,
+        _: Request<RegisterImageRequest>,
+    ) -> Result<Response<RegisterImageResponse>, Status> {
+        Err(Status::unimplemented("not in these tests"))
+    }
+}
+
+/// A leader on a real port, and an agent that looks for it.
+struct Stage {
+    sessions: mpsc::Receiver<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
+    puppets: Arc<Puppets>,
+    tasks: TaskSet,
+    pool: ChannelPool,
+    address: String,
+    directory: tempfile::TempDir,
+}
+
+impl Stage {
+    async fn set(puppets: Puppets) -> Self {
+        let authority = Authority::generate(clock::now()).unwrap();
+        let credentials = |node, role| {
+            let csr = Csr::generate().unwrap();
+            let life = Duration::from_secs(3600);
+            let signed = authority.sign(&csr.csr_pem, node, role, ClusterId(1), clock::now(), life);
+            let root_pem = authority.root_pem().to_owned();
+            Credentials { certificate_pem: signed.unwrap(), key_pem: csr.key_pem, root_pem }
+        };
+        let tasks = TaskSet::new();
+        let (sender, sessions) = mpsc::channel(16);
+        let routes = Routes::new(DispatcherServer::new(FakeLeader { sessions: sender }));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (tls, serving) = (Tls::new(credentials(NodeId(1), NodeRole::Manager)).unwrap(), tasks.clone());
+        tasks.spawn("leader", async move { serve_tls(listener, tls, routes, &serving).await.unwrap() });
+        let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        let stage = Self { sessions, puppets: Arc::new(puppets), tasks, pool, address, directory };
+        stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+        stage
+    }
+
+    async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
+        let options = AgentOptions {
+            description: NodeDescription::default(),
+            addr: "127.0.0.1:1".into(),
+            tasks_dir: self.directory.path().join("tasks"),
+            executor,
+            images: None,
+            balancers: None,
+            managers: Managers::new(vec![self.address.clone()]),
+            pool: self.pool.clone(),
+            tasks: tasks.clone(),
+        };
+        Agent::start(options).await.unwrap();
+    }
+
+    /// The next session, after its hello.
+    async fn session(&mut self) -> Session {
+        let (to_agent, mut from_agent) = soon("a session", self.sessions.recv()).await.unwrap();
+        let first = soon("a hello", from_agent.next()).await.unwrap().unwrap();
+        assert!(matches!(first.message, Some(FromAgent::Hello(_))), "{first:?}");
+        Session { to_agent, from_agent }
+    }
+}
+
+fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {
+    Task {
+        id: TaskId(id),
+        meta: Meta::default(),
+        spec: TaskSpec::default(),
+        spec_version: Version::default(),
+        service_id: ServiceId(1),
+        slot: 1,
+        node_id: Some(NodeId(2)),
+        status: TaskStatus { state: TaskState::Assigned, ..TaskStatus::default() },
+        desired_state,
+        networks_attachments: Vec::new(),
+        service_name: service_name.into(),
+        start_after: None,
+    }
+}
+
+fn reached(state: TaskState) -> impl Fn(&TaskStatus) -> bool {
+    move |status| status.state == state
+}
+
+#[tokio::test]
+async fn a_task_lives_from_assignment_to_erasure() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    session.assign(0, &[task(1, "web", TaskState::Ready)], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Ready)).await;
+    assert_eq!(stage.puppets.calls(), ["prepare 1"], "it waits until it may run");
+    session.assign(1, &[task(1, "web", TaskState::Running)], &[]).await;
+    let running = session.until(TaskId(1), reached(TaskState::Running)).await;
+    assert_eq!(running.container_status.unwrap().pid, 7);
+    session.assign(2, &[task(1, "web", TaskState::Shutdown)], &[]).await;
+    let ended = session.until(TaskId(1), reached(TaskState::Shutdown)).await;
+    assert_eq!(ended.container_status.unwrap().exit_code, 143);
+    session.assign(3, &[], &[TaskId(1)]).await;
+    let erased = async {
+        while stage.puppets.calls().last().is_none_or(|call| call != "remove 1") {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the erasure", erased).await;
+    assert_eq!(stage.puppets.calls(), ["prepare 1", "start 1", "stop 1", "remove 1"]);
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn ends_are_reported_with_their_reason() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    let tasks = [
+        task(1, "web", TaskState::Running),
+        task(2, "web", TaskState::Running),
+        task(3, "broken", TaskState::Running),
+    ];
+    session.assign(0, &tasks, &[]).await;
+    let rejected = session.until(TaskId(3), reached(TaskState::Rejected)).await;
+    assert_eq!(rejected.err, "no such image");
+    stage.puppets.end(TaskId(1), 0);
+    session.until(TaskId(1), reached(TaskState::Complete)).await;
+    stage.puppets.end(TaskId(2), 3);
+    let failed = session.until(TaskId(2), reached(TaskState::Failed)).await;
+    assert_eq!(failed.err, "task: non-zero exit (3)");
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn an_unhealthy_task_runs_on_until_managers_want_it_ended() {
+    let puppets = Puppets { has_check: true, ..Puppets::default() };
+    puppets.healthy.send_replace(true);
+    let mut stage = Stage::set(puppets).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    session.assign(0, &[task(1, "web", TaskState::Running)], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Running)).await;
+    stage.puppets.healthy.send_replace(false);
+    session.until(TaskId(1), |status| status.unhealthy).await;
+    assert!(!stage.puppets.calls().contains(&"stop 1".to_owned()), "connections are drained first");
+    session.assign(1, &[task(1, "web", TaskState::Shutdown)], &[]).await;
+    let ended = session.until(TaskId(1), reached(TaskState::Failed)).await;
+    assert_eq!(ended.err, "unhealthy container");
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_new_session_hears_everything_again() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut first = stage.session().await;
+    first.welcome(1).await;
+    first.assign(0, &[task(1, "web", TaskState::Running)], &[]).await;
+    first.until(TaskId(1), reached(TaskState::Running)).await;
+    drop(first);
+    let mut second = stage.session().await;
+    second.welcome(2).await;
+    second.until(TaskId(1), reached(TaskState::Running)).await;
+    assert_eq!(stage.puppets.calls(), ["prepare 1", "start 1"], "it goes on as it was");
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_deposed_leader_and_a_gap_in_the_sequence_end_the_session() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let first = stage.session().await;
+    first.welcome(5).await;
+    first.assign(0, &[], &[]).await;
+    first.assign(7, &[task(1, "web", TaskState::Running)], &[]).await; // There is no set 7.
+    let deposed = stage.session().await;
+    deposed.welcome(4).await;
+    let next = stage.session().await;
+    // What it says comes too late: the agent is gone from this session.
+    let _ = deposed.to_agent.send(Err(Status::aborted("over"))).await;
+    next.welcome(5).await;
+    assert_eq!(stage.puppets.calls(), Vec::<String>::new());
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_restarted_agent_goes_on_with_the_containers_it_finds() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    let tasks = [task(1, "web", TaskState::Running), task(2, "web", TaskState::Running)];
+    session.assign(0, &tasks, &[]).await;
+    session.until(TaskId(1), reached(TaskState::Running)).await;
+    stage.tasks.shutdown().await;
+
+    let mut again = Stage::set(Puppets::default()).await;
+    again.tasks.shutdown().await;
+    again.tasks = TaskSet::new();
+    let puppets = Arc::new(Puppets { found: vec![TaskId(1), TaskId(9)], ..Puppets::default() });
+    std::fs::remove_dir_all(again.directory.path().join("tasks")).unwrap();
+    std::fs::rename(stage.directory.path().join("tasks"), again.directory.path().join("tasks")).unwrap();
+    again.start_agent(&again.tasks, Arc::clone(&puppets) as Arc<dyn Executor>).await;
+    let erased = async {
+        while !puppets.calls().contains(&"remove 9".to_owned()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the stranger's erasure", erased).await;
+    puppets.end(TaskId(1), 0);
+    let record = again.directory.path().join("tasks").join(format!("{}.json", TaskId(1)));
+    let recorded = async {
+        loop {
+            let text = std::fs::read_to_string(&record).unwrap_or_default();
+            if text.contains(r#""State":"complete""#) {
+                return;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the record of the end", recorded).await;
+    assert!(!puppets.calls().contains(&"start 1".to_owned()), "{:?}", puppets.calls());
+    again.tasks.shutdown().await;
+}

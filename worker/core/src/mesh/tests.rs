@@ -1,3 +1,5 @@
+//! Golden plans, and the property that a plan makes what it promises.
+
 use std::net::Ipv4Addr;
 
 use proptest::prelude::*;
