@@ -241,9 +241,11 @@ fn commands(characters: &mut Characters<'_>, at: usize, in_group: bool) -> Resul
                 Word::Field(fields.map(ToOwned::to_owned).collect())
             }
             '-' | '0'..='9' => {
-                let digits = format!("{character}{}", take_while(characters, |c| c.is_ascii_digit()));
-                let number: i64 =
-                    digits.parse().map_err(|_| parse_error(at, format!("bad number {digits:?}")))?;
+                let digits =
+                    format!("{character}{}", take_while(characters, |c| c.is_ascii_digit()));
+                let number: i64 = digits
+                    .parse()
+                    .map_err(|_| parse_error(at, format!("bad number {digits:?}")))?;
                 Word::Literal(number.into())
             }
             c if c.is_alphabetic() || c == '_' => {
@@ -300,7 +302,9 @@ fn render(nodes: &[Node], value: &Value, text: &mut String) -> Result<(), Error>
                     Value::Array(items) => items,
                     Value::Object(map) => map.into_iter().map(|(_, item)| item).collect(),
                     Value::Null => Vec::new(),
-                    other => return Err(call_error("range", format!("can't iterate over {other}"))),
+                    other => {
+                        return Err(call_error("range", format!("can't iterate over {other}")));
+                    }
                 };
                 if items.is_empty() {
                     render(otherwise, value, text)?;
@@ -405,9 +409,9 @@ fn call(name: &str, arguments: &[Value]) -> Result<Value, Error> {
         ("title", [value]) => {
             let text = text(value);
             let mut characters = text.chars();
-            characters.next().map_or_else(String::new, |first| {
-                first.to_uppercase().chain(characters).collect()
-            })
+            characters
+                .next()
+                .map_or_else(String::new, |first| first.to_uppercase().chain(characters).collect())
         }
         ("print", values) => values.iter().map(text).collect(),
         ("println", values) => {
@@ -435,8 +439,11 @@ fn call(name: &str, arguments: &[Value]) -> Result<Value, Error> {
         ("eq", [left, right]) => return Ok(Value::Bool(left == right)),
         ("ne", [left, right]) => return Ok(Value::Bool(left != right)),
         ("not", [value]) => return Ok(Value::Bool(!is_true(value))),
-        ("json" | "upper" | "lower" | "title" | "join" | "split" | "len"
-        | "index" | "eq" | "ne" | "not", _) => return Err(wrong()),
+        (
+            "json" | "upper" | "lower" | "title" | "join" | "split" | "len" | "index" | "eq" | "ne"
+            | "not",
+            _,
+        ) => return Err(wrong()),
         _ => return Err(call_error(name, "there is no such function")),
     };
     Ok(Value::String(result))
@@ -489,7 +496,10 @@ mod tests {
     #[test]
     fn errors_name_what_is_wrong() {
         for (template, expect) in [
-            ("{{.Nam}}", "error: there is no field \".Nam\" (there are: .Labels .Name .Node .None .Ports .Slot .Up)"),
+            (
+                "{{.Nam}}",
+                "error: there is no field \".Nam\" (there are: .Labels .Name .Node .None .Ports .Slot .Up)",
+            ),
             ("{{.Name.X}}", "error: there is no field \".Name.X\" (there are: none)"),
             ("a {{.Name", "error: template parsing error at character 3: unclosed action"),
             ("{{end}}", "error: template parsing error at character 1: unexpected {{end}}"),

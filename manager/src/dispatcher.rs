@@ -12,8 +12,8 @@ use skep_manager_core::{Command, Outcome, Refusal};
 use skep_proto::agent_message::Message;
 use skep_proto::dispatcher_server::Dispatcher;
 use skep_proto::{
-    AgentMessage, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello, RegisterImageRequest,
-    RegisterImageResponse,
+    AgentMessage, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello,
+    RegisterImageRequest, RegisterImageResponse,
 };
 use skep_runtime::access::Caller;
 use skep_runtime::{TaskSet, clock};
@@ -105,7 +105,9 @@ impl DispatcherService {
         loop {
             let state = self.consensus.read_state().await?;
             if state.node(node_id).is_none() {
-                return Err(Error::Precondition(format!("node {node_id} is no member of this swarm")));
+                return Err(Error::Precondition(format!(
+                    "node {node_id} is no member of this swarm"
+                )));
             }
             let actions = image::register(&state, node_id, &registration, &mut rand::rng());
             match self.consensus.propose(&Command::new(clock::now(), actions)).await? {
@@ -137,7 +139,8 @@ impl Dispatcher for DispatcherService {
         let session_id: u64 = rand::random();
         let gone = |_| Status::unavailable("this manager does not lead any more");
         self.door.beats.insert(node_id, clock::now());
-        let opened = SessionEvent::Opened { node_id, session_id, hello, to_agent: to_agent.clone() };
+        let opened =
+            SessionEvent::Opened { node_id, session_id, hello, to_agent: to_agent.clone() };
         entrance.send(opened).await.map_err(gone)?;
         self.tasks.spawn("session", async move {
             loop {

@@ -7,7 +7,9 @@ use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
 use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State};
 use skep_proto::ca_server::Ca;
-use skep_proto::{IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse};
+use skep_proto::{
+    IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse,
+};
 use skep_runtime::access::Caller;
 use skep_runtime::clock;
 use skep_runtime::identity::{Authority, JoinToken, NODE_CERTIFICATE_LIFE, root_digest};
@@ -34,9 +36,12 @@ impl CaService {
     }
 
     fn role_of(state: &State, token: &JoinToken) -> Result<NodeRole, Status> {
-        let cluster = state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
+        let cluster =
+            state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
         let refused = |why: &str| {
-            let what = format!("the join token is not accepted: {why}; get the current one with `skep swarm join-token worker` (or manager) on a manager");
+            let what = format!(
+                "the join token is not accepted: {why}; get the current one with `skep swarm join-token worker` (or manager) on a manager"
+            );
             Status::permission_denied(what)
         };
         let digest = root_digest(&cluster.root_ca_cert).map_err(internal)?;
@@ -51,14 +56,24 @@ impl CaService {
         }
     }
 
-    fn sign(state: &State, csr_pem: &str, node_id: NodeId, role: NodeRole) -> Result<(String, ClusterId), Status> {
-        let cluster = state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
-        let authority = Authority::from_pem(&cluster.root_ca_cert, &cluster.root_ca_key).map_err(internal)?;
+    fn sign(
+        state: &State,
+        csr_pem: &str,
+        node_id: NodeId,
+        role: NodeRole,
+    ) -> Result<(String, ClusterId), Status> {
+        let cluster =
+            state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
+        let authority =
+            Authority::from_pem(&cluster.root_ca_cert, &cluster.root_ca_key).map_err(internal)?;
         let configured = cluster.spec.ca_config.as_ref().and_then(|config| config.node_cert_expiry);
         let life: Duration = configured.map_or(NODE_CERTIFICATE_LIFE, |expiry| expiry.duration());
         let signed = authority.sign(csr_pem, node_id, role, cluster.id, clock::now(), life);
         let unsigned = |error| {
-            Status::invalid_argument(format!("the certificate request cannot be signed: {}", Chain(&error)))
+            Status::invalid_argument(format!(
+                "the certificate request cannot be signed: {}",
+                Chain(&error)
+            ))
         };
         Ok((signed.map_err(unsigned)?, cluster.id))
     }
@@ -78,11 +93,15 @@ impl Ca for CaService {
     async fn root(&self, _: Request<RootRequest>) -> Result<Response<RootResponse>, Status> {
         // The local copy will do: a root does not change, and the joiner checks its digest.
         let state = self.consensus.state();
-        let cluster = state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
+        let cluster =
+            state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
         Ok(Response::new(RootResponse { root_pem: cluster.root_ca_cert.clone() }))
     }
 
-    async fn issue(&self, request: Request<IssueRequest>) -> Result<Response<IssueResponse>, Status> {
+    async fn issue(
+        &self,
+        request: Request<IssueRequest>,
+    ) -> Result<Response<IssueResponse>, Status> {
         let request = request.into_inner();
         let token: JoinToken =
             request.token.parse().map_err(|error| Status::invalid_argument(format!("{error}")))?;
@@ -103,12 +122,17 @@ impl Ca for CaService {
         }))
     }
 
-    async fn renew(&self, request: Request<RenewRequest>) -> Result<Response<RenewResponse>, Status> {
+    async fn renew(
+        &self,
+        request: Request<RenewRequest>,
+    ) -> Result<Response<RenewResponse>, Status> {
         let node_id = Caller::node_id(&request)?;
         let state = self.read().await?;
-        let gone = || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
+        let gone =
+            || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
         let role = state.node(node_id).ok_or_else(gone)?.spec.role;
-        let (certificate_pem, _) = Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
+        let (certificate_pem, _) =
+            Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
         Ok(Response::new(RenewResponse { certificate_pem }))
     }
 }
@@ -153,7 +177,9 @@ pub fn new_node(
 
 /// `ip:port` of every manager.
 pub fn manager_addresses(state: &State) -> Vec<String> {
-    let status = |node: &std::sync::Arc<Node>| node.manager_status.as_ref().map(|status| status.addr.clone());
+    let status = |node: &std::sync::Arc<Node>| {
+        node.manager_status.as_ref().map(|status| status.addr.clone())
+    };
     state.nodes().values().filter_map(status).collect()
 }
 
@@ -164,11 +190,16 @@ pub(crate) async fn add_manager(
     raft_id: u64,
     addr: &str,
 ) -> Result<(), Status> {
-    consensus.add_manager(raft_id, addr).await.map_err(|error| Status::unavailable(Chain(&error).to_string()))?;
+    consensus
+        .add_manager(raft_id, addr)
+        .await
+        .map_err(|error| Status::unavailable(Chain(&error).to_string()))?;
     let status = ManagerStatus { raft_id, addr: addr.to_owned(), ..ManagerStatus::default() };
     loop {
-        let state = consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
-        let gone = || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
+        let state =
+            consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
+        let gone =
+            || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
         let mut node = (**state.node(node_id).ok_or_else(gone)?).clone();
         if node.manager_status.as_ref() == Some(&status) {
             return Ok(());
@@ -185,10 +216,13 @@ pub(crate) async fn add_manager(
 async fn commit(consensus: &Consensus, object: Object, expect: Expect) -> Result<(), Status> {
     debug_assert_eq!(object.kind(), Kind::Node);
     let command = Command::new(clock::now(), vec![Action::Put { object, expect }]);
-    let outcome = consensus.propose(&command).await.map_err(|error| Status::from(Error::Propose(error)))?;
+    let outcome =
+        consensus.propose(&command).await.map_err(|error| Status::from(Error::Propose(error)))?;
     match outcome {
         Outcome::Applied(_) => Ok(()),
-        Outcome::Refused(refusal @ Refusal::OutOfSequence { .. }) => Err(Status::aborted(refusal.to_string())),
+        Outcome::Refused(refusal @ Refusal::OutOfSequence { .. }) => {
+            Err(Status::aborted(refusal.to_string()))
+        }
         Outcome::Refused(refusal) => Err(Error::Refused(refusal).into()),
     }
 }

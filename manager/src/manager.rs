@@ -107,14 +107,19 @@ impl Manager {
             ingress_pool: swarm.ingress_pool,
         };
         let address = &self.options.address;
-        let mut node = join::new_node(self.options.node_id, NodeRole::Manager, swarm.availability, address)?;
+        let mut node =
+            join::new_node(self.options.node_id, NodeRole::Manager, swarm.availability, address)?;
         let raft_id = self.options.raft_id;
         node.manager_status =
             Some(ManagerStatus { raft_id, addr: address.clone(), ..ManagerStatus::default() });
         let ingress = Network {
             id: NetworkId::random(&mut rand::rng()),
             meta: Meta::default(),
-            spec: NetworkSpec { name: "ingress".into(), ingress: Some(true), ..NetworkSpec::default() },
+            spec: NetworkSpec {
+                name: "ingress".into(),
+                ingress: Some(true),
+                ..NetworkSpec::default()
+            },
         };
         let put = |object| Action::Put { object, expect: Expect::Absent };
         let actions = vec![
@@ -142,7 +147,8 @@ impl Manager {
     /// Adds this manager's services to those of the one port.
     pub fn add_routes(&self, routes: Routes) -> Routes {
         let consensus = || self.consensus.clone();
-        let raft = RaftService::new(consensus(), self.options.node_id, self.options.hostname.clone());
+        let raft =
+            RaftService::new(consensus(), self.options.node_id, self.options.hostname.clone());
         let dispatcher = DispatcherService::new(self.door.clone(), consensus(), self.tasks.clone());
         routes
             .add_service(CaServer::new(CaService::new(consensus())))

@@ -49,14 +49,21 @@ impl RaftTransport for GrpcTransport {
         };
         let addr = addr.to_owned();
         async move {
-            let failed = |reason: String, may_have_arrived| CallError { target, addr, reason, may_have_arrived };
+            let failed = |reason: String, may_have_arrived| CallError {
+                target,
+                addr,
+                reason,
+                may_have_arrived,
+            };
             match tokio::time::timeout(deadline, send(channel, request)).await {
                 Ok(Ok(message)) => Ok(message.into_inner().payload),
                 Ok(Err(status)) => {
                     let arrived = may_have_arrived(&status);
                     Err(failed(status.message().to_owned(), arrived))
                 }
-                Err(_) => Err(failed(format!("no answer within {} ms", deadline.as_millis()), true)),
+                Err(_) => {
+                    Err(failed(format!("no answer within {} ms", deadline.as_millis()), true))
+                }
             }
         }
         .boxed()
@@ -123,11 +130,17 @@ impl Raft for RaftService {
         self.handle(RaftRequest::Vote(request.into_inner().payload)).await
     }
 
-    async fn pre_vote(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+    async fn pre_vote(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
         self.handle(RaftRequest::PreVote(request.into_inner().payload)).await
     }
 
-    async fn transfer_leader(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+    async fn transfer_leader(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
         self.handle(RaftRequest::TransferLeader(request.into_inner().payload)).await
     }
 
@@ -150,11 +163,17 @@ impl Raft for RaftService {
         self.handle(RaftRequest::Snapshot(pieces)).await
     }
 
-    async fn propose(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+    async fn propose(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
         self.handle(RaftRequest::Propose(request.into_inner().payload)).await
     }
 
-    async fn read_index(&self, request: Request<RaftMessage>) -> Result<Response<RaftMessage>, Status> {
+    async fn read_index(
+        &self,
+        request: Request<RaftMessage>,
+    ) -> Result<Response<RaftMessage>, Status> {
         self.handle(RaftRequest::ReadIndex(request.into_inner().payload)).await
     }
 
@@ -168,7 +187,10 @@ impl Raft for RaftService {
         Ok(Response::new(AddManagerResponse {}))
     }
 
-    async fn status(&self, _: Request<RaftStatusRequest>) -> Result<Response<RaftStatusResponse>, Status> {
+    async fn status(
+        &self,
+        _: Request<RaftStatusRequest>,
+    ) -> Result<Response<RaftStatusResponse>, Status> {
         let status = self.consensus.status().await;
         Ok(Response::new(RaftStatusResponse {
             version: status.version,

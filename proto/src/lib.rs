@@ -1,6 +1,11 @@
 //! The wire contract, compiled from `proto/skep.proto`, where the comments are.
 
-#![allow(missing_docs, clippy::all, clippy::too_many_lines, reason = "generated: the .proto file has the comments")]
+#![allow(
+    missing_docs,
+    clippy::all,
+    clippy::too_many_lines,
+    reason = "generated: the .proto file has the comments"
+)]
 
 tonic::include_proto!("skep.v1");
 

@@ -58,7 +58,12 @@ pub trait Executor: Send + Sync + std::fmt::Debug + 'static {
     async fn health_check(&self, task: &Task) -> Result<Option<HealthCheck>, Error>;
 
     /// Runs a check inside the container: whether it passed, and its output's beginning.
-    async fn run_check(&self, task_id: TaskId, argv: &[String], timeout: Duration) -> (bool, String);
+    async fn run_check(
+        &self,
+        task_id: TaskId,
+        argv: &[String],
+        timeout: Duration,
+    ) -> (bool, String);
 
     /// Returns when the container has ended. Must be called after `start`, or for a found container.
     async fn wait(&self, task_id: TaskId) -> Exit;

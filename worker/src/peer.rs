@@ -75,7 +75,10 @@ impl Peer for PeerService {
     type BlobStream = futures::stream::BoxStream<'static, Result<BlobChunk, Status>>;
     type TaskLogsStream = ReceiverStream<Result<LogRecord, Status>>;
 
-    async fn blob(&self, request: Request<BlobRequest>) -> Result<Response<Self::BlobStream>, Status> {
+    async fn blob(
+        &self,
+        request: Request<BlobRequest>,
+    ) -> Result<Response<Self::BlobStream>, Status> {
         let blob = self.granted(&request).await?;
         let size = blob.size;
         let chunks = blob.stream(request.get_ref().offset).await;

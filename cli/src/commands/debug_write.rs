@@ -33,7 +33,8 @@ pub(super) async fn run(args: WriteArgs, client: &Client, ui: &mut Ui) -> Result
         let name = format!("{}-{number}", args.name);
         let client = client.clone();
         async move {
-            let spec_json = serde_json::to_string(&spec(&name)).expect("a spec has no failing parts");
+            let spec_json =
+                serde_json::to_string(&spec(&name)).expect("a spec has no failing parts");
             let answer = client.control().create_service(CreateServiceRequest { spec_json }).await;
             (name, answer.map(drop).map_err(Refusal))
         }

@@ -13,12 +13,18 @@ pub(super) const DEFAULT_LISTEN: &str = "0.0.0.0:2377";
 pub(super) fn listen(text: &str) -> Result<SocketAddr, Status> {
     let text = if text.is_empty() { DEFAULT_LISTEN } else { text };
     let parsed = text.parse().or_else(|_| text.parse().map(|ip| SocketAddr::new(ip, NODE_PORT)));
-    parsed.map_err(|_| Status::invalid_argument(format!("invalid listen address {text:?}: write IP or IP:PORT")))
+    parsed.map_err(|_| {
+        Status::invalid_argument(format!("invalid listen address {text:?}: write IP or IP:PORT"))
+    })
 }
 
 /// The address to advertise: as written (IP, interface, either with a port), else the one that routes to
 /// `remote`, else the only one there is.
-pub(super) fn advertise(text: &str, listen: SocketAddr, remote: Option<&str>) -> Result<SocketAddr, Status> {
+pub(super) fn advertise(
+    text: &str,
+    listen: SocketAddr,
+    remote: Option<&str>,
+) -> Result<SocketAddr, Status> {
     if !text.is_empty() {
         return written(text, listen.port());
     }
@@ -35,7 +41,8 @@ pub(super) fn advertise(text: &str, listen: SocketAddr, remote: Option<&str>) ->
         )),
         [(_, ip)] => Ok(SocketAddr::new((*ip).into(), listen.port())),
         several => {
-            let list: Vec<String> = several.iter().map(|(name, ip)| format!("{ip} on {name}")).collect();
+            let list: Vec<String> =
+                several.iter().map(|(name, ip)| format!("{ip} on {name}")).collect();
             Err(Status::failed_precondition(format!(
                 "could not choose an IP address to advertise since this system has several ({}): choose one with --advertise-addr",
                 list.join(", ")
@@ -78,7 +85,9 @@ fn candidates() -> Vec<(String, Ipv4Addr)> {
         (!ip.is_loopback()).then_some((interface.interface_name, ip))
     });
     // Bridges of container engines, and our own, are no addresses for other machines.
-    let is_engine = |name: &str| ["docker", "br-", "skep", "veth"].iter().any(|prefix| name.starts_with(prefix));
+    let is_engine = |name: &str| {
+        ["docker", "br-", "skep", "veth"].iter().any(|prefix| name.starts_with(prefix))
+    };
     addressed.filter(|(name, _)| !is_engine(name)).collect()
 }
 
@@ -104,7 +113,10 @@ mod tests {
         assert_eq!(listen("10.0.0.1").unwrap().to_string(), "10.0.0.1:2377");
         assert_eq!(advertise("10.1.1.1", at, None).unwrap().to_string(), "10.1.1.1:2377");
         assert_eq!(advertise("10.1.1.1:99", at, None).unwrap().to_string(), "10.1.1.1:99");
-        assert_eq!(advertise("", listen("10.0.0.1:5").unwrap(), None).unwrap().to_string(), "10.0.0.1:5");
+        assert_eq!(
+            advertise("", listen("10.0.0.1:5").unwrap(), None).unwrap().to_string(),
+            "10.0.0.1:5"
+        );
         assert!(advertise("nosuch0", at, None).unwrap_err().message().contains("nosuch0"));
         assert_eq!(remote("10.0.0.1"), "10.0.0.1:2377");
         assert_eq!(remote("manager.example:99"), "manager.example:99");

@@ -8,8 +8,8 @@ use skep_manager::NewSwarm;
 use skep_manager::join::parse_availability;
 use skep_proto::ca_client::CaClient;
 use skep_proto::{
-    InitSwarmRequest, InitSwarmResponse, IssueRequest, IssueResponse, JoinSwarmRequest, JoinSwarmResponse,
-    RootRequest,
+    InitSwarmRequest, InitSwarmResponse, IssueRequest, IssueResponse, JoinSwarmRequest,
+    JoinSwarmResponse, RootRequest,
 };
 use skep_runtime::clock;
 use skep_runtime::identity::{
@@ -44,7 +44,10 @@ fn refuse_member(machine: &Machine) -> Result<(), Status> {
 }
 
 /// `swarm init`.
-pub(super) async fn init(machine: &Machine, request: InitSwarmRequest) -> Result<InitSwarmResponse, Status> {
+pub(super) async fn init(
+    machine: &Machine,
+    request: InitSwarmRequest,
+) -> Result<InitSwarmResponse, Status> {
     let _changing = machine.inner.changing.lock().await;
     refuse_member(machine)?;
     let options = &machine.inner.options;
@@ -54,13 +57,15 @@ pub(super) async fn init(machine: &Machine, request: InitSwarmRequest) -> Result
     let availability = parse_availability(&request.availability)?;
     let spec: SwarmSpec = match request.spec_json.as_str() {
         "" => SwarmSpec::default(),
-        json => serde_json::from_str(json)
-            .map_err(|error| Status::invalid_argument(format!("the swarm spec is not valid: {error}")))?,
+        json => serde_json::from_str(json).map_err(|error| {
+            Status::invalid_argument(format!("the swarm spec is not valid: {error}"))
+        })?,
     };
-    let pool = if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
-    let ingress_pool = pool
-        .parse()
-        .map_err(|_| Status::invalid_argument(format!("invalid ingress pool {pool:?}: write ADDRESS/BITS")))?;
+    let pool =
+        if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
+    let ingress_pool = pool.parse().map_err(|_| {
+        Status::invalid_argument(format!("invalid ingress pool {pool:?}: write ADDRESS/BITS"))
+    })?;
 
     let now = clock::now();
     let authority = Authority::generate(now).map_err(|error| internal(&error))?;
@@ -72,7 +77,8 @@ pub(super) async fn init(machine: &Machine, request: InitSwarmRequest) -> Result
         .sign(&csr.csr_pem, node_id, role, cluster_id, now, NODE_CERTIFICATE_LIFE)
         .map_err(|error| internal(&error))?;
     let root_pem = authority.root_pem().to_owned();
-    let credentials = Credentials { certificate_pem, key_pem: csr.key_pem, root_pem: root_pem.clone() };
+    let credentials =
+        Credentials { certificate_pem, key_pem: csr.key_pem, root_pem: root_pem.clone() };
     let record = NodeRecord {
         advertise_addr: advertise.to_string(),
         listen_addr: listen.to_string(),
@@ -84,7 +90,9 @@ pub(super) async fn init(machine: &Machine, request: InitSwarmRequest) -> Result
     let secret = entering
         .enter(async |node: &Node| {
             let manager = node.manager.as_ref().expect("a node with a Raft id is a manager");
-            manager.found(NewSwarm { cluster_id, authority, spec, ingress_pool, availability }).await
+            manager
+                .found(NewSwarm { cluster_id, authority, spec, ingress_pool, availability })
+                .await
         })
         .await?;
     let root_digest = root_digest(&root_pem).map_err(|error| internal(&error))?;
@@ -100,14 +108,18 @@ fn or_configured<'a>(asked: &'a str, configured: Option<&'a str>) -> &'a str {
 }
 
 /// `swarm join`.
-pub(super) async fn join(machine: &Machine, request: JoinSwarmRequest) -> Result<JoinSwarmResponse, Status> {
+pub(super) async fn join(
+    machine: &Machine,
+    request: JoinSwarmRequest,
+) -> Result<JoinSwarmResponse, Status> {
     let _changing = machine.inner.changing.lock().await;
     refuse_member(machine)?;
     let options = &machine.inner.options;
     let token: JoinToken =
         request.token.parse().map_err(|error| Status::invalid_argument(format!("{error}")))?;
     let listen = address::listen(&request.listen_addr)?;
-    let remotes: Vec<String> = request.remotes.iter().map(|remote| address::remote(remote)).collect();
+    let remotes: Vec<String> =
+        request.remotes.iter().map(|remote| address::remote(remote)).collect();
     let written = or_configured(&request.advertise_addr, options.advertise_addr.as_deref());
     let advertise = address::advertise(written, listen, remotes.first().map(String::as_str))?;
     parse_availability(&request.availability)?;
@@ -145,7 +157,9 @@ async fn ask_all(
     token: &JoinToken,
     issue: &IssueRequest,
 ) -> Result<(String, IssueResponse), Status> {
-    let mut last = Status::invalid_argument("no manager to join was named: skep swarm join --token TOKEN HOST:PORT");
+    let mut last = Status::invalid_argument(
+        "no manager to join was named: skep swarm join --token TOKEN HOST:PORT",
+    );
     for remote in remotes {
         match ask(remote, token, issue).await {
             Ok(issued) => return Ok(issued),
@@ -188,7 +202,10 @@ struct Entering<'a> {
 }
 
 impl Entering<'_> {
-    async fn enter<T>(self, become_member: impl AsyncFnOnce(&Node) -> Result<T, Status>) -> Result<T, Status> {
+    async fn enter<T>(
+        self,
+        become_member: impl AsyncFnOnce(&Node) -> Result<T, Status>,
+    ) -> Result<T, Status> {
         let Self { machine, credentials, record } = self;
         let options = &machine.inner.options;
         let raft_key = RaftKey::generate();
@@ -209,7 +226,9 @@ impl Entering<'_> {
             node.serve(options).await.map_err(|error| failed(&error))?;
             let result = become_member(&node).await?;
             if record.raft_id.is_some() {
-                let stored = file.load().and_then(|stored| file.store(&NodeRecord { is_voter: true, ..stored }));
+                let stored = file
+                    .load()
+                    .and_then(|stored| file.store(&NodeRecord { is_voter: true, ..stored }));
                 stored.map_err(|error| failed(&error))?;
             }
             Ok(result)

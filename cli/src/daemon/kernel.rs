@@ -35,7 +35,9 @@ const NAMESPACES: [(&str, &str); 6] = [
 pub(super) fn check() -> Missing {
     let mut missing = Missing::default();
     if !nix::unistd::geteuid().is_root() {
-        missing.fatal.push("skep daemon must run as root: it makes namespaces and mounts (use sudo)".into());
+        missing
+            .fatal
+            .push("skep daemon must run as root: it makes namespaces and mounts (use sudo)".into());
         return missing;
     }
     for (namespace, option) in NAMESPACES {
@@ -46,9 +48,14 @@ pub(super) fn check() -> Missing {
     }
     let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
     if !filesystems.lines().any(|line| line.ends_with("\toverlay")) {
-        missing.fatal.push("this kernel has no overlay file system (CONFIG_OVERLAY_FS; try: modprobe overlay)".into());
+        missing.fatal.push(
+            "this kernel has no overlay file system (CONFIG_OVERLAY_FS; try: modprobe overlay)"
+                .into(),
+        );
     }
-    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists() && !Path::new("/sys/fs/cgroup/memory").exists() {
+    if !Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
+        && !Path::new("/sys/fs/cgroup/memory").exists()
+    {
         missing.fatal.push("no cgroup hierarchy is mounted below /sys/fs/cgroup".into());
     }
     if !Path::new("/proc/sys/kernel/seccomp").exists() {

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use skep_proto::machine_server::Machine as MachineApi;
 use skep_proto::{
-    InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest, JoinSwarmResponse,
-    LeaveSwarmRequest, LeaveSwarmResponse, LoadImageRequest, LoadImageResponse,
+    InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest,
+    JoinSwarmResponse, LeaveSwarmRequest, LeaveSwarmResponse, LoadImageRequest, LoadImageResponse,
 };
 use skep_runtime::identity::Files;
 use skep_worker::images::ImageStore;
@@ -53,13 +53,17 @@ impl Machine {
         let record = file.load()?;
         let (is_voter, managers) = (record.is_voter, record.managers.clone());
         let image_store = self.inner.image_store.clone();
-        let node = Node::start(options, Parts { credentials, raft_key, record, image_store }).await?;
+        let node =
+            Node::start(options, Parts { credentials, raft_key, record, image_store }).await?;
         node.serve(options).await?;
         let node = Arc::new(node);
         self.inner.node.send_replace(Some(Arc::clone(&node)));
         if let (Some(manager), false) = (node.manager.clone(), is_voter) {
             // It was stopped in the middle of joining.
-            manager.join(&managers).await.map_err(|status| anyhow::anyhow!("{}", status.message()))?;
+            manager
+                .join(&managers)
+                .await
+                .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
             file.store(&super::record::NodeRecord { is_voter: true, ..file.load()? })?;
         }
         Ok(())

@@ -75,7 +75,9 @@ impl Node {
                     address: record.advertise_addr.clone(),
                     pool: pool.clone(),
                 };
-                Some(Arc::new(Manager::start(options).await.context("failed to start this manager")?))
+                Some(Arc::new(
+                    Manager::start(options).await.context("failed to start this manager")?,
+                ))
             }
             _ => None,
         };
@@ -169,7 +171,8 @@ fn remember_managers(options: &Options, record: &NodeRecord, managers: &Managers
         while changes.changed().await.is_ok() {
             let managers = changes.borrow_and_update().clone();
             // Read again: the manager's own part may have been written meanwhile.
-            let stored = file.load().and_then(|stored| file.store(&NodeRecord { managers, ..stored }));
+            let stored =
+                file.load().and_then(|stored| file.store(&NodeRecord { managers, ..stored }));
             if let Err(error) = stored {
                 tracing::warn!(error = format!("{error:#}"), "failed to write down the managers");
             }
@@ -204,7 +207,10 @@ fn description(options: &Options) -> NodeDescription {
     let memory = nix::sys::sysinfo::sysinfo().map(|info| info.ram_total()).unwrap_or(0);
     NodeDescription {
         hostname: options.hostname.clone(),
-        platform: Platform { architecture: std::env::consts::ARCH.to_owned(), os: "linux".to_owned() },
+        platform: Platform {
+            architecture: std::env::consts::ARCH.to_owned(),
+            os: "linux".to_owned(),
+        },
         resources: Resources {
             nano_cpus: i64::try_from(processors).ok().map(|count| count * 1_000_000_000),
             memory_bytes: i64::try_from(memory).ok(),

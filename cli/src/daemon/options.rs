@@ -64,9 +64,9 @@ impl Options {
         let file = read_file(args.config)?;
         let mut labels = file.labels;
         for label in args.labels {
-            let (key, value) = label
-                .split_once('=')
-                .with_context(|| format!("--label {label:?} has no value: write --label KEY=VALUE"))?;
+            let (key, value) = label.split_once('=').with_context(|| {
+                format!("--label {label:?} has no value: write --label KEY=VALUE")
+            })?;
             labels.insert(key.to_owned(), value.to_owned());
         }
         let hostname = match args.hostname.or(file.hostname) {
@@ -97,9 +97,14 @@ fn read_file(named: Option<PathBuf>) -> Result<File> {
     let path = named.clone().unwrap_or_else(|| DEFAULT_CONFIG.into());
     match std::fs::read_to_string(&path) {
         Ok(text) => toml::from_str(&text).with_context(|| {
-            format!("{} is not a valid configuration: correct it, or start without it", path.display())
+            format!(
+                "{} is not a valid configuration: correct it, or start without it",
+                path.display()
+            )
         }),
-        Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => Ok(File::default()),
+        Err(error) if named.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
+            Ok(File::default())
+        }
         Err(error) => Err(error).with_context(|| format!("failed to read {}", path.display())),
     }
 }
@@ -127,15 +132,18 @@ mod tests {
         assert_eq!(options.hostname, "flag");
         assert_eq!(options.socket(), PathBuf::from("/run/other/skep.sock"));
         assert_eq!(options.data_dir, PathBuf::from("/var/lib/skep"));
-        let labels: Vec<(&str, &str)> = options.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        let labels: Vec<(&str, &str)> =
+            options.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(labels, [("disk", "ssd"), ("row", "a")]);
     }
 
     #[test]
     fn a_wrong_key_is_named_with_its_place() {
-        let error = format!("{:#}", resolve("hostnam = \"x\"\n", DaemonArgs::default()).unwrap_err());
+        let error =
+            format!("{:#}", resolve("hostnam = \"x\"\n", DaemonArgs::default()).unwrap_err());
         assert!(error.contains("daemon.toml") && error.contains("hostnam"), "{error}");
-        let missing = DaemonArgs { config: Some("/nonexistent.toml".into()), ..DaemonArgs::default() };
+        let missing =
+            DaemonArgs { config: Some("/nonexistent.toml".into()), ..DaemonArgs::default() };
         let error = format!("{:#}", Options::resolve(missing).unwrap_err());
         assert!(error.contains("/nonexistent.toml"), "{error}");
     }

@@ -34,7 +34,10 @@ impl RecordFile {
         let text = std::fs::read_to_string(&self.0)
             .with_context(|| format!("failed to read {}", self.0.display()))?;
         serde_json::from_str(&text).with_context(|| {
-            format!("{} is damaged: restore it from a backup, or leave the swarm and join again", self.0.display())
+            format!(
+                "{} is damaged: restore it from a backup, or leave the swarm and join again",
+                self.0.display()
+            )
         })
     }
 

@@ -15,7 +15,13 @@ use skep_worker::agent::Managers;
 const RETRY: Duration = Duration::from_secs(30);
 
 /// Runs for as long as the node is in its swarm.
-pub(super) async fn run(tls: Tls, files: Files, raft_key: RaftKey, managers: Managers, pool: ChannelPool) {
+pub(super) async fn run(
+    tls: Tls,
+    files: Files,
+    raft_key: RaftKey,
+    managers: Managers,
+    pool: ChannelPool,
+) {
     loop {
         let subject = tls.subject();
         let life = subject.not_after.since(subject.not_before);

@@ -263,7 +263,8 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     }
     for port in spec.ports().iter().filter(|port| port.publish_mode == Some(PublishMode::Host)) {
         let port = port.target_port;
-        warnings.push(format!("target port {port} is not published in host mode yet: only ingress is"));
+        warnings
+            .push(format!("target port {port} is not published in host mode yet: only ingress is"));
     }
     for port in
         spec.ports().iter().filter(|port| port.protocol.unwrap_or_default() != PortProtocol::Tcp)

@@ -38,7 +38,8 @@ pub(super) fn start(
     let (records, stream) = mpsc::channel(QUEUE_LENGTH);
     let (control, tasks) = (control.clone(), control.inner.tasks.clone());
     tasks.spawn("service logs", async move {
-        let wants = |task: &Task| services.contains(&task.service_id) || task_ids.contains(&task.id);
+        let wants =
+            |task: &Task| services.contains(&task.service_id) || task_ids.contains(&task.id);
         run(&control, &request, wants, &records).await;
     });
     Ok(ReceiverStream::new(stream))

@@ -34,10 +34,16 @@ fn find_id(state: &State, kind: Kind, reference: &str) -> Result<u128, Error> {
     if let Some(id) = state.id_by_name(kind, reference) {
         return Ok(id);
     }
-    let ambiguous = |matches| Error::Ambiguous { kind: kind_name(kind), reference: reference.to_owned(), matches };
+    let ambiguous = |matches| Error::Ambiguous {
+        kind: kind_name(kind),
+        reference: reference.to_owned(),
+        matches,
+    };
     let ids = ids(state, kind);
     let named: Vec<u128> = match kind {
-        Kind::Node => state.nodes().values().filter(|n| n.hostname() == reference).map(|n| n.id.0).collect(),
+        Kind::Node => {
+            state.nodes().values().filter(|n| n.hostname() == reference).map(|n| n.id.0).collect()
+        }
         Kind::Task => {
             let live = |task: &&std::sync::Arc<Task>| !task.status.state.is_terminal();
             let named = state.tasks().values().filter(|task| task.name() == reference);
@@ -107,7 +113,9 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
         }
         Object::Node(node) => {
             let ready = node.status.state == skep_common::object::NodeState::Ready;
-            if let Some(ManagerStatus { raft_id, leader, reachability, .. }) = &mut node.manager_status {
+            if let Some(ManagerStatus { raft_id, leader, reachability, .. }) =
+                &mut node.manager_status
+            {
                 *leader = facts.leader == Some(*raft_id);
                 let word = if ready || *leader { "reachable" } else { "unreachable" };
                 word.clone_into(reachability);
@@ -118,10 +126,13 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
         }
         _ => {}
     }
-    let value = serde_json::to_value(&object).expect("objects have string keys and no failing parts");
+    let value =
+        serde_json::to_value(&object).expect("objects have string keys and no failing parts");
     // `Object` is an enum with the kind as its only key.
     match value {
-        serde_json::Value::Object(map) => map.into_iter().next().map_or(serde_json::Value::Null, |(_, inner)| inner),
+        serde_json::Value::Object(map) => {
+            map.into_iter().next().map_or(serde_json::Value::Null, |(_, inner)| inner)
+        }
         other => other,
     }
 }

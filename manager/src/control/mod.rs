@@ -84,16 +84,17 @@ impl ControlService {
 
     async fn join_token(&self, request: JoinTokenRequest) -> Result<JoinTokenResponse, Error> {
         let state = self.read().await?;
-        let cluster = state.cluster().ok_or_else(|| Error::NotFound {
-            kind: "cluster",
-            reference: "default".into(),
-        })?;
+        let cluster = state
+            .cluster()
+            .ok_or_else(|| Error::NotFound { kind: "cluster", reference: "default".into() })?;
         let mut cluster = (**cluster).clone();
         let secret = match request.role.as_str() {
             "worker" => &mut cluster.join_tokens.worker,
             "manager" => &mut cluster.join_tokens.manager,
             other => {
-                return Err(Error::Invalid(format!("there is no role {other:?}: ask for worker or manager")));
+                return Err(Error::Invalid(format!(
+                    "there is no role {other:?}: ask for worker or manager"
+                )));
             }
         };
         if request.rotate {
@@ -104,7 +105,8 @@ impl ControlService {
             .map_err(|error| Error::Precondition(error.to_string()))?;
         if request.rotate {
             let expect = skep_manager_core::Expect::Version(cluster.meta.version);
-            self.write(vec![Action::Put { object: Object::Cluster(Box::new(cluster)), expect }]).await?;
+            self.write(vec![Action::Put { object: Object::Cluster(Box::new(cluster)), expect }])
+                .await?;
         }
         let token = JoinToken { root_digest, secret }.to_string();
         Ok(JoinTokenResponse { token, address: self.inner.address.clone() })
@@ -187,7 +189,8 @@ fn parse_id(kind: Kind, text: &str) -> Result<u128, Error> {
 }
 
 fn parse_json<'a, T: serde::Deserialize<'a>>(what: &str, json: &'a str) -> Result<T, Error> {
-    serde_json::from_str(json).map_err(|error| Error::Invalid(format!("the {what} is not valid: {error}")))
+    serde_json::from_str(json)
+        .map_err(|error| Error::Invalid(format!("the {what} is not valid: {error}")))
 }
 
 #[tonic::async_trait]
@@ -212,21 +215,33 @@ impl Control for ControlService {
         Ok(Response::new(watch::start(self, request.into_inner())?))
     }
 
-    async fn create_service(&self, request: Request<CreateServiceRequest>) -> Answer<CreateServiceResponse> {
+    async fn create_service(
+        &self,
+        request: Request<CreateServiceRequest>,
+    ) -> Answer<CreateServiceResponse> {
         let spec = parse_json("service spec", &request.into_inner().spec_json)?;
         Ok(Response::new(services::create(self, spec).await?))
     }
 
-    async fn update_service(&self, request: Request<UpdateServiceRequest>) -> Answer<UpdateServiceResponse> {
+    async fn update_service(
+        &self,
+        request: Request<UpdateServiceRequest>,
+    ) -> Answer<UpdateServiceResponse> {
         Ok(Response::new(services::update(self, request.into_inner()).await?))
     }
 
-    async fn remove_service(&self, request: Request<RemoveServiceRequest>) -> Answer<RemoveServiceResponse> {
+    async fn remove_service(
+        &self,
+        request: Request<RemoveServiceRequest>,
+    ) -> Answer<RemoveServiceResponse> {
         services::remove(self, &request.into_inner().id).await?;
         Ok(Response::new(RemoveServiceResponse {}))
     }
 
-    async fn service_logs(&self, request: Request<ServiceLogsRequest>) -> Answer<Self::ServiceLogsStream> {
+    async fn service_logs(
+        &self,
+        request: Request<ServiceLogsRequest>,
+    ) -> Answer<Self::ServiceLogsStream> {
         Ok(Response::new(logs::start(self, request.into_inner())?))
     }
 
@@ -244,11 +259,17 @@ impl Control for ControlService {
         Ok(Response::new(Self::join_token(self, request.into_inner()).await?))
     }
 
-    async fn deploy_stack(&self, request: Request<DeployStackRequest>) -> Answer<DeployStackResponse> {
+    async fn deploy_stack(
+        &self,
+        request: Request<DeployStackRequest>,
+    ) -> Answer<DeployStackResponse> {
         Ok(Response::new(stacks::deploy(self, request.into_inner()).await?))
     }
 
-    async fn remove_stack(&self, request: Request<RemoveStackRequest>) -> Answer<RemoveStackResponse> {
+    async fn remove_stack(
+        &self,
+        request: Request<RemoveStackRequest>,
+    ) -> Answer<RemoveStackResponse> {
         Ok(Response::new(stacks::remove(self, &request.into_inner().name).await?))
     }
 

@@ -9,7 +9,10 @@ use skep_proto::{RemoveNodeRequest, UpdateNodeRequest};
 use super::error::Error;
 use super::{ControlService, parse_id, parse_json};
 
-pub(super) async fn update(control: &ControlService, request: UpdateNodeRequest) -> Result<(), Error> {
+pub(super) async fn update(
+    control: &ControlService,
+    request: UpdateNodeRequest,
+) -> Result<(), Error> {
     let spec: NodeSpec = parse_json("node spec", &request.spec_json)?;
     let node_id = NodeId(parse_id(Kind::Node, &request.id)?);
     let state = control.read().await?;
@@ -25,7 +28,10 @@ pub(super) async fn update(control: &ControlService, request: UpdateNodeRequest)
     Ok(())
 }
 
-pub(super) async fn remove(control: &ControlService, request: RemoveNodeRequest) -> Result<(), Error> {
+pub(super) async fn remove(
+    control: &ControlService,
+    request: RemoveNodeRequest,
+) -> Result<(), Error> {
     let node_id = NodeId(parse_id(Kind::Node, &request.id)?);
     let state = control.read().await?;
     let not_found = || Error::NotFound { kind: "node", reference: request.id.clone() };
@@ -43,7 +49,9 @@ pub(super) async fn remove(control: &ControlService, request: RemoveNodeRequest)
         })?;
     }
     if node.status.state == NodeState::Ready && !request.force {
-        let why = format!("node {node_id} is not down and can't be removed: stop it first, or use --force");
+        let why = format!(
+            "node {node_id} is not down and can't be removed: stop it first, or use --force"
+        );
         return Err(Error::Precondition(why));
     }
     // Its tasks will never be heard of again: what they held is free from now on.

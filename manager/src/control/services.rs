@@ -23,7 +23,12 @@ pub(super) async fn create(
             // Two writers were given one dynamic port, or one name: the next view decides.
             Err(Error::Refused(Refusal::PortInUse { .. } | Refusal::OutOfSequence { .. })) => {}
             Err(error) => return Err(error),
-            Ok(_) => return Ok(CreateServiceResponse { id: id.to_string(), warnings: warnings(&state, &spec) }),
+            Ok(_) => {
+                return Ok(CreateServiceResponse {
+                    id: id.to_string(),
+                    warnings: warnings(&state, &spec),
+                });
+            }
         }
     }
 }

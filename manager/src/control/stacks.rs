@@ -15,16 +15,21 @@ pub(super) async fn deploy(
     let spec: StackSpec = parse_json("stack", &request.spec_json)?;
     let of_service = |service: &skep_common::spec::ServiceSpec| {
         let name = service.name.clone();
-        validate::warnings(service).into_iter().map(move |warning| format!("service {name}: {warning}"))
+        validate::warnings(service)
+            .into_iter()
+            .map(move |warning| format!("service {name}: {warning}"))
     };
     let warnings: Vec<String> = spec.services.iter().flat_map(of_service).collect();
     loop {
         let state = control.read().await?;
-        let deployment = stack::deploy(&state, spec.clone(), request.prune, clock::now(), &mut rand::rng())?;
+        let deployment =
+            stack::deploy(&state, spec.clone(), request.prune, clock::now(), &mut rand::rng())?;
         if !deployment.actions.is_empty() {
             match control.write(deployment.actions).await {
                 // Raced with another writer: what the file says does not depend on it.
-                Err(Error::Refused(Refusal::OutOfSequence { .. } | Refusal::PortInUse { .. })) => continue,
+                Err(Error::Refused(Refusal::OutOfSequence { .. } | Refusal::PortInUse { .. })) => {
+                    continue;
+                }
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
@@ -39,7 +44,10 @@ pub(super) async fn deploy(
     }
 }
 
-pub(super) async fn remove(control: &ControlService, name: &str) -> Result<RemoveStackResponse, Error> {
+pub(super) async fn remove(
+    control: &ControlService,
+    name: &str,
+) -> Result<RemoveStackResponse, Error> {
     loop {
         let state = control.read().await?;
         let (actions, removed) = stack::remove(&state, name)?;

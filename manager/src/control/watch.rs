@@ -75,7 +75,8 @@ async fn run(control: &ControlService, selection: &Selection, events: &Events) -
         };
         if commit.all_changed {
             let before = std::mem::take(&mut known);
-            send_all(control, selection, events, &commit.state, &mut known, EventAction::Changed).await?;
+            send_all(control, selection, events, &commit.state, &mut known, EventAction::Changed)
+                .await?;
             for (kind, id) in before.difference(&known).copied().collect::<Vec<_>>() {
                 send_removed(events, kind, id, &commit.state).await?;
             }

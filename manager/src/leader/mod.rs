@@ -164,9 +164,8 @@ impl Leader {
 
     fn wake_at(&self) -> Instant {
         let now = clock::now();
-        let until = |deadline: Option<Timestamp>| {
-            deadline.map(|at| clock::monotonic() + at.since(now))
-        };
+        let until =
+            |deadline: Option<Timestamp>| deadline.map(|at| clock::monotonic() + at.since(now));
         // While a command is in flight, a deadline that it may have dealt with must not make the loop spin.
         let own = if self.is_current() { until(self.deadline) } else { None };
         [own, until(self.drain.deadline())].into_iter().flatten().fold(self.next_tick, Instant::min)
@@ -183,7 +182,10 @@ impl Leader {
         }
         let late_by = now - self.next_tick;
         if late_by > TICK {
-            tracing::warn!(?late_by, "this manager is short of processor time; nodes are given as much more");
+            tracing::warn!(
+                ?late_by,
+                "this manager is short of processor time; nodes are given as much more"
+            );
             self.liveness.observe(Event::Tick { late_by });
         }
         self.next_tick = now + TICK;
@@ -367,7 +369,9 @@ impl Leader {
                 let connect = TcpStream::connect(&address);
                 let is_alive = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
                     Ok(Ok(_)) => true,
-                    Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => return,
+                    Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+                        return;
+                    }
                     Ok(Err(_)) | Err(_) => false,
                 };
                 let probed = Event::Probed { node_id, at: clock::now(), is_alive };

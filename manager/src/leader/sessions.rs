@@ -11,8 +11,8 @@ use skep_manager_core::endpoints::{self, Drain, Table};
 use skep_manager_core::{Action, Expect, State};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
-    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, MeshBackend, MeshPeer, MeshPort,
-    MeshPortKey, MeshUpdate, PortCondition, Welcome,
+    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, MeshBackend, MeshPeer,
+    MeshPort, MeshPortKey, MeshUpdate, PortCondition, Welcome,
 };
 use skep_runtime::identity::sign_grant;
 use tonic::Status;
@@ -83,15 +83,21 @@ impl Sessions {
             None
         };
         let (Some(node), Some(cluster)) = (state.node(node_id), state.cluster()) else {
-            return refuse(Status::permission_denied(format!("node {node_id} is no member of this swarm")));
+            return refuse(Status::permission_denied(format!(
+                "node {node_id} is no member of this swarm"
+            )));
         };
         let description: NodeDescription = match serde_json::from_str(&hello.description_json) {
             Ok(description) => description,
-            Err(error) => return refuse(Status::invalid_argument(format!("the node's description: {error}"))),
+            Err(error) => {
+                return refuse(Status::invalid_argument(format!("the node's description: {error}")));
+            }
         };
         let address = match hello.addr.parse::<std::net::SocketAddr>() {
             Ok(address) => address,
-            Err(error) => return refuse(Status::invalid_argument(format!("the node's address: {error}"))),
+            Err(error) => {
+                return refuse(Status::invalid_argument(format!("the node's address: {error}")));
+            }
         };
         let told_managers = manager_addresses(state);
         let welcome = Welcome {
@@ -161,12 +167,15 @@ impl Sessions {
         held_back: BTreeSet<TaskId>,
         now: Timestamp,
     ) {
-        for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>() {
+        for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>()
+        {
             self.mark(state.task(task_id).and_then(|task| task.node_id));
         }
         self.held_back = held_back;
         let (version, table) = drain.table();
-        let is_stale = |session: &Session| session.told_table.as_ref().is_none_or(|(told, _)| *told != version);
+        let is_stale = |session: &Session| {
+            session.told_table.as_ref().is_none_or(|(told, _)| *told != version)
+        };
         if !self.open.values().any(|session| session.is_dirty || is_stale(session)) {
             return;
         }
@@ -190,7 +199,9 @@ impl Sessions {
             session.is_dirty = false;
             let message = news(session, state, *node_id, set, (version, table), now);
             if let Some(assignments) = message {
-                permit.send(Ok(DispatcherMessage { message: Some(Message::Assignments(assignments)) }));
+                permit.send(Ok(DispatcherMessage {
+                    message: Some(Message::Assignments(assignments)),
+                }));
             }
         }
         // The reader of such a session reports its end as well; nothing is sent to it until then.
@@ -211,7 +222,11 @@ fn holdings(state: &State, node_id: NodeId, held: &[String]) -> Vec<Action> {
     }
     let wrong = digests.into_iter().filter_map(|(digest, is_known)| {
         let holds = held.iter().any(|held| held == digest);
-        (holds != is_known).then(|| Action::ImageHolder { digest: digest.to_owned(), node_id, holds })
+        (holds != is_known).then(|| Action::ImageHolder {
+            digest: digest.to_owned(),
+            node_id,
+            holds,
+        })
     });
     wrong.collect()
 }

@@ -44,7 +44,8 @@ impl HealthCheck {
             let given = [of(service), of(image)].into_iter().flatten().find(|nanos| nanos.0 > 0);
             given.map_or(default, Nanos::duration)
         };
-        let retries = [service.retries, image.retries].into_iter().flatten().find(|retries| *retries > 0);
+        let retries =
+            [service.retries, image.retries].into_iter().flatten().find(|retries| *retries > 0);
         Some(Self {
             argv,
             interval: duration(|c| c.interval, defaults::HEALTH_INTERVAL),
@@ -94,7 +95,12 @@ impl Counter {
 
     /// Takes the result of a check that ended `since_start` after the container's start, and returns the
     /// new health when this result changed it.
-    pub fn observe(&mut self, check: &HealthCheck, passed: bool, since_start: Duration) -> Option<Health> {
+    pub fn observe(
+        &mut self,
+        check: &HealthCheck,
+        passed: bool,
+        since_start: Duration,
+    ) -> Option<Health> {
         let before = self.health;
         if passed {
             self.failures = 0;
@@ -135,10 +141,12 @@ mod tests {
         let observed: String = results
             .chars()
             .zip(1..)
-            .map(|(result, second)| match counter.observe(&check, result == '+', Duration::from_secs(second)) {
-                None | Some(Health::Starting) => '.',
-                Some(Health::Healthy) => 'H',
-                Some(Health::Unhealthy) => 'U',
+            .map(|(result, second)| {
+                match counter.observe(&check, result == '+', Duration::from_secs(second)) {
+                    None | Some(Health::Starting) => '.',
+                    Some(Health::Healthy) => 'H',
+                    Some(Health::Unhealthy) => 'U',
+                }
             })
             .collect();
         assert_eq!(observed, expect);
@@ -175,7 +183,10 @@ mod tests {
         assert_eq!(resolved.timeout, Duration::from_secs(2));
         assert_eq!(resolved.retries, 1);
         assert_eq!(resolved.start_interval, defaults::HEALTH_START_INTERVAL);
-        assert_eq!(resolve(r#"{"Test": ["CMD-SHELL", "a | b"]}"#).unwrap().argv, ["/bin/sh", "-c", "a | b"]);
+        assert_eq!(
+            resolve(r#"{"Test": ["CMD-SHELL", "a | b"]}"#).unwrap().argv,
+            ["/bin/sh", "-c", "a | b"]
+        );
         assert_eq!(resolve(r#"{"Test": ["NONE"]}"#), None);
         assert_eq!(HealthCheck::resolve(None, None), None);
     }

@@ -85,7 +85,11 @@ async fn run(
                 // Not acknowledged: the leader goes on without this node after its wait.
                 let text = Chain(error.as_ref()).to_string();
                 if last_error.as_ref() != Some(&text) {
-                    tracing::error!(version = table.version, error = text, "failed to change the balancers");
+                    tracing::error!(
+                        version = table.version,
+                        error = text,
+                        "failed to change the balancers"
+                    );
                     last_error = Some(text);
                 }
             }

@@ -93,14 +93,18 @@ impl Images {
             let is_new = state.assigned.insert(digest.clone(), image).is_none();
             if is_new && !state.held.contains(&digest) {
                 let images = self.clone();
-                self.inner.tasks.spawn("fetch an image", async move { images.fetch_copy(digest).await });
+                self.inner
+                    .tasks
+                    .spawn("fetch an image", async move { images.fetch_copy(digest).await });
             }
         }
         for digest in removed {
             state.assigned.remove(digest);
             if state.held.remove(digest) {
                 let (images, digest) = (self.clone(), digest.clone());
-                self.inner.tasks.spawn("give up an image", async move { images.give_up(&digest).await });
+                self.inner
+                    .tasks
+                    .spawn("give up an image", async move { images.give_up(&digest).await });
             }
         }
     }
@@ -203,7 +207,8 @@ impl BlobSource for PeerSource {
     ) -> BoxFuture<'a, Result<BlobStream, SourceError>> {
         async move {
             let channel = self.pool.fresh(&holder.address, Peer::Node(holder.node_id));
-            let request = BlobRequest { digest: digest.to_string(), offset, grant: self.grant.clone() };
+            let request =
+                BlobRequest { digest: digest.to_string(), offset, grant: self.grant.clone() };
             let answer = PeerClient::new(channel).blob(request).await.map_err(said)?;
             let chunks = answer.into_inner().map_ok(|chunk| chunk.data).map_err(said);
             Ok(chunks.boxed() as BlobStream)

@@ -52,7 +52,9 @@ impl MeshState {
                 Some(port) => {
                     self.ports.insert((port.protocol, port.published), port);
                 }
-                None => tracing::warn!(?port, "ignoring a published port that this node cannot serve"),
+                None => {
+                    tracing::warn!(?port, "ignoring a published port that this node cannot serve")
+                }
             }
         }
         for key in update.removed_ports {
@@ -61,15 +63,19 @@ impl MeshState {
             });
         }
         // Whoever the leader has withdrawn as well need not be remembered.
-        let named: BTreeSet<&str> =
-            self.ports.values().flat_map(|port| port.backends.iter().map(|b| b.task_id.as_str())).collect();
+        let named: BTreeSet<&str> = self
+            .ports
+            .values()
+            .flat_map(|port| port.backends.iter().map(|b| b.task_id.as_str()))
+            .collect();
         self.dead.retain(|task_id| named.contains(task_id.as_str()));
     }
 
     /// Notes that a task of this node has ended; whether the table names it.
     pub(super) fn withdraw(&mut self, task_id: TaskId) -> bool {
         let task_id = task_id.to_string();
-        let names = |port: &PublishedPort| port.backends.iter().any(|backend| backend.task_id == task_id);
+        let names =
+            |port: &PublishedPort| port.backends.iter().any(|backend| backend.task_id == task_id);
         let is_named = self.ports.values().any(names);
         if is_named {
             self.dead.insert(task_id);
@@ -79,9 +85,13 @@ impl MeshState {
 
     /// The table for the kernel; `None` before the first welcome.
     pub(super) fn table(&self) -> Option<MeshTable> {
-        let peers = self.peers.iter().map(|(number, underlay)| Peer { number: *number, underlay: *underlay });
+        let peers = self
+            .peers
+            .iter()
+            .map(|(number, underlay)| Peer { number: *number, underlay: *underlay });
         let ports = self.ports.values().map(|port| {
-            let alive = port.backends.iter().filter(|backend| !self.dead.contains(&backend.task_id));
+            let alive =
+                port.backends.iter().filter(|backend| !self.dead.contains(&backend.task_id));
             PublishedPort { backends: alive.cloned().collect(), ..port.clone() }
         });
         Some(MeshTable {
@@ -146,7 +156,13 @@ mod tests {
         assert_eq!(state.table(), None);
         state.place(3, "10.192.0.0/10".parse().unwrap());
         let peers = vec![MeshPeer { number: 1, underlay: "10.77.0.1".into() }];
-        let whole = |ports| MeshUpdate { version: 1, whole: true, peers: peers.clone(), ports, ..MeshUpdate::default() };
+        let whole = |ports| MeshUpdate {
+            version: 1,
+            whole: true,
+            peers: peers.clone(),
+            ports,
+            ..MeshUpdate::default()
+        };
         state.update(whole(vec![port(80, &[1, 2]), port(81, &[3])]));
         assert_eq!(backends(&state, 80), ["10.192.4.1", "10.192.4.2"]);
         assert!(state.withdraw(TaskId(1)));
@@ -154,11 +170,27 @@ mod tests {
         assert_eq!(backends(&state, 80), ["10.192.4.2"]);
         let removed = vec![MeshPortKey { protocol: "tcp".into(), published: 81 }];
         state.update(MeshUpdate { version: 2, removed_ports: removed, ..MeshUpdate::default() });
-        assert_eq!(backends(&state, 80), ["10.192.4.2"], "an unrelated update does not revive the dead");
+        assert_eq!(
+            backends(&state, 80),
+            ["10.192.4.2"],
+            "an unrelated update does not revive the dead"
+        );
         assert_eq!(backends(&state, 81), Vec::<String>::new());
-        state.update(MeshUpdate { version: 3, ports: vec![port(80, &[2])], ..MeshUpdate::default() });
-        state.update(MeshUpdate { version: 4, ports: vec![port(80, &[1, 2])], ..MeshUpdate::default() });
-        assert_eq!(backends(&state, 80), ["10.192.4.1", "10.192.4.2"], "a withdrawn task is forgotten");
+        state.update(MeshUpdate {
+            version: 3,
+            ports: vec![port(80, &[2])],
+            ..MeshUpdate::default()
+        });
+        state.update(MeshUpdate {
+            version: 4,
+            ports: vec![port(80, &[1, 2])],
+            ..MeshUpdate::default()
+        });
+        assert_eq!(
+            backends(&state, 80),
+            ["10.192.4.1", "10.192.4.2"],
+            "a withdrawn task is forgotten"
+        );
         assert_eq!(state.table().unwrap().version, 4);
     }
 }

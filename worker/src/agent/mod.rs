@@ -116,7 +116,8 @@ impl Agent {
     pub async fn start(options: AgentOptions) -> Result<(), StartError> {
         let store = TaskStore::open(&options.tasks_dir)?;
         let remembered = store.load()?;
-        let mut found: BTreeMap<TaskId, Found> = options.executor.find().await?.into_iter().collect();
+        let mut found: BTreeMap<TaskId, Found> =
+            options.executor.find().await?.into_iter().collect();
         let (reports, reported) = mpsc::channel(QUEUE_LENGTH);
         let (applied, balancer_events) = mpsc::channel(QUEUE_LENGTH);
         let (fetched, image_events) = mpsc::channel(QUEUE_LENGTH);
@@ -240,12 +241,17 @@ impl Agent {
     fn apply(&mut self, assignments: Assignments) -> Result<(), String> {
         let is_whole = assignments.applies_to == 0;
         if !is_whole && assignments.applies_to != self.sequence {
-            return Err(format!("assignments for set {}, this is {}", assignments.applies_to, self.sequence));
+            return Err(format!(
+                "assignments for set {}, this is {}",
+                assignments.applies_to, self.sequence
+            ));
         }
         let tasks: Vec<Task> = assignments
             .task_jsons
             .iter()
-            .map(|json| serde_json::from_str(json).map_err(|error| format!("an unreadable task: {error}")))
+            .map(|json| {
+                serde_json::from_str(json).map_err(|error| format!("an unreadable task: {error}"))
+            })
             .collect::<Result<_, _>>()?;
         let removed: Vec<TaskId> = assignments
             .removed_tasks
@@ -268,7 +274,8 @@ impl Agent {
             self.remove(task_id);
         }
         if is_whole {
-            let unnamed: Vec<TaskId> = self.held.keys().filter(|id| !named.contains(id)).copied().collect();
+            let unnamed: Vec<TaskId> =
+                self.held.keys().filter(|id| !named.contains(id)).copied().collect();
             for task_id in unnamed {
                 self.remove(task_id);
             }
@@ -301,9 +308,14 @@ impl Agent {
 
     fn run_task(&mut self, record: Remembered, found: Option<Found>) {
         let task_id = record.task.id;
-        let (sender, assigned) = watch::channel(Assigned { task: Arc::new(record.task), removed: record.removed });
-        let runner =
-            Runner::new(assigned, Arc::clone(&self.executor), self.reports.clone(), record.status.clone());
+        let (sender, assigned) =
+            watch::channel(Assigned { task: Arc::new(record.task), removed: record.removed });
+        let runner = Runner::new(
+            assigned,
+            Arc::clone(&self.executor),
+            self.reports.clone(),
+            record.status.clone(),
+        );
         self.held.insert(task_id, Held { assigned: sender, status: record.status });
         self.tasks.spawn("task", runner.run(found));
     }
@@ -331,8 +343,10 @@ impl Agent {
     }
 
     fn handle_applied(&mut self, applied: Applied) {
-        self.unsent_mesh =
-            Some(skep_proto::MeshApplied { version: applied.version, conditions: applied.conditions });
+        self.unsent_mesh = Some(skep_proto::MeshApplied {
+            version: applied.version,
+            conditions: applied.conditions,
+        });
     }
 
     fn remember(&self, task_id: TaskId) {
@@ -395,7 +409,8 @@ fn hello_maker(
     addr: String,
     images: Option<Images>,
 ) -> impl Fn() -> Hello + Send + 'static {
-    let description_json = serde_json::to_string(&description).expect("a description has no failing parts");
+    let description_json =
+        serde_json::to_string(&description).expect("a description has no failing parts");
     move || Hello {
         description_json: description_json.clone(),
         addr: addr.clone(),

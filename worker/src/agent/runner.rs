@@ -139,13 +139,15 @@ impl Runner {
         }
         self.report(TaskState::Ready, "prepared").await;
         let may_go_on = |assigned: &Assigned| assigned.may_start() || assigned.is_ending();
-        let is_ending = self.assigned.wait_for(may_go_on).await.is_ok_and(|assigned| assigned.is_ending());
+        let is_ending =
+            self.assigned.wait_for(may_go_on).await.is_ok_and(|assigned| assigned.is_ending());
         if is_ending {
             return Err(Ending::new(TaskState::Shutdown, "shutdown"));
         }
         self.report(TaskState::Starting, "starting").await;
         let container = executor.start(&task).await;
-        let container = container.map_err(|error| Ending::error(TaskState::Failed, "starting", error))?;
+        let container =
+            container.map_err(|error| Ending::error(TaskState::Failed, "starting", error))?;
         self.status.container_status = Some(container);
         Ok(clock::monotonic())
     }
@@ -198,7 +200,11 @@ impl Runner {
         }
     }
 
-    async fn stop(&self, task: &Task, exit: std::pin::Pin<&mut (impl Future<Output = Exit> + Send)>) -> Ending {
+    async fn stop(
+        &self,
+        task: &Task,
+        exit: std::pin::Pin<&mut (impl Future<Output = Exit> + Send)>,
+    ) -> Ending {
         if let Err(error) = self.executor.stop(task).await {
             tracing::warn!(task.id = %self.task_id, %error, "failed to stop a container");
         }
@@ -215,10 +221,14 @@ impl Runner {
             Exit { error: Some(error), .. } => (TaskState::Failed, "lost", error.clone()),
             _ if is_wanted => (TaskState::Shutdown, "shutdown", String::new()),
             Exit { code: 0, .. } => (TaskState::Complete, "finished", String::new()),
-            Exit { code, oom_killed: true, .. } => {
-                (TaskState::Failed, "started", format!("task: non-zero exit ({code}): out of memory"))
+            Exit { code, oom_killed: true, .. } => (
+                TaskState::Failed,
+                "started",
+                format!("task: non-zero exit ({code}): out of memory"),
+            ),
+            Exit { code, .. } => {
+                (TaskState::Failed, "started", format!("task: non-zero exit ({code})"))
             }
-            Exit { code, .. } => (TaskState::Failed, "started", format!("task: non-zero exit ({code})")),
         };
         Ending { err, exit: Some(exit), ..Ending::new(state, message) }
     }
@@ -298,6 +308,7 @@ impl Monitor {
 
     /// A container that was found running has been started long ago.
     fn since_start(&self) -> Duration {
-        self.started.map_or(Duration::MAX, |started| clock::monotonic().saturating_duration_since(started))
+        self.started
+            .map_or(Duration::MAX, |started| clock::monotonic().saturating_duration_since(started))
     }
 }

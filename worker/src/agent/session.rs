@@ -55,7 +55,8 @@ impl Managers {
 
     fn replace(&self, managers: Vec<String>) {
         let mut known = self.known.lock().expect(NOT_POISONED);
-        if managers.is_empty() || managers.iter().collect::<BTreeSet<_>>() == known.iter().collect() {
+        if managers.is_empty() || managers.iter().collect::<BTreeSet<_>>() == known.iter().collect()
+        {
             return;
         }
         *known = managers;
@@ -140,9 +141,9 @@ async fn attempt(
     let opening = async {
         let mut stream = client.session(ReceiverStream::new(outgoing)).await?.into_inner();
         match stream.next().await {
-            Some(Ok(skep_proto::DispatcherMessage { message: Some(Message::Welcome(welcome)) })) => {
-                Ok((welcome, stream))
-            }
+            Some(Ok(skep_proto::DispatcherMessage {
+                message: Some(Message::Welcome(welcome)),
+            })) => Ok((welcome, stream)),
             Some(Err(status)) => Err(status),
             _ => Err(Status::internal("the dispatcher did not begin with a welcome")),
         }
@@ -151,7 +152,8 @@ async fn attempt(
         Ok(Ok(opened)) => opened,
         Ok(Err(status)) => {
             tracing::debug!(manager = address, error = status.message(), "no session");
-            let named = status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
+            let named =
+                status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
             return named.map_or(Ended::Failed, |leader| Ended::Redirected(leader.to_owned()));
         }
         Err(_) => return Ended::Failed,
@@ -209,7 +211,8 @@ impl Heartbeats {
                         () = token.cancelled() => return,
                         _ = interval.tick() => {}
                     }
-                    let mut request = tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
+                    let mut request =
+                        tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
                     request.set_timeout(period);
                     if let Err(status) = client.heartbeat(request).await {
                         tracing::debug!(error = status.message(), "a heartbeat failed");

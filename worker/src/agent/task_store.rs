@@ -71,7 +71,8 @@ impl TaskStore {
     pub fn store(&self, remembered: &Remembered) -> Result<(), Error> {
         let path = self.path(remembered.task.id);
         let beside = path.with_extension("tmp");
-        let bytes = serde_json::to_vec(remembered).expect("a record has string keys and no failing parts");
+        let bytes =
+            serde_json::to_vec(remembered).expect("a record has string keys and no failing parts");
         std::fs::write(&beside, bytes).map_err(|source| error("write", &beside, source))?;
         std::fs::rename(&beside, &path).map_err(|source| error("write", &path, source))
     }
@@ -80,7 +81,9 @@ impl TaskStore {
     pub fn erase(&self, task_id: TaskId) -> Result<(), Error> {
         let path = self.path(task_id);
         match std::fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(error("remove", &path, source)),
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(error("remove", &path, source))
+            }
             _ => Ok(()),
         }
     }

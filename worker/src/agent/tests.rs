@@ -11,8 +11,8 @@ use skep_proto::agent_message::Message as FromAgent;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::dispatcher_server::{Dispatcher, DispatcherServer};
 use skep_proto::{
-    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, RegisterImageRequest,
-    RegisterImageResponse, Welcome,
+    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse,
+    RegisterImageRequest, RegisterImageResponse, Welcome,
 };
 use skep_runtime::identity::{Authority, Credentials, Csr};
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
@@ -108,7 +108,9 @@ impl Executor for Puppets {
     }
 
     async fn find(&self) -> Result<Vec<(TaskId, Found)>, Error> {
-        let found = |id: &TaskId| (*id, Found::Started(ContainerStatus { pid: 7, ..ContainerStatus::default() }));
+        let found = |id: &TaskId| {
+            (*id, Found::Started(ContainerStatus { pid: 7, ..ContainerStatus::default() }))
+        };
         Ok(self.found.iter().map(found).collect())
     }
 }
@@ -154,7 +156,9 @@ impl Session {
             loop {
                 let message = self.from_agent.next().await.expect("the session is open").unwrap();
                 let Some(FromAgent::Report(report)) = message.message else { continue };
-                for report in report.tasks.iter().filter(|report| report.task_id == task_id.to_string()) {
+                for report in
+                    report.tasks.iter().filter(|report| report.task_id == task_id.to_string())
+                {
                     let status: TaskStatus = serde_json::from_str(&report.status_json).unwrap();
                     assert!(status.state >= last, "{} after {last}", status.state);
                     last = status.state;
@@ -170,7 +174,8 @@ impl Session {
 
 #[derive(Debug)]
 struct FakeLeader {
-    sessions: mpsc::Sender<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
+    sessions:
+        mpsc::Sender<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
 }
 
 #[tonic::async_trait]
@@ -182,11 +187,17 @@ impl Dispatcher for FakeLeader {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let (to_agent, stream) = mpsc::channel(16);
-        self.sessions.send((to_agent, request.into_inner())).await.map_err(|_| Status::unavailable("over"))?;
+        self.sessions
+            .send((to_agent, request.into_inner()))
+            .await
+            .map_err(|_| Status::unavailable("over"))?;
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn heartbeat(&self, _: Request<HeartbeatRequest>) -> Result<Response<HeartbeatResponse>, Status> {
+    async fn heartbeat(
+        &self,
+        _: Request<HeartbeatRequest>,
+    ) -> Result<Response<HeartbeatResponse>, Status> {
         Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000 }))
     }
 
@@ -200,7 +211,8 @@ impl Dispatcher for FakeLeader {
 
 /// A leader on a real port, and an agent that looks for it.
 struct Stage {
-    sessions: mpsc::Receiver<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
+    sessions:
+        mpsc::Receiver<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
     puppets: Arc<Puppets>,
     tasks: TaskSet,
     pool: ChannelPool,
@@ -223,8 +235,12 @@ impl Stage {
         let routes = Routes::new(DispatcherServer::new(FakeLeader { sessions: sender }));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
-        let (tls, serving) = (Tls::new(credentials(NodeId(1), NodeRole::Manager)).unwrap(), tasks.clone());
-        tasks.spawn("leader", async move { serve_tls(listener, tls, routes, &serving).await.unwrap() });
+        let (tls, serving) =
+            (Tls::new(credentials(NodeId(1), NodeRole::Manager)).unwrap(), tasks.clone());
+        tasks.spawn(
+            "leader",
+            async move { serve_tls(listener, tls, routes, &serving).await.unwrap() },
+        );
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let stage = Self { sessions, puppets: Arc::new(puppets), tasks, pool, address, directory };
@@ -388,7 +404,8 @@ async fn a_restarted_agent_goes_on_with_the_containers_it_finds() {
     again.tasks = TaskSet::new();
     let puppets = Arc::new(Puppets { found: vec![TaskId(1), TaskId(9)], ..Puppets::default() });
     std::fs::remove_dir_all(again.directory.path().join("tasks")).unwrap();
-    std::fs::rename(stage.directory.path().join("tasks"), again.directory.path().join("tasks")).unwrap();
+    std::fs::rename(stage.directory.path().join("tasks"), again.directory.path().join("tasks"))
+        .unwrap();
     again.start_agent(&again.tasks, Arc::clone(&puppets) as Arc<dyn Executor>).await;
     let erased = async {
         while !puppets.calls().contains(&"remove 9".to_owned()) {

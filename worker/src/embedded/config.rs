@@ -49,7 +49,14 @@ pub(super) fn container(
         working_dir: image.working_dir.clone(),
         stop_signal: image.stop_signal.clone().unwrap_or_default(),
     };
-    Ok(ContainerConfig { id: task.id.to_string(), layers, image, container: input, etc_hosts, etc_resolv_conf })
+    Ok(ContainerConfig {
+        id: task.id.to_string(),
+        layers,
+        image,
+        container: input,
+        etc_hosts,
+        etc_resolv_conf,
+    })
 }
 
 /// Replaces templates where Swarm does: host name and environment.
@@ -109,7 +116,8 @@ fn swarm_labels(task: &Task, facts: &NodeFacts) -> BTreeMap<String, String> {
 fn resolv_conf(first: &str, second: &str) -> String {
     let is_resolver = |line: &str| line.trim_start().starts_with("nameserver");
     let is_reachable = |line: &&str| {
-        let address = line.split_whitespace().nth(1).and_then(|text| text.parse::<std::net::IpAddr>().ok());
+        let address =
+            line.split_whitespace().nth(1).and_then(|text| text.parse::<std::net::IpAddr>().ok());
         !is_resolver(line) || address.is_some_and(|address| !address.is_loopback())
     };
     let filtered = |text: &str| {
@@ -120,7 +128,8 @@ fn resolv_conf(first: &str, second: &str) -> String {
 }
 
 fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> String {
-    let mut text = String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
+    let mut text =
+        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
     for line in spec.hosts.iter().flatten() {
         text.push_str(line);
         text.push('\n');

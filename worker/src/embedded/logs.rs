@@ -24,8 +24,10 @@ impl TaskLogs for Embedded {
             follow: request.follow,
             ..LogOptions::default()
         };
-        let unreadable = |error: crate::container::Error| Status::not_found(Chain(&error).to_string());
-        let mut reader = self.inner.containers.logs(&task_id.to_string(), options).await.map_err(unreadable)?;
+        let unreadable =
+            |error: crate::container::Error| Status::not_found(Chain(&error).to_string());
+        let mut reader =
+            self.inner.containers.logs(&task_id.to_string(), options).await.map_err(unreadable)?;
         loop {
             let next = tokio::select! {
                 next = reader.next() => next,

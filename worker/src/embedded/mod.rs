@@ -11,9 +11,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use skep_common::limits::defaults;
 use skep_common::object::ContainerStatus;
 use skep_common::spec::{HealthConfig, Nanos};
-use skep_common::limits::defaults;
 use skep_common::{NodeId, Task, TaskId};
 use skep_worker_core::health::HealthCheck;
 use skep_worker_core::image::{Digest, Healthcheck, ImageConfig};
@@ -51,8 +51,15 @@ struct Inner {
 
 impl Embedded {
     /// Composes the parts.
-    pub fn new(containers: ContainerRuntime, images: Images, uplink: Uplink, facts: NodeFacts) -> Self {
-        Self { inner: Arc::new(Inner { containers, images, uplink, facts, created: Mutex::default() }) }
+    pub fn new(
+        containers: ContainerRuntime,
+        images: Images,
+        uplink: Uplink,
+        facts: NodeFacts,
+    ) -> Self {
+        Self {
+            inner: Arc::new(Inner { containers, images, uplink, facts, created: Mutex::default() }),
+        }
     }
 
     fn created(&self) -> MutexGuard<'_, BTreeMap<TaskId, i32>> {
@@ -75,7 +82,8 @@ impl Executor for Embedded {
         // Left over from a daemon that was killed in the middle.
         self.remove(task.id).await?;
         let config = config::container(task, &image, layers, &self.inner.facts)?;
-        let created = self.inner.containers.create(&config).await.map_err(|error| Error::of(&error))?;
+        let created =
+            self.inner.containers.create(&config).await.map_err(|error| Error::of(&error))?;
         self.created().insert(task.id, created.pid);
         Ok(())
     }
@@ -98,7 +106,12 @@ impl Executor for Embedded {
         Ok(HealthCheck::resolve(spec.and_then(|spec| spec.healthcheck.as_ref()), of_image.as_ref()))
     }
 
-    async fn run_check(&self, task_id: TaskId, argv: &[String], timeout: Duration) -> (bool, String) {
+    async fn run_check(
+        &self,
+        task_id: TaskId,
+        argv: &[String],
+        timeout: Duration,
+    ) -> (bool, String) {
         match self.inner.containers.exec(&task_id.to_string(), argv, &[], timeout).await {
             Ok(outcome) if outcome.is_timed_out => {
                 (false, format!("health check exceeded timeout ({timeout:?})"))
@@ -110,7 +123,9 @@ impl Executor for Embedded {
 
     async fn wait(&self, task_id: TaskId) -> Exit {
         let exit = match self.inner.containers.wait(&task_id.to_string()).await {
-            Ok(ExitStatus { exit_code, oom_killed, .. }) => Exit { code: exit_code, oom_killed, error: None },
+            Ok(ExitStatus { exit_code, oom_killed, .. }) => {
+                Exit { code: exit_code, oom_killed, error: None }
+            }
             Err(error) => Exit { code: -1, oom_killed: false, error: Some(Error::of(&error).0) },
         };
         // The address may be given to another task from now on.
@@ -124,7 +139,8 @@ impl Executor for Embedded {
         let spec = task.spec.container_spec.as_ref();
         let grace = spec.and_then(|spec| spec.stop_grace_period).map(Nanos::duration);
         let grace = grace.unwrap_or(defaults::STOP_GRACE_PERIOD);
-        let of_spec = spec.and_then(|spec| spec.stop_signal.clone()).filter(|signal| !signal.is_empty());
+        let of_spec =
+            spec.and_then(|spec| spec.stop_signal.clone()).filter(|signal| !signal.is_empty());
         let name = match of_spec {
             Some(name) => Some(name),
             None => self.image_config(task).await.ok().and_then(|(_, image)| image.stop_signal),
@@ -151,7 +167,8 @@ impl Executor for Embedded {
                 AdoptedState::Running { pid, .. } => pid,
                 AdoptedState::Exited(_) | AdoptedState::Lost => 0,
             };
-            let status = ContainerStatus { container_id: container.id, pid, ..ContainerStatus::default() };
+            let status =
+                ContainerStatus { container_id: container.id, pid, ..ContainerStatus::default() };
             Some((task_id, Found::Started(status)))
         });
         Ok(with_task.collect())

@@ -39,10 +39,18 @@ impl Uplink {
     }
 
     /// Connects a container, once the mesh is there.
-    pub(super) async fn attach(&self, task_id: TaskId, pid: i32, address: Ipv4Addr) -> Result<(), Error> {
+    pub(super) async fn attach(
+        &self,
+        task_id: TaskId,
+        pid: i32,
+        address: Ipv4Addr,
+    ) -> Result<(), Error> {
         let mut started = self.started.subscribe();
         let mesh = started.wait_for(Option::is_some).await;
-        let mesh = mesh.ok().and_then(|mesh| mesh.clone()).ok_or_else(|| Error("the mesh has ended".into()))?;
+        let mesh = mesh
+            .ok()
+            .and_then(|mesh| mesh.clone())
+            .ok_or_else(|| Error("the mesh has ended".into()))?;
         let pid = pid.cast_unsigned();
         mesh.attach(&task_id.to_string(), pid, address).await.map_err(|error| Error::of(&error))
     }
@@ -51,7 +59,9 @@ impl Uplink {
     pub(super) async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
         let mesh = self.started.borrow().clone();
         match mesh {
-            Some(mesh) => mesh.detach(&task_id.to_string()).await.map_err(|error| Error::of(&error)),
+            Some(mesh) => {
+                mesh.detach(&task_id.to_string()).await.map_err(|error| Error::of(&error))
+            }
             None => Ok(()),
         }
     }

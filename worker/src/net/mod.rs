@@ -20,5 +20,5 @@ pub mod sysctl;
 pub mod thread;
 
 pub use error::Error;
-pub use probe::probe;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};
+pub use probe::probe;

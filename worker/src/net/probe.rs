@@ -1,7 +1,9 @@
 //! What the routing mesh needs of a kernel, found by trying in a network namespace of its own.
 
 use netlink_packet_route::RouteNetlinkMessage;
-use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage,
+};
 use nix::sched::{CloneFlags, unshare};
 
 use super::Error;
@@ -29,15 +31,21 @@ pub fn probe() -> Result<Vec<String>, Error> {
         let mut message = LinkMessage::default();
         let mut info = vec![LinkInfo::Kind(kind)];
         info.extend(data.map(LinkInfo::Data));
-        message.attributes = vec![LinkAttribute::IfName("probe".into()), LinkAttribute::LinkInfo(info)];
-        let made = channel.change("make an interface", Mode::Create, RouteNetlinkMessage::NewLink(message));
+        message.attributes =
+            vec![LinkAttribute::IfName("probe".into()), LinkAttribute::LinkInfo(info)];
+        let made = channel.change(
+            "make an interface",
+            Mode::Create,
+            RouteNetlinkMessage::NewLink(message),
+        );
         match made {
             Ok(()) => {
                 if let Some(link) = channel.link("probe")? {
                     channel.delete_link("probe", link.index)?;
                 }
             }
-            Err(error) => missing.push(format!("this kernel has no {what}, which the routing mesh needs: {error}")),
+            Err(error) => missing
+                .push(format!("this kernel has no {what}, which the routing mesh needs: {error}")),
         }
     }
     if let Err(error) = probe_nftables() {
