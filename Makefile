@@ -25,8 +25,12 @@ fix:
 	deploy/with-rust.sh cargo clippy --workspace --all-targets --fix --allow-dirty --allow-staged
 	deploy/with-rust.sh cargo fmt --all
 
-bench:
-	deploy/with-rust.sh cargo bench --workspace --benches
+# Measures the release binary in labs against the targets of docs/benchmarks.md; never a test.
+# `make bench SCENARIO="failover mesh"` chooses, QUICK=1 measures less.
+bench: release
+	deploy/with-rust.sh cargo build --package skep-cluster-tests --bin skep-bench
+	SKEP_BINARY="$(CURDIR)/target/skep" deploy/as-root.sh \
+	  "$${CARGO_TARGET_DIR:-target}/debug/skep-bench" $(if $(QUICK),--quick) $(SCENARIO)
 
 # The one binary, without shared libraries: target/skep. Its flags are its own, so that the development
 # build is left as it is.

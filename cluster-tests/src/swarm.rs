@@ -20,7 +20,7 @@ use crate::wait::wait_until;
 /// The image that [`Lab::import_whoami`] stores.
 pub const WHOAMI: &str = "whoami:latest";
 /// The variables that make whoami's answers, and its processes, say whose task it is.
-pub const WHOAMI_ENVIRONMENT: [&str; 4] = [
+const WHOAMI_ENVIRONMENT: [&str; 4] = [
     "SERVICE_NAME={{.Service.Name}}",
     "TASK_SLOT={{.Task.Slot}}",
     "NODE_HOSTNAME={{.Node.Hostname}}",

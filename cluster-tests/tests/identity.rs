@@ -3,8 +3,6 @@
 //! Two swarms live on one network here, so that nothing but their identities keeps them apart. Which
 //! caller may use which method is a table of its own, tested where it stands.
 
-#![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
-
 use skep_cluster_tests::{Lab, LabOptions, is_root_or_skip};
 
 const NO_MANAGER: &str = "Error response from daemon: This node is not a swarm manager. Worker \

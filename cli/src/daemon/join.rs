@@ -226,9 +226,7 @@ impl Entering<'_> {
             node.serve(options).await.map_err(|error| failed(&error))?;
             let result = become_member(&node).await?;
             if record.raft_id.is_some() {
-                let stored = file
-                    .load()
-                    .and_then(|stored| file.store(&NodeRecord { is_voter: true, ..stored }));
+                let stored = file.update(|record| record.is_voter = true);
                 stored.map_err(|error| failed(&error))?;
             }
             Ok(result)

@@ -64,7 +64,7 @@ impl Machine {
                 .join(&managers)
                 .await
                 .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-            file.store(&super::record::NodeRecord { is_voter: true, ..file.load()? })?;
+            file.update(|record| record.is_voter = true)?;
         }
         Ok(())
     }

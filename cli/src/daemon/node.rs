@@ -170,9 +170,7 @@ fn remember_managers(options: &Options, record: &NodeRecord, managers: &Managers
     tasks.spawn("remember managers", async move {
         while changes.changed().await.is_ok() {
             let managers = changes.borrow_and_update().clone();
-            // Read again: the manager's own part may have been written meanwhile.
-            let stored =
-                file.load().and_then(|stored| file.store(&NodeRecord { managers, ..stored }));
+            let stored = file.update(|record| record.managers = managers);
             if let Err(error) = stored {
                 tracing::warn!(error = format!("{error:#}"), "failed to write down the managers");
             }

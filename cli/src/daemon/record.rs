@@ -1,6 +1,7 @@
 //! What a daemon must know to resume its part in the swarm, beside its certificate: `node.json`.
 
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ pub(super) struct NodeRecord {
     /// Whether it is a voter already: a manager that stopped in the middle of joining asks again.
     pub(super) is_voter: bool,
 }
+
+static UPDATING: Mutex<()> = Mutex::new(());
 
 /// The file in a data directory.
 #[derive(Debug, Clone)]
@@ -50,6 +53,14 @@ impl RecordFile {
             .with_context(|| format!("failed to write {}", self.0.display()))
     }
 
+    /// Changes the stored record. Several tasks of the daemon do: one at a time.
+    pub(super) fn update(&self, change: impl FnOnce(&mut NodeRecord)) -> Result<()> {
+        let _one_at_a_time = UPDATING.lock().expect("nothing panics while it changes the record");
+        let mut record = self.load()?;
+        change(&mut record);
+        self.store(&record)
+    }
+
     pub(super) fn remove(&self) -> Result<()> {
         match std::fs::remove_file(&self.0) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -57,5 +68,26 @@ impl RecordFile {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn changes_from_several_threads_are_all_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = RecordFile::in_data_dir(directory.path());
+        file.store(&NodeRecord::default()).unwrap();
+        std::thread::scope(|scope| {
+            for number in 0..8 {
+                let file = &file;
+                scope.spawn(move || {
+                    file.update(|record| record.managers.push(format!("10.0.0.{number}:2377"))).unwrap();
+                });
+            }
+        });
+        assert_eq!(file.load().unwrap().managers.len(), 8);
     }
 }

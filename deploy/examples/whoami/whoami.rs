@@ -21,8 +21,9 @@
 //! The first process of a container ignores every signal that it has no handler for, and the
 //! standard library has no way to install one. So `signal` of the C library is declared here. The
 //! handler writes one byte into a socket pair, which a handler may do. A thread that waits for the
-//! byte then closes new connections, waits until the running requests are answered, for at most
-//! five seconds, and exits with 0. SIGINT does the same.
+//! byte then waits until the running requests are answered and none came for a moment, for at most
+//! five seconds, and exits with 0: a task is taken out of the balancers before it gets the signal,
+//! so what still arrives was on its way, and is answered. SIGINT does the same.
 
 use std::env;
 use std::fs;
@@ -34,11 +35,14 @@ use std::process;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::{Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PORT_DEFAULT: u16 = 8080;
 /// How long running requests may take after SIGTERM.
 const DRAIN_MAX: Duration = Duration::from_secs(5);
+/// How long all must be answered before the exit: connections that were on their way to this task
+/// when it was taken out of the balancers still arrive, and are answered.
+const DRAIN_QUIET: Duration = Duration::from_millis(200);
 /// How long a connection may be idle: longer than the proxies in front of it keep theirs.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 const HEALTHCHECK_MAX: Duration = Duration::from_secs(2);
@@ -116,12 +120,10 @@ fn serve(port: u16) {
     println!("listening on port {port}");
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
-        if IS_DRAINING.load(Ordering::SeqCst) {
-            continue; // Dropped, and thereby closed.
-        }
+        let first = Running::begin();
         let serve = move || {
             // A client that goes away in the middle is not worth a message.
-            let _ = serve_connection(&stream);
+            let _ = serve_connection(&stream, first);
         };
         let spawned = thread::Builder::new().stack_size(STACK_LEN).spawn(serve);
         if let Err(error) = spawned {
@@ -155,19 +157,35 @@ fn handle_signals() -> io::Result<()> {
 fn drain_and_exit() -> ! {
     IS_DRAINING.store(true, Ordering::SeqCst);
     let running = RUNNING.lock().expect("no thread panics with the lock held");
-    let (running, _) = IDLE
-        .wait_timeout_while(running, DRAIN_MAX, |running| *running > 0)
-        .expect("no thread panics with the lock held");
+    let deadline = Instant::now() + DRAIN_MAX;
+    let mut running = running;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        (running, _) = IDLE
+            .wait_timeout_while(running, left, |running| *running > 0)
+            .expect("no thread panics with the lock held");
+        let left = deadline.saturating_duration_since(Instant::now());
+        let wait = DRAIN_QUIET.min(left);
+        let quiet;
+        (running, quiet) = IDLE
+            .wait_timeout_while(running, wait, |running| *running == 0)
+            .expect("no thread panics with the lock held");
+        if quiet.timed_out() || left.is_zero() {
+            break;
+        }
+    }
     println!("exiting with {} requests unanswered", *running);
     process::exit(0);
 }
 
-/// Counts a request as running from when it was read until it was answered.
+/// Counts a request as running from when it was read, or its connection accepted, until it was
+/// answered.
 struct Running;
 
 impl Running {
     fn begin() -> Self {
         *RUNNING.lock().expect("no thread panics with the lock held") += 1;
+        IDLE.notify_all();
         Running
     }
 }
@@ -188,13 +206,15 @@ struct Request {
     has_chunked_body: bool,
 }
 
-fn serve_connection(stream: &TcpStream) -> io::Result<()> {
+/// `first` counts a new connection as a request from when it was accepted.
+fn serve_connection(stream: &TcpStream, first: Running) -> io::Result<()> {
+    let mut first = Some(first);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(IDLE_MAX))?;
     let client = stream.peer_addr()?.to_string();
     let mut reader = BufReader::new(stream);
     while let Some(request) = read_request(&mut reader)? {
-        let _running = Running::begin();
+        let _running = first.take().unwrap_or_else(Running::begin);
         let mut out = stream;
         if request.has_chunked_body || request.body_len > BODY_LEN_MAX {
             let body = "a body must have a Content-Length of at most 64 MiB\n";

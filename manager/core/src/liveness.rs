@@ -87,6 +87,8 @@ pub struct Verdict {
 struct Watch {
     /// Silent from then on.
     silent_at: Timestamp,
+    /// The newest heartbeat: an older one, told again, is no sign of life.
+    last_beat: Timestamp,
     has_session: bool,
     /// Whether this leader has heard from it at all.
     is_known: bool,
@@ -101,6 +103,7 @@ impl Watch {
     fn new(now: Timestamp) -> Self {
         Self {
             silent_at: now.after(NODE_DOWN_AFTER),
+            last_beat: Timestamp(i64::MIN),
             has_session: false,
             is_known: false,
             n_failed_probes: 0,
@@ -142,7 +145,13 @@ impl Liveness {
     /// Takes note of what was seen.
     pub fn observe(&mut self, event: Event) {
         match event {
-            Event::Beat { node_id, at } => self.watch(node_id, at).see(at),
+            Event::Beat { node_id, at } => {
+                let watch = self.watch(node_id, at);
+                if at > watch.last_beat {
+                    watch.last_beat = at;
+                    watch.see(at);
+                }
+            }
             Event::SessionOpened { node_id, at } => {
                 let watch = self.watch(node_id, at);
                 watch.see(at);
@@ -314,6 +323,24 @@ mod tests {
     }
 
     const ONE: NodeId = NodeId(1);
+
+    #[test]
+    fn a_heartbeat_that_is_told_again_and_again_keeps_nobody_alive() {
+        let mut play = Play::new("1 2 3 4");
+        let old = [Event::Beat { node_id: ONE, at: NOW }, Event::Beat { node_id: NodeId(2), at: NOW }];
+        let at = |millis| NOW.after(Duration::from_millis(millis));
+        let mut words = Vec::new();
+        for second in 1..=20 {
+            let mut events = old.to_vec();
+            for node_id in [NodeId(3), NodeId(4)] {
+                events.push(Event::Beat { node_id, at: at(second * 1000) });
+            }
+            words.push(play.at(second * 1000, &events));
+        }
+        assert!(words[2].contains("1=disconnected") && words[2].contains("2=disconnected"), "{words:?}");
+        let down: Vec<&String> = words.iter().filter(|words| words.contains("1=down, 2=down")).collect();
+        assert_eq!(down.len(), 1, "{words:?}");
+    }
 
     #[test]
     fn a_silent_node_is_down_after_three_seconds_and_ready_with_its_next_session() {

@@ -300,7 +300,9 @@ impl Consensus {
             (Some(obstacle), _) => StopReason::Unapplicable(obstacle.clone()),
             (None, Some(Fatal::StorageError(error))) => StopReason::Storage(error.to_string()),
             (None, Some(Fatal::Panicked)) => StopReason::Storage("Raft panicked".to_owned()),
-            (None, Some(Fatal::Stopped) | None) => StopReason::Shutdown,
+            (None, Some(Fatal::Stopped)) => StopReason::Shutdown,
+            (None, None) if self.inner.tasks.token().is_cancelled() => StopReason::Shutdown,
+            (None, None) => StopReason::Storage("Raft ended unexpectedly, see the log".to_owned()),
         }
     }
 

@@ -120,6 +120,9 @@ impl Options {
             enable_pre_vote: Some(true),
             // A manager that restarts stands for election: its term names one run of its loops.
             enable_leader_restore: Some(false),
+            // A manager whose torn tail was cut lacks entries that the leader saw there: it gets them
+            // again. Without this the leader would panic.
+            allow_log_reversion: Some(true),
             ..Config::default()
         };
         config.validate().map_err(|error| StartError::Timing(error.to_string()))

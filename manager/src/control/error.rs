@@ -34,10 +34,10 @@ pub enum Error {
     #[error("{0}")]
     Precondition(String),
     /// The core refused the request about a service.
-    #[error("{0}")]
+    #[error(transparent)]
     Service(#[from] service::Error),
     /// The core refused the request about a stack.
-    #[error("{0}")]
+    #[error(transparent)]
     Stack(#[from] stack::Error),
     /// The store refused the write.
     #[error("{0}")]

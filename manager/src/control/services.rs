@@ -23,11 +23,9 @@ pub(super) async fn create(
             // Two writers were given one dynamic port, or one name: the next view decides.
             Err(Error::Refused(Refusal::PortInUse { .. } | Refusal::OutOfSequence { .. })) => {}
             Err(error) => return Err(error),
-            Ok(_) => {
-                return Ok(CreateServiceResponse {
-                    id: id.to_string(),
-                    warnings: warnings(&state, &spec),
-                });
+            Ok(version) => {
+                let (id, version) = (id.to_string(), version.index);
+                return Ok(CreateServiceResponse { id, version, warnings: warnings(&state, &spec) });
             }
         }
     }
@@ -37,20 +35,38 @@ pub(super) async fn update(
     control: &ControlService,
     request: UpdateServiceRequest,
 ) -> Result<UpdateServiceResponse, Error> {
-    let state = control.read().await?;
-    let service = find(&state, &request.id)?;
     let version = Version { index: request.version };
+    let (state, service) = view(control, &request.id, version).await?;
     if request.rollback {
         let action = service::rollback(&state, &service, version, clock::now())?;
-        control.write(vec![action]).await?;
-        return Ok(UpdateServiceResponse::default());
+        let version = control.write(vec![action]).await?.index;
+        return Ok(UpdateServiceResponse { version, ..UpdateServiceResponse::default() });
     }
     let spec: ServiceSpec = parse_json("service spec", &request.spec_json)?;
     let action = service::update(&state, &service, version, spec.clone())?;
-    if let Some(action) = action {
-        control.write(vec![action]).await?;
+    let version = match action {
+        Some(action) => control.write(vec![action]).await?,
+        None => version,
+    };
+    Ok(UpdateServiceResponse { warnings: warnings(&state, &spec), version: version.index })
+}
+
+/// A view with the service at the version that the caller names. This manager's own will do where it
+/// has that version: the write is refused if there is a newer one.
+async fn view(
+    control: &ControlService,
+    id: &str,
+    version: Version,
+) -> Result<(State, Arc<Service>), Error> {
+    let own = control.inner.consensus.state();
+    if let Ok(service) = find(&own, id)
+        && service.meta.version == version
+    {
+        return Ok((own, service));
     }
-    Ok(UpdateServiceResponse { warnings: warnings(&state, &spec) })
+    let state = control.read().await?;
+    let service = find(&state, id)?;
+    Ok((state, service))
 }
 
 pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Error> {

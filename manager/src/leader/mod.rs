@@ -295,6 +295,7 @@ impl Leader {
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;
         if self.queued.is_empty() {
+            verdict.actions.iter().for_each(log_transition);
             self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
         }
         let mut carried = Carried::default();
@@ -386,6 +387,15 @@ impl Leader {
         self.drain.update(&self.state, &self.not_in_balancer, now);
         let held_back = self.drain.held_back(&self.state, now);
         self.sessions.dispatch(&self.state, &self.drain, held_back, now);
+    }
+}
+
+/// A node's state is a fact of the cluster that operators look for.
+fn log_transition(action: &Action) {
+    if let Action::Put { object: skep_common::Object::Node(node), .. } = action {
+        let state = node.status.state.name();
+        let (hostname, message) = (node.hostname(), node.status.message.as_str());
+        tracing::info!(node.id = %node.id, hostname, state, message, "a node's state changes");
     }
 }
 

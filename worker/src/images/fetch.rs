@@ -286,7 +286,12 @@ impl Fetch<'_> {
             let Some(fault) = fault else {
                 return self.publish(writer, digest, guard).await;
             };
-            tracing::debug!(image = %self.image, blob = %digest, %holder, %fault, "holder skipped");
+            // Silence and refusals are the network's; wrong bytes are a disk that somebody must look at.
+            if fault.is_lie() {
+                tracing::warn!(image = %self.image, blob = %digest, %holder, %fault, "holder skipped");
+            } else {
+                tracing::debug!(image = %self.image, blob = %digest, %holder, %fault, "holder skipped");
+            }
             self.suspects.lock().unwrap_or_else(PoisonError::into_inner).insert(nth_holder);
             failures.push((holder.clone(), fault));
         }

@@ -189,7 +189,7 @@ impl Control for Served {
     ) -> Answer<CreateServiceResponse> {
         self.ask(json!({"create": spec(&request.into_inner().spec_json)}));
         let id = "asv0000000000000000000000".to_owned();
-        Ok(Response::new(CreateServiceResponse { id, warnings: Vec::new() }))
+        Ok(Response::new(CreateServiceResponse { id, ..CreateServiceResponse::default() }))
     }
 
     async fn update_service(
@@ -208,7 +208,10 @@ impl Control for Served {
             }
         }
         self.ask(json!({"update": request.id, "version": request.version, "spec": spec}));
-        Ok(Response::new(UpdateServiceResponse { warnings: vec!["watch out".into()] }))
+        Ok(Response::new(UpdateServiceResponse {
+            warnings: vec!["watch out".into()],
+            ..UpdateServiceResponse::default()
+        }))
     }
 
     async fn remove_service(

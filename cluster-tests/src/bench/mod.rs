@@ -1,0 +1,87 @@
+//! The scenarios, and what they have in common.
+//!
+//! Each starts a lab of its own, and prints every round as it was measured and a summary against the
+//! target. Clocks start before the command that causes what is measured, so that the client's own
+//! time counts as well.
+
+mod cut;
+mod failover;
+mod figures;
+mod mesh;
+mod saturation;
+mod start;
+mod usage;
+
+use std::fs;
+
+use skep_cluster_tests::{Lab, LabOptions, skep_binary};
+
+/// A measurement that can be asked for by name.
+pub(crate) struct Scenario {
+    /// What it is asked for by.
+    pub(crate) name: &'static str,
+    /// What it measures.
+    pub(crate) what: &'static str,
+    /// Measures and prints; the argument says whether fewer and shorter rounds are enough.
+    pub(crate) run: fn(bool),
+}
+
+/// All scenarios, in the order in which they run.
+pub(crate) const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "failover",
+        what: "the leader dies: how long until another manager acknowledges a write",
+        run: failover::run,
+    },
+    Scenario {
+        name: "saturation",
+        what: "every core is busy with other work: does the leader stay",
+        run: saturation::run,
+    },
+    Scenario {
+        name: "cut",
+        what: "a worker's cable is pulled: how long until its tasks run elsewhere",
+        run: cut::run,
+    },
+    Scenario {
+        name: "start",
+        what: "60 replicas over five nodes: how long until all run, and what it takes of memory",
+        run: start::run,
+    },
+    Scenario {
+        name: "mesh",
+        what: "requests through the routing mesh, beside a direct connection and HAProxy",
+        run: mesh::run,
+    },
+];
+
+/// Prints what figures depend on.
+pub(crate) fn describe_machine() {
+    let version = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let binary = skep_binary();
+    let size = fs::metadata(&binary).map(|metadata| metadata.len()).unwrap_or_default();
+    println!(
+        "{} cores, Linux {}, load average {}",
+        n_cores(),
+        version.trim(),
+        figures::load_average()
+    );
+    println!("skep: {} ({:.1} MiB)", binary.display(), bytes_as_mib(size));
+    println!(
+        "load: the machine's load average over one minute when a figure was taken. Figures that were"
+    );
+    println!("taken beside other work say little about the swarm.");
+}
+
+fn n_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn start_lab(managers: u8, workers: u8) -> Lab {
+    Lab::start(LabOptions { managers, workers, ..LabOptions::default() })
+}
+
+/// A size for people.
+fn bytes_as_mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}

@@ -1,0 +1,64 @@
+//! What a lab takes of memory and processor time, as the kernel accounts it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use skep_cluster_tests::Lab;
+
+use super::bytes_as_mib;
+use super::figures::Samples;
+
+/// The daemons of a lab's nodes, by their directories in `/proc`.
+pub(crate) fn daemons(lab: &Lab) -> Vec<PathBuf> {
+    processes(lab, "daemon")
+}
+
+/// The shims of a lab's containers, by their directories in `/proc`.
+pub(crate) fn shims(lab: &Lab) -> Vec<PathBuf> {
+    processes(lab, "shim")
+}
+
+/// Adds the proportional set size of each process; one that has ended meanwhile has none.
+pub(crate) fn measure(processes: &[PathBuf], samples: &mut Samples) {
+    for bytes in processes.iter().filter_map(|process| proportional_set_size(process)) {
+        samples.add(bytes_as_mib(bytes));
+    }
+}
+
+/// The processor time that a lab's nodes took since it began, with what has ended meanwhile; none
+/// where the kernel does not account it.
+pub(crate) fn processor_time(lab: &Lab) -> Option<Duration> {
+    let read = |path: String| fs::read_to_string(path).ok();
+    let name = lab.name();
+    // One hierarchy per controller first: a unified one beside those may account nothing.
+    let nanoseconds = read(format!("/sys/fs/cgroup/cpuacct/skep-lab/{name}/cpuacct.usage"))
+        .or_else(|| read(format!("/sys/fs/cgroup/cpu,cpuacct/skep-lab/{name}/cpuacct.usage")));
+    if let Some(text) = nanoseconds {
+        return text.trim().parse().ok().map(Duration::from_nanos);
+    }
+    let stat = read(format!("/sys/fs/cgroup/skep-lab/{name}/cpu.stat"))?;
+    let usage = stat.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
+    usage.parse().ok().map(Duration::from_micros)
+}
+
+/// Processes of a lab that run `skep COMMAND`; their cgroup says which lab they belong to.
+fn processes(lab: &Lab, command: &str) -> Vec<PathBuf> {
+    let cgroup = format!("/skep-lab/{}/", lab.name());
+    let is_one = |dir: &PathBuf| {
+        let Ok(line) = fs::read(dir.join("cmdline")) else { return false };
+        let mut words = line.split(|byte| *byte == 0);
+        let is_command = words.nth(1).is_some_and(|word| word == command.as_bytes());
+        let in_lab = || fs::read_to_string(dir.join("cgroup")).is_ok_and(|c| c.contains(&cgroup));
+        is_command && in_lab()
+    };
+    let entries = fs::read_dir("/proc").expect("/proc is there").flatten();
+    entries.map(|entry| entry.path()).filter(is_one).collect()
+}
+
+fn proportional_set_size(process: &Path) -> Option<u64> {
+    let text = fs::read_to_string(process.join("smaps_rollup")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
+}
