@@ -99,7 +99,8 @@ impl Lane<'_> {
 
     /// Makes the service, or takes up the one that an earlier run made.
     async fn create(&self) -> Result<Service> {
-        let spec_json = serde_json::to_string(&spec(&self.name)).context("a spec has no failing parts")?;
+        let spec_json =
+            serde_json::to_string(&spec(&self.name)).context("a spec has no failing parts")?;
         self.patiently(|| async {
             let request = CreateServiceRequest { spec_json: spec_json.clone() };
             match self.client.control().create_service(request).await {
@@ -169,7 +170,9 @@ impl Lane<'_> {
             }
         };
         let answer = tokio::time::timeout(PATIENCE, asking).await;
-        Ok(answer.with_context(|| format!("{}: no answer within {PATIENCE:?}", self.name))?.map_err(Refusal)?)
+        Ok(answer
+            .with_context(|| format!("{}: no answer within {PATIENCE:?}", self.name))?
+            .map_err(Refusal)?)
     }
 }
 

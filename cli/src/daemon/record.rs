@@ -84,7 +84,8 @@ mod tests {
             for number in 0..8 {
                 let file = &file;
                 scope.spawn(move || {
-                    file.update(|record| record.managers.push(format!("10.0.0.{number}:2377"))).unwrap();
+                    file.update(|record| record.managers.push(format!("10.0.0.{number}:2377")))
+                        .unwrap();
                 });
             }
         });

@@ -51,7 +51,7 @@ pub(crate) fn run(is_quick: bool) {
         println!("not measured: wrk is not installed (apt-get install wrk haproxy)");
         return;
     }
-    let (n_rounds, seconds) = if is_quick { (5, "1s") } else { (9, "3s") };
+    let (n_rounds, seconds) = if is_quick { (5, "1s") } else { (15, "2s") };
     let lab = start_lab(1, 1);
     lab.import_whoami();
     let published = format!("{PORT}:8080");

@@ -5,10 +5,12 @@ use skep_runtime::clock::monotonic;
 
 use super::figures::{Samples, Target, Unit, load_average};
 use super::start_lab;
-use super::usage::{daemons, measure, processor_time, shims};
+use super::usage::{daemons, memory, processor_time, shims};
 
 const N_REPLICAS: usize = 60;
-const N_NODES: usize = 5;
+const MANAGERS: [&str; 3] = ["n1", "n2", "n3"];
+const WORKERS: [&str; 2] = ["n4", "n5"];
+const N_NODES: usize = MANAGERS.len() + WORKERS.len();
 const ALL_RUN: Target = Target::AtMost(2.5);
 const DAEMON: Target = Target::AtMost(30.0);
 const SHIM: Target = Target::AtMost(3.0);
@@ -21,8 +23,7 @@ pub(crate) fn run(is_quick: bool) {
     create(&lab, "warm", N_NODES);
     wait_until_running(&lab, "warm", N_NODES);
     remove(&lab, "warm");
-    let mut idle = Samples::new(Unit::Mebibytes);
-    measure(&daemons(&lab), &mut idle);
+    let before = [&MANAGERS[..], &WORKERS].map(|nodes| memory(&daemons(&lab, nodes)));
 
     let mut started_in = Samples::new(Unit::Seconds);
     let mut work = Samples::new(Unit::Seconds);
@@ -45,20 +46,22 @@ pub(crate) fn run(is_quick: bool) {
             work.add(after.saturating_sub(before).as_secs_f64());
         }
         if round == n_rounds {
-            measure(&shims(&lab), &mut shim);
+            shim = memory(&shims(&lab));
         }
         remove(&lab, &service);
     }
-    let mut after = Samples::new(Unit::Mebibytes);
-    measure(&daemons(&lab), &mut after);
+    let after = [&MANAGERS[..], &WORKERS].map(|nodes| memory(&daemons(&lab, nodes)));
 
     started_in.report("from `service create` until all run", Some(ALL_RUN));
     work.report("processor time of all nodes meanwhile", None);
     println!("memory is PSS: what processes share is divided among them");
-    idle.report("an idle daemon before", Some(DAEMON));
-    idle.report_worst("an idle daemon before", DAEMON);
-    after.report("an idle daemon afterwards", Some(DAEMON));
-    after.report_worst("an idle daemon afterwards", DAEMON);
+    for (when, [managers, workers]) in [("before", before), ("afterwards", after)] {
+        for (role, samples) in [("manager", managers), ("worker", workers)] {
+            let what = format!("an idle {role}'s daemon {when}");
+            samples.report(&what, Some(DAEMON));
+            samples.report_worst(&what, DAEMON);
+        }
+    }
     shim.report("a shim", Some(SHIM));
     shim.report_worst("a shim", SHIM);
     println!("not measured: five Docker Engines as the peer");

@@ -7,11 +7,17 @@ use std::time::Duration;
 use skep_cluster_tests::Lab;
 
 use super::bytes_as_mib;
-use super::figures::Samples;
+use super::figures::{Samples, Unit};
 
-/// The daemons of a lab's nodes, by their directories in `/proc`.
-pub(crate) fn daemons(lab: &Lab) -> Vec<PathBuf> {
-    processes(lab, "daemon")
+/// The daemons of some nodes of a lab, by their directories in `/proc`.
+pub(crate) fn daemons(lab: &Lab, nodes: &[&str]) -> Vec<PathBuf> {
+    let is_of_node = |dir: &PathBuf| {
+        let line = fs::read(dir.join("cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|byte| *byte == 0).collect();
+        let is_named = |node: &&str| words.contains(&node.as_bytes());
+        words.contains(&&b"--hostname"[..]) && nodes.iter().any(is_named)
+    };
+    processes(lab, "daemon").into_iter().filter(is_of_node).collect()
 }
 
 /// The shims of a lab's containers, by their directories in `/proc`.
@@ -19,11 +25,13 @@ pub(crate) fn shims(lab: &Lab) -> Vec<PathBuf> {
     processes(lab, "shim")
 }
 
-/// Adds the proportional set size of each process; one that has ended meanwhile has none.
-pub(crate) fn measure(processes: &[PathBuf], samples: &mut Samples) {
+/// The proportional set size of each process; one that has ended meanwhile has none.
+pub(crate) fn memory(processes: &[PathBuf]) -> Samples {
+    let mut samples = Samples::new(Unit::Mebibytes);
     for bytes in processes.iter().filter_map(|process| proportional_set_size(process)) {
         samples.add(bytes_as_mib(bytes));
     }
+    samples
 }
 
 /// The processor time that a lab's nodes took since it began, with what has ended meanwhile; none

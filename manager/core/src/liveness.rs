@@ -327,7 +327,8 @@ mod tests {
     #[test]
     fn a_heartbeat_that_is_told_again_and_again_keeps_nobody_alive() {
         let mut play = Play::new("1 2 3 4");
-        let old = [Event::Beat { node_id: ONE, at: NOW }, Event::Beat { node_id: NodeId(2), at: NOW }];
+        let old =
+            [Event::Beat { node_id: ONE, at: NOW }, Event::Beat { node_id: NodeId(2), at: NOW }];
         let at = |millis| NOW.after(Duration::from_millis(millis));
         let mut words = Vec::new();
         for second in 1..=20 {
@@ -337,8 +338,12 @@ mod tests {
             }
             words.push(play.at(second * 1000, &events));
         }
-        assert!(words[2].contains("1=disconnected") && words[2].contains("2=disconnected"), "{words:?}");
-        let down: Vec<&String> = words.iter().filter(|words| words.contains("1=down, 2=down")).collect();
+        assert!(
+            words[2].contains("1=disconnected") && words[2].contains("2=disconnected"),
+            "{words:?}"
+        );
+        let down: Vec<&String> =
+            words.iter().filter(|words| words.contains("1=down, 2=down")).collect();
         assert_eq!(down.len(), 1, "{words:?}");
     }
 

@@ -25,7 +25,11 @@ pub(super) async fn create(
             Err(error) => return Err(error),
             Ok(version) => {
                 let (id, version) = (id.to_string(), version.index);
-                return Ok(CreateServiceResponse { id, version, warnings: warnings(&state, &spec) });
+                return Ok(CreateServiceResponse {
+                    id,
+                    version,
+                    warnings: warnings(&state, &spec),
+                });
             }
         }
     }

@@ -90,7 +90,9 @@ impl Sessions {
         let description: NodeDescription = match serde_json::from_str(&hello.description_json) {
             Ok(description) => description,
             Err(error) => {
-                return refuse(Status::invalid_argument(format!("the node's description: {error}")));
+                return refuse(Status::invalid_argument(format!(
+                    "the node's description: {error}"
+                )));
             }
         };
         let address = match hello.addr.parse::<std::net::SocketAddr>() {
