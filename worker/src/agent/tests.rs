@@ -115,6 +115,9 @@ impl Executor for Puppets {
     }
 }
 
+/// Both ends of a session that an agent opened.
+type Opened = (mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>);
+
 /// One session, from the leader's side.
 struct Session {
     to_agent: mpsc::Sender<Result<DispatcherMessage, Status>>,
@@ -174,8 +177,7 @@ impl Session {
 
 #[derive(Debug)]
 struct FakeLeader {
-    sessions:
-        mpsc::Sender<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
+    sessions: mpsc::Sender<Opened>,
 }
 
 #[tonic::async_trait]
@@ -211,8 +213,7 @@ impl Dispatcher for FakeLeader {
 
 /// A leader on a real port, and an agent that looks for it.
 struct Stage {
-    sessions:
-        mpsc::Receiver<(mpsc::Sender<Result<DispatcherMessage, Status>>, Streaming<AgentMessage>)>,
+    sessions: mpsc::Receiver<Opened>,
     puppets: Arc<Puppets>,
     tasks: TaskSet,
     pool: ChannelPool,
