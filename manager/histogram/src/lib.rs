@@ -155,7 +155,6 @@ impl<T> AsciiChart<T> {
     }
 
     /// The chart with one more histogram.
-    #[expect(clippy::should_implement_trait, reason = "openraft calls it by this name")]
     #[must_use]
     pub fn add(mut self, name: &str, histogram: Histogram<T>) -> Self {
         self.series.push((name.to_owned(), histogram));
