@@ -44,7 +44,7 @@ pub struct TaskRow {
     pub node: String,
     /// Such as `Running`.
     pub desired_state: String,
-    /// Such as `Running 5 seconds ago`.
+    /// Such as `Running`, without its age: two looks at an unchanged task are equal.
     pub current_state: String,
     /// Why it waits or failed; in quotes where there is one.
     pub error: String,
@@ -73,7 +73,11 @@ impl Node<'_> {
         if !output.status.success() {
             return Err(output);
         }
-        let parse = |row| serde_json::from_value(row).expect("a row has these columns");
+        let parse = |row| {
+            let mut row: TaskRow = serde_json::from_value(row).expect("a row has these columns");
+            row.current_state = row.state().to_owned();
+            row
+        };
         Ok(output.json_lines().into_iter().map(parse).collect())
     }
 

@@ -183,17 +183,14 @@ pub fn manager_addresses(state: &State) -> Vec<String> {
     state.nodes().values().filter_map(status).collect()
 }
 
-/// Makes a node with a manager's certificate a voter, and notes it in its object.
+/// Notes in a node's object that it is a manager, and makes it a voter. In this order, so that `node rm`
+/// can undo a join that ended halfway.
 pub(crate) async fn add_manager(
     consensus: &Consensus,
     node_id: NodeId,
     raft_id: u64,
     addr: &str,
 ) -> Result<(), Status> {
-    consensus
-        .add_manager(raft_id, addr)
-        .await
-        .map_err(|error| Status::unavailable(Chain(&error).to_string()))?;
     let status = ManagerStatus { raft_id, addr: addr.to_owned(), ..ManagerStatus::default() };
     loop {
         let state =
@@ -202,15 +199,20 @@ pub(crate) async fn add_manager(
             || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
         let mut node = (**state.node(node_id).ok_or_else(gone)?).clone();
         if node.manager_status.as_ref() == Some(&status) {
-            return Ok(());
+            break;
         }
         node.manager_status = Some(status.clone());
         let expect = Expect::Version(node.meta.version);
         match commit(consensus, Object::Node(Box::new(node)), expect).await {
             Err(status) if status.code() == tonic::Code::Aborted => {} // The node has just been written.
-            other => return other,
+            Err(status) => return Err(status),
+            Ok(()) => break,
         }
     }
+    consensus
+        .add_manager(raft_id, addr)
+        .await
+        .map_err(|error| Status::unavailable(Chain(&error).to_string()))
 }
 
 async fn commit(consensus: &Consensus, object: Object, expect: Expect) -> Result<(), Status> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
-use skep_common::limits::MESSAGE_BYTES_MAX;
+use skep_common::limits::{ANONYMOUS_MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX};
 use skep_common::object::{Cluster, JoinTokens, ManagerStatus, Network};
 use skep_common::spec::{Availability, NetworkSpec, NodeRole, SwarmSpec};
 use skep_common::{ClusterId, Meta, NetworkId, NodeId, Object};
@@ -151,7 +151,10 @@ impl Manager {
             RaftService::new(consensus(), self.options.node_id, self.options.hostname.clone());
         let dispatcher = DispatcherService::new(self.door.clone(), consensus(), self.tasks.clone());
         routes
-            .add_service(CaServer::new(CaService::new(consensus())))
+            .add_service(
+                CaServer::new(CaService::new(consensus()))
+                    .max_decoding_message_size(ANONYMOUS_MESSAGE_BYTES_MAX),
+            )
             .add_service(
                 RaftServer::new(raft)
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)

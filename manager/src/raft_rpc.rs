@@ -211,7 +211,8 @@ pub async fn ask_to_add(
     let mut last = Status::unavailable("no manager is known");
     for address in addresses {
         let mut request = Request::new(AddManagerRequest { raft_id, addr: addr.to_owned() });
-        request.set_timeout(6 * RPC_DEADLINE); // It ends when this node has caught up.
+        // It ends when this node has caught up: later than the leader gives up.
+        request.set_timeout(9 * RPC_DEADLINE);
         match RaftClient::new(pool.channel(address, Peer::Manager)).add_manager(request).await {
             Ok(_) => return Ok(()),
             Err(status) => last = status,

@@ -24,6 +24,8 @@ use super::machine::Machine;
 use super::node::{Node, Parts};
 use super::record::{NodeRecord, RecordFile};
 
+/// Shorter lives would be renewed all the time. Docker's minimum.
+const CERTIFICATE_LIFE_MIN: std::time::Duration = std::time::Duration::from_secs(3600);
 const DEFAULT_INGRESS_POOL: &str = "10.192.0.0/10";
 
 fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
@@ -61,6 +63,10 @@ pub(super) async fn init(
             Status::invalid_argument(format!("the swarm spec is not valid: {error}"))
         })?,
     };
+    let expiry = spec.ca_config.as_ref().and_then(|config| config.node_cert_expiry);
+    if expiry.is_some_and(|expiry| expiry.duration() < CERTIFICATE_LIFE_MIN) {
+        return Err(Status::invalid_argument("minimum certificate expiry time must be 1h0m0s"));
+    }
     let pool =
         if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
     let ingress_pool = pool.parse().map_err(|_| {

@@ -80,6 +80,8 @@ type InFlight = BoxFuture<'static, Result<Outcome, propose::Error>>;
 struct Carried {
     statuses: BTreeMap<TaskId, TaskStatus>,
     is_plan: bool,
+    /// What was queued: facts without a precondition, told until they are stored.
+    queued: Vec<Action>,
 }
 
 struct Leader {
@@ -295,11 +297,17 @@ impl Leader {
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;
         if self.queued.is_empty() {
+            // Decided anew at each pass, until it is so.
+            let described = self.sessions.descriptions(&self.state);
+            self.queued.extend(described.into_iter().map(|action| vec![action]));
+        }
+        if self.queued.is_empty() {
             verdict.actions.iter().for_each(log_transition);
             self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
         }
         let mut carried = Carried::default();
         let mut actions = self.queued.pop_front().unwrap_or_default();
+        carried.queued.clone_from(&actions);
         if actions.is_empty() {
             // A pass over images and tasks, worth it only when one of them may have lost its last use.
             let is_sweep_due = self.dirty.images || !self.dirty.services.is_empty();
@@ -354,6 +362,8 @@ impl Leader {
         if carried.is_plan {
             self.dirty = Dirty::all();
         }
+        let is_fact = |action: &Action| matches!(action, Action::ImageHolder { .. });
+        self.queue(carried.queued.into_iter().filter(is_fact).collect());
         for (task_id, status) in carried.statuses {
             self.reported.entry(task_id).or_insert(status); // A newer one counts.
         }

@@ -16,9 +16,13 @@ use skep_proto::{
 };
 use skep_runtime::identity::sign_grant;
 use tonic::Status;
+use tonic::metadata::MetadataValue;
 
 use crate::dispatcher::ToAgent;
 use crate::join::manager_addresses;
+
+/// Tells a node that it was removed.
+const REMOVED_METADATA: &str = "skep-removed";
 
 /// One node's session.
 #[derive(Debug)]
@@ -30,6 +34,8 @@ struct Session {
     told_managers: Vec<String>,
     conditions: Vec<PortCondition>,
     is_dirty: bool,
+    description: NodeDescription,
+    address: std::net::SocketAddr,
 }
 
 /// All sessions of this leader.
@@ -83,9 +89,10 @@ impl Sessions {
             None
         };
         let (Some(node), Some(cluster)) = (state.node(node_id), state.cluster()) else {
-            return refuse(Status::permission_denied(format!(
-                "node {node_id} is no member of this swarm"
-            )));
+            let mut status =
+                Status::permission_denied(format!("node {node_id} is no member of this swarm"));
+            status.metadata_mut().insert(REMOVED_METADATA, MetadataValue::from_static("true"));
+            return refuse(status);
         };
         let description: NodeDescription = match serde_json::from_str(&hello.description_json) {
             Ok(description) => description,
@@ -122,19 +129,26 @@ impl Sessions {
             told_managers,
             conditions: Vec::new(),
             is_dirty: true,
+            description,
+            address,
         };
         self.open.insert(node_id, session);
-        let mut actions = Vec::new();
-        let mut changed = (**node).clone();
-        changed.description = Some(description);
-        changed.status.addr = address.ip().to_string();
-        changed.status.port = address.port();
-        if changed != **node {
+        Some(holdings(state, node_id, &hello.image_digests))
+    }
+
+    /// What nodes with a session say of themselves, where the store has something else.
+    pub(super) fn descriptions(&self, state: &State) -> Vec<Action> {
+        let wrong = self.open.iter().filter_map(|(node_id, session)| {
+            let node = state.node(*node_id)?;
+            let mut changed = (**node).clone();
+            changed.description = Some(session.description.clone());
+            changed.status.addr = session.address.ip().to_string();
+            changed.status.port = session.address.port();
             let expect = Expect::Version(node.meta.version);
-            actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
-        }
-        actions.extend(holdings(state, node_id, &hello.image_digests));
-        Some(actions)
+            (changed != **node)
+                .then(|| Action::Put { object: Object::Node(Box::new(changed)), expect })
+        });
+        wrong.collect()
     }
 
     /// Whether that was the node's current session.
@@ -184,6 +198,7 @@ impl Sessions {
         if std::mem::take(&mut self.are_duties_stale) {
             self.duties = assignments::copy_duties(state);
         }
+        self.open.retain(|node_id, _| state.node(*node_id).is_some());
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
             if !session.is_dirty && !is_stale(session) {

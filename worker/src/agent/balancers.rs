@@ -27,6 +27,8 @@ pub trait Balancers: Send + fmt::Debug + 'static {
 /// A table version that is in force.
 #[derive(Debug)]
 pub(super) struct Applied {
+    /// The session that it was for: versions count from 1 with every leader.
+    pub(super) session: u64,
     pub(super) version: u64,
     pub(super) conditions: Vec<PortCondition>,
 }
@@ -34,7 +36,7 @@ pub(super) struct Applied {
 /// Hands tables to the applying task.
 #[derive(Debug)]
 pub(super) struct BalancerHandle {
-    newest: watch::Sender<Option<MeshTable>>,
+    newest: watch::Sender<(u64, Option<MeshTable>)>,
 }
 
 impl BalancerHandle {
@@ -43,19 +45,19 @@ impl BalancerHandle {
         applied: mpsc::Sender<Applied>,
         tasks: &TaskSet,
     ) -> Self {
-        let (newest, tables) = watch::channel(None);
+        let (newest, tables) = watch::channel((0, None));
         tasks.spawn("balancers", run(balancers, tables, applied));
         Self { newest }
     }
 
-    pub(super) fn apply(&self, table: Option<MeshTable>) {
-        self.newest.send_replace(table);
+    pub(super) fn apply(&self, session: u64, table: Option<MeshTable>) {
+        self.newest.send_replace((session, table));
     }
 }
 
 async fn run(
     mut balancers: Option<Box<dyn Balancers>>,
-    mut tables: watch::Receiver<Option<MeshTable>>,
+    mut tables: watch::Receiver<(u64, Option<MeshTable>)>,
     applied: mpsc::Sender<Applied>,
 ) {
     let mut last_error = None;
@@ -65,7 +67,7 @@ async fn run(
             changed = tables.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(REPAIR_PERIOD) => {}
         }
-        let Some(table) = tables.borrow_and_update().clone() else { continue };
+        let (session, Some(table)) = tables.borrow_and_update().clone() else { continue };
         let result = match &mut balancers {
             Some(balancers) => balancers.apply(&table).await,
             None => Ok(Vec::new()),
@@ -73,11 +75,15 @@ async fn run(
         match result {
             Ok(conditions) => {
                 last_error = None;
-                let news = (table.version, conditions.clone());
+                let news = (session, table.version, conditions.clone());
                 if acknowledged.replace(news.clone()).as_ref() == Some(&news) {
                     continue; // It was in force already.
                 }
-                if applied.send(Applied { version: table.version, conditions }).await.is_err() {
+                if applied
+                    .send(Applied { session, version: table.version, conditions })
+                    .await
+                    .is_err()
+                {
                     return; // The agent has ended.
                 }
             }

@@ -90,7 +90,16 @@ impl Images {
         }
         for image in images {
             let digest = image.digest.clone();
+            let is_news = !image.holders.is_empty();
             let is_new = state.assigned.insert(digest.clone(), image).is_none();
+            if is_news && state.held.contains(&digest) {
+                // The leader does not know that it is here.
+                let (images, digest) = (self.clone(), digest.clone());
+                self.inner.tasks.spawn("report an image", async move {
+                    images.report(&digest, ImageHolding::Held).await;
+                });
+                continue;
+            }
             if is_new && !state.held.contains(&digest) {
                 let images = self.clone();
                 self.inner

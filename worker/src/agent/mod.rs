@@ -86,6 +86,8 @@ pub struct Agent {
     held: BTreeMap<TaskId, Held>,
     reports: mpsc::Sender<Report>,
     sequence: u64,
+    /// Counts sessions.
+    session: u64,
     to_leader: Option<mpsc::Sender<AgentMessage>>,
     end_session: CancellationToken,
     unsent: BTreeSet<TaskId>,
@@ -133,6 +135,7 @@ impl Agent {
             held: BTreeMap::new(),
             reports,
             sequence: 0,
+            session: 0,
             to_leader: None,
             end_session: CancellationToken::new(),
             unsent: BTreeSet::new(),
@@ -220,11 +223,21 @@ impl Agent {
                 }
             }
             FromSession::Closed => self.to_leader = None,
+            FromSession::Removed => {
+                tracing::error!(
+                    "this node was removed from the swarm: its tasks are stopped; let it leave and join again"
+                );
+                for task_id in self.held.keys().copied().collect::<Vec<_>>() {
+                    self.remove(task_id);
+                }
+            }
         }
     }
 
     fn open_session(&mut self, welcome: &Welcome, to_leader: mpsc::Sender<AgentMessage>) {
         self.sequence = 0;
+        self.session += 1;
+        self.unsent_mesh = None; // It was for another leader's count.
         self.unsent = self.held.keys().copied().collect();
         match (u16::try_from(welcome.node_number), welcome.ingress_pool.parse::<Ipv4Net>()) {
             (Ok(number), Ok(pool)) => {
@@ -261,7 +274,7 @@ impl Agent {
         self.sequence = assignments.results_in;
         if let Some(update) = assignments.mesh {
             self.mesh.update(update);
-            self.balancers.apply(self.mesh.table());
+            self.balancers.apply(self.session, self.mesh.table());
         }
         if let Some(images) = &self.images {
             images.assign(is_whole, assignments.images, &assignments.removed_images);
@@ -324,7 +337,7 @@ impl Agent {
         match report {
             Report::Status(task_id, status) => {
                 if status.state.is_terminal() && self.mesh.withdraw(task_id) {
-                    self.balancers.apply(self.mesh.table());
+                    self.balancers.apply(self.session, self.mesh.table());
                 }
                 if let Some(held) = self.held.get_mut(&task_id) {
                     held.status = status;
@@ -343,6 +356,9 @@ impl Agent {
     }
 
     fn handle_applied(&mut self, applied: Applied) {
+        if applied.session != self.session {
+            return;
+        }
         self.unsent_mesh = Some(skep_proto::MeshApplied {
             version: applied.version,
             conditions: applied.conditions,

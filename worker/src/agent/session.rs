@@ -28,6 +28,8 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 /// Metadata of a manager that does not lead: who does.
 pub const LEADER_METADATA: &str = "skep-leader";
+/// Metadata of the leader's answer to a node that was removed.
+const REMOVED_METADATA: &str = "skep-removed";
 
 /// Addresses of managers, best first; clones share them. Kept on disk by the daemon.
 #[derive(Debug, Clone)]
@@ -75,6 +77,8 @@ pub(super) enum FromSession {
     Assignments(Assignments),
     /// The session has ended; another is on its way.
     Closed,
+    /// The leader says that this node is no member any more.
+    Removed,
 }
 
 /// What [`run`] needs.
@@ -152,6 +156,10 @@ async fn attempt(
         Ok(Ok(opened)) => opened,
         Ok(Err(status)) => {
             tracing::debug!(manager = address, error = status.message(), "no session");
+            if status.metadata().contains_key(REMOVED_METADATA) {
+                let _ = events.send(FromSession::Removed).await; // The agent is ending when this fails.
+                return Ended::Failed;
+            }
             let named =
                 status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
             return named.map_or(Ended::Failed, |leader| Ended::Redirected(leader.to_owned()));

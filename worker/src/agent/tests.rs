@@ -391,6 +391,29 @@ async fn a_deposed_leader_and_a_gap_in_the_sequence_end_the_session() {
 }
 
 #[tokio::test]
+async fn a_node_that_was_removed_stops_its_tasks() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    session.assign(0, &[task(1, "web", TaskState::Running)], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Running)).await;
+    drop(session);
+    let refused = stage.session().await;
+    let mut status = Status::permission_denied("no member");
+    let mark = tonic::metadata::MetadataValue::from_static("true");
+    status.metadata_mut().insert("skep-removed", mark);
+    refused.to_agent.send(Err(status)).await.unwrap();
+    drop(refused);
+    let erased = async {
+        while !stage.puppets.calls().contains(&"remove 1".to_owned()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the erasure", erased).await;
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_restarted_agent_goes_on_with_the_containers_it_finds() {
     let mut stage = Stage::set(Puppets::default()).await;
     let mut session = stage.session().await;
