@@ -226,7 +226,8 @@ fn assert_all_pairs(report: &Report, what: &str) {
 /// A connection through n1 stays open while others from the same port go through n2, to each task
 /// in turn: one of them meets the first one's task, which sees two clients with one address.
 fn one_client_port_through_two_nodes(lab: &Lab) {
-    let from = SocketAddrV4::new(lab.client().address(), 45_000);
+    // Below the ports that the kernel gives to other connections of the client.
+    let from = SocketAddrV4::new(lab.client().address(), 20_000);
     let to = |node: &str| SocketAddrV4::new(lab.node(node).address(), PORT);
     let (first, second) = (to("n1"), to("n2"));
     in_network_of_client(lab, move || {
@@ -363,8 +364,13 @@ fn scaling_down_spares_what_is_open(lab: &Lab) {
         assert!(answer.is_ok(), "a connection to slot {slot}, which stayed: {answer:#?}");
         assert_eq!(answer.field("Slot"), slot.to_string());
     }
+    // Turns begin anew when the table changes, so that one more or less is no fault just after a scale;
+    // `the_matrix` counts exactly.
     let report = send(lab, "client", &urls(lab, &["n2"]), 1, 30);
-    assert_eq!(report.count_by("Slot"), [("1", 10), ("2", 10), ("3", 10)].into());
+    let counts = report.count_by("Slot");
+    assert_eq!(counts.values().sum::<usize>(), 30, "{counts:?}");
+    let is_even = counts.len() == 3 && counts.values().all(|count| (9..=11).contains(count));
+    assert!(is_even, "{counts:?}");
 }
 
 fn scaling_up_fails_no_request(lab: &Lab) {
