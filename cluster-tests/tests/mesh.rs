@@ -364,8 +364,8 @@ fn scaling_down_spares_what_is_open(lab: &Lab) {
         assert!(answer.is_ok(), "a connection to slot {slot}, which stayed: {answer:#?}");
         assert_eq!(answer.field("Slot"), slot.to_string());
     }
-    // Turns begin anew when the table changes, so that one more or less is no fault just after a scale;
-    // `the_matrix` counts exactly.
+    // Once seen as 10/11/9 just after the scale, and not explained: a turn was taken by another
+    // connection, or the turns began anew. `the_matrix` counts exactly.
     let report = send(lab, "client", &urls(lab, &["n2"]), 1, 30);
     let counts = report.count_by("Slot");
     assert_eq!(counts.values().sum::<usize>(), 30, "{counts:?}");

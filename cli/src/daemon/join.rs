@@ -296,14 +296,8 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
 
 /// Ends every container of this machine: its swarm is no more.
 async fn remove_containers(machine: &Machine) -> Result<(), Status> {
-    use skep_worker::container::{ContainerRuntime, Options};
-    let options = &machine.inner.options;
-    let runtime = ContainerRuntime::open(Options {
-        containers_dir: options.run_dir.join("containers"),
-        state_dir: options.data_dir.join("containers"),
-        cgroup_parent: options.cgroup_parent.clone(),
-        self_exe: "/proc/self/exe".into(),
-    });
+    use skep_worker::container::ContainerRuntime;
+    let runtime = ContainerRuntime::open(machine.inner.options.containers());
     let runtime = runtime.map_err(|error| internal(&error))?;
     for container in runtime.adopt().await.map_err(|error| internal(&error))? {
         runtime.remove(&container.id).await.map_err(|error| internal(&error))?;

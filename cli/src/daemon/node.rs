@@ -16,7 +16,7 @@ use skep_runtime::identity::{Credentials, Files, RaftKey};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
 use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
-use skep_worker::container::{ContainerRuntime, Options as ContainerOptions};
+use skep_worker::container::ContainerRuntime;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
 use skep_worker::embedded::{Embedded, NodeFacts};
 use skep_worker::images::ImageStore;
@@ -102,12 +102,7 @@ impl Node {
 
     /// Serves the one port and starts the agent.
     pub(super) async fn serve(&self, options: &Options) -> Result<()> {
-        let containers = ContainerRuntime::open(ContainerOptions {
-            containers_dir: options.run_dir.join("containers"),
-            state_dir: options.data_dir.join("containers"),
-            cgroup_parent: options.cgroup_parent.clone(),
-            self_exe: "/proc/self/exe".into(),
-        });
+        let containers = ContainerRuntime::open(options.containers());
         let facts = NodeFacts { node_id: self.node_id, hostname: options.hostname.clone() };
         let containers = containers.context("failed to open the container runtime")?;
         let embedded = Embedded::new(containers, self.images.clone(), self.uplink.clone(), facts);

@@ -87,6 +87,16 @@ impl Options {
         })
     }
 
+    /// Where this node's containers live.
+    pub(super) fn containers(&self) -> skep_worker::container::Options {
+        skep_worker::container::Options {
+            containers_dir: self.run_dir.join("containers"),
+            state_dir: self.data_dir.join("containers"),
+            cgroup_parent: self.cgroup_parent.clone(),
+            self_exe: "/proc/self/exe".into(),
+        }
+    }
+
     /// Where clients connect.
     pub(super) fn socket(&self) -> PathBuf {
         self.run_dir.join("skep.sock")
