@@ -13,6 +13,7 @@ mod debug_write;
 mod filter;
 pub(crate) mod image;
 pub(crate) mod info;
+mod inspect;
 pub(crate) mod node;
 mod node_pretty;
 mod progress;

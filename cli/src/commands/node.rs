@@ -9,11 +9,12 @@ use skep_proto::{ListRequest, RemoveNodeRequest, UpdateNodeRequest};
 
 use super::Failures;
 use super::filter::{self, Filter, Filters};
+use super::inspect::{self, InspectFlags};
 use super::node_pretty::pretty;
 use super::tasks::{self, ListFlags, hostname};
 use crate::client::{Client, Refusal, is_not_found};
 use crate::format::human::{capitalize, natural_order};
-use crate::format::{View, hidden, inspect, plain_cell, render, shown};
+use crate::format::{View, hidden, plain_cell, render, shown};
 use crate::ui::Ui;
 
 /// How often an update that lost a race reads and asks again.
@@ -51,12 +52,8 @@ pub(crate) struct NodesArgs {
 /// `skep node inspect [OPTIONS] self|NODE [NODE...]`
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Format output: json, or TEMPLATE
-    #[arg(long, short)]
-    format: Option<String>,
-    /// Print the information in a human friendly format
-    #[arg(long)]
-    pretty: bool,
+    #[command(flatten)]
+    flags: InspectFlags,
     /// Host names or ids of nodes
     #[arg(required = true, value_name = "NODE")]
     nodes: Vec<String>,
@@ -143,7 +140,9 @@ fn parse_label(text: &str) -> Result<(String, String), String> {
 pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
     match command {
         Command::Demote(args) => set_role(&args, NodeRole::Worker, client, ui).await,
-        Command::Inspect(args) => inspect_nodes(&args, client, ui).await,
+        Command::Inspect(InspectArgs { flags, nodes }) => {
+            inspect::print(&flags, ("node", &nodes), pretty, client, ui).await
+        }
         Command::Ls(args) => ls(&args, client, ui).await,
         Command::Promote(args) => set_role(&args, NodeRole::Manager, client, ui).await,
         Command::Ps(args) => ps(&args, client, ui).await,
@@ -218,28 +217,6 @@ fn row(node: &Node, is_self: bool) -> Value {
         // A node has a session only with a certificate of this swarm's one root.
         "TLSStatus": if description.is_some() { "Ready" } else { "Unknown" },
     })
-}
-
-async fn inspect_nodes(args: &InspectArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    if args.pretty && args.format.is_some() {
-        bail!("--format is incompatible with human friendly format");
-    }
-    let mut failures = Failures::default();
-    let mut documents: Vec<Value> = Vec::new();
-    for reference in &args.nodes {
-        match client.get::<Value>("node", reference).await {
-            Ok(document) => documents.push(document),
-            Err(error) => failures.add(&error),
-        }
-    }
-    if args.pretty {
-        for document in documents {
-            ui.line(pretty(&serde_json::from_value(document)?))?;
-        }
-    } else {
-        ui.data(inspect(&documents, args.format.as_deref())?)?;
-    }
-    failures.finish()
 }
 
 async fn ps(args: &PsArgs, client: &Client, ui: &mut Ui) -> Result<()> {

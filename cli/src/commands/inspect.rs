@@ -1,0 +1,52 @@
+//! `inspect` of every kind of object: gets all that were named, and prints what was found before it fails
+//! over the rest. Wording: docker/cli `cli/command/inspect`.
+
+use anyhow::{Result, bail};
+use clap::Args;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use super::Failures;
+use crate::client::Client;
+use crate::format::inspect;
+use crate::ui::Ui;
+
+/// How objects are shown.
+#[derive(Debug, Args)]
+pub(crate) struct InspectFlags {
+    /// Format output: json, or TEMPLATE
+    #[arg(long, short)]
+    format: Option<String>,
+    /// Print the information in a human friendly format
+    #[arg(long)]
+    pretty: bool,
+}
+
+/// Prints the objects of a kind that the references mean; `pretty` is the text of one for people.
+pub(super) async fn print<T: DeserializeOwned>(
+    flags: &InspectFlags,
+    (kind, references): (&str, &[String]),
+    pretty: impl Fn(&T) -> String,
+    client: &Client,
+    ui: &mut Ui,
+) -> Result<()> {
+    if flags.pretty && flags.format.is_some() {
+        bail!("--format is incompatible with human friendly format");
+    }
+    let mut failures = Failures::default();
+    let mut documents: Vec<Value> = Vec::new();
+    for reference in references {
+        match client.get::<Value>(kind, reference).await {
+            Ok(document) => documents.push(document),
+            Err(error) => failures.add(&error),
+        }
+    }
+    if flags.pretty {
+        for document in documents {
+            ui.line(pretty(&serde_json::from_value(document)?))?;
+        }
+    } else {
+        ui.data(inspect(&documents, flags.format.as_deref())?)?;
+    }
+    failures.finish()
+}
