@@ -7,6 +7,7 @@
 //! - A cable that was cut stays cut over a power loss, until `heal`.
 
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -30,6 +31,10 @@ pub(super) const NODE_RUN_DIR: &str = "/run/skep";
 const SOCKET: &str = "skep.sock";
 /// A daemon that recovers a long log on a busy machine may take this long to listen.
 const DAEMON_TIMEOUT: Duration = Duration::from_secs(60);
+/// A daemon that serves answers at once; one that does not yet is asked again.
+const ANSWER_TIMEOUT: Duration = Duration::from_millis(500);
+/// The client's connection preface and empty settings, which a server answers with its own. RFC 9113, 3.4.
+const HTTP2_HELLO: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 /// What was killed is gone in milliseconds; this is for a machine under heavy load.
 const DEATH_TIMEOUT: Duration = Duration::from_secs(20);
 /// Lines of a daemon's log that an error shows.
@@ -141,12 +146,12 @@ pub(super) fn plug_in_client(paths: &LabPaths, lab: &Lab) -> Result<()> {
     link::plug_in(&switch, CLIENT, &into, lab.address(CLIENT_NUMBER), false)
 }
 
-/// Waits until a node's daemon takes connections; an error shows the end of its log.
+/// Waits until a node's daemon answers its clients; an error shows the end of its log.
 pub(super) fn wait_for_daemon(paths: &LabPaths, node: &str) -> Result<()> {
     let member = paths.member(node);
     let socket = member.run_dir().join(SOCKET);
-    let found = poll_until(DAEMON_TIMEOUT, || match UnixStream::connect(&socket) {
-        Ok(_) => Some(Ok(())),
+    let found = poll_until(DAEMON_TIMEOUT, || match answers(&socket) {
+        Ok(()) => Some(Ok(())),
         Err(_) => match request(&member, Request::Status) {
             Ok(status) if status.is_daemon_running => None,
             Ok(status) => Some(Err(status.last_exit.unwrap_or_else(|| "was not started".into()))),
@@ -156,9 +161,18 @@ pub(super) fn wait_for_daemon(paths: &LabPaths, node: &str) -> Result<()> {
     let reason = match found {
         Some(Ok(())) => return Ok(()),
         Some(Err(reason)) => reason,
-        None => format!("did not listen within {} s", DAEMON_TIMEOUT.as_secs()),
+        None => format!("did not answer within {} s", DAEMON_TIMEOUT.as_secs()),
     };
     bail!("the daemon of {node} {reason}\n{}", log_end(&member.daemon_log()))
+}
+
+/// Whether somebody serves the socket. That it is there, or even takes connections, says too little: a
+/// daemon listens before it looks at its data, and may end over that.
+fn answers(socket: &Path) -> std::io::Result<()> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+    stream.write_all(HTTP2_HELLO)?;
+    stream.read_exact(&mut [0])
 }
 
 /// The last lines of a log, indented for an error message.
