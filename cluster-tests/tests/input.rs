@@ -219,21 +219,26 @@ fn a_torn_raft_log_is_cut_and_a_damaged_one_refused() {
     let (segment, end) = last_segment(&lab, node);
     let middle = end / 2;
     flip_byte(&segment, middle);
-    // It may listen before it looks at its log, and ends then.
-    lab.command(&["start", node]);
-    assert_eq!(lab.wait_for_daemon_end(node), "exited with code 1");
+    lab.start_nodes(&[node]);
+    let refused = lab.node(node).skep(&["service", "ls"]).err();
     let log = lab.node(node).log();
     let name = segment.file_name().unwrap().to_str().unwrap();
     let line = log.lines().find(|line| line.contains(name) && line.contains("damaged"));
     let line = line.unwrap_or_else(|| panic!("nothing about {name} in\n{log}"));
-    for word in ["offset", "backup", "join again"] {
+    let words = ["offset", "backup", "join again", "`skep swarm leave --force`"];
+    for word in words {
         assert!(line.contains(word), "{word:?} in {line}");
     }
+    check_sentence(&refused, &[&words[..], &[name, "damaged"]].concat());
+    let state = ["info", "--format", "{{.Swarm.LocalNodeState}}: {{.Swarm.Error}}"];
+    let state = lab.node(node).skep(&state).ok();
+    assert_eq!(state.text(), refused.trim_end().replace("Error response from daemon", "error"));
     let offset = line.split("offset ").nth(1).and_then(|rest| rest.split(':').next()).unwrap();
     assert!(offset.parse::<usize>().unwrap() <= middle, "{line}");
 
     // Nothing was changed by the attempt: with its byte back, the manager is as before.
     flip_byte(&segment, middle);
+    lab.kill_daemon(&[node]);
     lab.start_nodes(&[node]);
     lab.wait_until_alike("n1", 3);
     let labels =

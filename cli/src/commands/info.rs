@@ -39,7 +39,8 @@ pub(super) async fn info(args: &InfoArgs, client: &Client, ui: &mut Ui) -> Resul
         "DataDir": info.data_dir,
         "Warnings": info.warnings,
         "Swarm": {
-            "LocalNodeState": if info.node_id.is_empty() { "inactive" } else { "active" },
+            "LocalNodeState": local_state(&info),
+            "Error": info.error,
             "NodeID": info.node_id,
             "Cluster": {"ID": info.cluster_id},
             "Role": info.role,
@@ -51,11 +52,14 @@ pub(super) async fn info(args: &InfoArgs, client: &Client, ui: &mut Ui) -> Resul
     if let Some(format) = &args.format {
         return Ok(ui.line(formatted(format, &document)?)?);
     }
-    let swarm = if info.node_id.is_empty() { "inactive" } else { "active" };
+    let swarm = local_state(&info);
     let mut text = format!(
         "Server Version: {}\nName: {}\nData Directory: {}\nSwarm: {swarm}\n",
         info.version, info.hostname, info.data_dir
     );
+    if !info.error.is_empty() {
+        text.push_str(&format!(" Error: {}\n", info.error));
+    }
     if !info.node_id.is_empty() {
         text.push_str(&format!(
             " NodeID: {}\n Is Manager: {}\n ClusterID: {}\n Node Address: {}\n Manager Addresses:\n",
@@ -71,6 +75,15 @@ pub(super) async fn info(args: &InfoArgs, client: &Client, ui: &mut Ui) -> Resul
         ui.note(format_args!("WARNING: {warning}"))?;
     }
     Ok(())
+}
+
+/// Docker's word for the part that this machine has in a swarm.
+fn local_state(info: &InfoResponse) -> &'static str {
+    match (info.error.is_empty(), info.node_id.is_empty()) {
+        (false, _) => "error",
+        (true, true) => "inactive",
+        (true, false) => "active",
+    }
 }
 
 fn formatted(format: &str, document: &Value) -> Result<String> {

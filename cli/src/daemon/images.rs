@@ -15,7 +15,7 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt as _;
 use tonic::{Request, Status, Streaming};
 
-use super::machine::Machine;
+use super::machine::{Machine, Membership};
 
 /// Chunks between the client and the disk.
 const CHUNKS_MAX: usize = 16;
@@ -71,11 +71,18 @@ async fn store(
 /// Tells the swarm that this node has the image, under its names. Outside of a swarm there is nobody to
 /// tell, and no service to run it.
 async fn register(machine: &Machine, image: &Loaded) -> Result<(), Status> {
-    let node = machine.node().ok_or_else(|| {
-        Status::failed_precondition(
-            "the image was loaded, but this node is in no swarm that could use it: skep swarm init, then load it again",
-        )
-    })?;
+    let node = match machine.membership() {
+        Membership::Member(node) => node,
+        Membership::Outside => {
+            return Err(Status::failed_precondition(
+                "the image was loaded, but this node is in no swarm that could use it: skep swarm init, then load it again",
+            ));
+        }
+        Membership::Failed(obstacle) => {
+            let why = &obstacle.sentence;
+            return Err(Status::failed_precondition(format!("the image was loaded, but {why}")));
+        }
+    };
     let internal = |error: skep_worker::images::Error| Status::internal(Chain(&error).to_string());
     let digest = image.digest.to_string();
     let config = node.images.store().config(image.digest).await.map_err(internal)?;

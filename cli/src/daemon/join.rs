@@ -17,10 +17,11 @@ use skep_runtime::identity::{
 };
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{connect_unverified, connect_with_root};
+use skep_worker::net::Mesh;
 use tonic::Status;
 
 use super::address;
-use super::machine::Machine;
+use super::machine::{Machine, Membership};
 use super::node::{Node, Parts};
 use super::record::{NodeRecord, RecordFile};
 
@@ -37,9 +38,10 @@ fn failed(error: &anyhow::Error) -> Status {
 }
 
 fn refuse_member(machine: &Machine) -> Result<(), Status> {
-    match machine.node() {
-        None => Ok(()),
-        Some(_) => Err(Status::failed_precondition(
+    match machine.membership() {
+        Membership::Outside => Ok(()),
+        Membership::Failed(obstacle) => Err(obstacle.status()),
+        Membership::Member(_) => Err(Status::failed_precondition(
             "This node is already part of a swarm. Use \"skep swarm leave\" to leave this swarm and join another one.",
         )),
     }
@@ -50,7 +52,7 @@ pub(super) async fn init(
     machine: &Machine,
     request: InitSwarmRequest,
 ) -> Result<InitSwarmResponse, Status> {
-    let _changing = machine.inner.changing.lock().await;
+    let _changing = machine.changing().await?;
     refuse_member(machine)?;
     let options = &machine.inner.options;
     let listen = address::listen(&request.listen_addr)?;
@@ -118,7 +120,7 @@ pub(super) async fn join(
     machine: &Machine,
     request: JoinSwarmRequest,
 ) -> Result<JoinSwarmResponse, Status> {
-    let _changing = machine.inner.changing.lock().await;
+    let _changing = machine.changing().await?;
     refuse_member(machine)?;
     let options = &machine.inner.options;
     let token: JoinToken =
@@ -239,7 +241,7 @@ impl Entering<'_> {
         };
         match entered.await {
             Ok(result) => {
-                machine.inner.node.send_replace(Some(Arc::new(node)));
+                machine.set_membership(Membership::Member(Arc::new(node)));
                 Ok(result)
             }
             Err(status) => {
@@ -277,10 +279,14 @@ fn forget(machine: &Machine) {
 
 /// `swarm leave`.
 pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> {
-    let _changing = machine.inner.changing.lock().await;
-    let node = machine
-        .node()
-        .ok_or_else(|| Status::failed_precondition("This node is not part of a swarm"))?;
+    let _changing = machine.changing().await?;
+    let node = match machine.membership() {
+        Membership::Member(node) => node,
+        Membership::Failed(_) => return leave_unseen(machine, force).await,
+        Membership::Outside => {
+            return Err(Status::failed_precondition("This node is not part of a swarm"));
+        }
+    };
     if node.manager.is_some() && !force {
         return Err(Status::failed_precondition(
             "You are attempting to leave the swarm on a node that is participating as a manager. The other managers go on counting this one, and lose their quorum when a majority is gone. Use --force to leave all the same.",
@@ -290,7 +296,25 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
     let removed = remove_containers(machine).await;
     node.teardown().await;
     forget(machine);
-    machine.inner.node.send_replace(None);
+    machine.set_membership(Membership::Outside);
+    removed
+}
+
+/// `swarm leave` where this machine takes no part in its swarm: what an earlier daemon left is removed.
+async fn leave_unseen(machine: &Machine, force: bool) -> Result<(), Status> {
+    let options = &machine.inner.options;
+    let record = RecordFile::in_data_dir(&options.data_dir).load();
+    if !force && !record.is_ok_and(|record| record.raft_id.is_none()) {
+        return Err(Status::failed_precondition(
+            "This node takes no part in its swarm, but the other managers may count it as one of them, and lose their quorum when a majority is gone. Use --force to leave all the same.",
+        ));
+    }
+    let removed = remove_containers(machine).await;
+    if let Err(error) = Mesh::remove(&options.run_dir).await {
+        tracing::warn!(error = %Chain(&error), "failed to remove the routing mesh");
+    }
+    forget(machine);
+    machine.set_membership(Membership::Outside);
     removed
 }
 

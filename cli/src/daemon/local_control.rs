@@ -4,7 +4,7 @@ use skep_proto::control_server::Control;
 use skep_proto::*;
 use tonic::{Request, Response, Status};
 
-use super::machine::Machine;
+use super::machine::{Machine, Membership};
 use skep_manager::control::ControlService;
 
 /// Answers for whatever this machine is at the moment.
@@ -19,14 +19,19 @@ impl LocalControl {
     }
 
     fn manager(&self) -> Result<ControlService, Status> {
-        let node = self.machine.node();
-        let control = node.as_ref().and_then(|node| node.control());
-        control.ok_or_else(|| {
-            Status::failed_precondition(match node {
-                None => "This node is not a swarm manager. Use \"skep swarm init\" or \"skep swarm join\" to connect this node to swarm and try again.",
-                Some(_) => "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node.",
-            })
-        })
+        let why = match self.machine.membership() {
+            Membership::Failed(obstacle) => return Err(obstacle.status()),
+            Membership::Member(node) => match node.control() {
+                Some(control) => return Ok(control),
+                None => {
+                    "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node."
+                }
+            },
+            Membership::Outside => {
+                "This node is not a swarm manager. Use \"skep swarm init\" or \"skep swarm join\" to connect this node to swarm and try again."
+            }
+        };
+        Err(Status::failed_precondition(why))
     }
 }
 

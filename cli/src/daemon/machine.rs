@@ -7,15 +7,15 @@ use skep_proto::{
     InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest,
     JoinSwarmResponse, LeaveSwarmRequest, LeaveSwarmResponse, LoadImageRequest, LoadImageResponse,
 };
-use skep_runtime::identity::Files;
+use skep_runtime::TaskSet;
 use skep_worker::images::ImageStore;
-use tokio::sync::{Mutex, watch};
+use tokio::sync::{Mutex, MutexGuard, oneshot, watch};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::local_control::LocalControl;
-use super::node::{Node, Parts};
+use super::node::Node;
 use super::options::Options;
-use super::record::RecordFile;
+use super::resume::{self, Obstacle};
 use super::{images, join};
 
 /// This machine, in a swarm or not; clones are the same.
@@ -28,50 +28,79 @@ pub(super) struct Inner {
     pub(super) options: Options,
     pub(super) image_store: ImageStore,
     warnings: Vec<String>,
-    /// Held while this machine enters or leaves a swarm.
-    pub(super) changing: Mutex<()>,
-    pub(super) node: watch::Sender<Option<Arc<Node>>>,
+    changing: Mutex<()>,
+    pub(super) membership: watch::Sender<Membership>,
+    /// What goes on whatever clients do.
+    pub(super) tasks: TaskSet,
+}
+
+/// Which part this machine has in a swarm.
+#[derive(Clone)]
+pub(super) enum Membership {
+    Outside,
+    Member(Arc<Node>),
+    /// Its files say that it is in one, but it takes no part.
+    Failed(Arc<Obstacle>),
 }
 
 impl Machine {
-    /// Opens the image store, and resumes this machine's part in its swarm.
+    /// Opens the image store, which must be this daemon's alone, and takes up this machine's part in its
+    /// swarm; see [`resume`] for when it cannot.
     pub(super) async fn open(options: Options, warnings: Vec<String>) -> anyhow::Result<Self> {
         let image_store = ImageStore::open(options.data_dir.join("images")).await?;
-        let (node, _) = watch::channel(None);
-        let inner = Inner { options, image_store, warnings, changing: Mutex::new(()), node };
+        let (membership, _) = watch::channel(Membership::Outside);
+        let (changing, tasks) = (Mutex::default(), TaskSet::new());
+        let inner = Inner { options, image_store, warnings, changing, membership, tasks };
         let machine = Self { inner: Arc::new(inner) };
-        machine.resume().await?;
+        resume::resume(&machine).await;
+        machine.inner.tasks.spawn_to_end("membership", resume::keep(machine.clone()));
         Ok(machine)
     }
 
-    async fn resume(&self) -> anyhow::Result<()> {
-        let options = &self.inner.options;
-        let Some((credentials, raft_key)) = Files::in_data_dir(&options.data_dir).load()? else {
-            return Ok(());
-        };
-        let file = RecordFile::in_data_dir(&options.data_dir);
-        let record = file.load()?;
-        let (is_voter, managers) = (record.is_voter, record.managers.clone());
-        let image_store = self.inner.image_store.clone();
-        let node =
-            Node::start(options, Parts { credentials, raft_key, record, image_store }).await?;
-        node.serve(options).await?;
-        let node = Arc::new(node);
-        self.inner.node.send_replace(Some(Arc::clone(&node)));
-        if let (Some(manager), false) = (node.manager.clone(), is_voter) {
-            // It was stopped in the middle of joining.
-            manager
-                .join(&managers)
-                .await
-                .map_err(|status| anyhow::anyhow!("{}", status.message()))?;
-            file.update(|record| record.is_voter = true)?;
+    /// Which part this machine has in a swarm at the moment.
+    pub(super) fn membership(&self) -> Membership {
+        self.inner.membership.borrow().clone()
+    }
+
+    /// Changes it; whoever does holds [`Machine::changing`].
+    pub(super) fn set_membership(&self, membership: Membership) {
+        self.inner.membership.send_replace(membership);
+    }
+
+    /// Is held while this machine enters or leaves a swarm.
+    pub(super) async fn changing(&self) -> Result<MutexGuard<'_, ()>, Status> {
+        let guard = self.inner.changing.lock().await;
+        if self.inner.tasks.token().is_cancelled() {
+            return Err(Status::unavailable("the daemon is stopping: ask again when it runs"));
         }
-        Ok(())
+        Ok(guard)
+    }
+
+    /// Runs `work` to its end, also when the client that asked for it goes away: a machine that is half in a
+    /// swarm would be of no use to anybody.
+    async fn run_to_end<T: Send + 'static>(
+        &self,
+        name: &'static str,
+        work: impl Future<Output = Result<T, Status>> + Send + 'static,
+    ) -> Result<T, Status> {
+        let (answer, answered) = oneshot::channel();
+        self.inner.tasks.spawn_to_end(name, async move {
+            if let Err(Err(status)) = answer.send(work.await) {
+                let why = status.message();
+                tracing::warn!(why, "{name} failed after its client had gone");
+            }
+        });
+        let panicked =
+            || Status::internal(format!("{name} ended in a panic: see the daemon's log"));
+        answered.await.unwrap_or_else(|_| Err(panicked()))
     }
 
     /// The node, where this machine is in a swarm.
     pub(super) fn node(&self) -> Option<Arc<Node>> {
-        self.inner.node.borrow().clone()
+        match &*self.inner.membership.borrow() {
+            Membership::Member(node) => Some(Arc::clone(node)),
+            Membership::Outside | Membership::Failed(_) => None,
+        }
     }
 
     /// What answers `skep.v1.Control` on this machine.
@@ -79,43 +108,17 @@ impl Machine {
         LocalControl::new(self.clone())
     }
 
-    /// Returns when this manager must not go on, with the reason.
-    pub(super) async fn failed(&self) -> String {
-        let mut nodes = self.inner.node.subscribe();
-        loop {
-            let manager = nodes.borrow_and_update().as_ref().and_then(|node| node.manager.clone());
-            let stopped = async {
-                match &manager {
-                    Some(manager) => manager.stopped().await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                reason = stopped => {
-                    if let skep_manager::consensus::StopReason::Shutdown = reason {
-                        // This machine leaves its swarm; it goes on without one.
-                        if nodes.changed().await.is_err() {
-                            std::future::pending::<()>().await;
-                        }
-                        continue;
-                    }
-                    return skep_runtime::telemetry::Chain(&reason).to_string();
-                }
-                changed = nodes.changed() => {
-                    if changed.is_err() {
-                        std::future::pending::<()>().await;
-                    }
-                }
-            }
-        }
-    }
-
     /// Stops; containers live on.
     pub(super) async fn stop(&self) {
-        let _changing = self.inner.changing.lock().await;
-        if let Some(node) = self.node() {
-            node.stop().await;
+        self.inner.tasks.cancel();
+        {
+            // Whoever is changing the membership gets to the end of it.
+            let _changing = self.inner.changing.lock().await;
+            if let Some(node) = self.node() {
+                node.stop().await;
+            }
         }
+        self.inner.tasks.shutdown().await;
     }
 }
 
@@ -130,12 +133,16 @@ impl MachineApi for Machine {
             warnings: self.inner.warnings.clone(),
             ..InfoResponse::default()
         };
-        if let Some(node) = self.node() {
-            info.node_id = node.node_id.to_string();
-            info.cluster_id = node.cluster_id.to_string();
-            info.role = node.role.name().to_owned();
-            info.advertise_addr.clone_from(&node.record.advertise_addr);
-            info.managers = node.managers.all();
+        match self.membership() {
+            Membership::Outside => {}
+            Membership::Failed(obstacle) => info.error.clone_from(&obstacle.sentence),
+            Membership::Member(node) => {
+                info.node_id = node.node_id.to_string();
+                info.cluster_id = node.cluster_id.to_string();
+                info.role = node.role.name().to_owned();
+                info.advertise_addr.clone_from(&node.record.advertise_addr);
+                info.managers = node.managers.all();
+            }
         }
         Ok(Response::new(info))
     }
@@ -144,21 +151,26 @@ impl MachineApi for Machine {
         &self,
         request: Request<InitSwarmRequest>,
     ) -> Result<Response<InitSwarmResponse>, Status> {
-        Ok(Response::new(join::init(self, request.into_inner()).await?))
+        let (machine, request) = (self.clone(), request.into_inner());
+        let work = async move { join::init(&machine, request).await };
+        Ok(Response::new(self.run_to_end("swarm init", work).await?))
     }
 
     async fn join_swarm(
         &self,
         request: Request<JoinSwarmRequest>,
     ) -> Result<Response<JoinSwarmResponse>, Status> {
-        Ok(Response::new(join::join(self, request.into_inner()).await?))
+        let (machine, request) = (self.clone(), request.into_inner());
+        let work = async move { join::join(&machine, request).await };
+        Ok(Response::new(self.run_to_end("swarm join", work).await?))
     }
 
     async fn leave_swarm(
         &self,
         request: Request<LeaveSwarmRequest>,
     ) -> Result<Response<LeaveSwarmResponse>, Status> {
-        join::leave(self, request.into_inner().force).await?;
+        let (machine, force) = (self.clone(), request.into_inner().force);
+        self.run_to_end("swarm leave", async move { join::leave(&machine, force).await }).await?;
         Ok(Response::new(LeaveSwarmResponse {}))
     }
 
@@ -167,5 +179,38 @@ impl MachineApi for Machine {
         request: Request<Streaming<LoadImageRequest>>,
     ) -> Result<Response<LoadImageResponse>, Status> {
         Ok(Response::new(images::load(self, request.into_inner()).await?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_client_began_ends_without_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = Options::for_test(directory.path());
+        let machine = Machine::open(options, Vec::new()).await.unwrap();
+        let (begun, has_begun) = oneshot::channel();
+        let (go_on, may_go_on) = oneshot::channel();
+        let (ended, has_ended) = oneshot::channel();
+        let asked = machine.run_to_end("work", async move {
+            begun.send(()).unwrap();
+            may_go_on.await.unwrap();
+            ended.send(()).unwrap();
+            Ok(())
+        });
+        tokio::select! {
+            biased;
+            _ = asked => panic!("it cannot end yet"),
+            begun = has_begun => begun.unwrap(),
+        }
+        go_on.send(()).unwrap();
+        has_ended.await.unwrap();
+        assert_eq!(machine.run_to_end("work", async { Ok(7) }).await.unwrap(), 7);
+
+        machine.stop().await;
+        let refused = machine.changing().await.unwrap_err();
+        assert_eq!(refused.code(), tonic::Code::Unavailable);
     }
 }

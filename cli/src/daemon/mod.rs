@@ -7,7 +7,7 @@
 //!
 //! Reading order: [`DaemonArgs`] and [`run`]; `options` (flags and file), `kernel` (what the machine must
 //! have), `machine` (what the socket answers), `node` (what runs while this machine is in a swarm),
-//! `join` (how it gets there), `renewal`.
+//! `join` (how it gets there), `resume` (how it comes back, or why it cannot), `renewal`.
 
 mod address;
 mod images;
@@ -19,6 +19,7 @@ mod node;
 mod options;
 mod record;
 mod renewal;
+mod resume;
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
@@ -88,19 +89,15 @@ async fn serve(options: Options) -> Result<()> {
         }
     });
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "skep daemon is ready");
-    let failure = tokio::select! {
-        _ = terminate.recv() => None,
-        _ = interrupt.recv() => None,
-        failure = machine.failed() => Some(failure),
-    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
     tracing::info!("stopping; containers go on");
     machine.stop().await;
     let _ = std::fs::remove_file(&socket); // The next daemon replaces what is left.
     tokio::time::timeout(std::time::Duration::from_secs(5), tasks.shutdown()).await.ok();
-    match failure {
-        Some(failure) => Err(anyhow::anyhow!(failure)),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 /// Published ports, connections and container processes are file descriptors; the usual soft limit of

@@ -1,7 +1,8 @@
 //! What runs while this machine is in a swarm: the one port, the agent and, on managers, consensus.
 
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result};
 use nix::ifaddrs::getifaddrs;
@@ -40,8 +41,15 @@ pub(super) struct Node {
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
     tls: Tls,
+    /// Its port, until it is served.
+    listener: Mutex<Option<TcpListener>>,
     tasks: TaskSet,
 }
+
+/// An error whose reason may go away without anybody's doing on this node: it is worth another try.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Passing(pub(super) String);
 
 /// What a node is made of.
 pub(super) struct Parts {
@@ -52,7 +60,7 @@ pub(super) struct Parts {
 }
 
 impl Node {
-    /// Starts everything but the agent: the port is served, and a manager takes part in consensus.
+    /// Takes the port, and starts everything but the agent: a manager takes part in consensus.
     pub(super) async fn start(options: &Options, parts: Parts) -> Result<Self> {
         let Parts { credentials, raft_key, record, image_store } = parts;
         let subject = credentials.subject().context("this node's certificate cannot be read")?;
@@ -61,6 +69,7 @@ impl Node {
         let tasks = TaskSet::new();
         let managers = Managers::new(record.managers.clone());
         let underlay = underlay(&record.advertise_addr, options)?;
+        let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
         let uplink = Uplink::new(underlay);
         let images = Images::new(image_store, pool.clone(), tasks.clone()).await;
         let images = images.context("failed to list this node's images")?;
@@ -75,9 +84,13 @@ impl Node {
                     address: record.advertise_addr.clone(),
                     pool: pool.clone(),
                 };
-                Some(Arc::new(
-                    Manager::start(options).await.context("failed to start this manager")?,
-                ))
+                match Manager::start(options).await {
+                    Ok(manager) => Some(Arc::new(manager)),
+                    Err(error) => {
+                        tasks.shutdown().await;
+                        return Err(error).context("failed to start this manager");
+                    }
+                }
             }
             _ => None,
         };
@@ -96,6 +109,7 @@ impl Node {
             manager,
             uplink,
             tls,
+            listener,
             tasks,
         })
     }
@@ -116,10 +130,8 @@ impl Node {
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);
         }
-        let listen = &self.record.listen_addr;
-        let listener = TcpListener::bind(listen).await.with_context(|| {
-            format!("failed to listen on {listen}: another program has the port (is another skep running?)")
-        })?;
+        let listener = self.listener.lock().expect("nothing panics while it holds this").take();
+        let listener = listener.context("a node serves its port once")?;
         let (tls, serving) = (self.tls.clone(), self.tasks.clone());
         self.tasks.spawn_to_end("node port", async move {
             if let Err(error) = serve_tls(listener, tls, routes, &serving).await {
@@ -152,6 +164,11 @@ impl Node {
         self.tasks.shutdown().await;
     }
 
+    /// Lets another node take over in this daemon, after a stop.
+    pub(super) async fn release(&self) {
+        self.uplink.release().await;
+    }
+
     /// Removes the mesh from this machine's kernel, after a stop.
     pub(super) async fn teardown(&self) {
         self.uplink.teardown().await;
@@ -174,6 +191,21 @@ fn remember_managers(options: &Options, record: &NodeRecord, managers: &Managers
     debug_assert_eq!(record.managers, managers.all());
 }
 
+async fn listen(address: &str) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| {
+        let why = match error.kind() {
+            io::ErrorKind::AddrInUse => {
+                "another program has the port (is another skep running?)".to_owned()
+            }
+            io::ErrorKind::AddrNotAvailable => {
+                "no interface of this machine has that address: give it back to one".to_owned()
+            }
+            _ => error.to_string(),
+        };
+        Passing(format!("failed to listen on {address}: {why}")).into()
+    })
+}
+
 /// The interface that has this node's address.
 fn underlay(advertise_addr: &str, options: &Options) -> Result<Underlay> {
     let address: SocketAddr =
@@ -189,8 +221,10 @@ fn underlay(advertise_addr: &str, options: &Options) -> Result<Underlay> {
         let known = interface.address.as_ref().and_then(|known| known.as_sockaddr_in());
         known.is_some_and(|known| known.ip() == address)
     });
-    let interface = with_address.with_context(|| {
-        format!("no interface of this machine has the address {address} that it advertises")
+    let interface = with_address.ok_or_else(|| {
+        Passing(format!(
+            "no interface of this machine has the address {address} that it advertises: give it back to one"
+        ))
     })?;
     Ok(Underlay { address, interface: interface.interface_name, run_dir: options.run_dir.clone() })
 }

@@ -87,6 +87,19 @@ impl Options {
         })
     }
 
+    /// Options of a daemon whose files are all below `directory`.
+    #[cfg(test)]
+    pub(super) fn for_test(directory: &std::path::Path) -> Self {
+        Self {
+            data_dir: directory.to_owned(),
+            run_dir: directory.join("run"),
+            hostname: "n1".to_owned(),
+            advertise_addr: None,
+            cgroup_parent: "/skep".to_owned(),
+            labels: Default::default(),
+        }
+    }
+
     /// Where this node's containers live.
     pub(super) fn containers(&self) -> skep_worker::container::Options {
         skep_worker::container::Options {

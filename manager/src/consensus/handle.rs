@@ -69,8 +69,8 @@ pub enum StopReason {
     /// It must not go on; see there for the remedy.
     #[error("this manager cannot apply what the swarm has committed")]
     Unapplicable(#[from] Unapplicable),
-    /// Its disk failed, or its data is damaged. The daemon must end; what it had acknowledged is on
-    /// other managers.
+    /// Its disk failed, or its data is damaged. This handle is of no use any more; what it had
+    /// acknowledged is on other managers.
     #[error("this manager's Raft storage failed: {0}")]
     Storage(String),
 }
@@ -291,7 +291,7 @@ impl Consensus {
         tokio::time::timeout(self.inner.timing.leader_silence_max(), gone).await.is_ok()
     }
 
-    /// Waits until this manager takes no part any more, and says why. The daemon ends then.
+    /// Waits until this manager takes no part any more, and says why.
     pub async fn stopped(&self) -> StopReason {
         let mut metrics = self.inner.metrics.clone();
         let stopped = metrics.wait_for(|metrics| metrics.running_state.is_err()).await;

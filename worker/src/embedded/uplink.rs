@@ -69,10 +69,24 @@ impl Uplink {
     /// Removes everything of the mesh from this node: when it leaves the swarm.
     pub async fn teardown(&self) {
         let mesh = self.started.borrow().clone();
-        if let Some(mesh) = mesh
-            && let Err(error) = mesh.teardown().await
-        {
+        let removed = match mesh {
+            Some(mesh) => mesh.teardown().await,
+            // An earlier daemon may have left one.
+            None => Mesh::remove(&self.underlay.run_dir).await,
+        };
+        if let Err(error) = removed {
             tracing::warn!(error = %Chain(&error), "failed to remove the routing mesh");
+        }
+    }
+
+    /// Lets go of what only one mesh of this node may hold, while forwarding stays: for a node that stops in a
+    /// daemon that goes on.
+    pub async fn release(&self) {
+        let mesh = self.started.borrow().clone();
+        if let Some(mesh) = mesh
+            && let Err(error) = mesh.shutdown().await
+        {
+            tracing::warn!(error = %Chain(&error), "failed to let go of the routing mesh");
         }
     }
 

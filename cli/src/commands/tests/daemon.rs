@@ -29,6 +29,8 @@ pub(in super::super) struct Table {
     pub(in super::super) logs: Vec<LogRecord>,
     /// Specs, requests and bytes as they arrived.
     pub(in super::super) asked: Vec<Value>,
+    /// Why the machine takes no part in its swarm.
+    pub(in super::super) fault: String,
     /// The archive that was sent.
     pub(in super::super) archive: Vec<u8>,
 }
@@ -305,6 +307,7 @@ impl Machine for Served {
             data_dir: "/var/lib/skep".into(),
             managers: vec!["10.0.0.1:2377".into()],
             warnings: vec!["no IPv6".into()],
+            error: self.0.lock().unwrap().fault.clone(),
         }))
     }
 

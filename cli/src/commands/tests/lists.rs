@@ -352,6 +352,13 @@ async fn the_swarm_and_this_machine() {
     let (code, out, err) = run(&daemon, "info").await;
     assert_eq!((code, err.as_str()), (0, "WARNING: no IPv6\n"));
     assert!(out.contains("Swarm: active\n NodeID: node1\n Is Manager: true\n"), "{out}");
+    daemon.table.lock().unwrap().fault = "node.json is damaged".into();
+    let (_, out, _) = run(&daemon, "info").await;
+    assert!(out.contains("Swarm: error\n Error: node.json is damaged\n"), "{out}");
+    check(
+        run(&daemon, "info --format '{{.Swarm.LocalNodeState}}: {{.Swarm.Error}}'").await,
+        "error: node.json is damaged\n",
+    );
     let (_, out, _) = run(&daemon, "version").await;
     assert!(out.ends_with("\nServer:\n Version: 9.9.9\n"), "{out}");
     let (_, out, _) = run(&daemon, "completion fish").await;

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 use skep_worker_core::mesh::{MeshTable, Objects, PortKey, Slices};
 
@@ -202,11 +204,28 @@ impl Kernel {
 
     /// Removes everything of the mesh from the kernel, and nothing else.
     pub(super) fn teardown(&mut self) -> Result<(), Error> {
-        let rules = self.rules.remove();
-        let routing = self.routes.remove_rules();
-        let links = links::remove(&mut self.channel);
-        rules.and(routing).and(links).and(self.release())
+        let removed = remove_all(&mut self.rules, &mut self.routes, &mut self.channel);
+        removed.and(self.release())
     }
+
+    /// The same where no mesh was started, of what an earlier daemon left.
+    pub(super) fn remove(run_dir: PathBuf) -> Result<(), Error> {
+        // What is removed has the same names whatever number and address the node had.
+        let options = Options::new(1, Ipv4Addr::UNSPECIFIED, "", run_dir);
+        let _lock = lock(&options)?;
+        let layout = Layout::new(&options, options.slices()?.slice(options.self_number));
+        let (mut rules, mut routes) = (Rules::open(layout)?, Routes::open(&options)?);
+        remove_all(&mut rules, &mut routes, &mut RouteChannel::open()?)
+    }
+}
+
+fn remove_all(
+    rules: &mut Rules,
+    routes: &mut Routes,
+    channel: &mut RouteChannel,
+) -> Result<(), Error> {
+    let removed = [rules.remove(), routes.remove_rules(), links::remove(channel)];
+    removed.into_iter().collect()
 }
 
 fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {

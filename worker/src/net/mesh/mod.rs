@@ -48,6 +48,7 @@ mod rules;
 mod uplink;
 
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use skep_worker_core::mesh::MeshTable;
@@ -143,6 +144,15 @@ impl Mesh {
     pub async fn teardown(&self) -> Result<(), Error> {
         self.end_loopback().await;
         self.kernel.run(Kernel::teardown).await?
+    }
+
+    /// Removes what an earlier daemon's mesh left on this node, as [`Mesh::teardown`] does: for a node
+    /// that leaves the swarm before it has started one. Fine if there is nothing.
+    pub async fn remove(run_dir: &Path) -> Result<(), Error> {
+        let run_dir = run_dir.to_owned();
+        // The thread is in the caller's network namespace, and ends with its handle.
+        let remove = move || Ok(((), Kernel::remove(run_dir)?));
+        KernelThread::start("skep-mesh", remove).await.map(drop)
     }
 
     /// Lets go of the node's ports and of the lock, so that another daemon may take over.

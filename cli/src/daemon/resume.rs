@@ -1,0 +1,280 @@
+//! How this machine takes up its part in its swarm when the daemon starts, and what becomes of it when it
+//! cannot, or must not go on.
+//!
+//! Driven by [`Machine::open`], once, and by [`keep`] for as long as the daemon runs.
+//!
+//! # Invariants
+//!
+//! - A machine that cannot take part serves its socket all the same, and says why: its operator can have it
+//!   forget the swarm. Its containers live on until then.
+//! - Only what may go away by itself is tried again; everything else waits for its operator.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use skep_manager::consensus::StopReason;
+use skep_runtime::clock;
+use skep_runtime::identity::Files;
+use skep_runtime::telemetry::Chain;
+use tonic::{Code, Status};
+
+use super::machine::{Machine, Membership};
+use super::node::{Node, Parts, Passing};
+use super::record::RecordFile;
+
+/// An address that comes up while the machine boots is there within seconds.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// Looking costs next to nothing, and an operator who has freed the port should not wait for long.
+const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// Why this machine takes no part in the swarm that it belongs to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Obstacle {
+    /// What is wrong, where, and what to do.
+    pub(super) sentence: String,
+    /// Whether it may go away by itself, so that it is tried again.
+    may_pass: bool,
+}
+
+impl Obstacle {
+    fn of(error: &anyhow::Error) -> Self {
+        Self::new(&format!("{error:#}"), error.is::<Passing>())
+    }
+
+    fn new(why: &str, may_pass: bool) -> Self {
+        let remedy = if may_pass {
+            "it is tried again by itself"
+        } else {
+            "put that right and restart the daemon"
+        };
+        let sentence = format!(
+            "this node cannot take part in its swarm: {why}; {remedy}, or give the swarm up with `skep swarm leave --force`"
+        );
+        Self { sentence, may_pass }
+    }
+
+    /// What a request gets that needs the swarm.
+    pub(super) fn status(&self) -> Status {
+        Status::failed_precondition(&*self.sentence)
+    }
+}
+
+/// Takes up this machine's part in its swarm, if it is in one. A failure is remembered, and told once.
+pub(super) async fn resume(machine: &Machine) {
+    let membership = match start(machine).await {
+        Ok(Some(node)) => Membership::Member(Arc::new(node)),
+        Ok(None) => Membership::Outside,
+        Err(error) => Membership::Failed(Arc::new(Obstacle::of(&error))),
+    };
+    match (machine.membership(), &membership) {
+        (Membership::Failed(before), Membership::Failed(now)) if before == *now => return,
+        (_, Membership::Failed(now)) => {
+            tracing::error!(why = %now.sentence, "this machine is not in its swarm");
+        }
+        (Membership::Failed(_), Membership::Member(_)) => {
+            tracing::info!("this machine is in its swarm again");
+        }
+        _ => {}
+    }
+    machine.set_membership(membership);
+}
+
+async fn start(machine: &Machine) -> Result<Option<Node>> {
+    let options = &machine.inner.options;
+    let Some((credentials, raft_key)) = Files::in_data_dir(&options.data_dir).load()? else {
+        return Ok(None);
+    };
+    let subject = credentials.subject().context("this node's certificate cannot be read")?;
+    if subject.not_after < clock::now() {
+        anyhow::bail!(
+            "its certificate expired at {}: correct this machine's clock where that is wrong, otherwise leave and join again",
+            subject.not_after
+        );
+    }
+    let file = RecordFile::in_data_dir(&options.data_dir);
+    let record = file.load()?;
+    let (is_voter, managers) = (record.is_voter, record.managers.clone());
+    let image_store = machine.inner.image_store.clone();
+    let node = Node::start(options, Parts { credentials, raft_key, record, image_store }).await?;
+    let taken_up = async {
+        node.serve(options).await?;
+        if let (Some(manager), false) = (&node.manager, is_voter) {
+            // It was stopped in the middle of joining.
+            manager.join(&managers).await.map_err(|status| not_joined(&status))?;
+            file.update(|record| record.is_voter = true)?;
+        }
+        Ok(())
+    };
+    match taken_up.await {
+        Ok(()) => Ok(Some(node)),
+        Err(error) => {
+            node.stop().await;
+            node.release().await;
+            Err(error)
+        }
+    }
+}
+
+fn not_joined(status: &Status) -> anyhow::Error {
+    let why = format!("it was not made a voter: {}", status.message());
+    match status.code() {
+        Code::Unavailable | Code::DeadlineExceeded => Passing(why).into(),
+        _ => anyhow::anyhow!(why),
+    }
+}
+
+/// Tries again what may pass, and takes a manager out whose consensus has stopped, until the daemon stops.
+pub(super) async fn keep(machine: Machine) {
+    let mut changes = machine.inner.membership.subscribe();
+    let mut pause = RETRY_FIRST;
+    loop {
+        let membership = changes.borrow_and_update().clone();
+        if !matches!(membership, Membership::Failed(_)) {
+            pause = RETRY_FIRST;
+        }
+        tokio::select! {
+            () = machine.inner.tasks.token().cancelled_owned() => return,
+            _ = changes.changed() => {} // The machine holds the sender: this is no end.
+            due = next_step(&membership, pause) => {
+                let Ok(_changing) = machine.changing().await else { return };
+                // Somebody else may have had it leave meanwhile.
+                if !changes.has_changed().unwrap_or(true) {
+                    due.take(&machine).await;
+                    pause = (pause * 2).min(RETRY_MAX);
+                }
+            }
+        }
+    }
+}
+
+/// What is to be done next.
+enum Step {
+    Retry,
+    TakeOut(Arc<Node>, StopReason),
+}
+
+async fn next_step(membership: &Membership, pause: Duration) -> Step {
+    match membership {
+        Membership::Failed(obstacle) if obstacle.may_pass => {
+            tokio::time::sleep(pause).await;
+            return Step::Retry;
+        }
+        Membership::Member(node) => {
+            if let Some(manager) = &node.manager {
+                let reason = manager.stopped().await;
+                // A shutdown is the work of whoever changes the membership next.
+                if !matches!(reason, StopReason::Shutdown) {
+                    return Step::TakeOut(Arc::clone(node), reason);
+                }
+            }
+        }
+        Membership::Failed(_) | Membership::Outside => {}
+    }
+    std::future::pending().await
+}
+
+impl Step {
+    async fn take(self, machine: &Machine) {
+        match self {
+            Self::Retry => resume(machine).await,
+            Self::TakeOut(node, reason) => {
+                node.stop().await;
+                node.release().await;
+                // A disk may be freed; what cannot be applied stays so with this version.
+                let may_pass = matches!(reason, StopReason::Storage(_));
+                let obstacle = Obstacle::new(&Chain(&reason).to_string(), may_pass);
+                tracing::error!(why = %obstacle.sentence, "this machine is not in its swarm any more");
+                machine.set_membership(Membership::Failed(Arc::new(obstacle)));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::daemon::options::Options;
+    use crate::daemon::record::NodeRecord;
+    use skep_common::spec::NodeRole;
+    use skep_common::{ClusterId, NodeId, Timestamp};
+    use skep_proto::machine_server::Machine as _;
+    use skep_proto::{InfoRequest, JoinSwarmRequest, LeaveSwarmRequest};
+    use skep_runtime::identity::{Authority, Credentials, Csr, RaftKey};
+    use tonic::Request;
+
+    /// Nothing has this address (RFC 5737).
+    const NOWHERE: &str = "192.0.2.1:2377";
+
+    /// A worker's data, with a certificate of so many seconds from `begin` on.
+    fn store_member(data_dir: &std::path::Path, begin: Timestamp, life: Duration) {
+        let authority = Authority::generate(begin).unwrap();
+        let csr = Csr::generate().unwrap();
+        let (node, cluster) = (NodeId(7), ClusterId(8));
+        let certificate =
+            authority.sign(&csr.csr_pem, node, NodeRole::Worker, cluster, begin, life).unwrap();
+        let credentials = Credentials {
+            certificate_pem: certificate,
+            key_pem: csr.key_pem,
+            root_pem: authority.root_pem().to_owned(),
+        };
+        Files::in_data_dir(data_dir).store(&credentials, &RaftKey::generate()).unwrap();
+        let record = NodeRecord {
+            advertise_addr: NOWHERE.to_owned(),
+            listen_addr: NOWHERE.to_owned(),
+            ..NodeRecord::default()
+        };
+        RecordFile::in_data_dir(data_dir).store(&record).unwrap();
+    }
+
+    /// Opens a machine on a member's data after `damage`; gives why it takes no part.
+    async fn obstacle(begin: Timestamp, damage: impl FnOnce(&std::path::Path)) -> Obstacle {
+        let directory = tempfile::tempdir().unwrap();
+        store_member(directory.path(), begin, Duration::from_secs(3600));
+        damage(directory.path());
+        let machine = Machine::open(Options::for_test(directory.path()), Vec::new()).await.unwrap();
+        let Membership::Failed(obstacle) = machine.membership() else { panic!("it takes part") };
+
+        let info = machine.info(Request::new(InfoRequest {})).await.unwrap().into_inner();
+        assert_eq!((info.error.as_str(), info.node_id.as_str()), (&*obstacle.sentence, ""));
+        let join = machine.join_swarm(Request::new(JoinSwarmRequest::default())).await;
+        assert_eq!(join.unwrap_err().message(), obstacle.sentence);
+        machine.stop().await;
+        (*obstacle).clone()
+    }
+
+    #[track_caller]
+    fn check(obstacle: &Obstacle, may_pass: bool, words: &[&str]) {
+        for word in words.iter().chain(&["`skep swarm leave --force`"]) {
+            assert!(obstacle.sentence.contains(word), "{word:?} in {}", obstacle.sentence);
+        }
+        assert_eq!(obstacle.may_pass, may_pass, "{}", obstacle.sentence);
+    }
+
+    #[tokio::test]
+    async fn what_keeps_a_machine_out_is_told_with_its_remedy() {
+        let now = clock::now();
+        let nothing = |_: &std::path::Path| {};
+        check(&obstacle(now, nothing).await, true, &["192.0.2.1", "tried again"]);
+        let past = Timestamp(now.0 - 7200 * 1_000_000_000);
+        check(&obstacle(past, nothing).await, false, &["certificate expired", "clock", "restart"]);
+        let damaged = obstacle(now, |dir| std::fs::write(dir.join("node.json"), "{").unwrap());
+        check(&damaged.await, false, &["node.json", "damaged", "backup"]);
+        let key = "certificates/swarm-node.key";
+        let damaged = obstacle(now, |dir| std::fs::write(dir.join(key), "?").unwrap());
+        check(&damaged.await, false, &[key, "backup"]);
+    }
+
+    #[tokio::test]
+    async fn a_swarm_that_may_count_on_this_machine_is_left_by_force_only() {
+        let directory = tempfile::tempdir().unwrap();
+        store_member(directory.path(), clock::now(), Duration::from_secs(3600));
+        std::fs::write(directory.path().join("node.json"), "{").unwrap();
+        let machine = Machine::open(Options::for_test(directory.path()), Vec::new()).await.unwrap();
+        let leave = LeaveSwarmRequest { force: false };
+        let refused = machine.leave_swarm(Request::new(leave)).await.unwrap_err();
+        assert!(refused.message().contains("--force"), "{refused}");
+        assert!(matches!(machine.membership(), Membership::Failed(_)));
+        machine.stop().await;
+    }
+}
