@@ -1,4 +1,4 @@
-//! A client's command that goes on, such as `skep service logs --follow`.
+//! A command on a node that goes on, such as `skep service logs --follow`.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ExitStatus, Stdio};
@@ -10,7 +10,7 @@ use crate::command::{describe, skep, wait};
 use crate::lab::Lab;
 use crate::wait::wait_until;
 
-/// A command of the client that runs on a node while the test goes on.
+/// A command that runs on a node while the test goes on; it ends when this is dropped.
 #[derive(Debug)]
 pub struct Running {
     command: String,
@@ -23,8 +23,14 @@ impl Lab {
     /// Starts a command of the client on a node.
     #[track_caller]
     pub fn start_skep(&self, node: &str, args: &[&str]) -> Running {
-        let mut command = skep(["lab", "--name", self.name(), "exec", node, "--", "skep"]);
-        command.args(args);
+        self.start_command(node, &[&["skep"], args].concat())
+    }
+
+    /// Starts any command on a node.
+    #[track_caller]
+    pub fn start_command(&self, node: &str, words: &[&str]) -> Running {
+        let mut command = skep(["lab", "--name", self.name(), "exec", node, "--"]);
+        command.args(words);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let line = describe(&command);
         let mut child = match command.spawn() {

@@ -59,6 +59,10 @@ impl Samples {
         self.values.push(value);
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.values.is_empty()
+    }
+
     /// The value below which `fraction` of the samples are, between two of them where need be.
     pub(crate) fn quantile(&self, fraction: f64) -> f64 {
         let mut sorted = self.values.clone();

@@ -13,7 +13,7 @@ use std::process::{Child, Command, Stdio};
 use skep_cluster_tests::{Lab, SETTLES_WITHIN, skep_binary, wait_until};
 
 use super::figures::{Samples, Target, Unit, load_average};
-use super::start_lab;
+use super::{is_installed, start_lab};
 
 const SERVICE: &str = "bench";
 const PORT: u16 = 8080;
@@ -163,12 +163,6 @@ fn wait_for_answer(lab: &Lab, url: &str) {
         let output = lab.node("n1").exec(&["curl", "-sS", "-m", "2", "-o", "/dev/null", url]);
         (output.status.success().then_some(()), output.to_string())
     });
-}
-
-fn is_installed(program: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let root_only = ["/usr/sbin", "/sbin"].map(Path::new).map(Path::to_owned);
-    std::env::split_paths(&path).chain(root_only).any(|dir| dir.join(program).is_file())
 }
 
 /// HAProxy on n1, which forwards connections to the task as they are.

@@ -5,6 +5,7 @@
 //! time counts as well.
 
 mod cut;
+mod docker;
 mod failover;
 mod figures;
 mod mesh;
@@ -13,6 +14,7 @@ mod start;
 mod usage;
 
 use std::fs;
+use std::path::Path;
 
 use skep_cluster_tests::{Lab, LabOptions, skep_binary};
 
@@ -45,7 +47,7 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "start",
-        what: "60 replicas over five nodes: how long until all run, and what it takes of memory",
+        what: "60 replicas over five nodes, beside five Docker Engines: how long until all run, and memory",
         run: start::run,
     },
     Scenario {
@@ -84,4 +86,10 @@ fn start_lab(managers: u8, workers: u8) -> Lab {
 /// A size for people.
 fn bytes_as_mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
+}
+
+fn is_installed(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let root_only = ["/usr/sbin", "/sbin"].map(Path::new).map(Path::to_owned);
+    std::env::split_paths(&path).chain(root_only).any(|dir| dir.join(program).is_file())
 }
