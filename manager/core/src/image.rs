@@ -1,7 +1,7 @@
 //! What an image name in a spec means in this swarm.
 //!
 //! A name is normalised as Docker does (`nginx` is `docker.io/library/nginx:latest`); a service is
-//! pinned (`NAME@sha256:…`) when it is created, or, where its image is loaded later, each of its
+//! pinned (`NAME:TAG@sha256:…`) when it is created, or, where its image is loaded later, each of its
 //! tasks when it is placed. A task that has a node is always pinned.
 //!
 //! Source: distribution `reference/normalize.go`, `ParseDockerRef`.
@@ -44,9 +44,15 @@ pub fn normalise(name: &str) -> String {
     };
     let domain = if domain == "index.docker.io" { "docker.io" } else { domain };
     let library = if domain == "docker.io" && !path.contains('/') { "library/" } else { "" };
-    let has_tag = path.rsplit('/').next().is_some_and(|last| last.contains(':'));
+    tagged(&format!("{domain}/{library}{path}"))
+}
+
+/// The name as it was given, without a digest, and with the tag that it has or means.
+pub fn tagged(name: &str) -> String {
+    let name = split_digest(name).0;
+    let has_tag = name.rsplit('/').next().is_some_and(|last| last.contains(':'));
     let tag = if has_tag { "" } else { ":latest" };
-    format!("{domain}/{library}{path}{tag}")
+    format!("{name}{tag}")
 }
 
 fn is_domain(first: &str) -> bool {
@@ -67,7 +73,7 @@ pub fn pin(state: &State, name: &str) -> Option<String> {
         return Some(name.to_owned());
     }
     let image = state.image_by_name(&normalise(name))?;
-    Some(format!("{name}@{}", image.digest))
+    Some(format!("{}@{}", tagged(name), image.digest))
 }
 
 /// A node's word that it holds an image, and under which names it was loaded there.

@@ -163,7 +163,9 @@ fn keep_pin(state: &State, old: &ServiceSpec, new: ServiceSpec) -> ServiceSpec {
     let mut spec = pinned(state, new);
     let old_image = old.task_template.container_spec.as_ref().map(|container| &container.image);
     if let (Some(container), Some(old_image)) = (&mut spec.task_template.container_spec, old_image)
-        && image::split_digest(old_image).0 == container.image
+        && image::split_digest(old_image).1.is_some()
+        && image::tagged(old_image) == image::tagged(&container.image)
+        && image::split_digest(&container.image).1.is_none()
     {
         container.image.clone_from(old_image);
     }
@@ -267,7 +269,7 @@ mod tests {
         let action =
             update(&world.state, &old, old.meta.version, spec(&json!({}))).unwrap().unwrap();
         world.apply(vec![action]);
-        let pin = format!("i@sha256:{}", "1".repeat(64));
+        let pin = format!("i:latest@sha256:{}", "1".repeat(64));
         assert_eq!(image(&world), pin);
         let record = *world.state.images().keys().next().unwrap();
         world.apply(vec![Action::Delete { kind: skep_common::Kind::Image, id: record.0 }]);
