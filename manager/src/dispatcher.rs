@@ -12,7 +12,7 @@ use skep_manager_core::{Command, Outcome, Refusal};
 use skep_proto::agent_message::Message;
 use skep_proto::dispatcher_server::Dispatcher;
 use skep_proto::{
-    AgentMessage, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello,
+    AgentMessage, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello, LEADER_METADATA,
     RegisterImageRequest, RegisterImageResponse,
 };
 use skep_runtime::access::Caller;
@@ -25,8 +25,6 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::consensus::Consensus;
 use crate::control::error::Error;
 
-/// Metadata of an answer that names the leader.
-const LEADER_METADATA: &str = "skep-leader";
 /// An agent that does not say hello is no agent.
 const HELLO_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
 

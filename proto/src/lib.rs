@@ -9,5 +9,10 @@
 
 tonic::include_proto!("skep.v1");
 
+/// Metadata of an UNAVAILABLE answer: the leader's `ip:port`.
+pub const LEADER_METADATA: &str = "skep-leader";
+/// Metadata of a refusal: the node was removed from its swarm.
+pub const REMOVED_METADATA: &str = "skep-removed";
+
 /// The compiled descriptor of every service and message: what the access table is tested against.
 pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptor.bin"));

@@ -12,7 +12,7 @@ use skep_manager_core::{Action, Expect, State};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, MeshBackend, MeshPeer,
-    MeshPort, MeshPortKey, MeshUpdate, PortCondition, Welcome,
+    MeshPort, MeshPortKey, MeshUpdate, PortCondition, REMOVED_METADATA, Welcome,
 };
 use skep_runtime::identity::sign_grant;
 use tonic::Status;
@@ -20,9 +20,6 @@ use tonic::metadata::MetadataValue;
 
 use crate::dispatcher::ToAgent;
 use crate::join::manager_addresses;
-
-/// Tells a node that it was removed.
-const REMOVED_METADATA: &str = "skep-removed";
 
 /// One node's session.
 #[derive(Debug)]

@@ -11,7 +11,10 @@ use rand::RngExt as _;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_proto::dispatcher_client::DispatcherClient;
 use skep_proto::dispatcher_message::Message;
-use skep_proto::{AgentMessage, Assignments, HeartbeatRequest, Hello, Welcome, agent_message};
+use skep_proto::{
+    AgentMessage, Assignments, HeartbeatRequest, Hello, LEADER_METADATA, REMOVED_METADATA, Welcome,
+    agent_message,
+};
 use skep_runtime::TaskSet;
 use skep_runtime::transport::{ChannelPool, Peer};
 use tokio::sync::{mpsc, watch};
@@ -26,10 +29,6 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A leader answers a Hello at once; one that does not is not the leader any more.
 const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
-/// Metadata of a manager that does not lead: who does.
-pub const LEADER_METADATA: &str = "skep-leader";
-/// Metadata of the leader's answer to a node that was removed.
-const REMOVED_METADATA: &str = "skep-removed";
 
 /// Addresses of managers, best first; clones share them. Kept on disk by the daemon.
 #[derive(Debug, Clone)]

@@ -401,7 +401,7 @@ async fn a_node_that_was_removed_stops_its_tasks() {
     let refused = stage.session().await;
     let mut status = Status::permission_denied("no member");
     let mark = tonic::metadata::MetadataValue::from_static("true");
-    status.metadata_mut().insert("skep-removed", mark);
+    status.metadata_mut().insert(skep_proto::REMOVED_METADATA, mark);
     refused.to_agent.send(Err(status)).await.unwrap();
     drop(refused);
     let erased = async {
