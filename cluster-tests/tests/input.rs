@@ -6,7 +6,7 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use skep_cluster_tests::{BUSYBOX, Lab, LabOptions, is_root_or_skip};
+use skep_cluster_tests::{BUSYBOX, Lab, LabOptions, SETTLES_WITHIN, is_root_or_skip, wait_until};
 
 /// Checks that an error is one sentence with these words, and says nothing twice.
 #[track_caller]
@@ -212,6 +212,13 @@ fn a_torn_raft_log_is_cut_and_a_damaged_one_refused() {
     let told: Vec<&str> = log.lines().filter(is_told).collect();
     assert_eq!(told.len(), 1, "one warning about {name} in\n{log}");
     let version = lab.wait_until_alike("n1", 3);
+    // A file that is shorter than a crash leaves it: no vote before it has caught up.
+    wait_until(SETTLES_WITHIN, "the manager takes part in elections again", || {
+        let log = lab.node(node).log();
+        let has_caught_up =
+            log.contains("takes no part in elections") && log.contains("has caught up");
+        (has_caught_up.then_some(()), log)
+    });
 
     write_labels(&lab, "c", 20);
     assert!(lab.wait_until_alike("n1", 3) > version);

@@ -130,6 +130,12 @@ pub(crate) struct RawFrame<'a> {
 }
 
 /// Finds the frame that `bytes` begin with, or says why there is none.
+/// Whether a frame that begins here runs past the end of the bytes.
+pub(crate) fn is_incomplete(bytes: &[u8]) -> bool {
+    let Some(head) = bytes.get(..FRAME_HEAD_LENGTH) else { return true };
+    bytes.len() < FRAME_HEAD_LENGTH + u32_at(head, 0) as usize
+}
+
 pub(crate) fn parse_frame(bytes: &[u8]) -> Result<RawFrame<'_>, &'static str> {
     let Some(head) = bytes.get(..FRAME_HEAD_LENGTH) else { return Err("a frame is incomplete") };
     let length = u32_at(head, 0) as usize;

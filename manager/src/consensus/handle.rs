@@ -17,6 +17,7 @@ use super::disk::{self, DirLock};
 use super::feed::{Feed, Hub};
 use super::leadership::{self, Leadership, Metrics};
 use super::log::{LogOptions, LogStore};
+use super::lost_tail::LostTail;
 use super::machine::{Machine, Obstacle, Unapplicable};
 use super::membership::{Member, members_of};
 use super::network::{Network, RaftTransport};
@@ -55,6 +56,7 @@ pub(crate) struct Inner {
     log: std::sync::Mutex<Option<LogStore>>,
     leadership: watch::Receiver<Leadership>,
     obstacle: Obstacle,
+    pub(super) lost_tail: LostTail,
     tasks: TaskSet,
     /// Declared last: its tasks outlive none of what they use.
     runtime: RaftRuntime,
@@ -150,7 +152,7 @@ impl Consensus {
         let started = runtime.handle().spawn(start).await;
         let (raft, log) = started.map_err(|error| StartError::Raft(error.to_string()))??;
 
-        let Options { raft_id, transport, timing, .. } = options;
+        let Options { raft_id, transport, timing, dir, .. } = options;
         let metrics = Metrics::of(&raft);
         let (announced, leadership) = watch::channel(Leadership::default());
         let (forwards, queue) = mpsc::channel(propose::QUEUE_LENGTH);
@@ -176,10 +178,54 @@ impl Consensus {
             log,
             leadership,
             obstacle,
+            lost_tail: LostTail::read(&dir),
             tasks,
             runtime,
         };
-        Ok(Self { inner: Arc::new(inner) })
+        let consensus = Self { inner: Arc::new(inner) };
+        if consensus.inner.lost_tail.is_set() {
+            consensus.catch_up().await?;
+        }
+        Ok(consensus)
+    }
+
+    /// Lets this manager vote and stand for election once it has what others may count on.
+    async fn catch_up(&self) -> Result<(), StartError> {
+        // The published membership may not be there yet.
+        let members = self
+            .inner
+            .raft
+            .with_raft_state(|state| members_of(state.membership_state.effective().membership()));
+        let members = members.await.map_err(|error| StartError::Raft(error.to_string()))?;
+        if members.iter().all(|member| member.raft_id == self.inner.raft_id) {
+            tracing::warn!("this manager is the only one: it goes on with what is left of its log");
+            self.take_part();
+            return Ok(());
+        }
+        tracing::warn!(
+            file = %self.inner.lost_tail.path().display(),
+            "this manager takes no part in elections until it has caught up; where no majority is left without it, stop it, remove this file and start it again"
+        );
+        let weak = Arc::downgrade(&self.inner);
+        let _on_raft_threads = self.inner.runtime.handle().enter();
+        self.inner.tasks.spawn("raft catch up", async move {
+            while let Some(inner) = weak.upgrade() {
+                let consensus = Self { inner };
+                // What the leader has committed by now holds all that it was ever acknowledged.
+                match consensus.read_state().await {
+                    Ok(_) => return consensus.take_part(),
+                    Err(ReadError::Stopped) => return,
+                    Err(ReadError::NoLeader { .. }) => {}
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn take_part(&self) {
+        self.inner.lost_tail.clear();
+        self.inner.raft.runtime_config().elect(true);
+        tracing::info!("this manager has caught up: it takes part in elections again");
     }
 
     /// Founds a swarm whose only manager is this one, at `addr`. Safe to repeat.
@@ -373,10 +419,11 @@ async fn open_raft(
     hub: Arc<Hub>,
     obstacle: Obstacle,
 ) -> Result<(Raft<TypeConfig, Machine>, LogStore), StartError> {
-    let config = options.raft_config()?;
+    let mut config = options.raft_config()?;
     let opening = options.clone();
     let opened = tokio::task::spawn_blocking(move || open_storage(&opening)).await;
     let (log, snapshots) = opened.map_err(|error| StartError::Raft(error.to_string()))??;
+    config.enable_elect = !LostTail::read(&options.dir).is_set();
     let machine = Machine::new(hub, snapshots, Arc::clone(&obstacle));
     let membership = Arc::new(OnceLock::new());
     let network = Network {

@@ -12,7 +12,7 @@
 //! # Reading order
 //!
 //! `handle` and `options`; `propose`, `membership`, `leadership`, `feed` (what callers use); `serve`,
-//! `network`, `wire` (between managers); `machine`, `snapshot`, `log` (below openraft); `codec`,
+//! `network`, `wire` (between managers); `machine`, `snapshot`, `log`, `lost_tail` (below openraft); `codec`,
 //! `frame`, `seal`, `disk` (bytes).
 //!
 //! # Invariants
@@ -36,6 +36,7 @@ mod frame;
 mod handle;
 mod leadership;
 mod log;
+mod lost_tail;
 mod machine;
 pub mod membership;
 mod network;

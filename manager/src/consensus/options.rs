@@ -120,8 +120,8 @@ impl Options {
             enable_pre_vote: Some(true),
             // A manager that restarts stands for election: its term names one run of its loops.
             enable_leader_restore: Some(false),
-            // A manager whose torn tail was cut lacks entries that the leader saw there: it gets them
-            // again. Without this the leader would panic.
+            // A manager that lost the end of its log lacks entries that the leader saw there: it gets them
+            // again, and takes no part in elections before. Without this the leader would panic.
             allow_log_reversion: Some(true),
             ..Config::default()
         };

@@ -19,6 +19,8 @@ enum Refusal {
     Malformed(#[from] Malformed),
     #[error("this is manager {own:x}, not {meant:x}")]
     Misaddressed { own: u64, meant: u64 },
+    #[error("this manager lost the end of its log, and does not vote before it has caught up")]
+    LostTail,
     #[error("Raft does not run here: {0}")]
     Stopped(String),
 }
@@ -42,6 +44,13 @@ impl Consensus {
 
     async fn serve(&self, request: RaftRequest) -> Result<Bytes, Refusal> {
         let raft = &self.inner.raft;
+        let is_of_election = matches!(
+            request,
+            RaftRequest::Vote(_) | RaftRequest::PreVote(_) | RaftRequest::TransferLeader(_)
+        );
+        if is_of_election && self.inner.lost_tail.is_set() {
+            return Err(Refusal::LostTail);
+        }
         match request {
             RaftRequest::Append(body) => {
                 let request = wire::read_append(&mut self.open(body)?)?;

@@ -4,6 +4,9 @@
 //!
 //! - The last segment may end in a torn frame, the trace of a crash during a write: nothing valid
 //!   follows it. It was never acknowledged and is cut, with a warning.
+//! - The file of the last segment may be shorter than the space that was reserved for it, which no
+//!   crash does: acknowledged entries may be lost. It is cut as well, and the loss written down
+//!   ([`super::super::lost_tail`]) before the log is continued.
 //! - Everything else is an error: a segment that is missing, a frame that is damaged while others
 //!   follow, a segment shorter than its successor remembers, a key or a manager that is not ours.
 
@@ -12,7 +15,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::consensus::disk::{self, Error};
-use crate::consensus::frame::{FIRST_COUNTER, HEADER_LENGTH, find_frame, parse_frame, read_header};
+use crate::consensus::frame::{
+    FIRST_COUNTER, HEADER_LENGTH, find_frame, is_incomplete, parse_frame, read_header,
+};
+use crate::consensus::lost_tail;
 use crate::consensus::seal::FileKey;
 use crate::consensus::types::LogId;
 
@@ -69,6 +75,7 @@ pub(super) fn open(options: &LogOptions) -> Result<Opened, Error> {
     }
     let mut last_length = 0;
     let mut is_last_empty = false;
+    let mut has_lost_tail = false;
     for number in &numbers {
         let file = next_file.take().expect("there is a file for each number");
         if *number < numbers[numbers.len() - 1] {
@@ -81,7 +88,9 @@ pub(super) fn open(options: &LogOptions) -> Result<Opened, Error> {
         is_last_empty = length.is_none();
         let start = file.start;
         let previous_length = file.checkpoint.previous_length;
-        let end = replay.segment(options, file, length)?;
+        let is_short = (file.bytes.len() as u64) < options.segment_bytes_first;
+        let (end, is_cut_off) = replay.segment(options, file, length)?;
+        has_lost_tail = length.is_none() && (is_short || is_cut_off);
         is_last_empty &= end == start;
         last_length = if is_last_empty { previous_length } else { end as u64 };
     }
@@ -96,6 +105,13 @@ pub(super) fn open(options: &LogOptions) -> Result<Opened, Error> {
     let Replay { mut index, meta, stored } = replay;
     let checkpoint =
         Checkpoint { raft_id: options.raft_id, previous_length: last_length, meta: meta.clone() };
+    if has_lost_tail {
+        tracing::error!(
+            dir = %dir.display(),
+            "the end of the Raft log is gone, which no crash does: this manager takes no part in elections until it has caught up with the leader"
+        );
+        lost_tail::mark(&options.dir)?;
+    }
     let capacity = options.segment_bytes_first;
     let active =
         segment::create(&dir, number, &options.key, &*options.disk, capacity, &checkpoint)?;
@@ -154,13 +170,14 @@ impl Replay {
         self.index.purged = checkpoint.meta.purged;
     }
 
-    /// Reads a segment up to `length`, or to where the last one ends; gives that end.
+    /// Reads a segment up to `length`, or to where the last one ends; gives that end, and whether a
+    /// frame there runs past the end of the file.
     fn segment(
         &mut self,
         options: &LogOptions,
         file: SegmentFile,
         length: Option<usize>,
-    ) -> Result<usize, Error> {
+    ) -> Result<(usize, bool), Error> {
         let SegmentFile { path, bytes, number, file_key, checkpoint, start } = file;
         if checkpoint.meta != self.meta && !self.stored.is_empty() {
             let reason = "its checkpoint is not what the segments before it amount to";
@@ -183,8 +200,8 @@ impl Replay {
                     return Err(Error::damaged(path, offset, reason));
                 }
                 Err(reason) => {
-                    cut_torn_tail(options, &segment, &bytes, at, reason)?;
-                    return Ok(at);
+                    check_torn_tail(options, &segment, &bytes, at, reason)?;
+                    return Ok((at, is_incomplete(&bytes[at..])));
                 }
             };
             let content = frame.open(&segment.file_key, &options.key, counter, path, offset)?;
@@ -194,7 +211,7 @@ impl Replay {
             at += frame.length;
             counter += 1;
         }
-        Ok(at)
+        Ok((at, false))
     }
 
     fn frame(&mut self, frame: Arc<FramePlace>, content: Vec<u8>) -> Result<(), Error> {
@@ -259,8 +276,9 @@ impl Replay {
     }
 }
 
-/// Cuts what a crash left half written, if that is what it is.
-fn cut_torn_tail(
+/// Whether what was lost is all that a crash left half written. The next segment remembers where
+/// this one ends, so what follows there is never read again.
+fn check_torn_tail(
     options: &LogOptions,
     segment: &Segment,
     bytes: &[u8],
@@ -277,8 +295,7 @@ fn cut_torn_tail(
         file = %path.display(),
         offset = at,
         reason,
-        "cut the end of the Raft log: a crash interrupted its last write, which was never acknowledged"
+        "cut the end of the Raft log: its last write is incomplete"
     );
-    segment.file.set_len(at as u64).map_err(Error::io("cut", path))?;
-    segment.file.sync_all().map_err(Error::io("sync", path))
+    Ok(())
 }

@@ -43,6 +43,7 @@ fn open(options: &LogOptions) -> Result<LogStore, Error> {
 }
 
 use crate::consensus::disk;
+use crate::consensus::lost_tail::LostTail;
 
 /// Drops a log as a crash does, but waits for its thread.
 fn crash(log: LogStore) {
@@ -156,6 +157,8 @@ fn a_torn_tail_is_cut_with_a_warning_wherever_it_was_torn() {
             let text = warnings.0.lock().unwrap().clone();
             assert!(text.contains(&format!("file={} offset={last} ", path.display())), "{text}");
             let mut log = opened.unwrap();
+            // No crash makes a file shorter than the space that was reserved for it.
+            assert_eq!(LostTail::read(dir.path()).is_set(), !is_preallocated);
             runtime.block_on(async {
                 assert_eq!(all(&log).await, (1..=4).map(|i| entry(1, i, 100)).collect::<Vec<_>>());
                 log.blocking_append([entry(2, 5, 10)]).await.unwrap();

@@ -13,7 +13,7 @@ use skep_runtime::TaskSet;
 
 use super::harness::{Swarm, has_config, put_config, within};
 use crate::consensus::disk::{Disk, RealDisk};
-use crate::consensus::{Consensus, StartError, StopReason, Unapplicable};
+use crate::consensus::{Consensus, RaftRequest, StartError, StopReason, Unapplicable};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_acknowledged_write_is_lost_when_leaders_are_killed_again_and_again() {
@@ -75,6 +75,71 @@ async fn all_managers_killed_at_once_come_back_with_everything() {
     }
     let state = swarm.converge().await;
     assert!((1..=20).all(|number| has_config(&state, number)));
+    swarm.stop().await;
+}
+
+/// Cuts the last bytes that a manager wrote off its newest segment, as no crash does.
+fn cut_log(swarm: &mut Swarm, raft_id: u64) {
+    let dir = swarm.options(raft_id).dir.join("log");
+    let newest = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).max().unwrap();
+    let bytes = std::fs::read(&newest).unwrap();
+    let end = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    let file = File::options().write(true).open(&newest).unwrap();
+    file.set_len(u64::try_from(end - 20).unwrap()).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_manager_that_lost_its_logs_end_votes_only_when_it_has_caught_up() {
+    let mut swarm = Swarm::of(3).await;
+    let leader = swarm.leader(None).await;
+    for number in 1..=20 {
+        swarm.get(leader).propose(&put_config(number, 10)).await.unwrap();
+    }
+    let victim = swarm.ids().into_iter().find(|id| *id != leader).unwrap();
+    swarm.kill(victim).await;
+    cut_log(&mut swarm, victim);
+    swarm.net.cut_off(victim);
+    for _ in 0..2 {
+        swarm.start(victim).await; // The second time, nothing is missing at the end of the file.
+        let manager = swarm.get(victim);
+        assert!(manager.inner.lost_tail.is_set());
+        for ask in [RaftRequest::Vote, RaftRequest::PreVote, RaftRequest::TransferLeader] {
+            let answer = manager.handle(ask(bytes::Bytes::new())).await;
+            let text = String::from_utf8_lossy(&answer).into_owned();
+            assert!(text.contains("does not vote before it has caught up"), "{text}");
+        }
+        swarm.kill(victim).await;
+    }
+    swarm.net.heal();
+    swarm.start(victim).await;
+    let caught_up = async {
+        while swarm.get(victim).inner.lost_tail.is_set() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    within("the victim to catch up", caught_up).await;
+    swarm.kill(leader).await;
+    // Both others are needed for a majority: the victim votes again, or leads.
+    swarm.leader(None).await;
+    let state = swarm.converge().await;
+    assert!((1..=20).all(|number| has_config(&state, number)));
+    swarm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_only_manager_goes_on_with_what_is_left_of_its_log() {
+    let mut swarm = Swarm::of(1).await;
+    swarm.leader(None).await;
+    for number in 1..=20 {
+        swarm.get(1).propose(&put_config(number, 10)).await.unwrap();
+    }
+    swarm.kill(1).await;
+    cut_log(&mut swarm, 1);
+    swarm.start(1).await;
+    swarm.leader(None).await;
+    assert!(!swarm.get(1).inner.lost_tail.is_set());
+    let state = swarm.converge().await;
+    assert!((1..=19).all(|number| has_config(&state, number)));
     swarm.stop().await;
 }
 
