@@ -189,7 +189,8 @@ pub(crate) fn resolve(state: &State, name: &str) -> Result<String, Missing> {
     }
 }
 
-/// Whether two container specs are equal, where `wanted` may lack the digest that `task` has.
+/// Whether two container specs are equal, where `wanted` may lack the digest that `task` has, and with
+/// it the tag that a name without one means.
 pub(crate) fn is_same_container(
     wanted: Option<&ContainerSpec>,
     task: Option<&ContainerSpec>,
@@ -198,7 +199,7 @@ pub(crate) fn is_same_container(
     if split_digest(&wanted.image).1.is_some() || wanted.image == task.image {
         return wanted == task;
     }
-    if wanted.image != split_digest(&task.image).0 {
+    if tagged(&wanted.image) != tagged(&task.image) {
         return false;
     }
     let mut unpinned = task.clone();
@@ -289,7 +290,12 @@ mod tests {
             |image: &str| ContainerSpec { image: image.to_owned(), ..ContainerSpec::default() };
         for (wanted, task, expect) in [
             ("a", "a", true),
+            ("a", "a:latest@sha256:1", true),
+            ("a:latest", "a:latest@sha256:1", true),
+            ("h:5000/a", "h:5000/a:latest@sha256:1", true),
             ("a", "a@sha256:1", true),
+            ("a", "a:1@sha256:1", false),
+            ("a", "b:latest@sha256:1", false),
             ("a:1", "a@sha256:1", false),
             ("a@sha256:2", "a@sha256:1", false),
             ("a@sha256:1", "a", false),

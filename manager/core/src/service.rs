@@ -148,12 +148,12 @@ fn put(service: Service, expect: Expect) -> Action {
     Action::Put { object: Object::Service(Box::new(service)), expect }
 }
 
-/// The spec with its image pinned to what the name means now, where the swarm knows it.
+/// The spec with its image pinned to what the name means now; where the swarm does not know it, with the
+/// tag that it means. Source: moby `client/service_create.go`, `resolveContainerSpecImage`.
 fn pinned(state: &State, mut spec: ServiceSpec) -> ServiceSpec {
-    if let Some(container) = &mut spec.task_template.container_spec
-        && let Some(pinned) = image::pin(state, &container.image)
-    {
-        container.image = pinned;
+    if let Some(container) = &mut spec.task_template.container_spec {
+        let pinned = image::pin(state, &container.image);
+        container.image = pinned.unwrap_or_else(|| image::tagged(&container.image));
     }
     spec
 }
@@ -234,8 +234,9 @@ mod tests {
     fn an_update_and_its_rollback_swap_the_specs() {
         let (mut world, id) = created();
         let get = |world: &World| (**world.state.service(id).unwrap()).clone();
-        let labelled = spec(&json!({"Labels": {"a": "b"}}));
         let old = get(&world);
+        let labels = [("a".to_owned(), "b".to_owned())].into();
+        let labelled = ServiceSpec { labels: Some(labels), ..old.spec.clone() };
         let same = update(&world.state, &old, old.meta.version, old.spec.clone()).unwrap();
         assert_eq!(same, None, "an equal spec is no update");
         let action =
@@ -255,7 +256,7 @@ mod tests {
     fn an_image_is_pinned_when_it_is_known_and_keeps_its_pin() {
         let (mut world, id) = created();
         let image = |world: &World| world.state.service(id).unwrap().spec.container().image.clone();
-        assert_eq!(image(&world), "i", "nobody knows it yet");
+        assert_eq!(image(&world), "i:latest", "nobody knows it yet");
         let registration = image::Registration {
             names: vec!["i".to_owned()],
             digest: format!("sha256:{}", "1".repeat(64)),

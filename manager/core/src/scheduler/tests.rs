@@ -184,6 +184,8 @@ fn a_task_waits_for_its_image_and_is_pinned_when_placed() {
     world.expect_step("a holder is alive", &format!("{}@1", task_id.0));
     let task = world.state.task(task_id).unwrap();
     assert_eq!(task.spec.container_spec.as_ref().unwrap().image, "whoami:latest@sha256:12");
+    world.report(task_id, skep_common::TaskState::Running);
+    world.expect_step("the pin is no reason to replace it", "");
 }
 
 #[test]
