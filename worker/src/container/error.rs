@@ -60,6 +60,23 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// Why it failed, for a daemon that says of which container and what was tried itself.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Self::Create { reason, .. }
+            | Self::Start { reason, .. }
+            | Self::Exec { reason, .. } => reason.clone(),
+            Self::NotFound(_)
+            | Self::Exists(_)
+            | Self::InvalidId(_)
+            | Self::WrongState { .. }
+            | Self::Lost(_)
+            | Self::Io { .. } => chain(self),
+        }
+    }
+}
+
 /// Adds what was tried to an I/O error.
 pub(super) trait Context<T> {
     /// Names the action, without "failed to".
@@ -84,4 +101,59 @@ pub(super) fn chain(error: &dyn StdError) -> String {
         source = cause.source();
     }
     text
+}
+
+/// What libcontainer puts before an error that it hands from one of its processes to the next.
+const WRAPPINGS: [&str; 3] = [
+    "failed to create container: ",
+    "exec process failed with error ",
+    "error in executing process : ",
+];
+
+/// As [`chain`], for an error of libcontainer: what it wrapped.
+pub(super) fn unwrapped(error: &dyn StdError) -> String {
+    let text = chain(error);
+    let strip = |text, wrapping| str::strip_prefix(text, wrapping).unwrap_or(text);
+    WRAPPINGS.into_iter().fold(text.as_str(), strip).to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reason_that_is_handed_on_does_not_repeat_its_sentence() {
+        let said = |reason: &str| (String::from("c"), String::from(reason));
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let (id, reason) = said("no such file");
+        let exec = Error::Exec { id, reason };
+        let (id, reason) = said("unable to find user ghost");
+        let create = Error::Create { id, reason };
+        for (error, expect) in [
+            (exec, "no such file"),
+            (create, "unable to find user ghost"),
+            (Error::NotFound("c".into()), "container c not found"),
+            (
+                Error::Io { action: "open /x".into(), source: missing() },
+                "failed to open /x: entity not found",
+            ),
+        ] {
+            assert_eq!(error.reason(), expect);
+        }
+    }
+
+    #[test]
+    fn an_error_of_the_runtime_is_told_without_its_way() {
+        for (text, expect) in [
+            (
+                "failed to create container: exec process failed with error error in executing \
+                 process : executable 'a' not found in $PATH",
+                "executable 'a' not found in $PATH",
+            ),
+            ("failed to create container: EPERM", "EPERM"),
+            ("no cgroups", "no cgroups"),
+        ] {
+            assert_eq!(unwrapped(&io::Error::other(text)), expect);
+        }
+    }
 }

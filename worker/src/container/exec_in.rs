@@ -26,7 +26,7 @@ use skep_worker_core::oci::process;
 
 use super::cgroup::Cgroup;
 use super::dirs::{RunDir, remove_all};
-use super::error::{Context, Error, chain};
+use super::error::{Context, Error, chain, unwrapped};
 use super::protocol::{ExecReport, ShimConfig, read_json, send};
 use super::shim::ExecExecutor;
 use crate::sys;
@@ -75,7 +75,7 @@ fn run(run: &RunDir, argv: Vec<String>, env: &[String]) -> Result<(), Error> {
             release_output()?;
             supervise(pid, &signals, &daemon, &cgroup)?
         }
-        Err(error) => ExecReport::Failed { reason: chain(&error) },
+        Err(error) => ExecReport::Failed { reason: error.reason() },
     };
     // A daemon that went away needs no report.
     let _ = send(&daemon, &report);
@@ -114,7 +114,7 @@ fn start(
     let null = fs::File::open("/dev/null").during(|| "open /dev/null".into())?;
     let pid = ContainerBuilder::new(id.clone(), SyscallType::Linux)
         .with_root_path(root)
-        .map_err(|error| failed(chain(&error)))?
+        .map_err(|error| failed(unwrapped(&error)))?
         .with_executor(ExecExecutor::new(seccomp, capabilities))
         .with_stdin(null)
         .with_stdout(output()?)
@@ -123,7 +123,7 @@ fn start(
         .with_process(Some(PathBuf::from(path)))
         .with_detach(false)
         .build()
-        .map_err(|error| failed(chain(&error)))?;
+        .map_err(|error| failed(unwrapped(&error)))?;
     Ok(pid.as_raw())
 }
 

@@ -242,6 +242,8 @@ pub(crate) fn overlays(base: &Path) -> Vec<String> {
 pub(crate) fn expect_error<T: std::fmt::Debug>(result: Result<T, Error>, part: &str) {
     let error = result.expect_err("this must fail").to_string();
     assert!(error.contains(part), "{error}");
+    let sentence = error.split(": ").next().unwrap_or_default();
+    assert_eq!(error.matches(sentence).count(), 1, "said twice: {error}");
 }
 
 fn layer_path() -> PathBuf {

@@ -16,7 +16,7 @@ use skep_worker_core::oci::{self, user};
 
 use super::super::cgroup::Cgroup;
 use super::super::dirs::{DataDir, RunDir, write_atomically};
-use super::super::error::{Context, Error, chain};
+use super::super::error::{Context, Error, unwrapped};
 use super::super::host;
 use super::super::logs::format::Stream;
 use super::super::protocol::{Phase, ShimConfig, ShimState};
@@ -93,7 +93,7 @@ pub(super) fn create(
     let container = built.map_err(|error| {
         // The runtime removes it too, but gives up where the kernel calls it busy.
         let _ = cgroup.remove();
-        let reason = messages.explain(&chain(&error));
+        let reason = messages.explain(&unwrapped(&error));
         Error::Create { id: input.id.clone(), reason }
     })?;
 
@@ -148,7 +148,7 @@ fn protect_from_oom(own_score: &str) {
 }
 
 fn create_error(id: &str, error: &libcontainer::error::LibcontainerError) -> Error {
-    Error::Create { id: id.to_owned(), reason: chain(error) }
+    Error::Create { id: id.to_owned(), reason: unwrapped(error) }
 }
 
 fn pipe() -> Result<(OwnedFd, OwnedFd), Error> {

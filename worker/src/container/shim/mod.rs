@@ -84,7 +84,7 @@ fn run_shim(run: &RunDir) -> Result<(), Error> {
             watch::watch(run, &data, container, daemon)
         }
         Err(error) => {
-            let failed = Report::Failed { reason: chain(&error) };
+            let failed = Report::Failed { reason: error.reason() };
             if send(&daemon, &failed).is_err() {
                 remove_directories(run, &data);
             }

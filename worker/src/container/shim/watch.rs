@@ -13,7 +13,7 @@ use nix::unistd::{Pid, read};
 use skep_runtime::clock;
 
 use super::super::dirs::{DataDir, RunDir, remove_all, write_atomically};
-use super::super::error::{Context, Error, chain};
+use super::super::error::{Context, Error, chain, unwrapped};
 use super::super::protocol::{Phase, Report, START, send};
 use super::super::runtime::ExitStatus;
 use super::create::Waiting;
@@ -166,7 +166,7 @@ impl Watch<'_> {
         self.waiting.state.started_at = Some(clock::now());
         write_state(self.run, &self.waiting.state)?;
         if let Err(error) = self.waiting.container.start() {
-            self.report(&Report::Failed { reason: chain(&error) });
+            self.report(&Report::Failed { reason: unwrapped(&error) });
             self.daemon = None;
             // Its end is recorded as that of any other container.
             sys::kill(self.waiting.init.pid, Signal::SIGKILL as i32);
