@@ -416,16 +416,16 @@ fn teardown_leaves_nothing_of_ours_and_everything_else() {
     lab.node(1).host.ask(&Request::DropForwarded);
     lab.node(1).host.ip("rule add fwmark 7 lookup 20007 pref 1999");
     lab.node(1).host.ip("route add blackhole 192.0.2.0/24 table 20007");
-    let before = snapshot(&mut lab);
+    let before = snapshot(&mut lab, 1);
     for number in 1..=N {
         lab.start(number);
         lab.attach(number);
     }
     lab.publish(&[(PORT, ALL)]);
     lab.assert_turns(Client::Outside, node_address(1, PORT));
-    assert_ne!(snapshot(&mut lab), before);
+    assert_ne!(snapshot(&mut lab, 1), before);
     lab.node(1).daemon.ask(&Request::Teardown);
-    assert_eq!(snapshot(&mut lab), before);
+    assert_eq!(snapshot(&mut lab, 1), before);
     lab.node(1).host.ask(&Request::Listen { port: PORT });
     // The other nodes go on with the tasks that are left.
     lab.publish_without_node_1();
@@ -433,9 +433,39 @@ fn teardown_leaves_nothing_of_ours_and_everything_else() {
     assert_eq!(count(&answers), [("2".to_owned(), 2), ("3".to_owned(), 2)].into());
 }
 
-/// Links, addresses, rules, routes, neighbours and chains of node 1.
-fn snapshot(lab: &mut Lab) -> Vec<String> {
-    let host = &mut lab.node(1).host;
+#[test]
+fn a_daemon_that_never_started_the_mesh_removes_what_another_left() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::bare();
+    // One whose number and marks are not those that a removal assumes.
+    let number = 2;
+    lab.node(number).host.ask(&Request::DropForwarded);
+    let before = snapshot(&mut lab, number);
+    let run_dir = lab.run_dir(number);
+    let remove = || Request::Remove { run_dir: run_dir.clone() };
+    lab.node(number).daemon.ask(&remove());
+    assert_eq!(snapshot(&mut lab, number), before, "nothing was there");
+
+    for number in 1..=N {
+        lab.start(number);
+        lab.attach(number);
+    }
+    lab.publish(&[(PORT, ALL)]);
+    lab.assert_turns(Client::Outside, node_address(number, PORT));
+    let daemon = lab.node(number).host.beside();
+    std::mem::replace(&mut lab.node(number).daemon, daemon).kill();
+    assert_ne!(snapshot(&mut lab, number), before);
+    lab.node(number).daemon.ask(&remove());
+    assert_eq!(snapshot(&mut lab, number), before);
+    lab.node(number).daemon.ask(&remove());
+    assert_eq!(snapshot(&mut lab, number), before, "and again");
+}
+
+/// Links, addresses, rules, routes, neighbours and chains of a node.
+fn snapshot(lab: &mut Lab, number: u16) -> Vec<String> {
+    let host = &mut lab.node(number).host;
     let mut found: Vec<String> =
         ["-o link", "-o addr", "rule", "route show table all", "-o maddr show dev eth0"]
             .iter()

@@ -46,7 +46,9 @@ impl BalancerHandle {
         tasks: &TaskSet,
     ) -> Self {
         let (newest, tables) = watch::channel((0, None));
-        tasks.spawn("balancers", run(balancers, tables, applied));
+        // Not cut off in the middle: a mesh that is just being started must be known to whoever
+        // removes it after the node's stop. It ends with the handle.
+        tasks.spawn_to_end("balancers", run(balancers, tables, applied));
         Self { newest }
     }
 
@@ -100,5 +102,52 @@ async fn run(
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures::FutureExt as _;
+
+    use super::*;
+
+    /// Balancers that take as long as the test wants.
+    #[derive(Debug, Clone, Default)]
+    struct Slow {
+        begun: Arc<watch::Sender<bool>>,
+        may_end: Arc<watch::Sender<bool>>,
+        ended: Arc<watch::Sender<bool>>,
+    }
+
+    #[tonic::async_trait]
+    impl Balancers for Slow {
+        async fn apply(
+            &mut self,
+            _: &MeshTable,
+        ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
+            self.begun.send_replace(true);
+            self.may_end.subscribe().wait_for(|may| *may).await.unwrap();
+            self.ended.send_replace(true);
+            Ok(Vec::new())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stop_waits_for_the_table_that_is_being_applied() {
+        let (tasks, slow) = (TaskSet::new(), Slow::default());
+        let (applied, _reports) = mpsc::channel(1);
+        let handle = BalancerHandle::start(Some(Box::new(slow.clone())), applied, &tasks);
+        let table = serde_json::json!({"version": 1, "self_number": 1, "peers": [], "ports": []});
+        handle.apply(1, serde_json::from_value(table).ok());
+        slow.begun.subscribe().wait_for(|begun| *begun).await.unwrap();
+        drop(handle);
+        let stop = tasks.shutdown();
+        tokio::pin!(stop);
+        assert_eq!(stop.as_mut().now_or_never(), None, "it has not ended");
+        slow.may_end.send_replace(true);
+        stop.await;
+        assert!(*slow.ended.borrow());
     }
 }

@@ -45,6 +45,10 @@ pub(crate) enum Request {
         task_id: String,
     },
     Teardown,
+    /// As the next daemon does that is told to leave before it has started a mesh.
+    Remove {
+        run_dir: String,
+    },
     /// Serves HTTP on a port of all addresses.
     Serve {
         name: String,
@@ -161,6 +165,10 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         }
         Request::Teardown => {
             state.mesh.take().expect("started").teardown().await.map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::Remove { run_dir } => {
+            Mesh::remove(run_dir.as_ref()).await.map_err(text)?;
             Ok(Value::Null)
         }
         other => tokio::task::block_in_place(|| handle_socket(state, other)),

@@ -271,11 +271,15 @@ impl Lab {
         Self { client, nodes, slices, version: 0, switch, run_dir }
     }
 
+    pub(crate) fn run_dir(&self, number: u16) -> String {
+        self.run_dir.path().join(number.to_string()).display().to_string()
+    }
+
     pub(crate) fn start_request(&self, number: u16) -> Request {
         Request::Start {
             number,
             underlay: underlay(number),
-            run_dir: self.run_dir.path().join(number.to_string()).display().to_string(),
+            run_dir: self.run_dir(number),
             pool: MeshTable::default_pool().to_string(),
         }
     }
