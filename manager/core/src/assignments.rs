@@ -71,10 +71,14 @@ pub struct AssignedImage {
 }
 
 /// All that `node_id` must hold. The stop of tasks in `held_back` is not to be told yet.
+///
+/// Of the images in `reported`, which the node says it holds, those that the swarm knows are kept: the
+/// store may learn of it later, and the node deletes what it is not told to keep.
 pub fn for_node(
     state: &State,
     node_id: NodeId,
     duties: &CopyDuties,
+    reported: &BTreeSet<String>,
     held_back: &BTreeSet<TaskId>,
 ) -> AssignmentSet {
     let mut set = AssignmentSet::default();
@@ -93,7 +97,8 @@ pub fn for_node(
     let duties = duties.get(&node_id);
     let is_duty = |digest: &String| duties.is_some_and(|digests| digests.contains(digest));
     for record in state.images().values() {
-        let is_kept = record.holders.contains(&node_id) || is_duty(&record.digest);
+        let is_held = record.holders.contains(&node_id) || reported.contains(&record.digest);
+        let is_kept = is_held || is_duty(&record.digest);
         if is_kept || names.contains_key(record.digest.as_str()) {
             names.insert(&record.digest, &record.name);
         }
@@ -320,6 +325,16 @@ mod tests {
     }
 
     #[test]
+    fn a_node_keeps_what_it_holds_before_the_store_knows() {
+        let mut world = World::new("1 2", service(0), "");
+        world.put(vec![image(1, &[2]), image(2, &[1]), image(3, &[2])]);
+        let reported: BTreeSet<String> = ["sha256:1".to_owned(), "sha256:9".to_owned()].into();
+        let none = BTreeSet::new();
+        let set = for_node(&world.state, NodeId(1), &CopyDuties::new(), &reported, &none);
+        assert_eq!(set.images.keys().collect::<Vec<_>>(), ["sha256:1", "sha256:2"]);
+    }
+
+    #[test]
     fn a_node_is_told_its_tasks_and_images_but_not_its_own_reports() {
         let mut web = service(2);
         let container = skep_common::spec::ContainerSpec {
@@ -331,7 +346,7 @@ mod tests {
         world.put(vec![image(1, &[2])]);
         world.step();
         let told = |world: &World, held: &BTreeSet<TaskId>| {
-            for_node(&world.state, NodeId(1), &CopyDuties::new(), held)
+            for_node(&world.state, NodeId(1), &CopyDuties::new(), &BTreeSet::new(), held)
         };
         let none = BTreeSet::new();
         let mut stream = Stream::default();

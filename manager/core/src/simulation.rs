@@ -349,7 +349,8 @@ impl Simulation {
     fn tell(&mut self) {
         let held = self.drain.held_back(&self.world.state, self.world.now);
         for (node_id, worker) in self.workers.iter_mut().filter(|(_, worker)| worker.is_connected) {
-            let set = for_node(&self.world.state, *node_id, &CopyDuties::new(), &held);
+            let set =
+                for_node(&self.world.state, *node_id, &CopyDuties::new(), &BTreeSet::new(), &held);
             for status in worker.tasks.iter_mut().filter(|(id, _)| !set.tasks.contains_key(id)) {
                 status.1.state = status.1.state.max(TaskState::Shutdown);
             }

@@ -247,13 +247,13 @@ impl Leader {
                 self.drain.acknowledge(node_id, applied.version);
                 self.sessions.note_conditions(node_id, applied.conditions);
             }
-            Message::Image(report) if report.held => {
-                let digest = report.digest;
-                self.queue(vec![Action::ImageHolder { digest, node_id, holds: true }]);
-            }
             Message::Image(report) => {
-                let (digest, error) = (report.digest, report.error);
-                tracing::warn!(node.id = %node_id, digest, error, "a node cannot get an image");
+                if !report.held {
+                    let (digest, error) = (&report.digest, &report.error);
+                    tracing::warn!(node.id = %node_id, digest, error, "a node cannot get an image");
+                }
+                let actions = self.sessions.note_image(&self.state, node_id, report);
+                self.queue(actions);
             }
         }
     }

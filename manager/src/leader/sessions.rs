@@ -11,8 +11,8 @@ use skep_manager_core::endpoints::{self, Drain, Table};
 use skep_manager_core::{Action, Expect, State};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
-    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, MeshBackend, MeshPeer,
-    MeshPort, MeshPortKey, MeshUpdate, PortCondition, REMOVED_METADATA, Welcome,
+    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
+    MeshPeer, MeshPort, MeshPortKey, MeshUpdate, PortCondition, REMOVED_METADATA, Welcome,
 };
 use skep_runtime::identity::sign_grant;
 use tonic::Status;
@@ -30,6 +30,8 @@ struct Session {
     told_table: Option<(u64, Table)>,
     told_managers: Vec<String>,
     conditions: Vec<PortCondition>,
+    /// Digests of the images that the node said it holds.
+    images: BTreeSet<String>,
     is_dirty: bool,
     description: NodeDescription,
     address: std::net::SocketAddr,
@@ -125,6 +127,7 @@ impl Sessions {
             told_table: None,
             told_managers,
             conditions: Vec::new(),
+            images: hello.image_digests.iter().cloned().collect(),
             is_dirty: true,
             description,
             address,
@@ -159,6 +162,29 @@ impl Sessions {
 
     pub(super) fn is_current(&self, node_id: NodeId, session_id: u64) -> bool {
         self.open.get(&node_id).is_some_and(|session| session.id == session_id)
+    }
+
+    /// Notes whether a node holds an image, by its own word, and returns what that changes in the store.
+    pub(super) fn note_image(
+        &mut self,
+        state: &State,
+        node_id: NodeId,
+        report: ImageReport,
+    ) -> Vec<Action> {
+        let ImageReport { digest, held: holds, .. } = report;
+        let mut is_news = holds;
+        if let Some(session) = self.open.get_mut(&node_id) {
+            if holds {
+                session.images.insert(digest.clone());
+            } else {
+                // What it said before may be on its way to the store.
+                is_news = session.images.remove(&digest);
+            }
+        }
+        let mut records = state.images().values().filter(|record| record.digest == digest);
+        // Failures are reported again and again; only one that corrects the store is worth a command.
+        is_news |= records.any(|record| record.holders.contains(&node_id) != holds);
+        is_news.then_some(Action::ImageHolder { digest, node_id, holds }).into_iter().collect()
     }
 
     /// Notes which ports a node cannot serve; told once, when it changes.
@@ -209,7 +235,13 @@ impl Sessions {
                     continue;
                 }
             };
-            let set = assignments::for_node(state, *node_id, &self.duties, &self.held_back);
+            let set = assignments::for_node(
+                state,
+                *node_id,
+                &self.duties,
+                &session.images,
+                &self.held_back,
+            );
             session.is_dirty = false;
             let message = news(session, state, *node_id, set, (version, table), now);
             if let Some(assignments) = message {
@@ -352,4 +384,43 @@ fn mesh_update(told: Option<&(u64, Table)>, version: u64, table: &Table) -> Opti
         ports: changes.ports.iter().map(port).collect(),
         removed_ports: changes.removed_ports.iter().map(key).collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use skep_common::object::Image;
+    use skep_common::{ImageId, Meta};
+    use skep_manager_core::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_node_that_lacks_an_image_corrects_a_store_that_says_it_holds_it() {
+        for (name, holders, held, expect) in [
+            ("a copy that arrived", &[][..], true, Some(true)),
+            ("a copy that cannot be had", &[2], false, None),
+            ("one that is not there", &[1, 2], false, Some(false)),
+        ] {
+            let image = Image {
+                id: ImageId(1),
+                meta: Meta::default(),
+                name: "docker.io/library/i:latest".into(),
+                digest: "sha256:1".into(),
+                size: 1,
+                created: None,
+                holders: holders.iter().map(|id| NodeId(*id)).collect(),
+            };
+            let object = Object::Image(Box::new(image));
+            let put = Action::Put { object, expect: Expect::Absent };
+            let mut state = State::default();
+            state.apply(1, &Command::new(Timestamp(1), vec![put]));
+            let report = ImageReport { digest: "sha256:1".into(), held, error: String::new() };
+            let actions = Sessions::new(1).note_image(&state, NodeId(1), report);
+            let correction = |holds| {
+                let digest = "sha256:1".to_owned();
+                Action::ImageHolder { digest, node_id: NodeId(1), holds }
+            };
+            assert_eq!(actions, expect.map(correction).into_iter().collect::<Vec<_>>(), "{name}");
+        }
+    }
 }

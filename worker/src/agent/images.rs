@@ -2,13 +2,26 @@
 //!
 //! A task asks with [`Images::ensure`]; a copy that this node keeps for the swarm is fetched by itself.
 //! Both share the work of one fetch.
+//!
+//! # Invariants
+//!
+//! - What no assignment names, no task of this node needs and nobody has just loaded is deleted, with
+//!   the next assignments that say so or when its last task is erased; also what an earlier session or
+//!   an earlier daemon left.
+//! - Until the first assignments of this daemon nothing is deleted: nobody has said yet what to keep.
+//! - An image that was loaded here is kept until an assignment has named it: the leader whose word it is
+//!   may not know it yet.
 
-use std::collections::BTreeMap;
+#[cfg(test)]
+pub(super) mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
 use futures::{FutureExt as _, StreamExt as _, TryStreamExt as _};
+use skep_common::Task;
 use skep_proto::peer_client::PeerClient;
 use skep_proto::{BlobRequest, ImageAssignment, ImageReport};
 use skep_runtime::TaskSet;
@@ -49,8 +62,33 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     assigned: BTreeMap<String, ImageAssignment>,
-    held: std::collections::BTreeSet<String>,
+    /// Whether a leader has said what is assigned.
+    is_told: bool,
+    held: BTreeSet<String>,
+    /// Images of tasks whose containers are not erased.
+    in_use: BTreeSet<Digest>,
+    /// Loaded here, and not named by an assignment since.
+    loaded: BTreeSet<String>,
+    /// Images with a task that fetches them for as long as they are assigned.
+    fetching: BTreeSet<String>,
     reports: Option<mpsc::Sender<(String, ImageHolding)>>,
+}
+
+impl State {
+    fn keeps(&self, digest: &str) -> bool {
+        self.assigned.contains_key(digest)
+            || self.loaded.contains(digest)
+            || digest.parse().is_ok_and(|digest| self.in_use.contains(&digest))
+    }
+
+    /// What must stay; all else counts as not held from now on.
+    fn kept(&mut self) -> BTreeSet<Digest> {
+        let mut held = std::mem::take(&mut self.held);
+        held.retain(|digest| self.keeps(digest));
+        self.held = held;
+        let named = self.assigned.keys().chain(&self.loaded).filter_map(|text| text.parse().ok());
+        named.chain(self.in_use.iter().copied()).collect()
+    }
 }
 
 const NOT_POISONED: &str = "nothing panics while it holds the image table";
@@ -73,25 +111,53 @@ impl Images {
         self.inner.state.lock().expect(NOT_POISONED).held.iter().cloned().collect()
     }
 
-    /// Notes an image that was loaded on this node.
+    /// Notes an image that was loaded on this node. Its pin must live until then.
     pub fn note_loaded(&self, digest: &str) {
-        self.inner.state.lock().expect(NOT_POISONED).held.insert(digest.to_owned());
+        let mut state = self.inner.state.lock().expect(NOT_POISONED);
+        state.held.insert(digest.to_owned());
+        if !state.assigned.contains_key(digest) {
+            state.loaded.insert(digest.to_owned());
+        }
+    }
+
+    /// Notes the images of all tasks whose containers are not erased.
+    pub(super) fn note_in_use(&self, in_use: BTreeSet<Digest>) {
+        let mut state = self.inner.state.lock().expect(NOT_POISONED);
+        state.in_use = in_use;
+        if state.is_told && state.held.iter().any(|digest| !state.keeps(digest)) {
+            self.collect();
+        }
+    }
+
+    /// Deletes what is not to be kept when it comes to it.
+    fn collect(&self) {
+        let images = self.clone();
+        self.inner.tasks.spawn("delete images", async move {
+            let inner = images.inner.clone();
+            let keep = move || inner.state.lock().expect(NOT_POISONED).kept();
+            if let Err(error) = images.inner.store.retain(keep).await {
+                tracing::warn!(error = %Chain(&error), "failed to delete images that are not needed");
+            }
+        });
     }
 
     pub(super) fn report_to(&self, reports: mpsc::Sender<(String, ImageHolding)>) {
         self.inner.state.lock().expect(NOT_POISONED).reports = Some(reports);
     }
 
-    /// Takes over what the leader assigned, and begins to fetch what is missing.
+    /// Takes over what the leader assigned, begins to fetch what is missing, and deletes what is not to be
+    /// kept any more. The images of tasks that came with it are noted as in use already.
     pub(super) fn assign(&self, is_whole: bool, images: Vec<ImageAssignment>, removed: &[String]) {
         let mut state = self.inner.state.lock().expect(NOT_POISONED);
         if is_whole {
             state.assigned.clear();
+            state.is_told = true;
         }
         for image in images {
             let digest = image.digest.clone();
             let is_news = !image.holders.is_empty();
-            let is_new = state.assigned.insert(digest.clone(), image).is_none();
+            state.loaded.remove(&digest);
+            state.assigned.insert(digest.clone(), image);
             if is_news && state.held.contains(&digest) {
                 // The leader does not know that it is here.
                 let (images, digest) = (self.clone(), digest.clone());
@@ -100,7 +166,7 @@ impl Images {
                 });
                 continue;
             }
-            if is_new && !state.held.contains(&digest) {
+            if !state.held.contains(&digest) && state.fetching.insert(digest.clone()) {
                 let images = self.clone();
                 self.inner
                     .tasks
@@ -109,12 +175,9 @@ impl Images {
         }
         for digest in removed {
             state.assigned.remove(digest);
-            if state.held.remove(digest) {
-                let (images, digest) = (self.clone(), digest.clone());
-                self.inner
-                    .tasks
-                    .spawn("give up an image", async move { images.give_up(&digest).await });
-            }
+        }
+        if is_whole || !removed.is_empty() {
+            self.collect();
         }
     }
 
@@ -139,7 +202,9 @@ impl Images {
             .collect();
         let source = PeerSource { pool: self.inner.pool.clone(), grant: assignment.grant };
         self.inner.store.fetch(image, &holders, &source, &Progress::default()).await?;
-        self.report(digest, ImageHolding::Held).await;
+        if self.take_in(digest) {
+            self.report(digest, ImageHolding::Held).await;
+        }
         Ok(())
     }
 
@@ -151,45 +216,49 @@ impl Images {
         };
         let mut pause = COPY_RETRY_MIN;
         loop {
-            let is_wanted = {
-                let state = self.inner.state.lock().expect(NOT_POISONED);
-                state.assigned.contains_key(&digest) && !state.held.contains(&digest)
-            };
-            if !is_wanted {
-                return;
-            }
-            match self.fetch(&digest, image).await {
-                Ok(()) => return,
-                Err(error) => {
-                    let why = Chain(&error).to_string();
-                    tracing::warn!(digest, error = why, "failed to fetch an image");
-                    self.report(&digest, ImageHolding::Missing(why)).await;
+            {
+                let mut state = self.inner.state.lock().expect(NOT_POISONED);
+                if !state.assigned.contains_key(&digest) || state.held.contains(&digest) {
+                    state.fetching.remove(&digest);
+                    return;
                 }
+            }
+            if let Err(error) = self.fetch(&digest, image).await {
+                let why = Chain(&error).to_string();
+                tracing::warn!(digest, error = why, "failed to fetch an image");
+                self.report(&digest, ImageHolding::Missing(why)).await;
+            } else {
+                continue; // Another look: it may have been given up meanwhile.
             }
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(COPY_RETRY_MAX);
         }
     }
 
-    async fn give_up(&self, digest: &str) {
-        let Ok(image) = digest.parse::<Digest>() else { return };
-        if let Err(error) = self.inner.store.remove(image).await {
-            tracing::warn!(digest, error = %Chain(&error), "failed to delete an image");
+    /// Counts an image that was fetched as held, unless it was given up meanwhile.
+    fn take_in(&self, digest: &str) -> bool {
+        let mut state = self.inner.state.lock().expect(NOT_POISONED);
+        let is_kept = state.keeps(digest);
+        if is_kept {
+            state.held.insert(digest.to_owned());
+        } else {
+            self.collect();
         }
+        is_kept
     }
 
     async fn report(&self, digest: &str, holding: ImageHolding) {
-        let reports = {
-            let mut state = self.inner.state.lock().expect(NOT_POISONED);
-            if holding == ImageHolding::Held {
-                state.held.insert(digest.to_owned());
-            }
-            state.reports.clone()
-        };
+        let reports = self.inner.state.lock().expect(NOT_POISONED).reports.clone();
         if let Some(reports) = reports {
             let _ = reports.send((digest.to_owned(), holding)).await; // The agent has ended.
         }
     }
+}
+
+/// The image that a task is pinned to.
+pub(super) fn image_of(task: &Task) -> Option<Digest> {
+    let container = task.spec.container_spec.as_ref()?;
+    container.image.rsplit_once('@')?.1.parse().ok()
 }
 
 pub(super) fn report(digest: &str, holding: &ImageHolding) -> ImageReport {

@@ -147,6 +147,7 @@ impl Agent {
             let container = found.remove(&record.task.id);
             agent.run_task(record, container);
         }
+        agent.note_images_in_use(&[]);
         agent.forget_strangers(found.into_keys().collect());
         let (events, session_events) = mpsc::channel(QUEUE_LENGTH);
         let session = SessionOptions {
@@ -276,6 +277,7 @@ impl Agent {
             self.mesh.update(update);
             self.balancers.apply(self.session, self.mesh.table());
         }
+        self.note_images_in_use(&tasks);
         if let Some(images) = &self.images {
             images.assign(is_whole, assignments.images, &assignments.removed_images);
         }
@@ -348,11 +350,22 @@ impl Agent {
             Report::Erased(task_id) => {
                 self.held.remove(&task_id);
                 self.unsent.remove(&task_id);
+                self.note_images_in_use(&[]);
                 if let Err(error) = self.store.erase(task_id) {
                     tracing::warn!(task.id = %task_id, %error, "failed to forget a task");
                 }
             }
         }
+    }
+
+    /// Says which images the tasks of this node need, with those that are `coming`.
+    fn note_images_in_use(&self, coming: &[Task]) {
+        let Some(images) = &self.images else { return };
+        let held = self.held.values().filter_map(|held| {
+            let assigned = held.assigned.borrow();
+            images::image_of(&assigned.task)
+        });
+        images.note_in_use(held.chain(coming.iter().filter_map(images::image_of)).collect());
     }
 
     fn handle_applied(&mut self, applied: Applied) {

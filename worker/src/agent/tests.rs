@@ -24,8 +24,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Agent, AgentOptions, Managers};
+use super::images::tests::{import, until_stored};
+use super::{Agent, AgentOptions, Images, Managers};
 use crate::executor::{Error, Executor, Exit, Found};
+use crate::images::ImageStore;
 
 /// Nothing here takes longer on a machine that lives.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -219,10 +221,17 @@ struct Stage {
     pool: ChannelPool,
     address: String,
     directory: tempfile::TempDir,
+    images: Option<Images>,
 }
 
 impl Stage {
     async fn set(puppets: Puppets) -> Self {
+        let stage = Self::without_agent(puppets).await;
+        stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+        stage
+    }
+
+    async fn without_agent(puppets: Puppets) -> Self {
         let authority = Authority::generate(clock::now()).unwrap();
         let credentials = |node, role| {
             let csr = Csr::generate().unwrap();
@@ -244,9 +253,8 @@ impl Stage {
         );
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
-        let stage = Self { sessions, puppets: Arc::new(puppets), tasks, pool, address, directory };
-        stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
-        stage
+        let puppets = Arc::new(puppets);
+        Self { sessions, puppets, tasks, pool, address, directory, images: None }
     }
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
@@ -255,7 +263,7 @@ impl Stage {
             addr: "127.0.0.1:1".into(),
             tasks_dir: self.directory.path().join("tasks"),
             executor,
-            images: None,
+            images: self.images.clone(),
             balancers: None,
             managers: Managers::new(vec![self.address.clone()]),
             pool: self.pool.clone(),
@@ -451,4 +459,31 @@ async fn a_restarted_agent_goes_on_with_the_containers_it_finds() {
     soon("the record of the end", recorded).await;
     assert!(!puppets.calls().contains(&"start 1".to_owned()), "{:?}", puppets.calls());
     again.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_tasks_image_is_kept_until_its_container_is_erased() {
+    let mut stage = Stage::without_agent(Puppets::default()).await;
+    let store = ImageStore::open(stage.directory.path().join("images")).await.unwrap();
+    let (used, other) = (import(&store, "used").await.digest, import(&store, "other").await.digest);
+    let images = Images::new(store.clone(), stage.pool.clone(), stage.tasks.clone()).await;
+    stage.images = Some(images.unwrap());
+    stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    until_stored(&store, &[used, other]).await;
+
+    let mut web = task(1, "web", TaskState::Running);
+    let container = skep_common::spec::ContainerSpec {
+        image: format!("used:latest@{used}"),
+        ..Default::default()
+    };
+    web.spec.container_spec = Some(container);
+    session.assign(0, &[web], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Running)).await;
+    until_stored(&store, &[used]).await;
+    session.assign(1, &[], &[TaskId(1)]).await;
+    until_stored(&store, &[]).await;
+    assert_eq!(stage.puppets.calls().last().unwrap(), "remove 1");
+    stage.tasks.shutdown().await;
 }

@@ -264,20 +264,16 @@ impl ImageStore {
         Ok(Blob { file: tokio::fs::File::from_std(file), size })
     }
 
-    /// Deletes an image, except for what other images or fetches at this moment need.
-    ///
-    /// The caller knows that no container runs from it.
-    pub async fn remove(&self, image: Digest) -> Result<(), Error> {
-        self.blocking(move |store| store.remove(image)).await
-    }
-
     /// Deletes every blob, partial download and unpacked layer that no image of `keep` needs.
     ///
-    /// `keep` holds the images of all containers and assignments of this node, and those that this
-    /// node holds for the cluster. What is being fetched, or has a living [`Pin`], is kept too.
-    pub async fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), Error> {
-        let keep = keep.clone();
-        self.blocking(move |store| store.retain(&keep)).await
+    /// `keep` gives the images of all containers and assignments of this node, and those that this
+    /// node holds for the cluster. What is being fetched, or has a living [`Pin`], is kept too: `keep`
+    /// is called when no pin can go any more, so whoever lets go of one has it named there before.
+    pub async fn retain(
+        &self,
+        keep: impl FnOnce() -> BTreeSet<Digest> + Send + 'static,
+    ) -> Result<(), Error> {
+        self.blocking(move |store| store.retain(keep)).await
     }
 
     /// Syncs unpacked layers, so that a reboot does not have to unpack them again.

@@ -181,29 +181,14 @@ impl Store {
     }
 
     /// Deletes everything that no image of `keep` and no pin needs.
-    pub(super) fn retain(&self, keep: &BTreeSet<Digest>) -> Result<(), Error> {
+    pub(super) fn retain(&self, keep: impl FnOnce() -> BTreeSet<Digest>) -> Result<(), Error> {
         let pins = self.pins.freeze();
-        let mut needed = self.closure_of(keep.iter().copied())?;
+        let mut needed = self.closure_of(keep())?;
         needed.extend(pins.digests());
         let mut doomed: BTreeSet<Digest> = self.blobs.list()?.into_iter().collect();
         doomed.extend(list_digests(&self.partial)?);
         doomed.extend(list_digests(&self.images)?);
         doomed.extend(self.layers.list()?);
-        let trash = self.sweep(&doomed, &needed)?;
-        drop(pins);
-        self.empty(trash)
-    }
-
-    /// Deletes what `image` needs and no other image or pin does.
-    pub(super) fn remove(&self, image: Digest) -> Result<(), Error> {
-        if !self.blobs.has(image)? {
-            return Err(Error::NotFound(image));
-        }
-        let pins = self.pins.freeze();
-        let doomed = self.closure(image)?;
-        let others = list_digests(&self.images)?.into_iter().filter(|other| *other != image);
-        let mut needed = self.closure_of(others)?;
-        needed.extend(pins.digests());
         let trash = self.sweep(&doomed, &needed)?;
         drop(pins);
         self.empty(trash)

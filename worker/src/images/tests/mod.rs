@@ -9,6 +9,8 @@ mod unpacking;
 use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
+use skep_worker_core::image::Digest;
+
 use super::testing::{TestDir, TestImage, archive_of};
 use super::{Error, ImageStore, Loaded};
 
@@ -34,6 +36,11 @@ impl TestStore {
         let mut loaded = self.load(archive_of(&image.layout_files(&[]))).await.unwrap();
         assert_eq!(loaded.len(), 1);
         loaded.remove(0)
+    }
+
+    /// Collects what these images do not need.
+    async fn keep<const N: usize>(&self, images: [Digest; N]) {
+        self.store.retain(move || images.into()).await.unwrap();
     }
 
     /// Every file and directory below these parts of the store, without what is in the layers.
