@@ -23,6 +23,7 @@ pub(super) const SERVICE: &[&str] = &[
     "image",
     "init",
     "labels",
+    "logging",
     "oom_score_adj",
     "ports",
     "read_only",
@@ -75,7 +76,6 @@ pub(super) const SERVICE_LATER: &[&str] = &[
     "isolation",
     "label_file",
     "links",
-    "logging",
     "mac_address",
     "mem_limit",
     "mem_reservation",
@@ -112,6 +112,9 @@ pub(super) const SERVICE_LATER: &[&str] = &[
 /// Of a health check.
 pub(super) const HEALTHCHECK: &[&str] =
     &["disable", "interval", "retries", "start_interval", "start_period", "test", "timeout"];
+
+/// Of `logging`.
+pub(super) const LOGGING: &[&str] = &["driver", "options"];
 
 /// Of a port in long syntax, acted on.
 pub(super) const PORT: &[&str] = &["mode", "name", "protocol", "published", "target"];

@@ -10,7 +10,7 @@ use super::tree::{Key, Node, Value};
 use super::units::capabilities;
 use super::{Report, deploy, known, published};
 use crate::spec::{
-    ContainerSpec, EndpointSpec, HealthConfig, Labels, ServiceSpec, TaskSpec, Ulimit,
+    ContainerSpec, EndpointSpec, HealthConfig, Labels, LogDriver, ServiceSpec, TaskSpec, Ulimit,
 };
 
 /// The label that names the stack of a service, task or container.
@@ -64,6 +64,7 @@ pub(super) fn convert(
             restart_policy: deploy.restart_policy,
             placement: deploy.placement,
             force_update: None,
+            log_driver: section.get("logging").map(|field| log_driver(&field, report)),
             extra: Default::default(),
         },
         mode: Some(deploy.mode),
@@ -169,6 +170,20 @@ fn environment(
 pub(super) fn plain_pairs(field: &Field<'_>, report: &mut Report) -> Labels {
     let pairs = field.pairs(report).into_iter();
     pairs.map(|(name, value)| (name, value.unwrap_or_default())).collect()
+}
+
+/// The server says what of it has no effect yet.
+fn log_driver(field: &Field<'_>, report: &mut Report) -> LogDriver {
+    let section = field.section(report);
+    section.check(known::LOGGING, &[], report);
+    let name = section.get("driver").and_then(|field| field.text(report));
+    let options = section.get("options").map(|field| plain_pairs(&field, report));
+    let driver = LogDriver { name, options };
+    if let Err(error) = driver.rotation() {
+        let options = section.get("options").map_or(field.node.at, |field| field.node.at);
+        report.error(options, format!("{}: {error}", field.name));
+    }
+    driver
 }
 
 fn healthcheck(field: &Field<'_>, report: &mut Report) -> HealthConfig {

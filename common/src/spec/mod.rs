@@ -8,10 +8,12 @@
 
 mod cluster;
 mod container;
+mod logging;
 mod service;
 
 pub use cluster::*;
 pub use container::*;
+pub use logging::*;
 pub use service::*;
 
 use std::collections::BTreeMap;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ContainerSpec, Extra, Labels, Nanos};
+use super::{ContainerSpec, Extra, Labels, LogDriver, Nanos};
 
 /// What a service shall be.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -97,7 +97,10 @@ pub struct TaskSpec {
     /// A counter; raising it replaces every task.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub force_update: Option<u64>,
-    /// Kept and not acted on yet: Networks, LogDriver, Runtime, PluginSpec, ….
+    /// How much of its output is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_driver: Option<LogDriver>,
+    /// Kept and not acted on yet: Networks, Runtime, PluginSpec, ….
     #[serde(flatten)]
     pub extra: Extra,
 }

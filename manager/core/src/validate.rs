@@ -89,6 +89,9 @@ fn task_spec(spec: &TaskSpec) -> Outcome {
     };
     container_spec(container)?;
     spec.resources.as_ref().map_or(Ok(()), requirements)?;
+    if let Some(driver) = &spec.log_driver {
+        driver.rotation().map_err(|error| Error(error.to_string()))?;
+    }
     if let Some(policy) = &spec.restart_policy {
         not_negative("TaskSpec: restart-delay", policy.delay)?;
         not_negative("TaskSpec: restart-window", policy.window)?;
@@ -261,6 +264,7 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     {
         note("TaskTemplate.Resources.", &resources.extra);
     }
+    warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
     for port in spec.ports().iter().filter(|port| port.publish_mode == Some(PublishMode::Host)) {
         let port = port.target_port;
         warnings
@@ -380,6 +384,14 @@ mod tests {
                 "invalid memory value 4194303: Must be at least 4MiB",
             ),
             (
+                json!({"TaskTemplate": {"LogDriver": {"Options": {"max-size": "much"}}}}),
+                "log option max-size=\"much\" is no size above zero: write it as 500k, 10m or 1g",
+            ),
+            (
+                json!({"TaskTemplate": {"LogDriver": {"Name": "local", "Options": {"max-file": "3"}}}}),
+                "",
+            ),
+            (
                 json!({"TaskTemplate": {"RestartPolicy": {"Delay": -1}}}),
                 "TaskSpec: restart-delay cannot be negative",
             ),
@@ -417,13 +429,17 @@ mod tests {
     fn what_has_no_effect_is_said() {
         let given = spec(json!({
             "Networks": [],
-            "TaskTemplate": {"LogDriver": {"Name": "json-file"}, "RestartPolicy": {"MaxAttempts": 1000}},
+            "TaskTemplate": {
+                "Runtime": "container", "LogDriver": {"Name": "syslog"},
+                "RestartPolicy": {"MaxAttempts": 1000},
+            },
             "EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp"}]},
         }));
         assert_eq!(
             warnings(&given),
             [
-                "TaskTemplate.LogDriver is kept but has no effect yet",
+                "TaskTemplate.Runtime is kept but has no effect yet",
+                "log driver syslog is not supported yet: output is kept in files on each node, as with json-file",
                 "target port 53/udp is not published yet: only TCP is",
                 "MaxAttempts above 100 counts as unlimited",
             ]

@@ -3,6 +3,8 @@
 //! The *run directory* is on a tmpfs and holds what ends with the machine's uptime; the *data
 //! directory* is on disk and holds what containers write and say.
 
+use std::collections::BTreeSet;
+use std::io;
 use std::path::{Path, PathBuf};
 
 /// A container's run directory, the shim's `--dir`.
@@ -84,9 +86,26 @@ impl DataDir {
         self.0.join("work")
     }
 
-    /// Output of the container.
-    pub(super) fn log(&self) -> PathBuf {
-        self.0.join("log")
+    /// File `number` of the container's output: `log`, `log.1`, `log.2`, …, each later than the one
+    /// before. A file is never renamed.
+    pub(super) fn log_file(&self, number: u64) -> PathBuf {
+        match number {
+            0 => self.0.join("log"),
+            _ => self.0.join(format!("log.{number}")),
+        }
+    }
+
+    /// The numbers of the files of the container's output that are there, oldest first.
+    pub(super) fn log_numbers(&self) -> io::Result<BTreeSet<u64>> {
+        let number = |name: &str| match name.strip_prefix("log")? {
+            "" => Some(0),
+            rest => rest.strip_prefix('.')?.parse().ok(),
+        };
+        let mut numbers = BTreeSet::new();
+        for entry in std::fs::read_dir(&self.0)? {
+            numbers.extend(entry?.file_name().to_str().and_then(number));
+        }
+        Ok(numbers)
     }
 
     pub(super) fn hosts(&self) -> PathBuf {
@@ -103,21 +122,21 @@ impl DataDir {
 }
 
 /// Writes a file so that a reader sees all of it or nothing.
-pub(super) fn write_atomically(path: &Path, content: &[u8]) -> std::io::Result<()> {
+pub(super) fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("tmp");
     std::fs::write(&temporary, content)?;
     std::fs::rename(&temporary, path)
 }
 
 /// Removes a file or a directory with all that is in it; it need not exist.
-pub(super) fn remove_all(path: &Path) -> std::io::Result<()> {
+pub(super) fn remove_all(path: &Path) -> io::Result<()> {
     let result = match std::fs::symlink_metadata(path) {
         Ok(metadata) if metadata.is_dir() => std::fs::remove_dir_all(path),
         Ok(_) => std::fs::remove_file(path),
         Err(error) => Err(error),
     };
     match result {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
 }

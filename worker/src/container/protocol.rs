@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use skep_common::Timestamp;
+use skep_common::spec::LogRotation;
 use skep_runtime::sys::ProcessId;
 use skep_worker_core::oci::SpecInput;
 
@@ -21,6 +22,9 @@ pub(super) struct ShimConfig {
     pub(super) layers: Vec<PathBuf>,
     /// The container's data directory.
     pub(super) data_dir: PathBuf,
+    /// How much of its output is kept.
+    #[serde(default)]
+    pub(super) log: LogRotation,
 }
 
 /// How far a shim has come.

@@ -20,6 +20,7 @@ use std::time::Duration;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use skep_common::Timestamp;
+use skep_common::spec::LogRotation;
 use skep_runtime::clock;
 use skep_runtime::sys::{PidFd, ProcessId};
 use skep_worker_core::oci::{ContainerInput, GeneratedFiles, ImageConfig, SpecInput, process};
@@ -72,6 +73,8 @@ pub struct ContainerConfig {
     pub image: ImageConfig,
     /// The service's share.
     pub container: ContainerInput,
+    /// How much of its output is kept.
+    pub log: LogRotation,
     /// Text of /etc/hosts.
     pub etc_hosts: String,
     /// Text of /etc/resolv.conf.
@@ -268,11 +271,6 @@ impl ContainerRuntime {
         LogReader::open(id, &run, &data, options, self.inner.watcher.clone()).await
     }
 
-    /// The file with a container's output, in Docker's json-file format.
-    pub fn log_path(&self, id: &str) -> PathBuf {
-        self.inner.dirs(id).1.log()
-    }
-
     /// Kills everything of a container.
     async fn kill(&self, id: &str, handle: &Handle) -> Result<(), Error> {
         sys::send_signal(handle.init.as_fd(), libc::SIGKILL)
@@ -413,6 +411,7 @@ impl Inner {
                 },
             },
             layers: config.layers.clone(),
+            log: config.log,
             data_dir: data.path().to_path_buf(),
         };
         let path = run.shim_config();

@@ -5,8 +5,9 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use serde_json::json;
+use skep_common::Task;
+use skep_common::spec::{ContainerSpec, LogDriver, LogRotation};
 use skep_common::template::Template;
-use skep_common::{Task, spec::ContainerSpec};
 use skep_worker_core::image::{Digest, ImageConfig};
 use skep_worker_core::oci::{self, from_common::container_input};
 
@@ -38,6 +39,8 @@ pub(super) fn container(
     expand(&mut spec, task, facts)?;
     let mut input = container_input(&spec, task.spec.resources.as_ref());
     input.labels.extend(swarm_labels(task, facts));
+    let log = task.spec.log_driver.as_ref().map_or(Ok(LogRotation::default()), LogDriver::rotation);
+    let log = log.map_err(|error| Error::of(&error))?;
     let etc_hosts = etc_hosts(task, &spec, input.hostname.as_deref());
     let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
     let etc_resolv_conf = resolv_conf(&first, &second);
@@ -54,6 +57,7 @@ pub(super) fn container(
         layers,
         image,
         container: input,
+        log,
         etc_hosts,
         etc_resolv_conf,
     })

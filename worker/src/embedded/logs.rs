@@ -22,7 +22,6 @@ impl TaskLogs for Embedded {
             tail: usize::try_from(request.tail).ok(),
             since: (request.since_nanos > 0).then_some(Timestamp(request.since_nanos)),
             follow: request.follow,
-            ..LogOptions::default()
         };
         let unreadable =
             |error: crate::container::Error| Status::not_found(Chain(&error).to_string());

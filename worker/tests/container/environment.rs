@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use skep_common::spec::LogRotation;
 use skep_worker::container::cgroup::Cgroup;
 use skep_worker::container::{
     ContainerConfig, ContainerRuntime, Error, ExitStatus, LogOptions, LogRecord, Options, Stream,
@@ -196,6 +197,7 @@ pub(crate) fn config_on(layer: PathBuf, id: &str, container: ContainerInput) -> 
         layers: vec![layer],
         image: ImageConfig::default(),
         container,
+        log: LogRotation::default(),
         etc_hosts: "127.0.0.1 localhost\n".into(),
         etc_resolv_conf: "nameserver 127.0.0.11\n".into(),
     }

@@ -1,6 +1,7 @@
 //! Output, from the container to a reader.
 
-use skep_worker::container::{LogOptions, Stream};
+use skep_common::spec::LogRotation;
+use skep_worker::container::{ContainerConfig, LogOptions, Stream};
 
 use crate::Test;
 use crate::environment::{Environment, block_on, collect, config, shell};
@@ -8,8 +9,10 @@ use crate::environment::{Environment, block_on, collect, config, shell};
 pub(crate) const TESTS: &[Test] = &[
     ("a_hundred_thousand_lines_arrive_exactly", || block_on(many_lines)),
     ("long_unfinished_and_odd_lines_arrive", || block_on(odd_lines)),
-    ("a_log_is_read_from_a_position_a_tail_and_a_time", || block_on(parts)),
+    ("a_log_is_read_from_a_tail_and_a_time", || block_on(parts)),
     ("followers_see_every_line_and_the_end", || block_on(follow)),
+    ("a_rotated_log_is_one_log", || block_on(rotated)),
+    ("followers_lose_no_line_of_a_log_that_is_rotated", || block_on(follow_rotated)),
 ];
 
 async fn many_lines(env: Environment) {
@@ -49,15 +52,9 @@ async fn parts(env: Environment) {
     let first = all.iter().position(|record| record.time >= since).unwrap();
     assert!(late == all[first..], "since {since}");
 
-    let mut reader = env.runtime.logs("parts", LogOptions::default()).await.unwrap();
-    for _ in 0..900 {
-        reader.next().await.unwrap().unwrap();
-    }
-    let position = Some(reader.position());
-    assert!(read(LogOptions { position, ..Default::default() }).await == all[900..]);
     assert_eq!(all.iter().filter(|record| record.stream == Stream::Stderr).count(), 1);
 
-    let file = std::fs::read_to_string(env.runtime.log_path("parts")).unwrap();
+    let file = std::fs::read_to_string(env.data_dir("parts").join("log")).unwrap();
     let first: serde_json::Value = serde_json::from_str(file.lines().next().unwrap()).unwrap();
     assert_eq!((first["log"].as_str(), first["stream"].as_str()), (Some("1\n"), Some("stdout")));
     env.runtime.remove("parts").await.unwrap();
@@ -87,4 +84,68 @@ async fn follow(env: Environment) {
     let again = collect(env.runtime.logs("follow", options).await.unwrap()).await;
     assert!(again == others);
     env.runtime.remove("follow").await.unwrap();
+}
+
+/// A container whose log has that many files of about ten lines each.
+fn bounded(id: &str, script: &str, files_max: u32) -> ContainerConfig {
+    let log = LogRotation { file_bytes_max: 700, files_max };
+    ContainerConfig { log, ..config(id, shell(script)) }
+}
+
+async fn rotated(env: Environment) {
+    env.start(&bounded("c", "seq 1 1000", 4)).await;
+    env.runtime.wait("c").await.unwrap();
+    let files = std::fs::read_dir(env.data_dir("c")).unwrap().filter_map(|entry| {
+        let entry = entry.unwrap();
+        let is_log = entry.file_name().to_string_lossy().starts_with("log");
+        is_log.then(|| entry.metadata().unwrap().len())
+    });
+    let sizes: Vec<u64> = files.collect();
+    assert_eq!(sizes.len(), 4, "{sizes:?}");
+    assert!(sizes.iter().all(|size| *size <= 700), "{sizes:?}");
+
+    let all = env.records("c").await;
+    assert!(all.len() > 20, "three files are full");
+    let mut last = all.iter().rev().zip((1..=1000).rev());
+    assert!(last.all(|(record, n)| record.line == n.to_string()), "the last ones: {all:?}");
+    let read = async |options| collect(env.runtime.logs("c", options).await.unwrap()).await;
+    for n_records in 0..=all.len() + 1 {
+        let tail = read(LogOptions { tail: Some(n_records), ..Default::default() }).await;
+        assert!(tail == all[all.len().saturating_sub(n_records)..], "tail {n_records}");
+    }
+    let since = all[15].time;
+    let first = all.iter().position(|record| record.time >= since).unwrap();
+    let late = read(LogOptions { since: Some(since), ..Default::default() }).await;
+    assert!(late == all[first..], "since {since}");
+    env.runtime.remove("c").await.unwrap();
+}
+
+async fn follow_rotated(env: Environment) {
+    // The container speaks only when told to, so that no follower falls behind.
+    let script = "echo up; trap 'n=$((n+1)); echo $n; [ $n = 100 ] && exit 0' USR1; \
+        while :; do sleep 1000 & wait $!; kill $!; done";
+    env.start(&bounded("c", script, 3)).await;
+    let options = LogOptions { follow: true, ..Default::default() };
+    let mut reader = env.runtime.logs("c", options).await.unwrap();
+    assert_eq!(reader.next().await.unwrap().unwrap().line, "up");
+    for number in 1..=60 {
+        env.runtime.signal("c", 10).await.unwrap();
+        assert_eq!(reader.next().await.unwrap().unwrap().line, number.to_string());
+    }
+    // The next daemon finds the log in the middle of its files.
+    let next = env.reopen();
+    assert_eq!(next.adopt().await.unwrap().len(), 1);
+    let tail = LogOptions { tail: Some(12), ..options };
+    let mut again = next.logs("c", tail).await.unwrap();
+    for number in 49..=60 {
+        assert_eq!(again.next().await.unwrap().unwrap().line, number.to_string());
+    }
+    for number in 61..=100 {
+        next.signal("c", 10).await.unwrap();
+        assert_eq!(again.next().await.unwrap().unwrap().line, number.to_string());
+        assert_eq!(reader.next().await.unwrap().unwrap().line, number.to_string());
+    }
+    assert_eq!(again.next().await.unwrap(), None, "the end of the container ends it");
+    assert_eq!(reader.next().await.unwrap(), None);
+    next.remove("c").await.unwrap();
 }

@@ -298,7 +298,8 @@ mod tests {
              --update-parallelism 2 --update-delay 1s --update-order start-first --update-failure-action rollback \
              --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
              --health-cmd 'curl -f http://localhost' --health-interval 5s --health-timeout 2s --health-retries 3 \
-             --health-start-period 1m -p published=53,target=53,protocol=udp,mode=host --endpoint-mode dnsrr img",
+             --health-start-period 1m -p published=53,target=53,protocol=udp,mode=host --endpoint-mode dnsrr \
+             --log-driver local --log-opt max-size=10m --log-opt max-file=3 img",
             &json!({
                 "Name": "",
                 "TaskTemplate": {
@@ -320,6 +321,7 @@ mod tests {
                     "Placement": {
                         "Constraints": ["node.role==worker", "node.labels.a != b"], "MaxReplicas": 2,
                     },
+                    "LogDriver": {"Name": "local", "Options": {"max-file": "3", "max-size": "10m"}},
                 },
                 "Mode": {"Replicated": {"Replicas": 1}},
                 "UpdateConfig": {

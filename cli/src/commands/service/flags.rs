@@ -12,9 +12,9 @@ use skep_common::compose::units::{
     ParseError, parse_bytes, parse_cpus, parse_duration, split_words,
 };
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, HealthConfig, Nanos, Placement, PortConfig, PortProtocol,
-    PublishMode, Replicated, ResourceRequirements, Resources, RestartCondition, RestartPolicy,
-    ServiceSpec, UpdateConfig,
+    ContainerSpec, EndpointSpec, HealthConfig, LogDriver, Nanos, Placement, PortConfig,
+    PortProtocol, PublishMode, Replicated, ResourceRequirements, Resources, RestartCondition,
+    RestartPolicy, ServiceSpec, UpdateConfig,
 };
 
 /// Whether and how loudly the command waits.
@@ -83,6 +83,12 @@ pub(super) struct SpecFlags {
     /// Tune host's OOM preferences (-1000 to 1000)
     #[arg(long, allow_negative_numbers = true)]
     oom_score_adj: Option<i64>,
+    /// Logging driver for service
+    #[arg(long, value_name = "json-file|local")]
+    log_driver: Option<String>,
+    /// Logging driver options: max-size=SIZE (default 20m), max-file=COUNT (default 5)
+    #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
+    log_opt: Vec<(String, String)>,
     #[command(flatten)]
     resources: ResourceFlags,
     #[command(flatten)]
@@ -237,6 +243,7 @@ impl SpecFlags {
             let placement: &mut Placement = spec.task_template.placement.get_or_insert_default();
             placement.max_replicas = self.replicas_max_per_node.filter(|n| *n > 0);
         }
+        self.apply_log_driver(&mut spec.task_template.log_driver);
         self.resources.apply(&mut spec.task_template.resources);
         self.restart.apply(&mut spec.task_template.restart_policy);
         self.update.apply(&mut spec.update_config);
@@ -244,6 +251,18 @@ impl SpecFlags {
         let container = spec.task_template.container_spec.get_or_insert_default();
         self.apply_container(container);
         self.health.apply(&mut container.healthcheck)
+    }
+
+    /// A driver comes with its own options; options alone are for the driver that there is. Differs
+    /// from Docker's client, which ignores options without a driver in silence.
+    fn apply_log_driver(&self, driver: &mut Option<LogDriver>) {
+        if self.log_driver.is_none() && self.log_opt.is_empty() {
+            return;
+        }
+        let driver = driver.get_or_insert_default();
+        set_text(&mut driver.name, &self.log_driver);
+        let options: BTreeMap<String, String> = self.log_opt.iter().cloned().collect();
+        driver.options = (!options.is_empty()).then_some(options);
     }
 
     fn apply_container(&self, container: &mut ContainerSpec) {

@@ -377,6 +377,7 @@ mod tests {
                     "Mounts": [{"Target": "/kept"}],
                 },
                 "Placement": {"Constraints": ["node.role==worker"]},
+                "LogDriver": {"Name": "local", "Options": {"max-file": "2"}},
             },
             "Mode": {"Replicated": {"Replicas": 2}},
             "UpdateConfig": {"Parallelism": 4},
@@ -454,6 +455,20 @@ mod tests {
             ("--update-delay 2s", vec!["/UpdateConfig/Delay=2000000000".into()]),
             ("--rollback-delay 2s", vec!["/RollbackConfig={\"Delay\":2000000000,\"Parallelism\":1}".into()]),
             ("--health-cmd x", vec![format!("{container}/Healthcheck={{\"Test\":[\"CMD-SHELL\",\"x\"]}}")]),
+            (
+                "--log-opt max-file=3 --log-opt max-size=1m",
+                vec![
+                    "/TaskTemplate/LogDriver/Options/max-file=\"3\"".into(),
+                    "/TaskTemplate/LogDriver/Options/max-size=\"1m\"".into(),
+                ],
+            ),
+            (
+                "--log-driver json-file",
+                vec![
+                    "/TaskTemplate/LogDriver/Name=\"json-file\"".into(),
+                    "/TaskTemplate/LogDriver/Options=".into(),
+                ],
+            ),
             ("--hostname h --user ''", vec![format!("{container}/Hostname=\"h\"")]),
             ("--limit-memory 1g", vec!["/TaskTemplate/Resources={\"Limits\":{\"MemoryBytes\":1073741824}}".into()]),
         ] {

@@ -297,6 +297,18 @@ fn an_update_replaces_slot_after_slot_and_completes() {
 }
 
 #[test]
+fn another_bound_of_the_log_needs_new_tasks() {
+    let mut world = World::new("1", service(1), "1@1:running");
+    world.expect_step("before", "");
+    let mut web = world.web();
+    let options = [("max-size".to_owned(), "1m".to_owned())].into();
+    let driver = skep_common::spec::LogDriver { name: None, options: Some(options) };
+    web.spec.task_template.log_driver = Some(driver);
+    world.replace(Object::Service(Box::new(web)));
+    world.expect_step("it is replaced", "!1 +1@1>ready web=updating");
+}
+
+#[test]
 fn a_change_that_needs_no_new_task_makes_no_update() {
     let mut world = World::new("1:disk=ssd", service(1), "1@1:running");
     let mut web = world.web();

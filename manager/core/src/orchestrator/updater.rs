@@ -378,6 +378,7 @@ fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {
     wanted.resources == made.resources
         && wanted.restart_policy == made.restart_policy
         && wanted.force_update.unwrap_or(0) == made.force_update.unwrap_or(0)
+        && wanted.log_driver == made.log_driver
         && wanted.extra == made.extra
         && image::is_same_container(wanted.container_spec.as_ref(), made.container_spec.as_ref())
 }

@@ -79,9 +79,10 @@ fn run_shim(run: &RunDir) -> Result<(), Error> {
             let created = Report::Created { init: container.init };
             // A daemon that is gone already is noticed by the loop, as end of file.
             let _ = send(&daemon, &created);
+            let rotation = config.log;
             drop(config);
             sys::trim_memory();
-            watch::watch(run, &data, container, daemon)
+            watch::watch(run, &data, rotation, container, daemon)
         }
         Err(error) => {
             let failed = Report::Failed { reason: error.reason() };

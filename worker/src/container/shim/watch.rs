@@ -10,6 +10,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, read};
+use skep_common::spec::LogRotation;
 use skep_runtime::clock;
 
 use super::super::dirs::{DataDir, RunDir, remove_all, write_atomically};
@@ -48,6 +49,7 @@ struct Watch<'a> {
 pub(super) fn watch(
     run: &RunDir,
     data: &DataDir,
+    rotation: LogRotation,
     waiting: Waiting,
     daemon: UnixStream,
 ) -> Result<(), Error> {
@@ -65,7 +67,7 @@ pub(super) fn watch(
         daemon: Some(daemon),
         is_exec_pending: false,
         exec_error: Vec::new(),
-        log: LogFile::open(data)?,
+        log: LogFile::open(data, rotation)?,
     };
     // A child may have ended before the descriptor existed; its signal is pending and readable.
     loop {
