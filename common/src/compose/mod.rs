@@ -142,7 +142,7 @@ pub fn load(
     services.sort_by(|a, b| a.name.cmp(&b.name));
     let warnings = report.finish(sources)?;
     Ok(Loaded {
-        spec: StackSpec { name: stack.into(), services, extra: Default::default() },
+        spec: StackSpec { name: stack.into(), services, ..StackSpec::default() },
         warnings,
     })
 }

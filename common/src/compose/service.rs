@@ -63,14 +63,13 @@ pub(super) fn convert(
             resources: deploy.resources,
             restart_policy: deploy.restart_policy,
             placement: deploy.placement,
-            force_update: None,
-            extra: Default::default(),
+            ..TaskSpec::default()
         },
         mode: Some(deploy.mode),
         update_config: deploy.update_config,
         rollback_config: deploy.rollback_config,
         endpoint_spec: has_endpoint.then_some(EndpointSpec { mode: deploy.endpoint_mode, ports }),
-        extra: Default::default(),
+        ..ServiceSpec::default()
     }
 }
 

@@ -8,10 +8,12 @@
 
 mod cluster;
 mod container;
+mod network;
 mod service;
 
 pub use cluster::*;
 pub use container::*;
+pub use network::*;
 pub use service::*;
 
 use std::collections::BTreeMap;
