@@ -3,10 +3,9 @@
 //! Source: compose-spec `schema/compose-spec.json`; docker/cli `cli/compose/schema`.
 
 /// Top level, acted on. `version` and `name` say nothing that a swarm needs.
-pub(super) const TOP: &[&str] = &["services", "version", "name"];
+pub(super) const TOP: &[&str] = &["services", "networks", "version", "name"];
 /// Top level, not yet.
-pub(super) const TOP_LATER: &[&str] =
-    &["networks", "volumes", "secrets", "configs", "include", "models"];
+pub(super) const TOP_LATER: &[&str] = &["volumes", "secrets", "configs", "include", "models"];
 
 /// Of a service, acted on.
 pub(super) const SERVICE: &[&str] = &[
@@ -23,6 +22,7 @@ pub(super) const SERVICE: &[&str] = &[
     "image",
     "init",
     "labels",
+    "networks",
     "oom_score_adj",
     "ports",
     "read_only",
@@ -83,7 +83,6 @@ pub(super) const SERVICE_LATER: &[&str] = &[
     "memswap_limit",
     "models",
     "network_mode",
-    "networks",
     "oom_kill_disable",
     "pid",
     "pids_limit",
@@ -147,3 +146,37 @@ pub(super) const RESTART_POLICY: &[&str] = &["condition", "delay", "max_attempts
 /// Of `deploy.update_config` and `deploy.rollback_config`.
 pub(super) const UPDATE_CONFIG: &[&str] =
     &["delay", "failure_action", "max_failure_ratio", "monitor", "order", "parallelism"];
+
+/// Of a network, acted on.
+pub(super) const NETWORK: &[&str] = &[
+    "attachable",
+    "driver",
+    "driver_opts",
+    "enable_ipv6",
+    "external",
+    "internal",
+    "ipam",
+    "labels",
+    "name",
+];
+/// Of a network, not yet.
+pub(super) const NETWORK_LATER: &[&str] = &["enable_ipv4"];
+/// Of `ipam`, acted on.
+pub(super) const IPAM: &[&str] = &["config", "driver"];
+/// Of `ipam`, not yet.
+pub(super) const IPAM_LATER: &[&str] = &["options"];
+/// Of an item of `ipam.config`.
+pub(super) const IPAM_CONFIG: &[&str] = &["aux_addresses", "gateway", "ip_range", "subnet"];
+/// Of a service's place on a network, acted on.
+pub(super) const ATTACHMENT: &[&str] = &["aliases"];
+/// Of a service's place on a network, not yet.
+pub(super) const ATTACHMENT_LATER: &[&str] = &[
+    "driver_opts",
+    "gw_priority",
+    "interface_name",
+    "ipv4_address",
+    "ipv6_address",
+    "link_local_ips",
+    "mac_address",
+    "priority",
+];

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::fields::{Field, Section};
+use super::network::Networks;
 use super::tree::{Key, Node, Value};
 use super::units::capabilities;
 use super::{Report, deploy, known, published};
@@ -27,6 +28,7 @@ pub(super) struct Context<'a> {
 /// The spec of the service `key`.
 pub(super) fn convert(
     context: &Context<'_>,
+    networks: &mut Networks,
     key: &Key,
     node: &Node,
     report: &mut Report,
@@ -54,6 +56,7 @@ pub(super) fn convert(
 
     let ports = section.get("ports").map(|field| published::convert(&field, report));
     let ports = ports.filter(|ports| !ports.is_empty());
+    let networks = networks.of_service(&key.name, section.get("networks").as_ref(), report);
     let has_endpoint = ports.is_some() || deploy.endpoint_mode.is_some();
     ServiceSpec {
         name,
@@ -63,6 +66,7 @@ pub(super) fn convert(
             resources: deploy.resources,
             restart_policy: deploy.restart_policy,
             placement: deploy.placement,
+            networks: Some(networks),
             ..TaskSpec::default()
         },
         mode: Some(deploy.mode),
