@@ -14,6 +14,8 @@
 
 pub mod mesh;
 
+pub mod network;
+
 pub mod image;
 pub mod oci;
 
