@@ -7,6 +7,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use skep_common::{NetworkId, ServiceId, TaskId};
 
+use crate::mesh::Mac;
+
 /// Every network that this node has tasks on, and where the nodes are.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NetworkTables {
@@ -54,6 +56,16 @@ pub struct EndpointEntry {
     pub node_number: u16,
     /// Whether it is balanced to and named in answers: it runs, is healthy and wanted, on a living node.
     pub serving: bool,
+}
+
+impl EndpointEntry {
+    /// Its Ethernet address on the network, which follows from its IPv4 address.
+    pub fn mac(&self) -> Option<Mac> {
+        self.addresses.iter().find_map(|address| match address {
+            IpAddr::V4(address) => Some(Mac::of_endpoint(*address)),
+            IpAddr::V6(_) => None,
+        })
+    }
 }
 
 /// A service on a network.
