@@ -1,12 +1,17 @@
 //! The effect side of the mesh table: one task applies the newest table, whatever came in between.
+//!
+//! Published ports and networks are one table with one version: what is acknowledged is in force in
+//! both.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use skep_proto::PortCondition;
 use skep_runtime::TaskSet;
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::mesh::MeshTable;
+use skep_worker_core::network::NetworkTables;
 use tokio::sync::{mpsc, watch};
 
 /// How often a table in force is applied again: other programs flush chains, and free ports that they
@@ -16,11 +21,12 @@ const REPAIR_PERIOD: Duration = Duration::from_secs(10);
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
 pub trait Balancers: Send + fmt::Debug + 'static {
-    /// Returns when the kernel's rules are those of the table, with what stands in the way of single
-    /// ports.
+    /// Returns when the kernel's rules are those of the table, and its networks those of `networks`,
+    /// with what stands in the way of single ports.
     async fn apply(
         &mut self,
         table: &MeshTable,
+        networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
 }
 
@@ -36,7 +42,15 @@ pub(super) struct Applied {
 /// Hands tables to the applying task.
 #[derive(Debug)]
 pub(super) struct BalancerHandle {
-    newest: watch::Sender<(u64, Option<MeshTable>)>,
+    newest: watch::Sender<Newest>,
+}
+
+/// What is to be applied, and the session that it is for.
+#[derive(Debug, Clone, Default)]
+struct Newest {
+    session: u64,
+    table: Option<MeshTable>,
+    networks: Arc<NetworkTables>,
 }
 
 impl BalancerHandle {
@@ -45,19 +59,24 @@ impl BalancerHandle {
         applied: mpsc::Sender<Applied>,
         tasks: &TaskSet,
     ) -> Self {
-        let (newest, tables) = watch::channel((0, None));
+        let (newest, tables) = watch::channel(Newest::default());
         tasks.spawn("balancers", run(balancers, tables, applied));
         Self { newest }
     }
 
-    pub(super) fn apply(&self, session: u64, table: Option<MeshTable>) {
-        self.newest.send_replace((session, table));
+    pub(super) fn apply(
+        &self,
+        session: u64,
+        table: Option<MeshTable>,
+        networks: Arc<NetworkTables>,
+    ) {
+        self.newest.send_replace(Newest { session, table, networks });
     }
 }
 
 async fn run(
     mut balancers: Option<Box<dyn Balancers>>,
-    mut tables: watch::Receiver<(u64, Option<MeshTable>)>,
+    mut tables: watch::Receiver<Newest>,
     applied: mpsc::Sender<Applied>,
 ) {
     let mut last_error = None;
@@ -67,9 +86,10 @@ async fn run(
             changed = tables.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(REPAIR_PERIOD) => {}
         }
-        let (session, Some(table)) = tables.borrow_and_update().clone() else { continue };
+        let Newest { session, table, networks } = tables.borrow_and_update().clone();
+        let Some(table) = table else { continue };
         let result = match &mut balancers {
-            Some(balancers) => balancers.apply(&table).await,
+            Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
         };
         match result {

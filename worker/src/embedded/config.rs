@@ -134,7 +134,9 @@ fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> Strin
         text.push_str(line);
         text.push('\n');
     }
-    if let Some(address) = task.ingress_address() {
+    let overlay = task.networks_attachments.iter().find(|attachment| !attachment.ingress);
+    let address = overlay.map(|attachment| attachment.address).or(task.ingress_address());
+    if let Some(address) = address {
         let short = task.id.short();
         let own = hostname.unwrap_or(&short);
         writeln!(text, "{address}\t{own}").expect("a string takes what it is given");
