@@ -15,6 +15,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use helper::{LARGE, Request};
 use lab::{Lab, VIP, address, address6, tcp, udp, underlay, vip6};
 use machine::can_run;
+use skep_worker_core::mesh::{MeshTable, Slices};
 
 const FRONT: u128 = 1;
 const BACK: u128 = 2;
@@ -166,7 +167,7 @@ fn an_address_without_a_serving_task_refuses_at_once() {
     lab.endpoint(FRONT, 11).serving = false;
     lab.apply();
     for vip in [VIP, vip6()] {
-        assert_eq!(lab.get(11, &get(vip, 1)), ["ConnectionRefused"]);
+        assert_eq!(lab.get(11, &get(vip, 20)), vec!["ConnectionRefused"; 20], "{vip}");
         // The kernel says so to whoever sends.
         assert_eq!(lab.get(11, &get_udp(vip, 1)), ["PermissionDenied"]);
     }
@@ -351,6 +352,44 @@ fn packets_that_outsiders_forge_are_dropped() {
     assert_eq!(lab.get(12, &get_udp(address(11), 1)), ["11"]);
     let seen = lab.task(11).ask(&Request::Datagrams);
     assert_eq!(seen, 2, "the one from a node, and the question");
+}
+
+#[test]
+fn a_task_has_its_uplink_beside_and_forges_nothing_by_it() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.add_network(FRONT);
+    lab.add_task(FRONT, 11, 1);
+    lab.add_task(FRONT, 12, 2);
+    lab.add_task(FRONT, 13, 2);
+    let pid = lab.task(11).pid();
+    let slices = Slices::new(MeshTable::default_pool(), 22).unwrap();
+    let uplink = slices.task_addresses(1).next().unwrap();
+    let interface = "eth1".to_owned();
+    lab.node(1).daemon.ask(&Request::Uplink { task: 11, pid, interface, address: uplink });
+    assert!(lab.task(11).ip("route show default").contains("dev eth1"));
+    assert_eq!(lab.get(11, &get(address(12), 1)), ["12"]);
+
+    // To the other node, whose guard would take it for the word of this one.
+    let IpAddr::V4(to) = address(12) else { unreachable!("it is one") };
+    let node = SocketAddr::new(underlay(2).into(), 4789);
+    let request = Request::Send { to: node, bytes: forged(0x5001, to) };
+    lab.task(11).ask(&request);
+    // With the address of the node as well.
+    lab.task(11).ip(&format!("addr add {}/32 dev eth1", underlay(1)));
+    let rule = format!(
+        "route add {} dev eth1 via {} onlink src {}",
+        underlay(2),
+        slices.bridge_address(1),
+        underlay(1)
+    );
+    lab.task(11).ip(&rule);
+    lab.task(11).ask(&request);
+    lab.node(1).host.ask(&request);
+    assert_eq!(lab.get(13, &get_udp(address(12), 1)), ["12"]);
+    assert_eq!(lab.task(12).ask(&Request::Datagrams), 2, "the one of the node, and the question");
 }
 
 /// A VXLAN packet with a datagram to the container at `to`.

@@ -122,3 +122,56 @@ async fn run(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    /// Refuses networks of version 1; notes which tables and networks came together.
+    #[derive(Debug)]
+    struct Puppet(Arc<Mutex<Vec<(u64, u64)>>>, mpsc::Sender<()>);
+
+    #[tonic::async_trait]
+    impl Balancers for Puppet {
+        async fn apply(
+            &mut self,
+            table: &MeshTable,
+            networks: &Arc<NetworkTables>,
+        ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
+            self.0.lock().unwrap().push((table.version, networks.version));
+            self.1.send(()).await.unwrap();
+            if networks.version == 1 { Err("a network failed".into()) } else { Ok(Vec::new()) }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_version_is_acknowledged_when_its_networks_are_in_force_too() {
+        let tasks = TaskSet::new();
+        let (calls, (called, mut waits)) = (Arc::default(), mpsc::channel(8));
+        let (sender, mut applied) = mpsc::channel(8);
+        let puppet = Box::new(Puppet(Arc::clone(&calls), called));
+        let handle = BalancerHandle::start(Some(puppet), sender, &tasks);
+        let put = |version| {
+            let table = MeshTable {
+                version,
+                self_number: 1,
+                pool: MeshTable::default_pool(),
+                slice_prefix: MeshTable::default_slice_prefix(),
+                peers: Vec::new(),
+                ports: Vec::new(),
+            };
+            let networks = NetworkTables { version, ..NetworkTables::default() };
+            handle.apply(7, Some(table), Arc::new(networks));
+        };
+        for version in [1, 2] {
+            put(version);
+            waits.recv().await.unwrap();
+        }
+        let first = applied.recv().await.unwrap();
+        assert_eq!((first.session, first.version), (7, 2), "the first is in force in part only");
+        assert_eq!(*calls.lock().unwrap(), [(1, 1), (2, 2)]);
+        assert!(applied.try_recv().is_err());
+    }
+}

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use ipnet::Ipv4Net;
+use skep_common::object::NetworkAttachment;
 use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
@@ -76,7 +77,7 @@ impl Uplink {
 
     /// Connects a container, once the mesh and the tables of its networks are there.
     pub(super) async fn attach(&self, task: &Task, pid: i32) -> Result<(), Error> {
-        let (attachments, uplink) = attachments(task)?;
+        let (attachments, uplink) = attachments(&task.networks_attachments)?;
         let address = task.ingress_address();
         if attachments.is_empty() && address.is_none() {
             return Ok(());
@@ -128,13 +129,21 @@ impl Uplink {
         let started = self.started.borrow().clone();
         let removed = match started {
             Some(Started { mesh, networks }) => [networks.teardown().await, mesh.teardown().await],
-            // An earlier daemon may have left them.
-            None => {
-                let run_dir = &self.underlay.run_dir;
-                [Networks::remove(run_dir).await, Mesh::remove(run_dir).await]
-            }
+            None => return Self::remove(&self.underlay.run_dir).await,
         };
         for error in removed.into_iter().filter_map(Result::err) {
+            tracing::warn!(error = %Chain(&error), "failed to remove the node's networks");
+        }
+    }
+
+    /// The same where none was started, of what an earlier daemon left.
+    pub async fn remove(run_dir: &Path) {
+        // The mesh's lock says that no other daemon is at work here.
+        let removed = match Mesh::remove(run_dir).await {
+            Ok(()) => Networks::remove(run_dir).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = removed {
             tracing::warn!(error = %Chain(&error), "failed to remove the node's networks");
         }
     }
@@ -178,8 +187,8 @@ impl Uplink {
 }
 
 /// A task's places on overlay networks, and the name of its uplink, which comes last.
-fn attachments(task: &Task) -> Result<(Vec<Attachment>, String), Error> {
-    let overlays = task.networks_attachments.iter().filter_map(|one| Some((one, one.network_id?)));
+fn attachments(of_task: &[NetworkAttachment]) -> Result<(Vec<Attachment>, String), Error> {
+    let overlays = of_task.iter().filter_map(|one| Some((one, one.network_id?)));
     let attachments = overlays.enumerate().map(|(number, (one, network_id))| {
         let address = Ipv4Net::new(one.address, one.prefix)
             .map_err(|_| Error(format!("its address {}/{} is none", one.address, one.prefix)))?;
@@ -218,4 +227,41 @@ fn port_condition(condition: &Condition) -> PortCondition {
         Condition::PortHeld { port, .. } | Condition::PortFailed { port, .. } => port,
     };
     PortCondition { port: port.port.into(), message: condition.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use skep_common::NetworkId;
+
+    use super::*;
+
+    #[test]
+    fn overlays_come_in_their_order_and_the_uplink_last() {
+        let uplink = NetworkAttachment::uplink(Ipv4Addr::new(10, 192, 4, 1), 22);
+        let overlay = |id: u128, ipv6: Option<&str>| NetworkAttachment {
+            ingress: false,
+            address: Ipv4Addr::new(10, 0, 1, 5),
+            prefix: 24,
+            network_id: Some(NetworkId(id)),
+            ipv6: ipv6.map(|address| address.parse().unwrap()),
+            aliases: Vec::new(),
+        };
+        assert_eq!(
+            attachments(std::slice::from_ref(&uplink)).unwrap(),
+            (Vec::new(), "eth0".into())
+        );
+        let both = [uplink, overlay(9, None), overlay(3, Some("fd00::5/64"))];
+        let (places, uplink) = attachments(&both).unwrap();
+        assert_eq!(uplink, "eth2");
+        let texts: Vec<String> = places
+            .iter()
+            .map(|one| format!("{} {} {:?}", one.interface, one.network_id.0, one.ipv6))
+            .collect();
+        assert_eq!(texts, ["eth0 9 None", "eth1 3 Some(fd00::5/64)"]);
+        assert_eq!(places[0].address.to_string(), "10.0.1.5/24");
+        assert_eq!(
+            attachments(&[NetworkAttachment { prefix: 33, ..overlay(1, None) }]).unwrap_err().0,
+            "its address 10.0.1.5/33 is none",
+        );
+    }
 }

@@ -67,6 +67,13 @@ pub(crate) enum Request {
         pid: u32,
         attachments: Vec<(u128, String, Ipv4Net, Option<Ipv6Net>)>,
     },
+    /// Gives a container its uplink.
+    Uplink {
+        task: u128,
+        pid: u32,
+        interface: String,
+        address: Ipv4Addr,
+    },
     Detach {
         task: u128,
     },
@@ -191,6 +198,11 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             });
             let networks = state.networks.as_ref().expect("started");
             networks.attach(TaskId(task), pid, attachments.collect()).await.map_err(text)?;
+        }
+        Request::Uplink { task, pid, interface, address } => {
+            let mesh = state.mesh.as_ref().expect("started");
+            let task = TaskId(task).to_string();
+            mesh.attach(&task, pid, &interface, address).await.map_err(text)?;
         }
         Request::Detach { task } => {
             state.networks.as_ref().expect("started").detach(TaskId(task)).await.map_err(text)?;

@@ -1,8 +1,8 @@
 //! The rules of virtual addresses in one container: observes them, and brings them to what is wanted.
 //!
 //! ```text
-//! output -100  ip daddr  ──@vips4──┐► chain vip-10.0.1.2: dnat to numgen inc mod N map {...}
-//!              ip6 daddr ──@vips6──┘
+//! output -100  new: ip daddr  ──@vips4──┐► chain vip-10.0.1.2: dnat to numgen inc mod N map {...}
+//!              new: ip6 daddr ──@vips6──┘
 //! ```
 //!
 //! Addresses alone are translated, so that any protocol and port works, echo too. An address without
@@ -186,7 +186,13 @@ fn build(batch: &mut Batch) {
     }
     batch.add_chain(TABLE, OUTPUT_CHAIN, Some(&OUTPUT));
     for ((map, comment), is_ipv4) in MAPS.into_iter().zip(OUTPUT_COMMENTS).zip([true, false]) {
-        batch.add_rule(TABLE, OUTPUT_CHAIN, &rule::destination_to_verdict(is_ipv4, map), comment);
+        // The kernel keeps track of connections only where a rule asks for it, and without that passes
+        // by this chain: no rule is left that does where every address refuses.
+        let parts = [
+            rule::connection_is_new().to_vec(),
+            rule::destination_to_verdict(is_ipv4, map).to_vec(),
+        ];
+        batch.add_rule(TABLE, OUTPUT_CHAIN, &parts.concat(), comment);
     }
 }
 
