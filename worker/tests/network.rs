@@ -377,14 +377,10 @@ fn a_task_has_its_uplink_beside_and_forges_nothing_by_it() {
     let node = SocketAddr::new(underlay(2).into(), 4789);
     let request = Request::Send { to: node, bytes: forged(0x5001, to) };
     lab.task(11).ask(&request);
-    // With the address of the node as well.
-    lab.task(11).ip(&format!("addr add {}/32 dev eth1", underlay(1)));
-    let rule = format!(
-        "route add {} dev eth1 via {} onlink src {}",
-        underlay(2),
-        slices.bridge_address(1),
-        underlay(1)
-    );
+    // With the address of a third node as well.
+    lab.task(11).ip(&format!("addr add {}/32 dev eth1", underlay(3)));
+    let (gateway, own) = (slices.bridge_address(1), underlay(3));
+    let rule = format!("route add {} dev eth1 via {gateway} onlink src {own}", underlay(2));
     lab.task(11).ip(&rule);
     lab.task(11).ask(&request);
     lab.node(1).host.ask(&request);
