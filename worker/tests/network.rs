@@ -289,10 +289,7 @@ fn a_network_goes_with_its_last_container_and_teardown_leaves_nothing() {
         return;
     }
     let mut lab = four_tasks();
-    let files = |lab: &Lab| -> usize {
-        let dir = format!("{}/netns", lab.run_dir(1));
-        std::fs::read_dir(dir).map_or(0, |entries| entries.count())
-    };
+    let files = |lab: &Lab| kept_namespaces(lab, 1);
     assert_eq!(files(&lab), 1);
     lab.networks.clear();
     lab.apply();
@@ -312,6 +309,28 @@ fn a_network_goes_with_its_last_container_and_teardown_leaves_nothing() {
     assert!(!lab.task(15).ip("-brief link").contains("eth0"));
     let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", lab.node(1).host.pid()));
     assert!(!mounts.unwrap().contains("netns"));
+}
+
+#[test]
+fn a_node_that_leaves_removes_what_an_earlier_daemon_left() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.add_network(FRONT);
+    lab.add_task(FRONT, 11, 1);
+    let daemon = lab.node(1).host.beside();
+    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    assert_eq!(kept_namespaces(&lab, 1), 1);
+    let run_dir = lab.run_dir(1);
+    lab.node(1).daemon.ask(&Request::Remove { run_dir });
+    assert_eq!(kept_namespaces(&lab, 1), 0);
+    assert!(!lab.task(11).ip("-brief link").contains("eth0"));
+}
+
+fn kept_namespaces(lab: &Lab, node: u16) -> usize {
+    let dir = format!("{}/netns", lab.run_dir(node));
+    std::fs::read_dir(dir).map_or(0, |entries| entries.count())
 }
 
 #[test]

@@ -78,6 +78,10 @@ pub(crate) enum Request {
         task: u128,
     },
     Teardown,
+    /// Removes what another daemon left.
+    Remove {
+        run_dir: String,
+    },
     /// Serves TCP and UDP on all addresses.
     Serve {
         name: String,
@@ -206,6 +210,11 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         }
         Request::Detach { task } => {
             state.networks.as_ref().expect("started").detach(TaskId(task)).await.map_err(text)?;
+        }
+        Request::Remove { run_dir } => {
+            Networks::remove(run_dir.as_ref()).await.map_err(text)?;
+            // It finds nothing the second time.
+            Networks::remove(run_dir.as_ref()).await.map_err(text)?;
         }
         Request::Teardown => {
             state.networks.take().expect("started").teardown().await.map_err(text)?;
