@@ -131,6 +131,45 @@ fn networks_are_apart_from_each_other_and_from_the_node() {
 }
 
 #[test]
+fn a_task_on_two_networks_has_the_virtual_addresses_of_both() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.add_network(FRONT);
+    let back = lab.add_network(BACK);
+    back.subnets = vec!["10.0.2.0/24".parse().unwrap()];
+    back.vips = vec!["10.0.2.2".parse().unwrap()];
+    lab.add_task(FRONT, 12, 2);
+    lab.add_task(BACK, 22, 2);
+    for network in [FRONT, BACK] {
+        lab.place(network, 11, 1);
+    }
+    lab.apply();
+    lab.connect(&[BACK, FRONT], 11, 1).unwrap();
+    let addresses = lab.task(11).ip("-brief -4 addr");
+    let order = ["eth0@", "10.0.2.11/24", "eth1@", "10.0.1.11/24"];
+    let places = order.map(|part| addresses.find(part));
+    assert!(places.is_sorted() && places[0].is_some(), "{addresses}");
+    // Nothing leads out, and IPv6 is where the network has it only.
+    assert_eq!(lab.task(11).ip("route show default"), "");
+    assert_eq!(lab.task(11).ip("-6 addr show eth0"), "");
+    let vip = |last: u8| IpAddr::from([10, 0, last, 2]);
+    assert_eq!(lab.get(11, &get(vip(1), 2)), ["12", "12"]);
+    assert_eq!(lab.get(11, &get(vip(2), 2)), ["22", "22"]);
+    assert_eq!(lab.get(12, &get(vip(2), 1)), ["NetworkUnreachable"]);
+
+    // The next daemon finds both.
+    let daemon = lab.node(1).host.beside();
+    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.start(1);
+    lab.add_task(FRONT, 13, 3);
+    lab.add_task(BACK, 23, 3);
+    assert_eq!(count(&lab.get(11, &get(vip(1), 4))), [("12", 2), ("13", 2)].into());
+    assert_eq!(count(&lab.get(11, &get(vip(2), 4))), [("22", 2), ("23", 2)].into());
+}
+
+#[test]
 fn a_virtual_address_takes_exact_turns_over_all_serving_tasks() {
     if !can_run() {
         return;

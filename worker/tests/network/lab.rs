@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
+use ipnet::{IpNet, Ipv4Net};
 use serde_json::Value;
 
 use crate::helper::{Endpoint, Network, Request, TCP_PORT, UDP_PORT};
@@ -44,6 +45,21 @@ pub(crate) fn address(task: u128) -> IpAddr {
 
 pub(crate) fn address6(task: u128) -> IpAddr {
     format!("fd00:1::{task}").parse().expect("an address")
+}
+
+/// The address of a task in a subnet, with its prefix: the task's number comes last.
+fn in_subnet(subnet: IpNet, task: u128) -> IpNet {
+    match subnet {
+        IpNet::V4(subnet) => {
+            let [a, b, c, _] = subnet.network().octets();
+            let last = u8::try_from(task).expect("a small number");
+            Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, last), subnet.prefix_len()).into()
+        }
+        IpNet::V6(subnet) => {
+            let text = format!("{}{task}/{}", subnet.network(), subnet.prefix_len());
+            text.parse().expect("an address")
+        }
+    }
 }
 
 pub(crate) const VIP: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 1, 2));
@@ -135,9 +151,10 @@ impl Lab {
 
     /// Names a task in the table of a network.
     pub(crate) fn place(&mut self, network: u128, task: u128, node: u16) {
-        let addresses = vec![address(task), address6(task)];
-        let endpoint = Endpoint { task, node, addresses, serving: false };
-        self.networks.get_mut(&network).expect("a network").endpoints.push(endpoint);
+        let network = self.networks.get_mut(&network).expect("a network");
+        let addresses = network.subnets.iter().map(|subnet| in_subnet(*subnet, task).addr());
+        let addresses = addresses.collect();
+        network.endpoints.push(Endpoint { task, node, addresses, serving: false });
     }
 
     /// Makes the container of a task and connects it.
@@ -150,9 +167,18 @@ impl Lab {
         let machine = Machine::new();
         let pid = machine.pid();
         let attachments = networks.iter().enumerate().map(|(n, network)| {
-            let ipv4 = format!("{}/24", address(task)).parse().expect("CIDR");
-            let ipv6 = format!("{}/64", address6(task)).parse().expect("CIDR");
-            (*network, format!("eth{n}"), ipv4, Some(ipv6))
+            let default =
+                ["10.0.1.0/24", "fd00:1::/64"].map(|subnet| subnet.parse().expect("CIDR"));
+            let subnets =
+                self.networks.get(network).map_or(default.to_vec(), |n| n.subnets.clone());
+            let (mut ipv4, mut ipv6) = (None, None);
+            for subnet in subnets {
+                match in_subnet(subnet, task) {
+                    IpNet::V4(address) => ipv4 = Some(address),
+                    IpNet::V6(address) => ipv6 = Some(address),
+                }
+            }
+            (*network, format!("eth{n}"), ipv4.expect("IPv4"), ipv6)
         });
         let attachments = attachments.collect();
         self.containers.insert(task, Container { machine, node });
