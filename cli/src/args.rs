@@ -5,7 +5,7 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{completion, debug, image, info, node, service, stack, swarm};
+use crate::commands::{completion, debug, image, info, network, node, service, stack, swarm};
 
 /// A Docker Swarm successor in one program.
 #[derive(Debug, Parser)]
@@ -35,6 +35,10 @@ pub(crate) enum Command {
     /// Manage Swarm
     #[command(subcommand)]
     Swarm(swarm::Command),
+    /// Manage networks
+    // Shown once managers make networks.
+    #[command(subcommand, hide = true)]
+    Network(network::Command),
     /// Manage Swarm nodes
     #[command(subcommand)]
     Node(node::Command),

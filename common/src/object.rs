@@ -5,9 +5,9 @@
 //! container's facts, which the node's agent reports.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::spec::{
@@ -65,6 +65,17 @@ pub struct Cluster {
     pub root_ca_key: String,
     /// Pool of ingress slices: one per node, by node number.
     pub ingress_pool: Ipv4Net,
+    /// Pools that networks without a subnet of their own get one from; empty is the default pool.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub default_addr_pool: Vec<Ipv4Net>,
+    /// Prefix length of such a subnet; 0 is the default.
+    #[serde(default, skip_serializing_if = "is_zero_prefix")]
+    pub subnet_size: u8,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero_prefix(prefix: &u8) -> bool {
+    *prefix == 0
 }
 
 /// Secrets of the join tokens: 25 characters of base 36 each.
@@ -259,15 +270,29 @@ pub struct UpdateStatus {
     pub message: String,
 }
 
-/// A service's ports as allocated.
+/// A service's ports and addresses as allocated.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Endpoint {
     /// Every published port with its number; dynamic ones keep theirs across updates.
     pub ports: Vec<PortConfig>,
-    /// Kept and not acted on yet: Spec, VirtualIPs.
+    /// Its address on each of its networks, where it has one; kept across updates.
+    #[serde(rename = "VirtualIPs", skip_serializing_if = "Vec::is_empty")]
+    pub virtual_ips: Vec<VirtualIp>,
+    /// Kept and not acted on yet: Spec.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// An address that stands for all healthy tasks of a service on one network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VirtualIp {
+    /// The network.
+    #[serde(rename = "NetworkID")]
+    pub network_id: NetworkId,
+    /// The address, with the prefix of its subnet. A network with IPv6 has two for each service.
+    #[serde(rename = "Addr")]
+    pub addr: IpNet,
 }
 
 /// A task: one attempt to run one container. It is never restarted and never moved.
@@ -318,7 +343,7 @@ impl Task {
     }
 }
 
-/// An address of a task.
+/// A task's place on one network, or its uplink.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct NetworkAttachment {
@@ -328,6 +353,22 @@ pub struct NetworkAttachment {
     pub address: Ipv4Addr,
     /// Bits of its network's prefix.
     pub prefix: u8,
+    /// The overlay network; absent for the uplink.
+    #[serde(rename = "NetworkID", default, skip_serializing_if = "Option::is_none")]
+    pub network_id: Option<NetworkId>,
+    /// The IPv6 address with its prefix, where the network has IPv6.
+    #[serde(rename = "IPv6", default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Net>,
+    /// More names of the service on this network.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
+}
+
+impl NetworkAttachment {
+    /// The uplink at `address`, in a slice with a prefix of so many bits.
+    pub fn uplink(address: Ipv4Addr, prefix: u8) -> Self {
+        Self { ingress: true, address, prefix, network_id: None, ipv6: None, aliases: Vec::new() }
+    }
 }
 
 /// What happened to a task.
@@ -373,7 +414,7 @@ pub struct ContainerStatus {
     pub oom_killed: bool,
 }
 
-/// A network. Only the ingress network is made yet.
+/// A network.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Network {
@@ -385,6 +426,34 @@ pub struct Network {
     pub meta: Meta,
     /// What users ask.
     pub spec: NetworkSpec,
+    /// Its VXLAN network identifier, unique; 0 for the ingress network, whose tunnel has its own.
+    #[serde(rename = "VNI", default, skip_serializing_if = "is_zero_vni")]
+    pub vni: u32,
+    /// Its subnets as allocated: one IPv4, and one IPv6 where that is enabled.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub subnets: Vec<Subnet>,
+    /// `network rm` was asked while tasks on their way out are still on it: its name is free, and it
+    /// is erased with the last of them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pending_delete: bool,
+}
+
+/// A subnet of a network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct Subnet {
+    /// The subnet.
+    pub subnet: IpNet,
+    /// The address that no endpoint gets.
+    pub gateway: IpAddr,
+    /// Where endpoints' addresses come from; absent is the whole subnet.
+    #[serde(rename = "IPRange", default, skip_serializing_if = "Option::is_none")]
+    pub ip_range: Option<IpNet>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero_vni(vni: &u32) -> bool {
+    *vni == 0
 }
 
 /// A secret.

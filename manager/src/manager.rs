@@ -105,6 +105,8 @@ impl Manager {
             root_ca_cert: swarm.authority.root_pem().to_owned(),
             root_ca_key: swarm.authority.key_pem().to_owned(),
             ingress_pool: swarm.ingress_pool,
+            default_addr_pool: Vec::new(),
+            subnet_size: 0,
         };
         let address = &self.options.address;
         let mut node =
@@ -120,6 +122,9 @@ impl Manager {
                 ingress: Some(true),
                 ..NetworkSpec::default()
             },
+            vni: 0,
+            subnets: Vec::new(),
+            pending_delete: false,
         };
         let put = |object| Action::Put { object, expect: Expect::Absent };
         let actions = vec![

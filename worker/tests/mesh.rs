@@ -6,15 +6,15 @@
 mod helper;
 #[path = "mesh/lab.rs"]
 mod lab;
+#[path = "support/machine.rs"]
+mod machine;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 use helper::{LARGE, Request};
-use lab::{
-    Client, Lab, N, TARGET_PORT, can_run, client_address, count, node_address, skip, task_name,
-    underlay,
-};
+use lab::{Client, Lab, N, TARGET_PORT, client_address, count, node_address, task_name, underlay};
+use machine::{can_run, skip};
 use skep_worker_core::mesh::{Backend, Mac, Peer, interface_name};
 
 const PORT: u16 = 8080;

@@ -14,6 +14,8 @@ mod filter;
 pub(crate) mod image;
 pub(crate) mod info;
 mod inspect;
+pub(crate) mod network;
+mod network_inspect;
 pub(crate) mod node;
 mod node_pretty;
 mod progress;
@@ -63,6 +65,7 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
     let client = Client::connect(&cli.host).await?;
     match command {
         Command::Swarm(command) => swarm::run(command, &client, ui).await,
+        Command::Network(command) => network::run(command, &client, ui).await,
         Command::Node(command) => node::run(command, &client, ui).await,
         Command::Service(command) => service::run(command, &client, ui).await,
         Command::Stack(command) => stack::run(command, &client, ui).await,

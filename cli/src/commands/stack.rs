@@ -200,7 +200,7 @@ async fn rm(args: &RmArgs, client: &Client, ui: &mut Ui) -> Result<()> {
         let services = list_services(client, stack).await?;
         let request = RemoveStackRequest { name: stack.clone() };
         let removed = match client.control().remove_stack(request).await {
-            Ok(answer) => answer.into_inner().removed,
+            Ok(answer) => answer.into_inner(),
             Err(status) => {
                 let error = anyhow::Error::new(Refusal(status));
                 if is_not_found(&error) {
@@ -211,8 +211,11 @@ async fn rm(args: &RmArgs, client: &Client, ui: &mut Ui) -> Result<()> {
                 continue;
             }
         };
-        for name in &removed {
+        for name in &removed.removed {
             ui.line(format_args!("Removing service {name}"))?;
+        }
+        for name in &removed.removed_networks {
+            ui.line(format_args!("Removing network {name}"))?;
         }
         if !args.detach {
             let ids: BTreeSet<String> =

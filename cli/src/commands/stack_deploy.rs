@@ -69,6 +69,9 @@ fn report(
     for name in &answer.removed {
         ui.line(format_args!("Removing service {name}"))?;
     }
+    for name in &answer.created_networks {
+        ui.line(format_args!("Creating network {name}"))?;
+    }
     for name in &answer.created {
         ui.line(format_args!("Creating service {name}"))?;
     }

@@ -17,7 +17,7 @@ use skep_runtime::identity::{
 };
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{connect_unverified, connect_with_root};
-use skep_worker::net::Mesh;
+use skep_worker::embedded::uplink::Uplink;
 use tonic::Status;
 
 use super::address;
@@ -310,9 +310,7 @@ async fn leave_unseen(machine: &Machine, force: bool) -> Result<(), Status> {
         ));
     }
     let removed = remove_containers(machine).await;
-    if let Err(error) = Mesh::remove(&options.run_dir).await {
-        tracing::warn!(error = %Chain(&error), "failed to remove the routing mesh");
-    }
+    Uplink::remove(&options.run_dir).await;
     forget(machine);
     machine.set_membership(Membership::Outside);
     removed

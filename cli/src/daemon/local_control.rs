@@ -59,6 +59,8 @@ delegate! {
     update_node(UpdateNodeRequest) -> UpdateNodeResponse;
     remove_node(RemoveNodeRequest) -> RemoveNodeResponse;
     join_token(JoinTokenRequest) -> JoinTokenResponse;
+    create_network(CreateNetworkRequest) -> CreateNetworkResponse;
+    remove_network(RemoveNetworkRequest) -> RemoveNetworkResponse;
     deploy_stack(DeployStackRequest) -> DeployStackResponse;
     remove_stack(RemoveStackRequest) -> RemoveStackResponse;
     digest(DigestRequest) -> DigestResponse;

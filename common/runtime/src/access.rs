@@ -50,6 +50,8 @@ const TABLE: &[(&str, &str, u8)] = &[
     ("Control", "UpdateNode", LOCAL | MANAGER),
     ("Control", "RemoveNode", LOCAL | MANAGER),
     ("Control", "JoinToken", LOCAL | MANAGER),
+    ("Control", "CreateNetwork", LOCAL | MANAGER),
+    ("Control", "RemoveNetwork", LOCAL | MANAGER),
     ("Control", "DeployStack", LOCAL | MANAGER),
     ("Control", "RemoveStack", LOCAL | MANAGER),
     ("Control", "Digest", LOCAL | MANAGER),

@@ -150,3 +150,37 @@ pub(super) const RESTART_POLICY: &[&str] = &["condition", "delay", "max_attempts
 /// Of `deploy.update_config` and `deploy.rollback_config`.
 pub(super) const UPDATE_CONFIG: &[&str] =
     &["delay", "failure_action", "max_failure_ratio", "monitor", "order", "parallelism"];
+
+/// Of a network, acted on.
+pub(super) const NETWORK: &[&str] = &[
+    "attachable",
+    "driver",
+    "driver_opts",
+    "enable_ipv6",
+    "external",
+    "internal",
+    "ipam",
+    "labels",
+    "name",
+];
+/// Of a network, not yet.
+pub(super) const NETWORK_LATER: &[&str] = &["enable_ipv4"];
+/// Of `ipam`, acted on.
+pub(super) const IPAM: &[&str] = &["config", "driver"];
+/// Of `ipam`, not yet.
+pub(super) const IPAM_LATER: &[&str] = &["options"];
+/// Of an item of `ipam.config`.
+pub(super) const IPAM_CONFIG: &[&str] = &["aux_addresses", "gateway", "ip_range", "subnet"];
+/// Of a service's place on a network, acted on.
+pub(super) const ATTACHMENT: &[&str] = &["aliases"];
+/// Of a service's place on a network, not yet.
+pub(super) const ATTACHMENT_LATER: &[&str] = &[
+    "driver_opts",
+    "gw_priority",
+    "interface_name",
+    "ipv4_address",
+    "ipv6_address",
+    "link_local_ips",
+    "mac_address",
+    "priority",
+];

@@ -15,7 +15,7 @@
 //! # Reading order
 //!
 //! [`load`], then `tree` (YAML with lines), `interpolate`, `merge`, `fields` (typed reading),
-//! `service`, `deploy`, `published`; [`units`] and [`ports`] are Docker's notations, which the client's
+//! `service`, `deploy`, `published`, `network`; [`units`] and [`ports`] are Docker's notations, which the client's
 //! flags share.
 
 mod deploy;
@@ -23,6 +23,7 @@ mod fields;
 mod interpolate;
 mod known;
 mod merge;
+mod network;
 pub mod ports;
 mod published;
 mod service;
@@ -38,6 +39,7 @@ pub use service::{IMAGE_LABEL, STACK_LABEL};
 
 use crate::spec::StackSpec;
 use fields::Section;
+use network::Networks;
 use tree::{Node, Value};
 
 /// A file that was read.
@@ -52,7 +54,7 @@ pub struct Source {
 /// The specs of a stack and what the user should know about them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
-    /// The services, by name.
+    /// The services and the networks, by name.
     pub spec: StackSpec,
     /// One sentence each, with file and line.
     pub warnings: Vec<String>,
@@ -69,7 +71,7 @@ impl fmt::Display for Errors {
 }
 
 /// A line of one of the files.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 struct Pos {
     file: usize,
     line: usize,
@@ -131,10 +133,11 @@ pub fn load(
     top.check(known::TOP, known::TOP_LATER, &mut report);
     let mut services = Vec::new();
     let context = service::Context { stack, environment };
+    let mut networks = Networks::read(stack, top.get("networks").as_ref(), &mut report);
     match top.get("services") {
         Some(field) => {
             for (key, node) in field.entries(&mut report) {
-                services.push(service::convert(&context, key, node, &mut report));
+                services.push(service::convert(&context, &mut networks, key, node, &mut report));
             }
         }
         None => report.error(root.at, "there is no service; add a mapping 'services'".into()),
@@ -142,7 +145,12 @@ pub fn load(
     services.sort_by(|a, b| a.name.cmp(&b.name));
     let warnings = report.finish(sources)?;
     Ok(Loaded {
-        spec: StackSpec { name: stack.into(), services, extra: Default::default() },
+        spec: StackSpec {
+            name: stack.into(),
+            services,
+            networks: networks.into_specs(),
+            ..StackSpec::default()
+        },
         warnings,
     })
 }

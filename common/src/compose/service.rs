@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use super::fields::{Field, Section};
+use super::network::Networks;
 use super::tree::{Key, Node, Value};
 use super::units::capabilities;
 use super::{Report, deploy, known, published};
@@ -27,6 +28,7 @@ pub(super) struct Context<'a> {
 /// The spec of the service `key`.
 pub(super) fn convert(
     context: &Context<'_>,
+    networks: &mut Networks,
     key: &Key,
     node: &Node,
     report: &mut Report,
@@ -54,6 +56,7 @@ pub(super) fn convert(
 
     let ports = section.get("ports").map(|field| published::convert(&field, report));
     let ports = ports.filter(|ports| !ports.is_empty());
+    let networks = networks.of_service(&key.name, section.get("networks").as_ref(), report);
     let has_endpoint = ports.is_some() || deploy.endpoint_mode.is_some();
     ServiceSpec {
         name,
@@ -63,15 +66,15 @@ pub(super) fn convert(
             resources: deploy.resources,
             restart_policy: deploy.restart_policy,
             placement: deploy.placement,
-            force_update: None,
             log_driver: section.get("logging").map(|field| log_driver(&field, report)),
-            extra: Default::default(),
+            networks: Some(networks),
+            ..TaskSpec::default()
         },
         mode: Some(deploy.mode),
         update_config: deploy.update_config,
         rollback_config: deploy.rollback_config,
         endpoint_spec: has_endpoint.then_some(EndpointSpec { mode: deploy.endpoint_mode, ports }),
-        extra: Default::default(),
+        ..ServiceSpec::default()
     }
 }
 

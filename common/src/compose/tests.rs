@@ -35,7 +35,9 @@ fn rendered(case: &str) -> String {
         Ok(Loaded { spec, warnings }) => {
             let warnings: String =
                 warnings.iter().map(|text| format!("warning {text}\n")).collect();
-            format!("{warnings}{}\n", serde_json::to_string_pretty(&spec.services).unwrap())
+            let services = serde_json::to_string_pretty(&spec.services).unwrap();
+            let networks = serde_json::to_string_pretty(&spec.networks).unwrap();
+            format!("{warnings}{services}\nnetworks {networks}\n")
         }
         Err(Errors(errors)) => errors.iter().map(|text| format!("error {text}\n")).collect(),
     }

@@ -1,8 +1,8 @@
-//! `NodeSpec`, `SwarmSpec`, `NetworkSpec`, `SecretSpec`, `ConfigSpec` and the stack's spec.
+//! `NodeSpec`, `SwarmSpec`, `SecretSpec`, `ConfigSpec` and the stack's spec.
 
 use serde::{Deserialize, Serialize};
 
-use super::{Extra, Labels, Nanos, ServiceSpec};
+use super::{Extra, Labels, Nanos, NetworkSpec, ServiceSpec};
 
 /// What users want of a node.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -113,23 +113,6 @@ pub struct CaConfig {
     pub extra: Extra,
 }
 
-/// What users want of a network. Networks other than the ingress come later; specs are kept whole.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct NetworkSpec {
-    /// Unique name.
-    pub name: String,
-    /// Labels.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub labels: Option<Labels>,
-    /// Whether it is the routing mesh's network.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ingress: Option<bool>,
-    /// Kept whole: Driver, Internal, Attachable, IPAM, EnableIPv6, Options, ….
-    #[serde(flatten)]
-    pub extra: Extra,
-}
-
 /// What users want of a secret. `Data` is base64 and is never given back.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
@@ -158,7 +141,7 @@ pub struct ConfigSpec {
     pub extra: Extra,
 }
 
-/// What `stack deploy` asks: the services of one file, by their full names (`STACK_SERVICE`).
+/// What `stack deploy` asks: the services and networks of one file, by their full names (`STACK_SERVICE`).
 ///
 /// Swarm has no such object: a stack there is a label. Here it is stored, so that a deploy is one
 /// transaction and `stack rm` knows what belongs to it.
@@ -169,6 +152,9 @@ pub struct StackSpec {
     pub name: String,
     /// Its services, each with the stack's label and full name.
     pub services: Vec<ServiceSpec>,
+    /// Its own networks, each with the stack's label and full name; external ones are not among them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub networks: Vec<NetworkSpec>,
     /// Kept and not acted on yet.
     #[serde(flatten)]
     pub extra: Extra,

@@ -9,11 +9,13 @@
 mod cluster;
 mod container;
 mod logging;
+mod network;
 mod service;
 
 pub use cluster::*;
 pub use container::*;
 pub use logging::*;
+pub use network::*;
 pub use service::*;
 
 use std::collections::BTreeMap;

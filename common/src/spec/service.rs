@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ContainerSpec, Extra, Labels, LogDriver, Nanos};
+use super::{ContainerSpec, Extra, Labels, LogDriver, Nanos, NetworkAttachmentConfig};
 
 /// What a service shall be.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -27,7 +27,10 @@ pub struct ServiceSpec {
     /// Published ports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub endpoint_spec: Option<EndpointSpec>,
-    /// Kept and not acted on yet: Networks.
+    /// Networks as old clients write them; [`TaskSpec::networks`] comes before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub networks: Option<Vec<NetworkAttachmentConfig>>,
+    /// Kept whole.
     #[serde(flatten)]
     pub extra: Extra,
 }
@@ -49,6 +52,19 @@ impl ServiceSpec {
             .container_spec
             .as_ref()
             .map_or_else(Default::default, std::borrow::Cow::Borrowed)
+    }
+
+    /// The networks that its tasks are on, in the order in which they are named.
+    pub fn networks(&self) -> &[NetworkAttachmentConfig] {
+        let of_task =
+            self.task_template.networks.as_deref().filter(|networks| !networks.is_empty());
+        of_task.or(self.networks.as_deref()).unwrap_or_default()
+    }
+
+    /// Whether its names mean the tasks' addresses instead of a virtual one.
+    pub fn is_dnsrr(&self) -> bool {
+        let mode = self.endpoint_spec.as_ref().and_then(|spec| spec.mode.as_deref());
+        mode == Some("dnsrr")
     }
 
     /// The published ports; none where no endpoint spec is given.
@@ -100,7 +116,10 @@ pub struct TaskSpec {
     /// How much of its output is kept.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_driver: Option<LogDriver>,
-    /// Kept and not acted on yet: Networks, Runtime, PluginSpec, ….
+    /// Networks that the tasks are on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub networks: Option<Vec<NetworkAttachmentConfig>>,
+    /// Kept and not acted on yet: Runtime, PluginSpec, ….
     #[serde(flatten)]
     pub extra: Extra,
 }

@@ -50,7 +50,7 @@ pub(crate) fn grant(
     let offset = candidates.into_iter().find(is_free)?;
     *cursor = offset;
     let address = Ipv4Addr::from(base + offset);
-    Some(NetworkAttachment { ingress: true, address, prefix: SLICE_PREFIX })
+    Some(NetworkAttachment::uplink(address, SLICE_PREFIX))
 }
 
 /// A leader without memory goes on after the address of the task that was made last.

@@ -259,6 +259,20 @@ impl Control for ControlService {
         Ok(Response::new(Self::join_token(self, request.into_inner()).await?))
     }
 
+    async fn create_network(
+        &self,
+        _: Request<CreateNetworkRequest>,
+    ) -> Answer<CreateNetworkResponse> {
+        Err(Status::unimplemented("overlay networks are not supported yet: publish the ports that services are to be reached at"))
+    }
+
+    async fn remove_network(
+        &self,
+        _: Request<RemoveNetworkRequest>,
+    ) -> Answer<RemoveNetworkResponse> {
+        Err(Status::unimplemented("overlay networks are not supported yet: publish the ports that services are to be reached at"))
+    }
+
     async fn deploy_stack(
         &self,
         request: Request<DeployStackRequest>,

@@ -40,6 +40,7 @@ pub(super) async fn deploy(
             unchanged: deployment.unchanged,
             removed: deployment.removed,
             warnings,
+            ..DeployStackResponse::default()
         });
     }
 }
@@ -54,7 +55,7 @@ pub(super) async fn remove(
         match control.write(actions).await {
             Err(Error::Refused(Refusal::OutOfSequence { .. })) => {}
             Err(error) => return Err(error),
-            Ok(_) => return Ok(RemoveStackResponse { removed }),
+            Ok(_) => return Ok(RemoveStackResponse { removed, ..RemoveStackResponse::default() }),
         }
     }
 }

@@ -383,6 +383,7 @@ fn mesh_update(told: Option<&(u64, Table)>, version: u64, table: &Table) -> Opti
         removed_peers: changes.removed_peers.iter().map(|number| u32::from(*number)).collect(),
         ports: changes.ports.iter().map(port).collect(),
         removed_ports: changes.removed_ports.iter().map(key).collect(),
+        ..MeshUpdate::default()
     })
 }
 

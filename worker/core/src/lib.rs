@@ -3,9 +3,10 @@
 //! # Reading order
 //!
 //! [`mesh`] (which kernel objects make every published port answer here, and how to get from one set of
-//! them to the next), [`image`] (names, digests and documents of images), [`oci`] (the runtime
-//! specification of a container, with Docker's defaults), [`health`] (what the results of health checks
-//! mean). They do not depend on each other.
+//! them to the next), [`network`] (the same for overlay networks), [`image`] (names, digests and
+//! documents of images), [`oci`] (the runtime specification of a container, with Docker's defaults),
+//! [`health`] (what the results of health checks mean). They do not depend on each other, but that
+//! [`network`] has Ethernet addresses from [`mesh`].
 //!
 //! # Invariants
 //!
@@ -13,6 +14,8 @@
 //! - Nothing here touches the machine: `skep_worker` has the shell file of the same noun.
 
 pub mod mesh;
+
+pub mod network;
 
 pub mod image;
 pub mod oci;

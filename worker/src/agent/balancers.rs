@@ -1,12 +1,17 @@
 //! The effect side of the mesh table: one task applies the newest table, whatever came in between.
+//!
+//! Published ports and networks are one table with one version: what is acknowledged is in force in
+//! both.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use skep_proto::PortCondition;
 use skep_runtime::TaskSet;
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::mesh::MeshTable;
+use skep_worker_core::network::NetworkTables;
 use tokio::sync::{mpsc, watch};
 
 /// How often a table in force is applied again: other programs flush chains, and free ports that they
@@ -16,11 +21,12 @@ const REPAIR_PERIOD: Duration = Duration::from_secs(10);
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
 pub trait Balancers: Send + fmt::Debug + 'static {
-    /// Returns when the kernel's rules are those of the table, with what stands in the way of single
-    /// ports.
+    /// Returns when the kernel's rules are those of the table, and its networks those of `networks`,
+    /// with what stands in the way of single ports.
     async fn apply(
         &mut self,
         table: &MeshTable,
+        networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
 }
 
@@ -36,7 +42,15 @@ pub(super) struct Applied {
 /// Hands tables to the applying task.
 #[derive(Debug)]
 pub(super) struct BalancerHandle {
-    newest: watch::Sender<(u64, Option<MeshTable>)>,
+    newest: watch::Sender<Newest>,
+}
+
+/// What is to be applied, and the session that it is for.
+#[derive(Debug, Clone, Default)]
+struct Newest {
+    session: u64,
+    table: Option<MeshTable>,
+    networks: Arc<NetworkTables>,
 }
 
 impl BalancerHandle {
@@ -45,21 +59,26 @@ impl BalancerHandle {
         applied: mpsc::Sender<Applied>,
         tasks: &TaskSet,
     ) -> Self {
-        let (newest, tables) = watch::channel((0, None));
+        let (newest, tables) = watch::channel(Newest::default());
         // Not cut off in the middle: a mesh that is just being started must be known to whoever
         // removes it after the node's stop. It ends with the handle.
         tasks.spawn_to_end("balancers", run(balancers, tables, applied));
         Self { newest }
     }
 
-    pub(super) fn apply(&self, session: u64, table: Option<MeshTable>) {
-        self.newest.send_replace((session, table));
+    pub(super) fn apply(
+        &self,
+        session: u64,
+        table: Option<MeshTable>,
+        networks: Arc<NetworkTables>,
+    ) {
+        self.newest.send_replace(Newest { session, table, networks });
     }
 }
 
 async fn run(
     mut balancers: Option<Box<dyn Balancers>>,
-    mut tables: watch::Receiver<(u64, Option<MeshTable>)>,
+    mut tables: watch::Receiver<Newest>,
     applied: mpsc::Sender<Applied>,
 ) {
     let mut last_error = None;
@@ -69,9 +88,10 @@ async fn run(
             changed = tables.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(REPAIR_PERIOD) => {}
         }
-        let (session, Some(table)) = tables.borrow_and_update().clone() else { continue };
+        let Newest { session, table, networks } = tables.borrow_and_update().clone();
+        let Some(table) = table else { continue };
         let result = match &mut balancers {
-            Some(balancers) => balancers.apply(&table).await,
+            Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
         };
         match result {
@@ -107,7 +127,7 @@ async fn run(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::sync::Mutex;
 
     use futures::FutureExt as _;
 
@@ -126,11 +146,29 @@ mod tests {
         async fn apply(
             &mut self,
             _: &MeshTable,
+            _: &Arc<NetworkTables>,
         ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
             self.begun.send_replace(true);
             self.may_end.subscribe().wait_for(|may| *may).await.unwrap();
             self.ended.send_replace(true);
             Ok(Vec::new())
+        }
+    }
+
+    /// Refuses networks of version 1; notes which tables and networks came together.
+    #[derive(Debug)]
+    struct Puppet(Arc<Mutex<Vec<(u64, u64)>>>, mpsc::Sender<()>);
+
+    #[tonic::async_trait]
+    impl Balancers for Puppet {
+        async fn apply(
+            &mut self,
+            table: &MeshTable,
+            networks: &Arc<NetworkTables>,
+        ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
+            self.0.lock().unwrap().push((table.version, networks.version));
+            self.1.send(()).await.unwrap();
+            if networks.version == 1 { Err("a network failed".into()) } else { Ok(Vec::new()) }
         }
     }
 
@@ -140,7 +178,7 @@ mod tests {
         let (applied, _reports) = mpsc::channel(1);
         let handle = BalancerHandle::start(Some(Box::new(slow.clone())), applied, &tasks);
         let table = serde_json::json!({"version": 1, "self_number": 1, "peers": [], "ports": []});
-        handle.apply(1, serde_json::from_value(table).ok());
+        handle.apply(1, serde_json::from_value(table).ok(), Arc::default());
         slow.begun.subscribe().wait_for(|begun| *begun).await.unwrap();
         drop(handle);
         let stop = tasks.shutdown();
@@ -149,5 +187,34 @@ mod tests {
         slow.may_end.send_replace(true);
         stop.await;
         assert!(*slow.ended.borrow());
+    }
+
+    #[tokio::test]
+    async fn a_version_is_acknowledged_when_its_networks_are_in_force_too() {
+        let tasks = TaskSet::new();
+        let (calls, (called, mut waits)) = (Arc::default(), mpsc::channel(8));
+        let (sender, mut applied) = mpsc::channel(8);
+        let puppet = Box::new(Puppet(Arc::clone(&calls), called));
+        let handle = BalancerHandle::start(Some(puppet), sender, &tasks);
+        let put = |version| {
+            let table = MeshTable {
+                version,
+                self_number: 1,
+                pool: MeshTable::default_pool(),
+                slice_prefix: MeshTable::default_slice_prefix(),
+                peers: Vec::new(),
+                ports: Vec::new(),
+            };
+            let networks = NetworkTables { version, ..NetworkTables::default() };
+            handle.apply(7, Some(table), Arc::new(networks));
+        };
+        for version in [1, 2] {
+            put(version);
+            waits.recv().await.unwrap();
+        }
+        let first = applied.recv().await.unwrap();
+        assert_eq!((first.session, first.version), (7, 2), "the first is in force in part only");
+        assert_eq!(*calls.lock().unwrap(), [(1, 1), (2, 2)]);
+        assert!(applied.try_recv().is_err());
     }
 }

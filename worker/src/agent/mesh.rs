@@ -1,14 +1,18 @@
-//! Keeps the kernel's balancers at the endpoint table that the leader sent.
+//! Keeps the kernel's balancers and networks at the endpoint table that the leader sent.
 //!
 //! Tasks of this node that have ended leave the local balancer at once, before the leader knows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
+use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort};
+use skep_worker_core::network::NetworkTables;
+
+use super::networks::NetworkState;
 
 /// The table as received, and what is locally known to be dead.
 #[derive(Debug, Default)]
@@ -19,6 +23,7 @@ pub(super) struct MeshState {
     peers: BTreeMap<u16, Ipv4Addr>,
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     dead: BTreeSet<String>,
+    networks: NetworkState,
 }
 
 impl MeshState {
@@ -31,6 +36,7 @@ impl MeshState {
     /// Takes over an update; whole ones replace everything. Entries that this program cannot read are
     /// left out with a word in the log: the rest must go on.
     pub(super) fn update(&mut self, update: MeshUpdate) {
+        self.networks.update(update.whole, update.networks, &update.removed_networks);
         if update.whole {
             self.peers.clear();
             self.ports.clear();
@@ -73,6 +79,7 @@ impl MeshState {
 
     /// Notes that a task of this node has ended; whether the table names it.
     pub(super) fn withdraw(&mut self, task_id: TaskId) -> bool {
+        let was_serving = self.networks.withdraw(task_id);
         let task_id = task_id.to_string();
         let names =
             |port: &PublishedPort| port.backends.iter().any(|backend| backend.task_id == task_id);
@@ -80,7 +87,7 @@ impl MeshState {
         if is_named {
             self.dead.insert(task_id);
         }
-        is_named
+        is_named || was_serving
     }
 
     /// The table for the kernel; `None` before the first welcome.
@@ -101,6 +108,18 @@ impl MeshState {
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: peers.collect(),
             ports: ports.collect(),
+        })
+    }
+}
+
+impl MeshState {
+    /// The networks of this node, as far as they are known.
+    pub(super) fn networks(&self) -> Arc<NetworkTables> {
+        Arc::new(NetworkTables {
+            version: self.version,
+            self_number: self.number,
+            peers: self.peers.clone(),
+            networks: self.networks.tables().clone(),
         })
     }
 }

@@ -9,7 +9,7 @@
 //! The agent is one loop that owns its state. It goes on alone when no manager answers: containers run
 //! on, health checks and balancing go on.
 //!
-//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `images`, `task_store`.
+//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `images`, `task_store`.
 //!
 //! # Invariants
 //!
@@ -21,6 +21,7 @@
 mod balancers;
 mod images;
 mod mesh;
+mod networks;
 mod runner;
 mod session;
 mod task_store;
@@ -275,7 +276,7 @@ impl Agent {
         self.sequence = assignments.results_in;
         if let Some(update) = assignments.mesh {
             self.mesh.update(update);
-            self.balancers.apply(self.session, self.mesh.table());
+            self.apply_tables();
         }
         self.note_images_in_use(&tasks);
         if let Some(images) = &self.images {
@@ -296,6 +297,10 @@ impl Agent {
             }
         }
         Ok(())
+    }
+
+    fn apply_tables(&self) {
+        self.balancers.apply(self.session, self.mesh.table(), self.mesh.networks());
     }
 
     fn assign(&mut self, task: Task) {
@@ -339,7 +344,7 @@ impl Agent {
         match report {
             Report::Status(task_id, status) => {
                 if status.state.is_terminal() && self.mesh.withdraw(task_id) {
-                    self.balancers.apply(self.session, self.mesh.table());
+                    self.apply_tables();
                 }
                 if let Some(held) = self.held.get_mut(&task_id) {
                     held.status = status;

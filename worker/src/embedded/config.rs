@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde_json::json;
 use skep_common::Task;
+use skep_common::object::NetworkAttachment;
 use skep_common::spec::{ContainerSpec, LogDriver, LogRotation};
 use skep_common::template::Template;
 use skep_worker_core::image::{Digest, ImageConfig};
@@ -138,7 +140,7 @@ fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> Strin
         text.push_str(line);
         text.push('\n');
     }
-    if let Some(address) = task.ingress_address() {
+    if let Some(address) = own_address(&task.networks_attachments) {
         let short = task.id.short();
         let own = hostname.unwrap_or(&short);
         writeln!(text, "{address}\t{own}").expect("a string takes what it is given");
@@ -146,9 +148,32 @@ fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> Strin
     text
 }
 
+/// What a container takes its own name for: its first network's address, its uplink's where it is on
+/// none.
+fn own_address(attachments: &[NetworkAttachment]) -> Option<Ipv4Addr> {
+    let overlay = attachments.iter().find(|attachment| !attachment.ingress);
+    overlay.or(attachments.first()).map(|attachment| attachment.address)
+}
+
 #[cfg(test)]
 mod tests {
-    use super::resolv_conf;
+    use super::*;
+
+    #[test]
+    fn a_container_is_named_by_its_first_network() {
+        let uplink = NetworkAttachment::uplink(Ipv4Addr::new(10, 192, 4, 1), 22);
+        let overlay = |last| NetworkAttachment {
+            ingress: false,
+            address: Ipv4Addr::new(10, 0, 1, last),
+            ..uplink.clone()
+        };
+        let address = |attachments: &[NetworkAttachment]| {
+            own_address(attachments).map(|address| address.to_string()).unwrap_or_default()
+        };
+        assert_eq!(address(&[]), "");
+        assert_eq!(address(std::slice::from_ref(&uplink)), "10.192.4.1");
+        assert_eq!(address(&[uplink.clone(), overlay(5), overlay(6)]), "10.0.1.5");
+    }
 
     #[test]
     fn a_container_gets_resolvers_that_it_can_reach() {

@@ -92,9 +92,7 @@ impl Executor for Embedded {
         let id = task.id.to_string();
         let pid = self.created().remove(&task.id);
         let pid = pid.ok_or_else(|| Error("its container has not been made".into()))?;
-        if let Some(address) = task.ingress_address() {
-            self.inner.uplink.attach(task.id, pid, address).await?;
-        }
+        self.inner.uplink.attach(task, pid).await?;
         self.inner.containers.start(&id).await.map_err(|error| Error::of(&error))?;
         Ok(ContainerStatus { container_id: id, pid, ..ContainerStatus::default() })
     }
@@ -161,6 +159,13 @@ impl Executor for Embedded {
 
     async fn find(&self) -> Result<Vec<(TaskId, Found)>, Error> {
         let adopted = self.inner.containers.adopt().await.map_err(|error| Error::of(&error))?;
+        // What networks they are on is read back from the kernel when the mesh starts.
+        self.inner.uplink.take_over(adopted.iter().filter_map(|container| {
+            match (container.id.parse(), &container.state) {
+                (Ok(task_id), AdoptedState::Running { pid, .. }) => Some((task_id, *pid)),
+                _ => None,
+            }
+        }));
         let with_task = adopted.into_iter().filter_map(|container| {
             let task_id = container.id.parse().ok()?;
             let pid = match container.state {

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use ipnet::Ipv4Net;
+use skep_common::NetworkId;
 use skep_worker_core::mesh;
 
 use super::channel::Refusal;
@@ -103,6 +104,20 @@ pub enum Error {
         address: Ipv4Addr,
         /// The node's slice.
         slice: Ipv4Net,
+    },
+    /// The leader names a network only to nodes that have tasks on it, and before these tasks.
+    #[error("network {network_id} is not known on this node")]
+    NetworkUnknown {
+        /// The network.
+        network_id: NetworkId,
+    },
+    /// Going on would send in clear what users want hidden.
+    #[error(
+        "network {network} asks for encryption, which this version cannot give: make it without the option `encrypted`"
+    )]
+    Encrypted {
+        /// The network's name.
+        network: String,
     },
     /// The kernel refused a change or a question.
     #[error("failed to {action}")]

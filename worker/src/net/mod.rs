@@ -1,9 +1,10 @@
 //! Network effects of a node: everything here changes the kernel's state.
 //!
 //! [`mesh`] is the routing mesh: published ports, the tunnel between nodes, and the uplinks of
-//! tasks. [`nft`] speaks nfnetlink, [`rtnetlink`] routing netlink, both over [`channel`]; no
-//! external program and no C library is involved. [`thread`] holds the dedicated threads on which
-//! all of that blocks.
+//! tasks. [`network`] has the overlay networks. [`nft`] and [`conntrack`] speak nfnetlink,
+//! [`rtnetlink`] routing netlink, all over [`channel`]; no external program and no C library is
+//! involved. [`thread`] holds the dedicated threads on which all of that blocks, [`namespace`] how
+//! they enter other namespaces.
 //!
 //! # Invariants
 //!
@@ -11,8 +12,11 @@
 //! - What to do is decided in `skep_worker_core`; this module observes, asks there, and acts.
 
 pub mod channel;
+pub mod conntrack;
 mod error;
 pub mod mesh;
+pub mod namespace;
+pub mod network;
 pub mod nft;
 mod probe;
 pub mod rtnetlink;
@@ -21,4 +25,5 @@ pub mod thread;
 
 pub use error::Error;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};
+pub use network::{Attachment, NetworkOptions, Networks};
 pub use probe::probe;

@@ -1,4 +1,5 @@
-//! What the routing mesh needs of a kernel, found by trying in a network namespace of its own.
+//! What the routing mesh and overlay networks need of a kernel, found by trying in a network namespace of
+//! its own.
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
@@ -7,7 +8,8 @@ use netlink_packet_route::link::{
 use nix::sched::{CloneFlags, unshare};
 
 use super::Error;
-use super::nft::{Batch, CommitError, Hook, NftChannel, expression};
+use super::conntrack::Conntrack;
+use super::nft::{Batch, CommitError, Family, Hook, NftChannel, expression};
 use super::rtnetlink::{Mode, RouteChannel};
 
 /// What is missing, one sentence each; empty on a kernel that has it all.
@@ -53,7 +55,28 @@ pub fn probe() -> Result<Vec<String>, Error> {
             "this kernel has no nftables with NAT (CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_NUMGEN; try: modprobe nf_tables), which the routing mesh needs: {error}"
         ));
     }
+    if let Err(error) = probe_virtual_addresses() {
+        missing.push(format!(
+            "this kernel has no nftables with NAT for IPv4 and IPv6 together (CONFIG_NF_TABLES_INET), which overlay networks need: {error}"
+        ));
+    }
+    if let Err(error) = Conntrack::open().and_then(|mut table| table.list()) {
+        missing.push(format!(
+            "this kernel shows no connections (CONFIG_NF_CT_NETLINK; try: modprobe nf_conntrack_netlink), which overlay networks need: {error}"
+        ));
+    }
     Ok(missing)
+}
+
+fn probe_virtual_addresses() -> Result<(), CommitError> {
+    const TABLE: &str = "skep-probe";
+    let mut nft = NftChannel::open_of(Family::Inet).map_err(CommitError::Refused)?;
+    let mut batch = Batch::of(Family::Inet);
+    batch.add_table(TABLE);
+    let output = Hook { kind: "nat", number: 3, priority: -100, drops_by_default: false };
+    batch.add_chain(TABLE, "output", Some(&output));
+    batch.add_rule(TABLE, "output", &[expression::reject_as_unreachable()], "");
+    nft.commit(&batch, None)
 }
 
 fn probe_nftables() -> Result<(), CommitError> {

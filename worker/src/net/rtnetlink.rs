@@ -1,8 +1,5 @@
 //! Routing netlink: links, addresses, routes, rules and neighbours of one network namespace.
 
-use std::fs::File;
-use std::io;
-
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST,
     NetlinkDeserializable as _, NetlinkHeader, NetlinkSerializable as _,
@@ -10,7 +7,6 @@ use netlink_packet_core::{
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
-use nix::sched::{CloneFlags, setns};
 
 use super::Error;
 use super::channel::{Channel, Refusal};
@@ -114,20 +110,6 @@ impl RouteChannel {
         let strict = opened.channel.set_strict();
         strict.map_err(|e| Error::kernel("have the kernel filter routes", e))?;
         Ok(opened)
-    }
-
-    /// Opens a channel in the namespace `inside`, from a thread whose namespace is `home`.
-    ///
-    /// The thread is in the other namespace only while the socket is made. It must be a dedicated
-    /// one.
-    pub fn open_in(inside: &File, home: &File) -> Result<Self, Error> {
-        let enter = |namespace: &File| setns(namespace, CloneFlags::CLONE_NEWNET);
-        let enter_inside = enter(inside).map_err(io::Error::from);
-        enter_inside.map_err(|e| Error::kernel("enter the network namespace of a container", e))?;
-        let opened = Self::open();
-        // Going on in the wrong namespace would change the container instead of the node.
-        enter(home).expect("a thread may return to the namespace that it came from");
-        opened
     }
 
     /// Changes one object; `action` completes "failed to …".

@@ -28,6 +28,32 @@ pub fn ensure_no_ipv6(device: &str) -> Result<(), Error> {
     }
 }
 
+/// Keeps IPv6 off all devices that are made in this namespace from now on, and addresses of their own
+/// off those that get it; fine where there is no IPv6.
+pub fn ensure_no_ipv6_by_default() -> Result<(), Error> {
+    const NONE: &str = "1";
+    ensure_no_ipv6("default")?;
+    match ensure("ipv6/conf/default/addr_gen_mode".to_owned(), NONE) {
+        Err(Error::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Lets one of our own devices know of neighbours with IPv6.
+pub fn ensure_ipv6(device: &str) -> Result<(), Error> {
+    ensure(format!("ipv6/conf/{device}/disable_ipv6"), "0")
+}
+
+/// Has a device of a container take part in IPv6 or not, and never by what routers announce: its
+/// neighbours are containers.
+pub fn ensure_ipv6_by_hand(device: &str, has_ipv6: bool) -> Result<(), Error> {
+    if !has_ipv6 {
+        return ensure_no_ipv6(device);
+    }
+    ensure(format!("ipv6/conf/{device}/accept_ra"), "0")?;
+    ensure_ipv6(device)
+}
+
 fn ensure(name: String, value: &str) -> Result<(), Error> {
     let path = PathBuf::from("/proc/sys/net").join(name);
     let present = fs::read_to_string(&path).map_err(|e| Error::file("read", &path, e))?;

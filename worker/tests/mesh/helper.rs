@@ -17,11 +17,7 @@ use skep_worker::net::nft::{Batch, Hook, NftChannel};
 use skep_worker::net::{MarkField, Mesh, Options};
 use skep_worker_core::mesh::MeshTable;
 
-/// Says that this process is a helper.
-pub(crate) const HELPER: &str = "SKEP_MESH_TEST_HELPER";
-
-/// Marks the lines that are answers, among those of the test harness.
-pub(crate) const ANSWER: &str = "@skep ";
+use crate::machine::{ANSWER, HELPER};
 
 const PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) const LARGE: usize = 1 << 20;
@@ -156,7 +152,7 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         }
         Request::Attach { task_id, pid, address } => {
             let mesh = state.mesh.as_ref().expect("started");
-            mesh.attach(&task_id, pid, address).await.map_err(text)?;
+            mesh.attach(&task_id, pid, "eth0", address).await.map_err(text)?;
             Ok(Value::Null)
         }
         Request::Detach { task_id } => {

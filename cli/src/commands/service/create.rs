@@ -6,14 +6,14 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use skep_common::compose::units::capabilities;
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, Labels, Placement, Replicated, ServiceMode, ServiceSpec, TaskSpec,
-    Ulimit,
+    ContainerSpec, EndpointSpec, Labels, NetworkAttachmentConfig, Placement, Replicated,
+    ServiceMode, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
 
 use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
-    parse_publish, sort_ports,
+    parse_network, parse_publish, sort_ports,
 };
 use super::{Waiting, caller_environment, converge, names};
 use crate::client::{Client, Refusal};
@@ -46,6 +46,9 @@ pub(crate) struct CreateArgs {
     /// Publish a port as a node port
     #[arg(long, short, value_parser = parse_publish, value_name = "PORT")]
     publish: Vec<Publish>,
+    /// Network attachments
+    #[arg(long, value_parser = parse_network, value_name = "NETWORK")]
+    network: Vec<NetworkAttachmentConfig>,
     /// Placement constraints
     #[arg(long)]
     constraint: Vec<String>,
@@ -149,6 +152,7 @@ fn spec(
                 constraints: Some(constraints),
                 ..Default::default()
             }),
+            networks: list(args.network.clone()),
             ..Default::default()
         },
         mode: Some(mode(&args.mode)),
@@ -253,6 +257,33 @@ mod tests {
     #[track_caller]
     fn check(line: &str, expect: &Value) {
         assert_eq!(&parse(line).unwrap(), expect, "{line}");
+    }
+
+    #[test]
+    fn networks_are_named_in_two_ways() {
+        let networks = |line: &str| {
+            parse(&format!("{line} i")).map(|spec| spec["TaskTemplate"]["Networks"].clone())
+        };
+        for (line, expect) in [
+            ("", json!(null)),
+            ("--network front", json!([{"Target": "front"}])),
+            (
+                "--network name=front,alias=www,alias=web,driver-opt=a=1 --network back",
+                json!([
+                    {"Target": "front", "Aliases": ["www", "web"], "DriverOpts": {"a": "1"}},
+                    {"Target": "back"},
+                ]),
+            ),
+        ] {
+            assert_eq!(networks(line).unwrap(), expect, "{line}");
+        }
+        for (line, expect) in [
+            ("--network alias=www", "network name/id is not specified: write name=NETWORK"),
+            ("--network name=a,ip=1", "invalid field key ip: use name, alias or driver-opt"),
+        ] {
+            let error = networks(line).unwrap_err().to_string();
+            assert!(error.contains(expect), "{line}: {error}");
+        }
     }
 
     #[test]

@@ -12,9 +12,9 @@ use skep_common::compose::units::{
     ParseError, parse_bytes, parse_cpus, parse_duration, split_words,
 };
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, HealthConfig, LogDriver, Nanos, Placement, PortConfig,
-    PortProtocol, PublishMode, Replicated, ResourceRequirements, Resources, RestartCondition,
-    RestartPolicy, ServiceSpec, UpdateConfig,
+    ContainerSpec, EndpointSpec, HealthConfig, LogDriver, Nanos, NetworkAttachmentConfig,
+    Placement, PortConfig, PortProtocol, PublishMode, Replicated, ResourceRequirements, Resources,
+    RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
 };
 
 /// Whether and how loudly the command waits.
@@ -40,6 +40,33 @@ pub(super) fn parse_words(text: &str) -> Result<Words, ParseError> {
 /// The ports of one `--publish`.
 #[derive(Debug, Clone)]
 pub(super) struct Publish(pub(super) Vec<PortConfig>);
+
+/// Reads `--network NAME` or `--network name=NAME,alias=ALIAS,…`. Source: docker/cli
+/// `opts/network.go`.
+pub(super) fn parse_network(text: &str) -> Result<NetworkAttachmentConfig, String> {
+    if !text.contains('=') {
+        return Ok(NetworkAttachmentConfig { target: text.into(), ..Default::default() });
+    }
+    let mut config = NetworkAttachmentConfig::default();
+    for field in text.split(',') {
+        let (key, value) = field.split_once('=').unwrap_or((field, ""));
+        match key.trim().to_ascii_lowercase().as_str() {
+            "name" => value.clone_into(&mut config.target),
+            "alias" => config.aliases.get_or_insert_default().push(value.into()),
+            "driver-opt" => {
+                let (name, value) = value.split_once('=').unwrap_or((value, ""));
+                config.driver_opts.get_or_insert_default().insert(name.into(), value.into());
+            }
+            other => {
+                return Err(format!("invalid field key {other}: use name, alias or driver-opt"));
+            }
+        }
+    }
+    if config.target.is_empty() {
+        return Err("network name/id is not specified: write name=NETWORK".into());
+    }
+    Ok(config)
+}
 
 /// Flags that set a field of the spec.
 #[derive(Debug, Args)]
@@ -484,7 +511,7 @@ pub(super) fn parse_environment(text: &str) -> Result<String, String> {
 }
 
 /// A label: `name` or `name=value`.
-pub(super) fn parse_label(text: &str) -> Result<(String, String), String> {
+pub(crate) fn parse_label(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').unwrap_or((text, ""));
     if name.is_empty() {
         return Err(format!("invalid label {text:?}: write NAME=VALUE"));

@@ -1,7 +1,7 @@
 //! `skep service`. Wording and flags: docker/cli `cli/command/service`.
 
 mod create;
-mod flags;
+pub(super) mod flags;
 mod inspect;
 mod list;
 mod logs;

@@ -7,17 +7,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Result, bail};
 use clap::Args;
-use skep_common::Service;
 use skep_common::compose::units::capability;
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, Labels, PortConfig, ServiceSpec, TaskSpec, Ulimit,
+    ContainerSpec, EndpointSpec, Labels, NetworkAttachmentConfig, PortConfig, ServiceSpec,
+    TaskSpec, Ulimit,
 };
+use skep_common::{Network, Service};
 use skep_proto::UpdateServiceRequest;
 
 use super::create::{parse_host, parse_ulimit, set_environment};
 use super::flags::{
     Publish, SpecFlags, WaitFlags, Words, environment_entry, parse_environment, parse_label,
-    parse_publish, parse_words, sort_ports,
+    parse_network, parse_publish, parse_words, sort_ports,
 };
 use super::{Waiting, caller_environment, converge};
 use crate::client::{Client, Refusal};
@@ -60,6 +61,12 @@ pub(crate) struct UpdateArgs {
     /// Remove a published port by its target port
     #[arg(long, value_parser = parse_publish, value_name = "PORT")]
     publish_rm: Vec<Publish>,
+    /// Add a network
+    #[arg(long, value_parser = parse_network, value_name = "NETWORK")]
+    network_add: Vec<NetworkAttachmentConfig>,
+    /// Remove a network
+    #[arg(long, value_name = "NETWORK")]
+    network_rm: Vec<String>,
     /// Add or update a placement constraint
     #[arg(long, value_name = "CONSTRAINT")]
     constraint_add: Vec<String>,
@@ -208,6 +215,47 @@ fn change_constraints(args: &UpdateArgs, task: &mut TaskSpec) {
     change_words(&mut placement.constraints, &args.constraint_add, &args.constraint_rm);
 }
 
+/// Networks to be on and to leave, by their ids: specs have ids where people have names.
+#[derive(Debug, Default)]
+struct Networks {
+    add: Vec<NetworkAttachmentConfig>,
+    remove: Vec<String>,
+}
+
+impl Networks {
+    async fn resolve(args: &UpdateArgs, client: &Client) -> Result<Self> {
+        let mut networks = Self::default();
+        for config in &args.network_add {
+            let network: Network = client.get("network", &config.target).await?;
+            let target = network.id.to_string();
+            networks.add.push(NetworkAttachmentConfig { target, ..config.clone() });
+        }
+        for reference in &args.network_rm {
+            let network: Network = client.get("network", reference).await?;
+            networks.remove.push(network.id.to_string());
+        }
+        Ok(networks)
+    }
+
+    /// A network that is left and joined in one update is joined with its new aliases.
+    fn change(&self, spec: &mut ServiceSpec) -> Result<()> {
+        if self.add.is_empty() && self.remove.is_empty() {
+            return Ok(());
+        }
+        let mut networks = spec.networks().to_vec();
+        networks.retain(|config| !self.remove.contains(&config.target));
+        for config in &self.add {
+            if networks.iter().any(|known| known.target == config.target) {
+                bail!("service is already attached to network {}", config.target);
+            }
+            networks.push(config.clone());
+        }
+        spec.networks = None;
+        spec.task_template.networks = (!networks.is_empty()).then_some(networks);
+        Ok(())
+    }
+}
+
 /// Ports go by target port, protocol and mode; a new port takes the place of the one that is
 /// published under its number.
 fn change_ports(args: &UpdateArgs, endpoint: &mut Option<EndpointSpec>) {
@@ -321,7 +369,12 @@ pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Resu
         send_rollback(client, &args.service, ui).await?
     } else {
         let caller = caller_environment();
-        change(client, &args.service, ui, |spec| apply(args, spec, &caller)).await?
+        let networks = Networks::resolve(args, client).await?;
+        change(client, &args.service, ui, |spec| {
+            networks.change(spec)?;
+            apply(args, spec, &caller)
+        })
+        .await?
     };
     ui.line(&args.service)?;
     converge(waiting, &args.wait, client, ui).await
@@ -418,6 +471,35 @@ mod tests {
             (_, Value::Null) => out.push(format!("{path}=")),
             (_, b) => out.push(format!("{path}={b}")),
         }
+    }
+
+    #[test]
+    fn networks_are_joined_and_left_by_id() {
+        let config = |target: &str, alias: Option<&str>| NetworkAttachmentConfig {
+            target: target.into(),
+            aliases: alias.map(|alias| vec![alias.into()]),
+            driver_opts: None,
+        };
+        let mut spec = ServiceSpec {
+            networks: Some(vec![config("a", None), config("b", None)]),
+            ..ServiceSpec::default()
+        };
+        let networks = Networks {
+            add: vec![config("c", None), config("b", Some("db"))],
+            remove: vec!["b".into()],
+        };
+        networks.change(&mut spec).unwrap();
+        assert_eq!(
+            spec.networks(),
+            [config("a", None), config("c", None), config("b", Some("db"))]
+        );
+        assert_eq!(spec.networks, None, "they stand in one place");
+        let again = Networks { add: vec![config("a", None)], remove: Vec::new() };
+        let error = again.change(&mut spec).unwrap_err().to_string();
+        assert_eq!(error, "service is already attached to network a");
+        let leave = ["a", "b", "c"].map(str::to_owned).to_vec();
+        Networks { add: Vec::new(), remove: leave }.change(&mut spec).unwrap();
+        assert_eq!(spec, ServiceSpec::default());
     }
 
     #[test]

@@ -254,6 +254,25 @@ impl Control for Served {
         Ok(Response::new(JoinTokenResponse { token, address: "10.0.0.1:2377".into() }))
     }
 
+    async fn create_network(
+        &self,
+        request: Request<skep_proto::CreateNetworkRequest>,
+    ) -> Answer<skep_proto::CreateNetworkResponse> {
+        self.ask(json!({"network": spec(&request.into_inner().spec_json)}));
+        Ok(Response::new(skep_proto::CreateNetworkResponse {
+            id: "network-id".into(),
+            ..skep_proto::CreateNetworkResponse::default()
+        }))
+    }
+
+    async fn remove_network(
+        &self,
+        request: Request<skep_proto::RemoveNetworkRequest>,
+    ) -> Answer<skep_proto::RemoveNetworkResponse> {
+        self.ask(json!({"remove network": request.into_inner().id}));
+        Ok(Response::new(skep_proto::RemoveNetworkResponse {}))
+    }
+
     async fn deploy_stack(
         &self,
         request: Request<DeployStackRequest>,
@@ -267,6 +286,7 @@ impl Control for Served {
             unchanged: names("shop_db"),
             removed: names("shop_old"),
             warnings: names("image web:1 is on one node only"),
+            ..DeployStackResponse::default()
         }))
     }
 
@@ -275,7 +295,10 @@ impl Control for Served {
         request: Request<RemoveStackRequest>,
     ) -> Answer<RemoveStackResponse> {
         match request.into_inner().name.as_str() {
-            "shop" => Ok(Response::new(RemoveStackResponse { removed: vec!["shop_web".into()] })),
+            "shop" => Ok(Response::new(RemoveStackResponse {
+                removed: vec!["shop_web".into()],
+                ..RemoveStackResponse::default()
+            })),
             name => Err(Status::not_found(format!("stack {name} not found"))),
         }
     }

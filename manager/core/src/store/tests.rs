@@ -45,11 +45,7 @@ fn node(id: u128, number: u16) -> Object {
 
 fn task(id: u128, word: &str, address: Option<u8>) -> Object {
     let mut task = parse_task(&testing::service(1), id, word);
-    let attach = |last| NetworkAttachment {
-        ingress: true,
-        address: Ipv4Addr::new(10, 192, 4, last),
-        prefix: 22,
-    };
+    let attach = |last| NetworkAttachment::uplink(Ipv4Addr::new(10, 192, 4, last), 22);
     task.networks_attachments = address.map(attach).into_iter().collect();
     Object::Task(Box::new(task))
 }
@@ -75,6 +71,8 @@ fn cluster(id: u128) -> Object {
         root_ca_cert: String::new(),
         root_ca_key: String::new(),
         ingress_pool: crate::allocator::DEFAULT_POOL,
+        default_addr_pool: Vec::new(),
+        subnet_size: 0,
     }))
 }
 
@@ -332,7 +330,14 @@ fn any_object() -> impl Strategy<Value = Object> {
         )),
         (0..3_u128, name.clone()).prop_map(|(id, name)| {
             let spec = NetworkSpec { name: name.to_owned(), ..NetworkSpec::default() };
-            Object::Network(Box::new(Network { id: NetworkId(id), meta: Meta::default(), spec }))
+            Object::Network(Box::new(Network {
+                id: NetworkId(id),
+                meta: Meta::default(),
+                spec,
+                vni: 0,
+                subnets: Vec::new(),
+                pending_delete: false,
+            }))
         }),
         (0..3_u128, name).prop_map(|(id, name)| {
             let spec = StackSpec { name: name.to_owned(), ..StackSpec::default() };

@@ -118,6 +118,13 @@ impl Mac {
         Self::derived(1, number)
     }
 
+    /// The address of a task's interface on an overlay network: what Docker derives from the IPv4
+    /// address, so that every node knows it without asking.
+    pub fn of_endpoint(address: Ipv4Addr) -> Self {
+        let [a, b, c, d] = address.octets();
+        Self([0x02, 0x42, a, b, c, d])
+    }
+
     fn derived(device: u8, number: u16) -> Self {
         let [high, low] = number.to_be_bytes();
         Self([0x02, b's', b'k', device, high, low])

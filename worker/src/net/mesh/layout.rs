@@ -1,7 +1,7 @@
 //! The rules of the mesh as expressions: what is always there, and what each operation adds.
 //!
 //! ```text
-//! guard         prerouting -300  drop VXLAN of our network from addresses outside of the cluster
+//! guard         prerouting -300  drop VXLAN of our networks from tasks, and from outside of the cluster
 //! separate      prerouting -300  connections through each peer live in a conntrack zone of their own
 //! remember      prerouting -150  mark connections by the peer they came through, and their answers
 //! publish       prerouting -100  ┐ (protocol, port) ──@ports──► chain tcp-8080: dnat to
@@ -25,6 +25,9 @@ use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey};
 use super::options::{BRIDGE, MarkField, Options, TABLE, TUNNEL};
 use crate::net::nft::expression as rule;
 use crate::net::nft::{Batch, Element, Expression, Hook, SetKind, Value};
+
+/// The lowest network number of overlay networks, which managers count up from.
+const OVERLAY_NUMBER_MIN: u32 = 0x5000;
 
 /// The set of the underlay addresses of all nodes.
 pub(super) const NODES: &str = "nodes";
@@ -121,7 +124,7 @@ impl Layout {
             rules,
         };
         vec![
-            chain("guard", "filter", PREROUTING, -300, vec![self.guard()]),
+            chain("guard", "filter", PREROUTING, -300, self.guard().to_vec()),
             chain("separate", "filter", PREROUTING, -300, vec![Self::separate()]),
             chain("remember", "filter", PREROUTING, -150, self.remember()),
             chain("publish", "nat", PREROUTING, -100, vec![Self::publish(false)]),
@@ -131,16 +134,31 @@ impl Layout {
         ]
     }
 
-    fn guard(&self) -> Rule {
+    /// The ingress network has a number of its own; those of overlay networks begin at
+    /// [`OVERLAY_NUMBER_MIN`], also of those that are made later. Other tunnels on the same port, as
+    /// Docker's own, have lower ones.
+    ///
+    /// A task may write any source address, and what it sends to another node would be taken for the
+    /// node's word there.
+    fn guard(&self) -> [Rule; 4] {
         const UDP: u8 = 17;
-        let parts = [
-            rule::transport_protocol(UDP).to_vec(),
-            rule::destination_port(self.vxlan_port).to_vec(),
-            rule::vxlan_number(self.vni).to_vec(),
-            rule::source_in(false, NODES).to_vec(),
-            vec![rule::discard()],
-        ];
-        Rule::new("tunnel packets from outside of the cluster", parts)
+        let numbers = [rule::vxlan_number(self.vni), rule::vxlan_number_from(OVERLAY_NUMBER_MIN)];
+        let rules = |sender: Vec<Expression>, text: &'static str| {
+            numbers.clone().map(|number| {
+                let parts = [
+                    rule::transport_protocol(UDP).to_vec(),
+                    rule::destination_port(self.vxlan_port).to_vec(),
+                    number.to_vec(),
+                    sender.clone(),
+                    vec![rule::discard()],
+                ];
+                Rule::new(text, parts)
+            })
+        };
+        let outside = rule::source_in(false, NODES).to_vec();
+        let [ingress, overlay] = rules(outside, "tunnel packets from outside of the cluster");
+        let [of_task, of_task_overlay] = rules(input(BRIDGE), "tunnel packets from a task");
+        [ingress, overlay, of_task, of_task_overlay]
     }
 
     fn separate() -> Rule {

@@ -196,7 +196,7 @@ fn ensure_link(
 }
 
 /// Gives an interface exactly one IPv4 address.
-pub(super) fn ensure_address(
+pub(in crate::net) fn ensure_address(
     channel: &mut RouteChannel,
     name: &str,
     index: u32,

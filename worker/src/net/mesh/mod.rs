@@ -39,9 +39,9 @@
 mod hold;
 mod kernel;
 mod layout;
-mod links;
+pub(in crate::net) mod links;
 mod loopback;
-mod options;
+pub(in crate::net) mod options;
 mod program;
 mod routes;
 mod rules;
@@ -124,11 +124,17 @@ impl Mesh {
         Ok(Applied { version, conditions: result.await?? })
     }
 
-    /// Gives the container of a task its uplink `eth0` with an address of the node's slice, and
-    /// the default route by it. Fine if it has it already.
-    pub async fn attach(&self, task_id: &str, pid: u32, address: Ipv4Addr) -> Result<(), Error> {
-        let task_id = task_id.to_owned();
-        self.uplinks.run(move |uplinks| uplinks.attach(&task_id, pid, address)).await?
+    /// Gives the container of a task its uplink, called `interface` in there, with an address of the
+    /// node's slice, and the default route by it. Fine if it has it already.
+    pub async fn attach(
+        &self,
+        task_id: &str,
+        pid: u32,
+        interface: &str,
+        address: Ipv4Addr,
+    ) -> Result<(), Error> {
+        let (task_id, interface) = (task_id.to_owned(), interface.to_owned());
+        self.uplinks.run(move |uplinks| uplinks.attach(&task_id, pid, &interface, address)).await?
     }
 
     /// Takes the uplink of a task away. Fine if there is none.

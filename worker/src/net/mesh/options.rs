@@ -17,11 +17,8 @@ pub(super) const TUNNEL: &str = "skep-vx";
 /// The nftables table that holds all rules of the mesh.
 pub(super) const TABLE: &str = "skep-mesh";
 
-/// The name of a task's uplink inside of its container.
-pub(super) const UPLINK: &str = "eth0";
-
 /// What VXLAN adds to a packet: inner Ethernet 14, VXLAN 8, UDP 8, IPv4 20 (RFC 7348, section 5).
-pub(super) const VXLAN_OVERHEAD: u32 = 50;
+pub(in crate::net) const VXLAN_OVERHEAD: u32 = 50;
 
 /// A field of 12 bits in packet and connection marks, which holds the number of a peer.
 ///

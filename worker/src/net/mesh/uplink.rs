@@ -7,7 +7,6 @@
 
 use std::fs::File;
 use std::net::Ipv4Addr;
-use std::os::linux::fs::MetadataExt as _;
 
 use ipnet::Ipv4Net;
 use netlink_packet_route::link::{
@@ -21,8 +20,9 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use skep_worker_core::mesh::{Slices, interface_name};
 
 use super::links;
-use super::options::{BRIDGE, Options, UPLINK};
+use super::options::{BRIDGE, Options};
 use crate::net::Error;
+use crate::net::namespace::Home;
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
 
 const LOOPBACK: &str = "lo";
@@ -31,7 +31,7 @@ const LOOPBACK: &str = "lo";
 #[derive(Debug)]
 pub(super) struct Uplinks {
     channel: RouteChannel,
-    home: File,
+    home: Home,
     options: Options,
     slices: Slices,
 }
@@ -39,16 +39,16 @@ pub(super) struct Uplinks {
 impl Uplinks {
     /// Opens the node's interfaces in the namespace of the calling thread.
     pub(super) fn open(options: Options, slices: Slices) -> Result<Self, Error> {
-        const HOME: &str = "/proc/thread-self/ns/net";
-        let home = File::open(HOME).map_err(|e| Error::file("open", HOME, e))?;
+        let home = Home::here()?;
         Ok(Self { channel: RouteChannel::open()?, home, options, slices })
     }
 
-    /// Gives the container of a task its uplink.
+    /// Gives the container of a task its uplink, called `interface` in there.
     pub(super) fn attach(
         &mut self,
         task_id: &str,
         pid: u32,
+        interface: &str,
         address: Ipv4Addr,
     ) -> Result<(), Error> {
         let number = self.options.self_number;
@@ -56,20 +56,20 @@ impl Uplinks {
             let slice = self.slices.slice(number);
             return Err(Error::NotATaskAddress { task_id: task_id.to_owned(), address, slice });
         }
-        let namespace = self.container(task_id, pid)?;
-        let mut inside = RouteChannel::open_in(&namespace, &self.home)?;
+        let namespace = self.home.of_container(task_id, pid)?;
+        let mut inside = self.home.within(&namespace, RouteChannel::open)??;
         let mtu = links::mesh_mtu(&mut self.channel, &self.options)?;
 
-        let outer = self.ensure_pair(task_id, &namespace, &mut inside, mtu)?;
+        let outer = self.ensure_pair(task_id, interface, &namespace, &mut inside, mtu)?;
         self.ensure_port(task_id, outer, mtu)?;
 
         let link = inside.link(LOOPBACK)?.filter(|link| !link.is_up);
         link.map_or(Ok(()), |link| set_up(&mut inside, &link, None))?;
-        let uplink = inside.link(UPLINK)?;
-        let gone = || Error::NoInterface { interface: format!("{UPLINK} of task {task_id}") };
+        let uplink = inside.link(interface)?;
+        let gone = || Error::NoInterface { interface: format!("{interface} of task {task_id}") };
         let uplink = uplink.ok_or_else(gone)?;
         let address = Ipv4Net::new_assert(address, self.slices.slice_prefix());
-        links::ensure_address(&mut inside, UPLINK, uplink.index, address)?;
+        links::ensure_address(&mut inside, interface, uplink.index, address)?;
         set_up(&mut inside, &uplink, Some(mtu))?;
         let gateway = self.slices.bridge_address(number);
         let message = RouteNetlinkMessage::NewRoute(default_route(gateway, uplink.index));
@@ -85,30 +85,18 @@ impl Uplinks {
         }
     }
 
-    /// The container's network namespace, which must not be the node's own.
-    fn container(&self, task_id: &str, pid: u32) -> Result<File, Error> {
-        let gone = |source| Error::ContainerGone { task_id: task_id.to_owned(), pid, source };
-        let namespace = File::open(format!("/proc/{pid}/ns/net")).map_err(gone)?;
-        let identity = |file: &File| file.metadata().map(|m| (m.st_dev(), m.st_ino()));
-        let inside = identity(&namespace).map_err(gone)?;
-        let home = identity(&self.home).map_err(gone)?;
-        if inside == home {
-            return Err(Error::HostNetwork { task_id: task_id.to_owned(), pid });
-        }
-        Ok(namespace)
-    }
-
     /// Makes the pair, unless it is there; returns the index of the node's end.
     fn ensure_pair(
         &mut self,
         task_id: &str,
+        interface: &str,
         namespace: &File,
         inside: &mut RouteChannel,
         mtu: u32,
     ) -> Result<u32, Error> {
         use std::os::fd::AsRawFd as _;
         let name = interface_name(task_id);
-        let (outer, inner) = (self.channel.link(&name)?, inside.link(UPLINK)?);
+        let (outer, inner) = (self.channel.link(&name)?, inside.link(interface)?);
         if let (Some(outer), Some(inner)) = (&outer, &inner)
             && outer.peer == Some(inner.index)
             && inner.peer == Some(outer.index)
@@ -116,7 +104,7 @@ impl Uplinks {
             return Ok(outer.index);
         }
         if inner.is_some() {
-            let interface = format!("{UPLINK} of task {task_id}");
+            let interface = format!("{interface} of task {task_id}");
             return Err(Error::ForeignInterface { interface, kind: "uplink of this node" });
         }
         if let Some(outer) = outer {
@@ -125,7 +113,7 @@ impl Uplinks {
         }
         let mut peer = LinkMessage::default();
         peer.attributes = vec![
-            LinkAttribute::IfName(UPLINK.to_owned()),
+            LinkAttribute::IfName(interface.to_owned()),
             LinkAttribute::Mtu(mtu),
             LinkAttribute::NetNsFd(namespace.as_raw_fd()),
         ];

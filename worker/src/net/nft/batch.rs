@@ -13,6 +13,25 @@ const ELEMENTS_PER_MESSAGE: usize = 500;
 /// The name that the kernel numbers anonymous maps from.
 const ANONYMOUS_MAP: &str = "__map%d";
 
+/// What packets the tables see.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Family {
+    /// IPv4.
+    #[default]
+    Ipv4,
+    /// IPv4 and IPv6.
+    Inet,
+}
+
+impl Family {
+    pub(super) fn number(self) -> u8 {
+        match self {
+            Self::Ipv4 => NFPROTO_IPV4,
+            Self::Inet => NFPROTO_INET,
+        }
+    }
+}
+
 /// Where a base chain is hooked into the path of packets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Hook {
@@ -98,9 +117,10 @@ struct Message {
     body: Attributes,
 }
 
-/// Changes to the IPv4 tables that the kernel carries out together or not at all.
+/// Changes to the tables of one family that the kernel carries out together or not at all.
 #[derive(Default)]
 pub struct Batch {
+    family: Family,
     messages: Vec<Message>,
     n_maps: u32,
 }
@@ -112,9 +132,14 @@ impl std::fmt::Debug for Batch {
 }
 
 impl Batch {
-    /// A batch without changes.
+    /// A batch without changes, of IPv4 tables.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A batch without changes, of the tables of `family`.
+    pub fn of(family: Family) -> Self {
+        Self { family, ..Self::default() }
     }
 
     /// Whether there is nothing to change.
@@ -273,7 +298,7 @@ impl Batch {
         for message in &self.messages {
             sequence = sequence.wrapping_add(1);
             let kind = NFNL_SUBSYS_NFTABLES << 8 | message.kind;
-            let mut body = header(NFPROTO_IPV4, 0).to_vec();
+            let mut body = header(self.family.number(), 0).to_vec();
             body.extend(message.body.as_bytes());
             let flags = NLM_F_REQUEST | NLM_F_ACK | message.flags;
             push_message(&mut bytes, kind, flags, sequence, &body);

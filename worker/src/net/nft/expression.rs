@@ -9,7 +9,7 @@ use ipnet::Ipv4Net;
 
 use super::attribute::Attributes;
 use super::uapi::{
-    NFPROTO_IPV4, NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_EXPR_DATA, NFTA_EXPR_NAME,
+    NFPROTO_IPV4, NFPROTO_IPV6, NFTA_DATA_VALUE, NFTA_DATA_VERDICT, NFTA_EXPR_DATA, NFTA_EXPR_NAME,
     NFTA_VERDICT_CHAIN, NFTA_VERDICT_CODE,
 };
 
@@ -21,6 +21,7 @@ const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
 const META_OIFNAME: u32 = 7;
 const META_IIFTYPE: u32 = 8;
+const META_NFPROTO: u32 = 15;
 const META_L4PROTO: u32 = 16;
 /// The type of an Ethernet interface, which has Ethernet addresses to match.
 const ARPHRD_ETHER: u16 = 1;
@@ -143,6 +144,27 @@ pub fn vxlan_number(vni: u32) -> [Expression; 2] {
     [payload(REGISTER, TRANSPORT_HEADER, 12, 3), compare(true, &number)]
 }
 
+/// A network number in a VXLAN header that is `vni` or higher.
+pub fn vxlan_number_from(vni: u32) -> [Expression; 2] {
+    const GREATER_OR_EQUAL: u32 = 5;
+    let [_, number @ ..] = vni.to_be_bytes();
+    let list = Attributes::new().be32(1, REGISTER).be32(2, GREATER_OR_EQUAL);
+    let at_least = named("cmp", &list.nested(3, &value(&number)));
+    [payload(REGISTER, TRANSPORT_HEADER, 12, 3), at_least]
+}
+
+/// `ip daddr vmap @MAP` or `ip6 daddr vmap @MAP`, in a table of both families.
+pub fn destination_to_verdict(is_ipv4: bool, map: &str) -> [Expression; 4] {
+    let (family, offset, length) =
+        if is_ipv4 { (NFPROTO_IPV4, 16, 4) } else { (NFPROTO_IPV6, 24, 16) };
+    [
+        meta(META_NFPROTO),
+        compare(true, &[family]),
+        payload(REGISTER, NETWORK_HEADER, offset, length),
+        lookup(map, Some(REGISTER_VERDICT), false),
+    ]
+}
+
 /// `ip saddr @SET` or `ip saddr != @SET`.
 pub fn source_in(is_member: bool, set: &str) -> [Expression; 2] {
     [payload(REGISTER, NETWORK_HEADER, 12, 4), lookup(set, None, !is_member)]
@@ -236,18 +258,37 @@ pub fn set_packet_mark(mask: u32, mark: u32) -> [Expression; 3] {
     [meta(META_MARK), bitwise(&(!mask).to_ne_bytes(), &mark.to_ne_bytes()), named("meta", &set)]
 }
 
-/// `dnat to numgen inc mod MODULUS map @MAP`, where the map is an anonymous one of this batch.
+/// `dnat to numgen inc mod MODULUS map @MAP`, where the map is an anonymous one of this batch, to
+/// addresses and ports.
 pub fn round_robin(modulus: u32, map: &str, map_id: u32) -> [Expression; 3] {
+    let [numgen, lookup] = take_turns(modulus, map, map_id);
+    let nat = destination_nat(NFPROTO_IPV4).be32(5, REGISTER_SECOND);
+    [numgen, lookup, named("nat", &nat)]
+}
+
+/// The same to addresses alone: protocol and port stay as they are.
+pub fn round_robin_addresses(
+    is_ipv4: bool,
+    modulus: u32,
+    map: &str,
+    map_id: u32,
+) -> [Expression; 3] {
+    let [numgen, lookup] = take_turns(modulus, map, map_id);
+    let nat = destination_nat(if is_ipv4 { NFPROTO_IPV4 } else { NFPROTO_IPV6 });
+    [numgen, lookup, named("nat", &nat)]
+}
+
+fn take_turns(modulus: u32, map: &str, map_id: u32) -> [Expression; 2] {
     const INCREMENTAL: u32 = 0;
-    const NAT_DESTINATION: u32 = 1;
     let numgen = Attributes::new().be32(1, REGISTER).be32(2, modulus).be32(3, INCREMENTAL);
     let lookup = Attributes::new().text(1, map).be32(2, REGISTER).be32(3, REGISTER);
-    let nat = Attributes::new().be32(1, NAT_DESTINATION).be32(2, u32::from(NFPROTO_IPV4));
-    [
-        named("numgen", &numgen.be32(4, 0)),
-        named("lookup", &lookup.be32(4, map_id)),
-        named("nat", &nat.be32(3, REGISTER).be32(5, REGISTER_SECOND)),
-    ]
+    [named("numgen", &numgen.be32(4, 0)), named("lookup", &lookup.be32(4, map_id))]
+}
+
+fn destination_nat(family: u8) -> Attributes {
+    const NAT_DESTINATION: u32 = 1;
+    let nat = Attributes::new().be32(1, NAT_DESTINATION).be32(2, u32::from(family));
+    nat.be32(3, REGISTER)
 }
 
 /// `masquerade`.
@@ -259,6 +300,14 @@ pub fn masquerade() -> Expression {
 pub fn reject_with_reset() -> Expression {
     const TCP_RESET: u32 = 1;
     named("reject", &Attributes::new().be32(1, TCP_RESET).raw(2, &[0]))
+}
+
+/// `reject with icmpx port-unreachable`, in a table of both families.
+pub fn reject_as_unreachable() -> Expression {
+    const ICMPX_UNREACHABLE: u32 = 2;
+    const PORT_UNREACHABLE: u8 = 1;
+    let list = Attributes::new().be32(1, ICMPX_UNREACHABLE);
+    named("reject", &list.raw(2, &[PORT_UNREACHABLE]))
 }
 
 /// `accept`.

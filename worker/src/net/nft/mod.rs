@@ -15,7 +15,7 @@ mod read;
 mod socket;
 
 pub use attribute::{Attributes, attributes, be32, be64, find, text};
-pub use batch::{Batch, Element, Hook, SetKind, Value};
+pub use batch::{Batch, Element, Family, Hook, SetKind, Value};
 pub use expression::Expression;
 pub use read::{ChainRecord, ElementRecord, RuleRecord, SetRecord};
 pub use socket::{CommitError, NftChannel};
@@ -29,7 +29,9 @@ pub mod uapi {
     pub const NFNL_MSG_BATCH_END: u16 = 17;
     pub const NFNL_BATCH_GENID: u16 = 1;
     pub const NFPROTO_UNSPEC: u8 = 0;
+    pub const NFPROTO_INET: u8 = 1;
     pub const NFPROTO_IPV4: u8 = 2;
+    pub const NFPROTO_IPV6: u8 = 10;
 
     pub const NFT_MSG_NEWTABLE: u16 = 0;
     pub const NFT_MSG_DELTABLE: u16 = 2;

@@ -6,7 +6,7 @@ use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NLMSG_ERROR};
 use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::attribute::{Attributes, be32, find};
-use super::batch::{Batch, header};
+use super::batch::{Batch, Family, header};
 use super::read::{ChainRecord, ElementRecord, RuleRecord, SetRecord};
 use super::uapi::*;
 use crate::net::Error;
@@ -30,14 +30,21 @@ pub enum CommitError {
 #[derive(Debug)]
 pub struct NftChannel {
     channel: Channel,
+    /// The family whose tables are listed.
+    family: Family,
 }
 
 impl NftChannel {
-    /// Opens a channel in the namespace of the calling thread.
+    /// Opens a channel to the IPv4 tables in the namespace of the calling thread.
     pub fn open() -> Result<Self, Error> {
+        Self::open_of(Family::Ipv4)
+    }
+
+    /// Opens a channel to the tables of `family` in the namespace of the calling thread.
+    pub fn open_of(family: Family) -> Result<Self, Error> {
         let channel = Channel::open(NETLINK_NETFILTER);
         let channel = channel.map_err(|e| Error::kernel("open an nftables netlink socket", e))?;
-        Ok(Self { channel })
+        Ok(Self { channel, family })
     }
 
     /// The generation of the namespace's rules; each commit of anyone adds one.
@@ -109,7 +116,7 @@ impl NftChannel {
         failure.map_or(Ok(()), Err)
     }
 
-    /// All IPv4 chains of the namespace.
+    /// All chains of the namespace, of the channel's family.
     pub fn chains(&mut self) -> Result<Vec<ChainRecord>, Error> {
         let bodies = self.dump(NFT_MSG_GETCHAIN, &Attributes::new(), "list chains")?;
         Ok(bodies.iter().filter_map(|body| ChainRecord::read(body)).collect())
@@ -147,7 +154,7 @@ impl NftChannel {
         filter: &Attributes,
         action: &str,
     ) -> Result<Vec<Vec<u8>>, Error> {
-        let mut body = header(NFPROTO_IPV4, 0).to_vec();
+        let mut body = header(self.family.number(), 0).to_vec();
         body.extend(filter.as_bytes());
         let kind = NFNL_SUBSYS_NFTABLES << 8 | kind;
         match self.channel.request(kind, NLM_F_REQUEST | NLM_F_DUMP, &body) {

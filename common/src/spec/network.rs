@@ -1,0 +1,94 @@
+//! `NetworkSpec`, and how services ask to be on a network.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Extra, Labels};
+
+/// What users want of a network: the fields of Docker's network documents.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworkSpec {
+    /// Unique name.
+    pub name: String,
+    /// Labels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub labels: Option<Labels>,
+    /// Whether it is the routing mesh's network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<bool>,
+    /// `overlay`; absent is `overlay` as well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// No way out: tasks that are on such networks only have no uplink.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub internal: Option<bool>,
+    /// Whether single containers may join it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attachable: Option<bool>,
+    /// Whether its endpoints have an IPv6 address beside the IPv4 one.
+    #[serde(rename = "EnableIPv6", skip_serializing_if = "Option::is_none")]
+    pub enable_ipv6: Option<bool>,
+    /// Its subnets; absent ones are chosen from the swarm's pool.
+    #[serde(rename = "IPAM", skip_serializing_if = "Option::is_none")]
+    pub ipam: Option<Ipam>,
+    /// Options of the driver: [`MTU_OPTION`], [`ENCRYPTED_OPTION`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub options: Option<BTreeMap<String, String>>,
+    /// Kept whole: Scope, ConfigFrom, ConfigOnly, ….
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// The option that sets the MTU of a network's interfaces, in bytes.
+pub const MTU_OPTION: &str = "com.docker.network.driver.mtu";
+/// The option, with any value, that has a network's traffic encrypted between nodes.
+pub const ENCRYPTED_OPTION: &str = "encrypted";
+
+/// How a network's addresses are chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Ipam {
+    /// `default`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver: Option<String>,
+    /// Subnets: at most one IPv4 and one IPv6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<Vec<IpamConfig>>,
+    /// Kept whole: Options.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// One subnet.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct IpamConfig {
+    /// CIDR; absent is one of the swarm's pool.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subnet: Option<String>,
+    /// CIDR inside of the subnet: only its addresses are granted.
+    #[serde(rename = "IPRange", skip_serializing_if = "Option::is_none")]
+    pub ip_range: Option<String>,
+    /// Address of the gateway, which no endpoint gets; absent is the first of the subnet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
+    /// Addresses that no endpoint gets, by a name for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auxiliary_addresses: Option<BTreeMap<String, String>>,
+}
+
+/// A network that a service's tasks are on.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct NetworkAttachmentConfig {
+    /// Id or name; stored as the id.
+    pub target: String,
+    /// More names of the service on this network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aliases: Option<Vec<String>>,
+    /// Kept and not acted on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub driver_opts: Option<BTreeMap<String, String>>,
+}

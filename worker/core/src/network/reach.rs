@@ -1,0 +1,92 @@
+//! How tasks of a network on other nodes are reached: forwarding and neighbour entries of its tunnel.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::{NetworkTable, NetworkTables};
+use crate::mesh::Mac;
+
+/// The entries of one network's tunnel, wanted or observed. Only tasks of other nodes have any: those
+/// beside answer for themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Reach {
+    /// What the tunnel answers for: address to Ethernet address.
+    pub neighbours: BTreeMap<IpAddr, Mac>,
+    /// Where the tunnel sends: Ethernet address to the node's underlay address.
+    pub forwarding: BTreeMap<Mac, Ipv4Addr>,
+}
+
+/// One change of one entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReachOp {
+    /// Adds or replaces a forwarding entry.
+    SetForwarding(Mac, Ipv4Addr),
+    /// Adds or replaces a neighbour entry.
+    SetNeighbour(IpAddr, Mac),
+    /// Deletes a neighbour entry.
+    DeleteNeighbour(IpAddr),
+    /// Deletes a forwarding entry.
+    DeleteForwarding(Mac),
+}
+
+impl fmt::Display for ReachOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetForwarding(mac, underlay) => write!(f, "set forwarding {mac} = {underlay}"),
+            Self::SetNeighbour(address, mac) => write!(f, "set neighbour {address} = {mac}"),
+            Self::DeleteNeighbour(address) => write!(f, "delete neighbour {address}"),
+            Self::DeleteForwarding(mac) => write!(f, "delete forwarding {mac}"),
+        }
+    }
+}
+
+impl Reach {
+    /// The entries that a network's table asks for on the node that `tables` are for.
+    ///
+    /// Endpoints on nodes that are not known, or without an IPv4 address, are left out.
+    pub fn of(tables: &NetworkTables, network: &NetworkTable) -> Self {
+        let mut reach = Self::default();
+        for endpoint in network.endpoints.values() {
+            if endpoint.node_number == tables.self_number {
+                continue;
+            }
+            let Some(underlay) = tables.peers.get(&endpoint.node_number) else { continue };
+            let Some(mac) = endpoint.mac() else { continue };
+            reach.forwarding.insert(mac, *underlay);
+            reach.neighbours.extend(endpoint.addresses.iter().map(|address| (*address, mac)));
+        }
+        reach
+    }
+
+    /// The operations that turn `self` into `wanted`, in the order that they must be carried out: the
+    /// tunnel answers for an address only once it knows where to send.
+    pub fn diff(&self, wanted: &Self) -> Vec<ReachOp> {
+        let mut ops = Vec::new();
+        for (mac, underlay) in &wanted.forwarding {
+            if self.forwarding.get(mac) != Some(underlay) {
+                ops.push(ReachOp::SetForwarding(*mac, *underlay));
+            }
+        }
+        for (address, mac) in &wanted.neighbours {
+            if self.neighbours.get(address) != Some(mac) {
+                ops.push(ReachOp::SetNeighbour(*address, *mac));
+            }
+        }
+        let gone = self.neighbours.keys().filter(|key| !wanted.neighbours.contains_key(key));
+        ops.extend(gone.map(|address| ReachOp::DeleteNeighbour(*address)));
+        let gone = self.forwarding.keys().filter(|key| !wanted.forwarding.contains_key(key));
+        ops.extend(gone.map(|mac| ReachOp::DeleteForwarding(*mac)));
+        ops
+    }
+
+    /// Applies one operation to these entries, as the kernel does to its own.
+    pub fn apply(&mut self, op: ReachOp) {
+        match op {
+            ReachOp::SetForwarding(mac, underlay) => drop(self.forwarding.insert(mac, underlay)),
+            ReachOp::SetNeighbour(address, mac) => drop(self.neighbours.insert(address, mac)),
+            ReachOp::DeleteNeighbour(address) => drop(self.neighbours.remove(&address)),
+            ReachOp::DeleteForwarding(mac) => drop(self.forwarding.remove(&mac)),
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! Golden plans, and the property that a plan makes what it promises.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use proptest::prelude::*;
+use skep_common::{ServiceId, TaskId};
+
+use super::*;
+
+/// Endpoints as words: `address[,address]@node`, with `!` in front where it does not serve; service 1.
+fn network(endpoints: &str, vips: &str) -> NetworkTable {
+    let endpoints = endpoints.split_whitespace().enumerate().map(|(n, word)| {
+        let (addresses, node) = word.split_once('@').expect("address@node");
+        let serving = !addresses.starts_with('!');
+        let addresses = addresses.trim_start_matches('!').split(',');
+        let entry = EndpointEntry {
+            service_id: ServiceId(1),
+            name: format!("web.{n}"),
+            addresses: addresses.map(|address| address.parse().unwrap()).collect(),
+            node_number: node.parse().unwrap(),
+            serving,
+        };
+        (TaskId(u128::try_from(n).unwrap()), entry)
+    });
+    let service = ServiceEntry {
+        name: "web".into(),
+        aliases: Vec::new(),
+        virtual_ips: vips.split_whitespace().map(|vip| vip.parse().unwrap()).collect(),
+    };
+    NetworkTable {
+        name: "front".into(),
+        vni: 20480,
+        subnets: vec!["10.0.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+        endpoints: endpoints.collect(),
+        services: BTreeMap::from([(ServiceId(1), service)]),
+        ..NetworkTable::default()
+    }
+}
+
+fn tables() -> NetworkTables {
+    let underlay = |n: u8| (u16::from(n), std::net::Ipv4Addr::new(10, 98, 0, n));
+    NetworkTables { self_number: 1, peers: (1..4).map(underlay).collect(), ..Default::default() }
+}
+
+#[track_caller]
+fn check<T: ToString>(name: &str, ops: &[T], expect: &str) {
+    let text: Vec<String> = ops.iter().map(T::to_string).collect();
+    let expect: Vec<&str> = expect.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert_eq!(text, expect, "{name}");
+}
+
+#[test]
+fn a_tunnel_knows_the_tasks_of_other_nodes_and_no_others() {
+    let one = Reach::of(&tables(), &network("10.0.1.2@1 10.0.1.3,fd00:1::3@2 10.0.1.4@9", ""));
+    check(
+        "a task of this node, one of another, one of a node that is not known",
+        &Reach::default().diff(&one),
+        "set forwarding 02:42:0a:00:01:03 = 10.98.0.2
+         set neighbour 10.0.1.3 = 02:42:0a:00:01:03
+         set neighbour fd00:1::3 = 02:42:0a:00:01:03",
+    );
+    let moved = Reach::of(&tables(), &network("10.0.1.3@3", ""));
+    check(
+        "an address that another node's task has now, without IPv6",
+        &one.diff(&moved),
+        "set forwarding 02:42:0a:00:01:03 = 10.98.0.3
+         delete neighbour fd00:1::3",
+    );
+    check(
+        "what the tunnel answers for goes before where it sends",
+        &moved.diff(&Reach::default()),
+        "delete neighbour 10.0.1.3
+         delete forwarding 02:42:0a:00:01:03",
+    );
+}
+
+#[test]
+fn a_virtual_address_stands_for_the_serving_tasks_of_its_family() {
+    let vips = |endpoints, addresses| Vips::of([&network(endpoints, addresses)], 0);
+    let old = vips("10.0.1.4@2 10.0.1.3,fd00:1::3@1 !10.0.1.5@1", "10.0.1.2 fd00:1::2");
+    check(
+        "all are new",
+        &Vips::default().diff(&old),
+        "add vip 10.0.1.2 -> 10.0.1.3 10.0.1.4
+         add vip fd00:1::2 -> fd00:1::3",
+    );
+    let new = vips("10.0.1.4@2 !10.0.1.3,fd00:1::3@1 10.0.1.5@1", "10.0.1.2 fd00:1::2");
+    check(
+        "one is withdrawn, one begins",
+        &old.diff(&new),
+        "replace vip 10.0.1.2 -> 10.0.1.4 10.0.1.5
+         replace vip fd00:1::2 -> reject",
+    );
+    let more = vips("10.0.1.4@2 !10.0.1.3,fd00:1::3@1 10.0.1.5@1 !10.0.1.9@3", "10.0.1.2");
+    check("an unrelated endpoint is no change", &new.diff(&more), "delete vip fd00:1::2");
+}
+
+#[test]
+fn containers_begin_their_turns_at_different_backends() {
+    let table = network("10.0.1.3@1 10.0.1.4@1 10.0.1.5@1", "10.0.1.2");
+    let first = |task_id| {
+        let vips = Vips::of([&table], task_id);
+        vips.0.values().next().unwrap()[0].to_string()
+    };
+    assert_eq!([3, 4, 5].map(first), ["10.0.1.3", "10.0.1.4", "10.0.1.5"]);
+    assert!(Vips::of([&network("", "10.0.1.2")], 7).0.values().all(Vec::is_empty));
+}
+
+#[test]
+fn connections_end_with_their_endpoint_and_datagrams_move_on_before() {
+    let peers = Peers::of([&network("10.0.1.3@1 !10.0.1.4@1", "10.0.1.2")]);
+    let connection = |protocol, destination: &str, answers_from: &str| Connection {
+        protocol,
+        destination: destination.parse().unwrap(),
+        answers_from: answers_from.parse().unwrap(),
+    };
+    for (name, protocol, destination, answers_from, is_stale) in [
+        ("TCP to a serving one", 6, "10.0.1.2", "10.0.1.3", false),
+        ("UDP to a serving one", 17, "10.0.1.2", "10.0.1.3", false),
+        ("TCP to a withdrawn one", 6, "10.0.1.2", "10.0.1.4", false),
+        ("UDP to a withdrawn one", 17, "10.0.1.2", "10.0.1.4", true),
+        ("echo to a withdrawn one", 1, "10.0.1.2", "10.0.1.4", true),
+        ("UDP to its own address", 17, "10.0.1.4", "10.0.1.4", false),
+        ("TCP to a removed one", 6, "10.0.1.2", "10.0.1.9", true),
+        ("TCP to a removed one's own address", 6, "10.0.1.9", "10.0.1.9", true),
+        ("UDP that was sent before the address was known", 17, "10.0.1.2", "10.0.1.2", true),
+        ("what is on no network", 17, "192.0.2.1", "192.0.2.1", false),
+    ] {
+        assert_eq!(
+            peers.is_stale(&connection(protocol, destination, answers_from)),
+            is_stale,
+            "{name}"
+        );
+    }
+    let of = |endpoints| Peers::of([&network(endpoints, "")]);
+    for (name, old, new, has_lost) in [
+        ("one more", "10.0.1.3@1", "10.0.1.3@1 10.0.1.4@1", false),
+        ("begins to serve", "!10.0.1.3@1", "10.0.1.3@1", false),
+        ("serves no longer", "10.0.1.3@1", "!10.0.1.3@1", true),
+        ("is gone", "!10.0.1.3@1", "", true),
+    ] {
+        assert_eq!(of(old).has_lost(&of(new)), has_lost, "{name}");
+    }
+}
+
+fn any_network() -> impl Strategy<Value = NetworkTable> {
+    let endpoint = (3u8..9, 1u16..5, any::<bool>(), any::<bool>());
+    proptest::collection::btree_map(0u128..6, endpoint, 0..6).prop_map(|endpoints| {
+        let entry =
+            |(id, (host, node_number, serving, has_ipv6)): (u128, (u8, u16, bool, bool))| {
+                let mut addresses = vec![IpAddr::from([10, 0, 1, host])];
+                addresses
+                    .extend(has_ipv6.then(|| format!("fd00:1::{host}").parse::<IpAddr>().unwrap()));
+                let (service_id, name) = (ServiceId(1), String::new());
+                (TaskId(id), EndpointEntry { service_id, name, addresses, node_number, serving })
+            };
+        let endpoints = endpoints.into_iter().map(entry).collect();
+        NetworkTable { endpoints, ..network("", "10.0.1.2 fd00:1::2") }
+    })
+}
+
+proptest! {
+    #[test]
+    fn plans_lead_to_what_they_promise(old in any_network(), new in any_network(), id: u128) {
+        let mut reach = Reach::of(&tables(), &old);
+        let wanted = Reach::of(&tables(), &new);
+        for op in reach.diff(&wanted) {
+            reach.apply(op);
+        }
+        prop_assert_eq!(&reach, &wanted);
+
+        let mut vips = Vips::of([&old], id);
+        let wanted = Vips::of([&new], id);
+        for op in vips.diff(&wanted) {
+            if let VipOp::Add(vip, backends) | VipOp::Replace(vip, backends) = &op {
+                prop_assert_ne!(vips.0.get(vip), Some(backends), "{} rewrites what is there", op);
+            }
+            vips.apply(&op);
+        }
+        prop_assert_eq!(&vips, &wanted);
+    }
+}

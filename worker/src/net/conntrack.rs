@@ -1,0 +1,137 @@
+//! The kernel's table of connections in one network namespace: what it holds, and deletions.
+//!
+//! Source: `include/uapi/linux/netfilter/nfnetlink_conntrack.h` of the kernel.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
+use netlink_sys::protocols::NETLINK_NETFILTER;
+use skep_worker_core::network::Connection;
+
+use super::Error;
+use super::channel::Channel;
+use super::nft::{Attributes, find};
+
+const SUBSYSTEM: u16 = 1;
+const GET: u16 = 1;
+const DELETE: u16 = 2;
+const NESTED: u16 = 0x8000;
+const HEADER_LENGTH: usize = 4;
+
+const CTA_TUPLE_ORIG: u16 = 1;
+const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_ID: u16 = 12;
+const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_IP_V4_SRC: u16 = 1;
+const CTA_IP_V4_DST: u16 = 2;
+const CTA_IP_V6_SRC: u16 = 3;
+const CTA_IP_V6_DST: u16 = 4;
+const CTA_PROTO_NUM: u16 = 1;
+
+/// An entry of the table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// What decides about it.
+    pub connection: Connection,
+    family: u8,
+    /// What names it to the kernel: its first direction, and its id.
+    original: Vec<u8>,
+    id: Vec<u8>,
+}
+
+impl Entry {
+    fn read(payload: &[u8]) -> Option<Self> {
+        let family = *payload.first()?;
+        let body = payload.get(HEADER_LENGTH..)?;
+        let original = find(body, CTA_TUPLE_ORIG)?;
+        let protocol = find(find(original, CTA_TUPLE_PROTO)?, CTA_PROTO_NUM)?;
+        let connection = Connection {
+            protocol: *protocol.first()?,
+            destination: address(original, CTA_IP_V4_DST, CTA_IP_V6_DST)?,
+            answers_from: address(find(body, CTA_TUPLE_REPLY)?, CTA_IP_V4_SRC, CTA_IP_V6_SRC)?,
+        };
+        let id = find(body, CTA_ID)?.to_vec();
+        Some(Self { connection, family, original: original.to_vec(), id })
+    }
+}
+
+fn address(tuple: &[u8], ipv4: u16, ipv6: u16) -> Option<IpAddr> {
+    let addresses = find(tuple, CTA_TUPLE_IP)?;
+    if let Some(bytes) = find(addresses, ipv4) {
+        return Some(Ipv4Addr::from(*bytes.first_chunk::<4>()?).into());
+    }
+    Some(Ipv6Addr::from(*find(addresses, ipv6)?.first_chunk::<16>()?).into())
+}
+
+/// A socket to the table of the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Conntrack {
+    channel: Channel,
+}
+
+impl Conntrack {
+    /// Opens a channel in the namespace of the calling thread.
+    pub fn open() -> Result<Self, Error> {
+        let channel = Channel::open(NETLINK_NETFILTER);
+        let channel = channel.map_err(|e| Error::kernel("open a conntrack netlink socket", e))?;
+        Ok(Self { channel })
+    }
+
+    /// All connections of IPv4 and IPv6.
+    pub fn list(&mut self) -> Result<Vec<Entry>, Error> {
+        let any_family = [0; HEADER_LENGTH];
+        let frames =
+            self.channel.request(SUBSYSTEM << 8 | GET, NLM_F_REQUEST | NLM_F_DUMP, &any_family);
+        let frames = frames.map_err(|refusal| Error::kernel("list connections", refusal))?;
+        Ok(frames.iter().filter_map(|frame| Entry::read(&frame.payload)).collect())
+    }
+
+    /// Has the kernel forget a connection; fine if it has already.
+    pub fn delete(&mut self, entry: &Entry) -> Result<(), Error> {
+        let mut body = vec![entry.family, 0, 0, 0];
+        let list = Attributes::new().raw(CTA_TUPLE_ORIG | NESTED, &entry.original);
+        body.extend(list.raw(CTA_ID, &entry.id).as_bytes());
+        match self.channel.request(SUBSYSTEM << 8 | DELETE, NLM_F_REQUEST | NLM_F_ACK, &body) {
+            Ok(_) => Ok(()),
+            Err(refusal) if refusal.errno() == Some(libc::ENOENT) => Ok(()),
+            Err(refusal) => Err(Error::kernel("delete a connection", refusal)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_is_read_with_the_address_that_answers() {
+        let tuple = |source: &[u8], destination: &[u8], v4: bool| {
+            let (from, to) = if v4 { (1, 2) } else { (3, 4) };
+            let ip = Attributes::new().raw(from, source).raw(to, destination);
+            let protocol = Attributes::new().raw(CTA_PROTO_NUM, &[17]);
+            Attributes::new().nested(CTA_TUPLE_IP, &ip).nested(CTA_TUPLE_PROTO, &protocol)
+        };
+        let message = |original: &Attributes, reply: &Attributes| {
+            let list = Attributes::new().nested(CTA_TUPLE_ORIG, original);
+            let list = list.nested(CTA_TUPLE_REPLY, reply).be32(CTA_ID, 7);
+            [&[2, 0, 0, 0], list.as_bytes()].concat()
+        };
+        let original = tuple(&[10, 0, 1, 5], &[10, 0, 1, 2], true);
+        let reply = tuple(&[10, 0, 1, 4], &[10, 0, 1, 5], true);
+        let entry = Entry::read(&message(&original, &reply)).unwrap();
+        let expect = Connection {
+            protocol: 17,
+            destination: "10.0.1.2".parse().unwrap(),
+            answers_from: "10.0.1.4".parse().unwrap(),
+        };
+        assert_eq!(entry.connection, expect);
+        assert_eq!(entry.original, original.as_bytes());
+
+        let original = tuple(&[1; 16], &[2; 16], false);
+        let entry = Entry::read(&message(&original, &tuple(&[3; 16], &[1; 16], false))).unwrap();
+        assert_eq!(entry.connection.answers_from, IpAddr::from([3; 16]));
+        assert_eq!(Entry::read(b""), None);
+        assert_eq!(Entry::read(&message(&Attributes::new(), &reply)), None);
+    }
+}

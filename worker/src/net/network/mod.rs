@@ -1,0 +1,123 @@
+//! The overlay networks of one node: tasks on a network reach each other by address, and the addresses
+//! of services, on whichever node they are.
+//!
+//! Every network is a namespace of its own, so that subnets may overlap and nothing of the node leads
+//! in (`segment`). Addresses of services are translated in each container, to healthy tasks in exact
+//! turns (`rules`).
+//!
+//! [`Networks`] is driven by the agent: [`Networks::apply`] for each table, [`Networks::attach`] and
+//! [`Networks::detach`] for each task. Applying the same tables again checks everything and repairs what
+//! other programs broke.
+//!
+//! # Reading order
+//!
+//! `plane` (the order of things), `segment`, `reach`, `interface`, `container`, `rules`.
+//!
+//! # Invariants
+//!
+//! - The kernel's state is the truth: it is read back before it is changed, so a daemon that restarts
+//!   takes over without disturbing a connection.
+//! - When [`Networks::apply`] returns, tunnels and rules of every container are those of the tables.
+//! - The end of the daemon leaves networks as they are. A network goes when the tables name it no longer
+//!   and no container is on it, or with [`Networks::teardown`].
+//! - A network that asks for encryption never carries anything in clear.
+
+mod container;
+mod interface;
+mod plane;
+mod reach;
+mod rules;
+mod segment;
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use ipnet::{Ipv4Net, Ipv6Net};
+use skep_common::{NetworkId, TaskId};
+use skep_worker_core::network::NetworkTables;
+use tokio::sync::watch;
+
+use self::plane::Plane;
+use super::Error;
+use super::thread::KernelThread;
+
+/// What the networks of one node are set up with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkOptions {
+    /// The address that other nodes reach this one at.
+    pub underlay: Ipv4Addr,
+    /// The interface that has it; its MTU decides that of networks.
+    pub interface: String,
+    /// The daemon's run directory: keeps the namespaces of networks.
+    pub run_dir: PathBuf,
+    /// The UDP port of tunnels, which is the mesh's.
+    pub vxlan_port: u16,
+}
+
+/// A container's place on one network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attachment {
+    /// The network.
+    pub network_id: NetworkId,
+    /// The name of the container's interface on it.
+    pub interface: String,
+    /// The IPv4 address in its subnet.
+    pub address: Ipv4Net,
+    /// The IPv6 address in its subnet, where the network has that.
+    pub ipv6: Option<Ipv6Net>,
+}
+
+/// The overlay networks of this node. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Networks {
+    plane: Arc<KernelThread<Plane>>,
+}
+
+impl Networks {
+    /// Takes over what an earlier daemon left in the network namespace of the calling thread. `running`
+    /// are the first processes of containers that it left.
+    pub async fn start(
+        options: NetworkOptions,
+        tables: watch::Receiver<Arc<NetworkTables>>,
+        running: BTreeMap<TaskId, u32>,
+    ) -> Result<Self, Error> {
+        let start = move || Ok((Plane::start(options, tables, &running)?, ()));
+        let (plane, ()) = KernelThread::start("skep-networks", start).await?;
+        Ok(Self { plane: Arc::new(plane) })
+    }
+
+    /// Puts the newest tables into effect; returns when the kernel is changed. After an error the same
+    /// tables may be applied again.
+    pub async fn apply(&self) -> Result<(), Error> {
+        self.plane.run(Plane::apply).await?
+    }
+
+    /// Connects the container of a task to its networks, whose tables have come. Fine if it is.
+    pub async fn attach(
+        &self,
+        task_id: TaskId,
+        pid: u32,
+        attachments: Vec<Attachment>,
+    ) -> Result<(), Error> {
+        self.plane.run(move |plane| plane.attach(task_id, pid, &attachments)).await?
+    }
+
+    /// Disconnects the container of a task. Fine if it is on no network.
+    pub async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
+        self.plane.run(move |plane| plane.detach(task_id)).await?
+    }
+
+    /// Removes all networks from this node: for a node that leaves the swarm or is removed.
+    pub async fn teardown(&self) -> Result<(), Error> {
+        self.plane.run(Plane::teardown).await?
+    }
+
+    /// Removes what an earlier daemon left, as [`Networks::teardown`] does. Fine if there is nothing.
+    pub async fn remove(run_dir: &Path) -> Result<(), Error> {
+        let run_dir = run_dir.to_owned();
+        let remove = move || Ok(((), Plane::remove(&run_dir)?));
+        KernelThread::start("skep-networks", remove).await.map(drop)
+    }
+}

@@ -1,0 +1,240 @@
+//! The part of the networks that lives on a dedicated thread and blocks on the kernel.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use skep_common::{NetworkId, TaskId};
+use skep_worker_core::network::{NetworkTable, NetworkTables};
+use tokio::sync::watch;
+
+use super::container::Container;
+use super::segment::{Segment, Settings};
+use super::{Attachment, NetworkOptions};
+use crate::net::Error;
+use crate::net::mesh::options::VXLAN_OVERHEAD;
+use crate::net::namespace::{self, Home};
+use crate::net::rtnetlink::RouteChannel;
+
+/// The directory in the run directory with a file for each network's namespace.
+const NAMESPACES: &str = "netns";
+
+/// The kernel's state of this node's networks.
+#[derive(Debug)]
+pub(super) struct Plane {
+    options: NetworkOptions,
+    home: Home,
+    host: RouteChannel,
+    /// The newest tables.
+    tables: watch::Receiver<Arc<NetworkTables>>,
+    /// The tables that were applied last, whole.
+    in_force: Option<Arc<NetworkTables>>,
+    segments: BTreeMap<NetworkId, Segment>,
+    containers: BTreeMap<TaskId, Container>,
+}
+
+impl Plane {
+    /// Finds the networks and the containers on them that an earlier daemon left, and changes nothing.
+    /// `running` are first processes of containers.
+    pub(super) fn start(
+        options: NetworkOptions,
+        tables: watch::Receiver<Arc<NetworkTables>>,
+        running: &BTreeMap<TaskId, u32>,
+    ) -> Result<Self, Error> {
+        let home = Home::here()?;
+        let segments = find_segments(&home, &options.run_dir)?;
+        let host = RouteChannel::open()?;
+        let containers = BTreeMap::new();
+        let mut plane = Self { options, home, host, tables, in_force: None, segments, containers };
+        let mut networks: BTreeMap<TaskId, BTreeSet<NetworkId>> = BTreeMap::new();
+        for (network_id, segment) in &mut plane.segments {
+            for task_id in segment.ports()?.iter().filter_map(|alias| alias.parse().ok()) {
+                networks.entry(task_id).or_default().insert(*network_id);
+            }
+        }
+        for (task_id, networks) in networks {
+            let Some(pid) = running.get(&task_id) else { continue };
+            if let Err(error) = plane.adopt(task_id, *pid, networks) {
+                // It has ended since it was found: whoever waits for it disconnects it.
+                tracing::warn!(task.id = %task_id, %error, "failed to find a container's networks");
+            }
+        }
+        Ok(plane)
+    }
+
+    fn adopt(
+        &mut self,
+        task_id: TaskId,
+        pid: u32,
+        networks: BTreeSet<NetworkId>,
+    ) -> Result<(), Error> {
+        let namespace = self.home.of_container(&task_id.to_string(), pid)?;
+        let container = Container::open(&self.home, &namespace, task_id, networks)?;
+        self.containers.insert(task_id, container);
+        Ok(())
+    }
+
+    /// Puts the newest tables into effect. A failure of one network or container keeps no other from
+    /// changing; the first is returned.
+    pub(super) fn apply(&mut self) -> Result<(), Error> {
+        let tables = self.tables.borrow().clone();
+        let mut failures = Vec::new();
+        let before = self.in_force.take();
+        let is_repair = before.as_ref().is_none_or(|before| Arc::ptr_eq(before, &tables));
+        let is_moved = before.as_ref().is_none_or(|before| before.peers != tables.peers);
+        for (network_id, table) in &tables.networks {
+            let known = before.as_ref().and_then(|before| before.networks.get(network_id));
+            let is_same = known.is_some_and(|known| Arc::ptr_eq(known, table));
+            // One that asks for more than this node can give is refused to each container.
+            if table.encrypted || is_same && !is_repair && !is_moved {
+                continue;
+            }
+            failures.extend(self.converge(*network_id, table, &tables).err());
+        }
+        for container in self.containers.values_mut() {
+            failures.extend(container.converge(&tables, is_repair).err());
+        }
+        failures.extend(self.remove_dropped(&tables).err());
+        if failures.is_empty() {
+            self.in_force = Some(tables);
+        }
+        first_of(failures)
+    }
+
+    /// Connects a container to its networks, whose tables are known. Fine if it is connected already.
+    pub(super) fn attach(
+        &mut self,
+        task_id: TaskId,
+        pid: u32,
+        attachments: &[Attachment],
+    ) -> Result<(), Error> {
+        let tables = self.tables.borrow().clone();
+        let id = task_id.to_string();
+        let namespace = self.home.of_container(&id, pid)?;
+        for attachment in attachments {
+            let network_id = attachment.network_id;
+            let table = tables.networks.get(&network_id);
+            let table = table.ok_or(Error::NetworkUnknown { network_id })?;
+            if table.encrypted {
+                return Err(Error::Encrypted { network: table.name.clone() });
+            }
+            self.converge(network_id, table, &tables)?;
+            let settings = self.settings(table)?;
+            let segment = self.segments.get_mut(&network_id);
+            let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
+            segment.attach(&self.home, &id, &namespace, attachment, settings)?;
+        }
+        let networks = attachments.iter().map(|attachment| attachment.network_id).collect();
+        let mut container = Container::open(&self.home, &namespace, task_id, networks)?;
+        container.converge(&tables, true)?;
+        self.containers.insert(task_id, container);
+        Ok(())
+    }
+
+    /// Disconnects a container from all networks; fine if it is on none.
+    pub(super) fn detach(&mut self, task_id: TaskId) -> Result<(), Error> {
+        self.containers.remove(&task_id);
+        let id = task_id.to_string();
+        let mut failures = Vec::new();
+        for segment in self.segments.values_mut() {
+            failures.extend(segment.detach(&id).err());
+        }
+        let tables = self.tables.borrow().clone();
+        failures.extend(self.remove_dropped(&tables).err());
+        first_of(failures)
+    }
+
+    /// Removes all networks from this node.
+    pub(super) fn teardown(&mut self) -> Result<(), Error> {
+        self.containers.clear();
+        let failures = self.segments.values_mut().filter_map(|segment| segment.remove().err());
+        let failures = failures.collect();
+        self.segments.clear();
+        first_of(failures)
+    }
+
+    /// The same where none were started, of what an earlier daemon left.
+    pub(super) fn remove(run_dir: &Path) -> Result<(), Error> {
+        let mut segments = find_segments(&Home::here()?, run_dir)?;
+        first_of(segments.values_mut().filter_map(|segment| segment.remove().err()).collect())
+    }
+
+    fn converge(
+        &mut self,
+        network_id: NetworkId,
+        table: &NetworkTable,
+        tables: &NetworkTables,
+    ) -> Result<(), Error> {
+        let settings = self.settings(table)?;
+        if !self.segments.contains_key(&network_id) {
+            let dir = self.options.run_dir.join(NAMESPACES);
+            fs::create_dir_all(&dir).map_err(|e| Error::file("make the directory", &dir, e))?;
+            let path = dir.join(network_id.to_string());
+            let segment = Segment::open_or_make(&self.home, path)?;
+            self.segments.insert(network_id, segment);
+        }
+        let segment = self.segments.get_mut(&network_id);
+        let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
+        segment.converge((&self.home, &mut self.host), &self.options, settings, tables, table)
+    }
+
+    fn settings(&mut self, table: &NetworkTable) -> Result<Settings, Error> {
+        let interface = &self.options.interface;
+        let link = self.host.link(interface)?;
+        let link = link.ok_or_else(|| Error::NoInterface { interface: interface.clone() })?;
+        Ok(Settings::of(table, link.mtu.saturating_sub(VXLAN_OVERHEAD)))
+    }
+
+    /// Removes the networks that the tables name no longer and that no container is on.
+    fn remove_dropped(&mut self, tables: &NetworkTables) -> Result<(), Error> {
+        let mut failures = Vec::new();
+        self.segments.retain(|network_id, segment| {
+            if tables.networks.contains_key(network_id) {
+                return true;
+            }
+            let removed = segment.ports().and_then(|ports| match ports.is_empty() {
+                true => segment.remove().map(|()| true),
+                false => Ok(false),
+            });
+            match removed {
+                Ok(is_removed) => !is_removed,
+                Err(error) => {
+                    failures.push(error);
+                    true
+                }
+            }
+        });
+        first_of(failures)
+    }
+}
+
+/// The namespaces that are kept; files that keep none any more, as after a reboot, are removed.
+fn find_segments(home: &Home, run_dir: &Path) -> Result<BTreeMap<NetworkId, Segment>, Error> {
+    let dir = run_dir.join(NAMESPACES);
+    let mut segments = BTreeMap::new();
+    let entries = match fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(segments),
+        Err(error) => return Err(Error::file("list", dir, error)),
+    };
+    for entry in entries {
+        let path: PathBuf = entry.map_err(|e| Error::file("list", &dir, e))?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let Some(network_id) = name.and_then(|name| name.parse().ok()) else { continue };
+        match Segment::open(home, path.clone())? {
+            Some(segment) => drop(segments.insert(network_id, segment)),
+            None => namespace::forget(&path)?,
+        }
+    }
+    Ok(segments)
+}
+
+fn first_of(failures: Vec<Error>) -> Result<(), Error> {
+    let mut failures = failures.into_iter();
+    let first = failures.next();
+    for error in failures {
+        tracing::warn!(error = &error as &dyn std::error::Error, "a network is incomplete");
+    }
+    first.map_or(Ok(()), Err)
+}
