@@ -144,6 +144,53 @@ fn connections_end_with_their_endpoint_and_datagrams_move_on_before() {
     }
 }
 
+#[test]
+fn datagrams_to_one_service_move_on_when_an_address_passes_to_another() {
+    let web = network("10.0.1.3@1 10.0.1.4@1", "10.0.1.2");
+    let db = |vip: &str| ServiceEntry {
+        virtual_ips: vec![vip.parse().unwrap()],
+        ..ServiceEntry::default()
+    };
+    let is_stale = |peers: &Peers, protocol, destination: &str, answers_from: &str| {
+        let (destination, answers_from) =
+            (destination.parse().unwrap(), answers_from.parse().unwrap());
+        peers.is_stale(&Connection { protocol, destination, answers_from })
+    };
+    let of_web = Peers::of([&web]);
+    assert!(!is_stale(&of_web, 17, "10.0.1.2", "10.0.1.3"));
+
+    // A task of web has ended, and one of db has its address in the same table.
+    let mut both = web.clone();
+    both.services.insert(ServiceId(2), db("10.0.1.9"));
+    let ended = both.endpoints.remove(&TaskId(0)).unwrap();
+    both.endpoints.insert(TaskId(7), EndpointEntry { service_id: ServiceId(2), ..ended });
+    let of_both = Peers::of([&both]);
+    assert!(of_web.has_lost(&of_both));
+    assert!(!of_both.has_lost(&of_both));
+    for (name, protocol, destination, answers_from, expect) in [
+        ("UDP to web that db's task has now", 17, "10.0.1.2", "10.0.1.3", true),
+        ("echo to web that db's task has now", 1, "10.0.1.2", "10.0.1.3", true),
+        ("UDP to db", 17, "10.0.1.9", "10.0.1.3", false),
+        ("UDP to the address itself", 17, "10.0.1.3", "10.0.1.3", false),
+        ("UDP to web's other task", 17, "10.0.1.2", "10.0.1.4", false),
+    ] {
+        assert_eq!(is_stale(&of_both, protocol, destination, answers_from), expect, "{name}");
+    }
+
+    // All of web has gone, its virtual address too.
+    both.services.remove(&ServiceId(1));
+    assert!(of_both.has_lost(&Peers::of([&both])));
+    assert!(is_stale(&Peers::of([&both]), 17, "10.0.1.2", "10.0.1.3"));
+
+    // Its tasks stay, and its virtual address is another service's.
+    let mut other = web.clone();
+    other.services = BTreeMap::from([(ServiceId(2), db("10.0.1.2"))]);
+    let of_other = Peers::of([&other]);
+    assert!(of_web.has_lost(&of_other));
+    assert!(is_stale(&of_other, 17, "10.0.1.2", "10.0.1.3"));
+    assert!(!is_stale(&of_other, 6, "10.0.1.2", "10.0.1.3"), "established TCP is left alone");
+}
+
 fn any_network() -> impl Strategy<Value = NetworkTable> {
     let endpoint = (3u8..9, 1u16..5, any::<bool>(), any::<bool>());
     proptest::collection::btree_map(0u128..6, endpoint, 0..6).prop_map(|endpoints| {

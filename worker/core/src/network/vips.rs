@@ -5,6 +5,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use skep_common::ServiceId;
 
 use super::NetworkTable;
 
@@ -117,8 +118,10 @@ pub struct Connection {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Peers {
     subnets: Vec<IpNet>,
-    /// Every endpoint, and whether it serves.
-    endpoints: BTreeMap<IpAddr, bool>,
+    /// Virtual addresses, and the services that they stand for.
+    virtual_ips: BTreeMap<IpAddr, ServiceId>,
+    /// Every endpoint, with its service and whether it serves.
+    endpoints: BTreeMap<IpAddr, (ServiceId, bool)>,
 }
 
 impl Peers {
@@ -127,27 +130,36 @@ impl Peers {
         let mut peers = Self::default();
         for network in networks {
             peers.subnets.extend(&network.subnets);
+            for (service_id, service) in &network.services {
+                let vips = service.virtual_ips.iter();
+                peers.virtual_ips.extend(vips.map(|vip| (*vip, *service_id)));
+            }
             for endpoint in network.endpoints.values() {
-                let addresses = endpoint.addresses.iter();
-                peers.endpoints.extend(addresses.map(|address| (*address, endpoint.serving)));
+                let of = (endpoint.service_id, endpoint.serving);
+                peers.endpoints.extend(endpoint.addresses.iter().map(|address| (*address, of)));
             }
         }
         peers
     }
 
     /// Whether a change from `self` to `new` may leave connections that must be forgotten: an endpoint
-    /// is gone, or serves no longer.
+    /// is gone or serves no longer, or an address has another meaning now.
     pub fn has_lost(&self, new: &Self) -> bool {
-        self.endpoints.iter().any(|(address, serving)| match new.endpoints.get(address) {
-            None => true,
-            Some(serves_now) => *serving && !serves_now,
-        })
+        let lost_endpoint = self.endpoints.iter().any(|(address, (service_id, serving))| {
+            new.endpoints.get(address).is_none_or(|(service_now, serves_now)| {
+                service_now != service_id || *serving && !serves_now
+            })
+        });
+        let mut virtual_ips = self.virtual_ips.iter();
+        lost_endpoint || virtual_ips.any(|(vip, of)| new.virtual_ips.get(vip) != Some(of))
     }
 
     /// Whether the kernel must forget a connection, so that its next packet is judged anew.
     ///
     /// With an endpoint everything with it goes. Of one that is only withdrawn, established TCP goes on
-    /// while it drains; what has no end of its own (UDP, echo) moves on to other backends.
+    /// while it drains; what has no end of its own (UDP, echo) moves on to other backends. It moves on
+    /// also where the virtual address or the backend's address has passed to another service, which a
+    /// table may bring in one step; TCP is reset there by the task that does not know it.
     pub fn is_stale(&self, connection: &Connection) -> bool {
         const TCP: u8 = 6;
         let address = connection.answers_from;
@@ -156,8 +168,12 @@ impl Peers {
         }
         match self.endpoints.get(&address) {
             None => true,
-            Some(true) => false,
-            Some(false) => connection.destination != address && connection.protocol != TCP,
+            Some((service_id, serving)) => {
+                let is_translated = connection.destination != address;
+                let stands_for = self.virtual_ips.get(&connection.destination);
+                let is_backend = *serving && stands_for == Some(service_id);
+                is_translated && !is_backend && connection.protocol != TCP
+            }
         }
     }
 }
