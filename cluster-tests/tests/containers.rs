@@ -6,8 +6,8 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use skep_cluster_tests::{
-    BUSYBOX, Lab, LabOptions, LoadOptions, SETTLES_WITHIN, TaskRow, WHOAMI, is_root_or_skip,
-    wait_until,
+    BUSYBOX, Lab, LabOptions, LoadOptions, Running, SETTLES_WITHIN, TaskRow, WHOAMI,
+    is_root_or_skip, wait_until,
 };
 
 /// A whoami that tells whether it is healthy; `IMAGE` is replaced.
@@ -42,6 +42,14 @@ fn create_shell(lab: &Lab, name: &str, flags: &[&str], command: &str) {
     args.extend(flags);
     args.extend([BUSYBOX, "sh", "-c", command]);
     lab.node("n1").skep(&args).ok();
+}
+
+/// Waits until a task of a service runs.
+#[track_caller]
+fn wait_for_running(lab: &Lab, service: &str) -> TaskRow {
+    lab.node("n1").wait_for_tasks(service, "its task runs", |tasks| {
+        tasks.iter().find(|task| task.is_running()).cloned()
+    })
 }
 
 /// Waits until the only task of a service has ended.
@@ -153,10 +161,35 @@ fn wait_for_count(lab: &Lab, service: &str, above: u64) -> u64 {
     })
 }
 
+/// Counts, and is alive for as long as nobody ends it.
+const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done";
+
+/// Starts a counter whose log is rotated, and a follower of it.
+#[track_caller]
+fn follow_bounded(lab: &Lab, flags: &[&str]) -> (TaskRow, Running) {
+    // A file is full in less than a second, and the daemon is away for a few.
+    let bounded = ["--log-opt", "max-size=2k", "--log-opt", "max-file=100"];
+    create_shell(lab, "bounded", &[flags, &bounded].concat(), COUNT);
+    let task = wait_for_running(lab, "bounded");
+    (task, lab.start_skep("n1", &["service", "logs", "--raw", "--follow", "bounded"]))
+}
+
+/// Waits until a follower of a counter has printed so many more lines: every number from 1 on, once.
+#[track_caller]
+fn wait_for_followed(follower: &Running, n_more: usize) {
+    let n_before = follower.lines().len();
+    wait_until(SETTLES_WITHIN, "the follower goes on", || {
+        let lines = follower.lines();
+        let wrong = lines.iter().zip(1..).find(|(line, n)| **line != n.to_string());
+        assert_eq!(wrong, None, "no line is lost, doubled or moved");
+        let has_more = lines.len() >= n_before + n_more;
+        (has_more.then_some(()), format!("{} lines; {n_before} before", lines.len()))
+    });
+}
+
 #[test]
 fn containers_outlive_their_daemon() {
     const NODE: &str = "n4";
-    const COUNT: &str = "i=0; while true; do i=$((i+1)); echo $i; sleep 0.02; done";
     const SHORT: &str = "trap 'exit 7' TERM; echo ready; while true; do sleep 0.02; done";
     if !is_root_or_skip() {
         return;
@@ -171,19 +204,16 @@ fn containers_outlive_their_daemon() {
     create_shell(&lab, "counter", &here, COUNT);
     create_shell(&lab, "short", &[&here[..], &["--restart-condition", "none"]].concat(), SHORT);
     let web = lab.wait_until_settled("n1", "web", 1);
-    let running = |service: &str| {
-        lab.node("n1").wait_for_tasks(service, "its task runs", |tasks| {
-            tasks.iter().find(|task| task.is_running()).cloned()
-        })
-    };
-    let (counter, short) = (running("counter"), running("short"));
+    let (counter, short) = (wait_for_running(&lab, "counter"), wait_for_running(&lab, "short"));
+    let (bounded, follower) = follow_bounded(&lab, &here);
     wait_until(SETTLES_WITHIN, "its trap is set", || {
         let logs = lab.node("n1").skep(&["service", "logs", "--raw", "short"]);
         ((logs.text() == "ready").then_some(()), logs.to_string())
     });
     let count = wait_for_count(&lab, "counter", 10);
     let containers = lab.containers(NODE);
-    assert_eq!(containers.len(), 3, "{containers:?}");
+    assert_eq!(containers.len(), 4, "{containers:?}");
+    wait_for_followed(&follower, 50);
     let pid = containers[&short.id].to_string();
     let mut through_other = lab.hold("client", &url(&lab, "n1", 8080, "/"));
     let mut through_own = lab.hold("client", &url(&lab, NODE, 8080, "/"));
@@ -205,25 +235,28 @@ fn containers_outlive_their_daemon() {
     let ended = wait_for_end(&lab, "short");
     assert_eq!((&ended.id, ended.error.as_str()), (&short.id, "\"task: non-zero exit (7)\""));
     let count = wait_for_count(&lab, "counter", count);
+    wait_for_followed(&follower, 50);
     let mut expect = containers;
     expect.remove(&short.id);
     assert_eq!(lab.containers(NODE), expect, "the same processes");
 
     lab.node(NODE).signal_daemon("TERM");
     assert_eq!(lab.wait_for_daemon_end(NODE), "exited with code 0");
-    assert_eq!(lab.containers(NODE), expect, "a daemon that stops leaves its containers alone");
     check_held("after SIGTERM");
+    assert_eq!(lab.containers(NODE), expect, "a daemon that stops leaves its containers alone");
     lab.start_nodes(&[NODE]);
     check_held("with the third daemon");
     wait_for_count(&lab, "counter", count);
+    wait_for_followed(&follower, 50);
     assert_eq!(lab.containers(NODE), expect);
 
     lab.wait_for_node("n1", NODE, "Ready");
     let ids = |service: &str| -> Vec<String> {
         lab.node("n1").tasks(service).into_iter().map(|task| task.id).collect()
     };
-    assert_eq!(ids("web"), [web[0].id.clone()], "no task was replaced");
-    assert_eq!(ids("counter"), [counter.id], "no task was replaced");
+    for (service, id) in [("web", &web[0].id), ("counter", &counter.id), ("bounded", &bounded.id)] {
+        assert_eq!(ids(service), [id.as_str()], "no task of {service} was replaced");
+    }
     lab.wait_until_settled("n1", "web", 1);
     lab.down();
 }

@@ -99,10 +99,16 @@ impl Peer for PeerService {
         let task_id = task_id.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let (records, stream) = mpsc::channel(QUEUE_LENGTH);
         let logs = Arc::clone(&self.logs);
-        self.tasks.spawn("send logs", async move {
+        let stopping = self.tasks.token();
+        self.tasks.spawn_to_end("send logs", async move {
             let failures = records.clone();
-            if let Err(status) = logs.read(task_id, &request, records).await {
-                let _ = failures.send(Err(status)).await; // The reader has gone.
+            let status = tokio::select! {
+                read = logs.read(task_id, &request, records) => read.err(),
+                // An end without an error would be that of the log.
+                () = stopping.cancelled() => Some(Status::unavailable("the daemon is stopping")),
+            };
+            if let Some(status) = status {
+                let _ = failures.try_send(Err(status)); // Its connection breaks, or has broken.
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))

@@ -4,10 +4,11 @@
 //! are joined as the store shows them.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use skep_common::limits::QUEUE_LENGTH;
-use skep_common::{Kind, NodeId, ServiceId, Task, TaskId};
-use skep_manager_core::State;
+use skep_common::object::NodeState;
+use skep_common::{Kind, Node, NodeId, ServiceId, Task, TaskId};
 use skep_proto::peer_client::PeerClient;
 use skep_proto::{LogRecord, ServiceLogsRequest, TaskLogsRequest};
 use skep_runtime::transport::Peer;
@@ -18,6 +19,10 @@ use tonic::Status;
 
 use super::error::Error;
 use super::{ControlService, parse_id};
+
+/// First pause before a broken stream is asked for again; a daemon restarts within a second or two.
+const RETRY_MIN: Duration = Duration::from_millis(100);
+const RETRY_MAX: Duration = Duration::from_secs(2);
 
 type Records = mpsc::Sender<Result<LogRecord, Status>>;
 
@@ -69,7 +74,7 @@ async fn run(
             if task.status.state < skep_common::TaskState::Starting || !joined.insert(task.id) {
                 continue;
             }
-            handles.push(read_task(control, &state, task, request, records, &readers));
+            handles.push(read_task(control, task, request, records, &readers));
         }
         if !request.follow {
             futures::future::join_all(handles).await;
@@ -86,51 +91,107 @@ async fn run(
     readers.cancel();
 }
 
+/// One task's log, as it is passed on.
+struct TaskLog {
+    control: ControlService,
+    task_id: TaskId,
+    service_id: ServiceId,
+    node_id: NodeId,
+    ask: TaskLogsRequest,
+    records: Records,
+}
+
 fn read_task(
     control: &ControlService,
-    state: &State,
     task: &Task,
     request: &ServiceLogsRequest,
     records: &Records,
     readers: &skep_runtime::TaskSet,
 ) -> tokio::task::JoinHandle<()> {
-    let node_id = task.node_id.unwrap_or(NodeId(0));
-    let addr = state.node(node_id).map(|node| node.address()).unwrap_or_default();
-    let channel = control.inner.pool.fresh(&addr, Peer::Node(node_id));
     let ask = TaskLogsRequest {
         task_id: task.id.to_string(),
         follow: request.follow,
         tail: request.tail,
         since_nanos: request.since_nanos,
+        from: None,
     };
-    let (task_id, service_id) = (task.id, task.service_id);
-    let records = records.clone();
-    readers.spawn("task logs", async move {
-        let label = |mut record: LogRecord| {
-            record.task_id = task_id.to_string();
-            record.node_id = node_id.to_string();
-            record.service_id = service_id.to_string();
-            record
-        };
-        let mut client = PeerClient::new(channel);
-        let failure = match client.task_logs(ask).await {
-            Ok(stream) => {
-                let mut stream = stream.into_inner();
-                loop {
-                    match stream.next().await {
-                        Some(Ok(record)) => {
-                            if records.send(Ok(label(record))).await.is_err() {
-                                return;
-                            }
-                        }
-                        Some(Err(status)) => break status,
-                        None => return,
-                    }
-                }
+    let log = TaskLog {
+        control: control.clone(),
+        task_id: task.id,
+        service_id: task.service_id,
+        node_id: task.node_id.unwrap_or(NodeId(0)),
+        ask,
+        records: records.clone(),
+    };
+    readers.spawn("task logs", log.pass_on())
+}
+
+impl TaskLog {
+    /// Passes the log on to its end. A follower outlasts a restart of the node's daemon: what its stream
+    /// had not brought is asked for again, from that place on.
+    async fn pass_on(mut self) {
+        let mut pause = RETRY_MIN;
+        loop {
+            let from = self.ask.from;
+            let Err(status) = self.read().await else { return };
+            if !self.ask.follow || !is_of_connection(&status) || !self.is_node_expected() {
+                let (task_id, node_id, why) = (self.task_id, self.node_id, status.message());
+                let error = format!("no logs of task {task_id} from node {node_id}: {why}");
+                let record = self.labelled(LogRecord { error, ..LogRecord::default() });
+                let _ = self.records.send(Ok(record)).await; // The client is gone when this fails.
+                return;
             }
-            Err(status) => status,
-        };
-        let error = format!("no logs of task {task_id} from node {node_id}: {}", failure.message());
-        let _ = records.send(Ok(label(LogRecord { error, ..LogRecord::default() }))).await;
-    })
+            if self.ask.from != from {
+                pause = RETRY_MIN;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.records.closed() => return,
+            }
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    /// Passes on what one stream brings. Fine if it ended, or nobody listens.
+    async fn read(&mut self) -> Result<(), Status> {
+        let state = self.control.inner.consensus.state();
+        let address = state.node(self.node_id).map(|node| node.address()).unwrap_or_default();
+        let channel = self.control.inner.pool.fresh(&address, Peer::Node(self.node_id));
+        let mut stream = PeerClient::new(channel).task_logs(self.ask.clone()).await?.into_inner();
+        while let Some(record) = stream.next().await {
+            let mut record = record?;
+            let behind = record.behind.take();
+            if self.records.send(Ok(self.labelled(record))).await.is_err() {
+                return Ok(());
+            }
+            self.ask.from = behind.or(self.ask.from);
+        }
+        Ok(())
+    }
+
+    fn labelled(&self, record: LogRecord) -> LogRecord {
+        LogRecord {
+            task_id: self.task_id.to_string(),
+            node_id: self.node_id.to_string(),
+            service_id: self.service_id.to_string(),
+            ..record
+        }
+    }
+
+    /// Whether the node may answer again: managers have not given it up.
+    fn is_node_expected(&self) -> bool {
+        let state = self.control.inner.consensus.state();
+        let is_up = |node: &Node| node.status.state != NodeState::Down;
+        state.task(self.task_id).is_some()
+            && state.node(self.node_id).is_some_and(|node| is_up(node))
+    }
+}
+
+/// Whether a stream broke, rather than that its node refused.
+fn is_of_connection(status: &Status) -> bool {
+    use tonic::Code;
+    matches!(
+        status.code(),
+        Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled | Code::Aborted
+    )
 }

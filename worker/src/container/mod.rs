@@ -41,7 +41,7 @@ pub mod shim;
 
 pub use error::Error;
 pub use exec_in::exec_in_main;
-pub use logs::{LogOptions, LogReader, LogRecord, Stream};
+pub use logs::{LogOptions, LogPosition, LogReader, LogRecord, Stream};
 pub use runtime::{
     Adopted, AdoptedState, ContainerConfig, ContainerRuntime, Created, ExecOutcome, ExitStatus,
     Options,

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::Embedded;
-use crate::container::{LogOptions, Stream};
+use crate::container::{LogOptions, LogPosition, Stream};
 use crate::peer::TaskLogs;
 
 #[tonic::async_trait]
@@ -18,7 +18,9 @@ impl TaskLogs for Embedded {
         request: &TaskLogsRequest,
         records: mpsc::Sender<Result<LogRecord, Status>>,
     ) -> Result<(), Status> {
+        let from = request.from.map(|from| LogPosition { file: from.file, byte: from.byte });
         let options = LogOptions {
+            from,
             tail: usize::try_from(request.tail).ok(),
             since: (request.since_nanos > 0).then_some(Timestamp(request.since_nanos)),
             follow: request.follow,
@@ -33,6 +35,8 @@ impl TaskLogs for Embedded {
                 () = records.closed() => return Ok(()),
             };
             let Some(record) = next.map_err(unreadable)? else { return Ok(()) };
+            let LogPosition { file, byte } = reader.position();
+            let behind = skep_proto::LogPosition { file, byte };
             let mut line = record.line.into_bytes();
             if !record.is_partial {
                 line.push(b'\n');
@@ -41,6 +45,7 @@ impl TaskLogs for Embedded {
                 time_nanos: record.time.0,
                 stderr: record.stream == Stream::Stderr,
                 line: line.into(),
+                behind: Some(behind),
                 ..LogRecord::default()
             };
             if records.send(Ok(record)).await.is_err() {

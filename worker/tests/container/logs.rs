@@ -113,6 +113,12 @@ async fn rotated(env: Environment) {
         let tail = read(LogOptions { tail: Some(n_records), ..Default::default() }).await;
         assert!(tail == all[all.len().saturating_sub(n_records)..], "tail {n_records}");
     }
+    let mut reader = env.runtime.logs("c", LogOptions::default()).await.unwrap();
+    for nth in 0..all.len() {
+        let from = Some(reader.position());
+        assert!(read(LogOptions { from, ..Default::default() }).await == all[nth..], "from {nth}");
+        reader.next().await.unwrap().unwrap();
+    }
     let since = all[15].time;
     let first = all.iter().position(|record| record.time >= since).unwrap();
     let late = read(LogOptions { since: Some(since), ..Default::default() }).await;

@@ -239,6 +239,7 @@ fn record(task_id: &str, node_id: &str, stderr: bool, line: &str, error: &str) -
         stderr,
         line: line.to_owned().into(),
         error: error.into(),
+        behind: None,
     }
 }
 

@@ -8,5 +8,5 @@ mod reader;
 mod watch;
 
 pub use format::{LogRecord, Stream};
-pub use reader::{LogOptions, LogReader};
+pub use reader::{LogOptions, LogPosition, LogReader};
 pub(super) use watch::Watcher;

@@ -23,10 +23,21 @@ use super::watch::{Watch, Watcher};
 /// Bytes that are read at once when looking for the last records, from the end.
 const TAIL_BLOCK_BYTES: u64 = 64 * 1024;
 
+/// A place between two records of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LogPosition {
+    /// Number of the file.
+    pub file: u64,
+    /// Byte in it.
+    pub byte: u64,
+}
+
 /// Which records to read.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct LogOptions {
-    /// Only that many of the last records.
+    /// Go on here, as [`LogReader::position`] gave it.
+    pub from: Option<LogPosition>,
+    /// Only that many of the last records, where no position is given.
     pub tail: Option<usize>,
     /// Only records of this moment and later ones.
     pub since: Option<Timestamp>,
@@ -50,6 +61,8 @@ struct Files {
     file: BufReader<File>,
     /// Later ones that are open already.
     later: VecDeque<Numbered>,
+    /// Bytes of the file at hand that were read in whole records.
+    byte: u64,
     /// What has been read of the record at hand.
     line: Vec<u8>,
     since: Option<Timestamp>,
@@ -81,7 +94,7 @@ impl LogReader {
     ) -> Result<Self, Error> {
         let context = || format!("read the log of container {id}");
         let opening = data.clone();
-        let opened = tokio::task::spawn_blocking(move || begin(&opening, options.tail)).await;
+        let opened = tokio::task::spawn_blocking(move || begin(&opening, options)).await;
         let (mut later, position) = opened.map_err(io::Error::other).flatten().during(context)?;
         let Some((number, file)) = later.pop_front() else {
             return Err(Error::NotFound(id.to_owned()));
@@ -101,11 +114,17 @@ impl LogReader {
             number,
             file,
             later,
+            byte: position,
             line: Vec::new(),
             since: options.since,
             goes_on: options.follow,
         };
         Ok(Self { files, follow })
+    }
+
+    /// The place behind the last record that was given.
+    pub fn position(&self) -> LogPosition {
+        LogPosition { file: self.files.number, byte: self.files.byte }
     }
 
     /// The next record; `None` at the end, which with `follow` is the container's end. Cancel-safe.
@@ -175,7 +194,7 @@ impl Files {
                     "log files were deleted before a reader came to them"
                 );
             }
-            self.number = number;
+            (self.number, self.byte) = (number, 0);
             self.file = BufReader::new(File::from_std(file));
             // Of a shim that was killed.
             self.line.clear();
@@ -191,6 +210,7 @@ impl Files {
                 return Ok(None);
             }
             let record = decode(&self.line);
+            self.byte += self.line.len() as u64;
             self.line.clear();
             match record {
                 Some(record) if self.since.is_none_or(|since| since <= record.time) => {
@@ -250,11 +270,15 @@ fn open_all(data: &DataDir, first: u64) -> io::Result<VecDeque<Numbered>> {
     }
 }
 
-/// The files of the log that have the last `tail` records, or all of them, and where these begin in the
-/// first one.
-fn begin(data: &DataDir, tail: Option<usize>) -> io::Result<(VecDeque<Numbered>, u64)> {
-    let mut files = open_all(data, 0)?;
-    let Some(mut n_missing) = tail else { return Ok((files, 0)) };
+/// The files of the log that have the records that are asked for, and where these begin in the first one.
+fn begin(data: &DataDir, options: LogOptions) -> io::Result<(VecDeque<Numbered>, u64)> {
+    let mut files = open_all(data, options.from.map_or(0, |from| from.file))?;
+    if let Some(from) = options.from {
+        // Where that file was deleted meanwhile, what is left is all later.
+        let is_there = files.front().is_some_and(|(number, _)| *number == from.file);
+        return Ok((files, if is_there { from.byte } else { 0 }));
+    }
+    let Some(mut n_missing) = options.tail else { return Ok((files, 0)) };
     for nth in (0..files.len()).rev() {
         let (position, n_found) = last_records(&files[nth].1, n_missing)?;
         if n_found == n_missing {
