@@ -263,14 +263,18 @@ impl Control for ControlService {
         &self,
         _: Request<CreateNetworkRequest>,
     ) -> Answer<CreateNetworkResponse> {
-        Err(Status::unimplemented("overlay networks are not supported yet: publish the ports that services are to be reached at"))
+        Err(Status::unimplemented(
+            "overlay networks are not supported yet: publish the ports that services are to be reached at",
+        ))
     }
 
     async fn remove_network(
         &self,
         _: Request<RemoveNetworkRequest>,
     ) -> Answer<RemoveNetworkResponse> {
-        Err(Status::unimplemented("overlay networks are not supported yet: publish the ports that services are to be reached at"))
+        Err(Status::unimplemented(
+            "overlay networks are not supported yet: publish the ports that services are to be reached at",
+        ))
     }
 
     async fn deploy_stack(
