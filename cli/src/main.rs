@@ -1,7 +1,7 @@
 //! `skep`: the client commands and, under the same name, the daemon and what it starts.
 //!
 //! Reading order: [`args`] (the command line), [`commands`] (what each client command does), [`client`]
-//! (the way to the daemon), [`format`] (tables, JSON, templates), [`ui`] (where text goes); [`daemon`];
+//! (the way to the daemon), [`mod@format`] (tables, JSON, templates), [`ui`] (where text goes); [`daemon`];
 //! [`lab`]; [`helpers`] (what the daemon starts beside containers).
 
 mod args;

@@ -23,11 +23,16 @@ pub(crate) enum Command {
 /// Where a node listens and how others reach it.
 #[derive(Debug, Args)]
 pub(crate) struct AddressArgs {
-    /// Advertised address (format: "<ip|interface>[:port]")
-    #[arg(long, default_value = "", hide_default_value = true)]
+    /// Advertised address
+    #[arg(
+        long,
+        help = "Advertised address (format: \"<ip|interface>[:port]\")",
+        default_value = "",
+        hide_default_value = true
+    )]
     advertise_addr: String,
-    /// Listen address (format: "<ip>[:port]")
-    #[arg(long, default_value = "0.0.0.0:2377")]
+    /// Listen address
+    #[arg(long, help = "Listen address (format: \"<ip>[:port]\")", default_value = "0.0.0.0:2377")]
     listen_addr: String,
     /// Availability of the node
     #[arg(long, default_value = "active", value_parser = ["active", "pause", "drain"])]
@@ -58,8 +63,12 @@ pub(crate) struct JoinArgs {
     token: String,
     #[command(flatten)]
     address: AddressArgs,
-    /// Address of a manager (format: "<ip>[:port]")
-    #[arg(value_name = "HOST:PORT", required = true)]
+    /// Address of a manager
+    #[arg(
+        value_name = "HOST:PORT",
+        required = true,
+        help = "Address of a manager (format: \"<ip>[:port]\")"
+    )]
     remotes: Vec<String>,
 }
 

@@ -16,7 +16,7 @@
 //! # Reading order
 //!
 //! [`runtime`] (the API), [`shim`] (what runs beside each container), [`exec_in`] (health checks),
-//! [`logs`]; beneath them [`dirs`], [`protocol`], [`cgroup`], [`host`].
+//! [`logs`]; beneath them `dirs`, `protocol`, `cgroup`, `host`.
 //!
 //! # Invariants
 //!

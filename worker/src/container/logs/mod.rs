@@ -1,6 +1,6 @@
 //! Reads containers' logs: from a position, the last records, since a moment, and on as they grow.
 //!
-//! [`LogReader`] reads one log; [`format`] is the file's format; `watch` tells readers that a file
+//! [`LogReader`] reads one log; [`mod@format`] is the file's format; `watch` tells readers that a file
 //! grew, by one inotify instance for the whole daemon.
 
 pub mod format;
