@@ -33,14 +33,7 @@ pub(super) async fn print<T: DeserializeOwned>(
     if flags.pretty && flags.format.is_some() {
         bail!("--format is incompatible with human friendly format");
     }
-    let mut failures = Failures::default();
-    let mut documents: Vec<Value> = Vec::new();
-    for reference in references {
-        match client.get::<Value>(kind, reference).await {
-            Ok(document) => documents.push(document),
-            Err(error) => failures.add(&error),
-        }
-    }
+    let (documents, failures) = get_all::<Value>(client, (kind, references)).await;
     if flags.pretty {
         for document in documents {
             ui.line(pretty(&serde_json::from_value(document)?))?;
@@ -49,4 +42,19 @@ pub(super) async fn print<T: DeserializeOwned>(
         ui.data(inspect(&documents, flags.format.as_deref())?)?;
     }
     failures.finish()
+}
+
+/// The objects of a kind that the references mean, and why the others were not found.
+pub(super) async fn get_all<T: DeserializeOwned>(
+    client: &Client,
+    (kind, references): (&str, &[String]),
+) -> (Vec<T>, Failures) {
+    let (mut objects, mut failures) = (Vec::new(), Failures::default());
+    for reference in references {
+        match client.get(kind, reference).await {
+            Ok(object) => objects.push(object),
+            Err(error) => failures.add(&error),
+        }
+    }
+    (objects, failures)
 }

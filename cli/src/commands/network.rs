@@ -12,6 +12,7 @@ use skep_proto::{CreateNetworkRequest, RemoveNetworkRequest};
 
 use super::Failures;
 use super::filter::{self, Filter, Filters};
+use super::inspect::get_all;
 use super::network_inspect::{Facts, document};
 use super::service::flags::parse_label;
 use crate::client::{Client, Refusal, is_not_found};
@@ -270,15 +271,10 @@ async fn used(client: &Client) -> Result<BTreeSet<NetworkId>> {
 }
 
 async fn inspect_networks(args: &InspectArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let mut failures = Failures::default();
-    let mut documents: Vec<Value> = Vec::new();
     let facts = Facts::read(client).await?;
-    for reference in &args.networks {
-        match client.get::<Network>("network", reference).await {
-            Ok(network) => documents.push(document(&network, &facts, args.verbose)),
-            Err(error) => failures.add(&error),
-        }
-    }
+    let (networks, failures) = get_all(client, ("network", &args.networks)).await;
+    let documents: Vec<Value> =
+        networks.iter().map(|network| document(network, &facts, args.verbose)).collect();
     ui.data(inspect(&documents, args.format.as_deref())?)?;
     failures.finish()
 }

@@ -122,13 +122,15 @@ fn peers(network: &Network, facts: &Facts) -> Value {
 
 /// The services on the network by name, each with its address and its tasks.
 fn services(network: &Network, facts: &Facts) -> Value {
+    let mut by_service: BTreeMap<ServiceId, Vec<(&Task, &NetworkAttachment)>> = BTreeMap::new();
+    for (task, attachment) in facts.on(network) {
+        by_service.entry(task.service_id).or_default().push((task, attachment));
+    }
+    let target = network.id.to_string();
     let mut services = Map::new();
     for service in facts.services.values() {
-        let target = network.id.to_string();
         let is_on = service.spec.networks().iter().any(|config| config.target == target);
-        let mut tasks: Vec<&(&Task, &NetworkAttachment)> = Vec::new();
-        let on: Vec<(&Task, &NetworkAttachment)> = facts.on(network).collect();
-        tasks.extend(on.iter().filter(|(task, _)| task.service_id == service.id));
+        let mut tasks = by_service.remove(&service.id).unwrap_or_default();
         if !is_on && tasks.is_empty() {
             continue;
         }

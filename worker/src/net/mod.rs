@@ -16,12 +16,14 @@ pub mod conntrack;
 mod error;
 pub mod mesh;
 pub mod namespace;
+mod neighbour;
 pub mod network;
 pub mod nft;
 mod probe;
 pub mod rtnetlink;
 pub mod sysctl;
 pub mod thread;
+mod veth;
 
 pub use error::Error;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};

@@ -5,20 +5,18 @@
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::Ipv4Net;
-use netlink_packet_route::neighbour::{
-    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
-};
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
     RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use skep_worker_core::mesh::{Mac, NODE_NUMBER_MAX, Objects, Op, RouteKey, RouteTable};
+use skep_worker_core::mesh::{NODE_NUMBER_MAX, Objects, Op, RouteKey, RouteTable};
 
 use super::links::Devices;
 use super::options::{BRIDGE, MarkField, Options};
 use crate::net::Error;
+use crate::net::neighbour::{entries, forwarding, neighbour};
 use crate::net::rtnetlink::{Mode, RouteChannel};
 
 /// Marks routes and rules as ours; not in use by the daemons of `/etc/iproute2/rt_protos`.
@@ -68,19 +66,19 @@ impl Routes {
         let action = op.to_string();
         let (mode, message) = match op {
             Op::SetNeighbour(address, mac) => {
-                let message = neighbour(devices, *address, Some(*mac));
+                let message = neighbour(devices.tunnel, (*address).into(), Some(*mac));
                 (Some(Mode::Replace), RouteNetlinkMessage::NewNeighbour(message))
             }
             Op::DeleteNeighbour(address) => {
-                let message = neighbour(devices, *address, None);
+                let message = neighbour(devices.tunnel, (*address).into(), None);
                 (None, RouteNetlinkMessage::DelNeighbour(message))
             }
             Op::SetForwarding(mac, underlay) => {
-                let message = forwarding(devices, *mac, Some(*underlay));
+                let message = forwarding(devices.tunnel, *mac, Some(*underlay));
                 (Some(Mode::Replace), RouteNetlinkMessage::NewNeighbour(message))
             }
             Op::DeleteForwarding(mac) => {
-                let message = forwarding(devices, *mac, None);
+                let message = forwarding(devices.tunnel, *mac, None);
                 (None, RouteNetlinkMessage::DelNeighbour(message))
             }
             Op::SetRoute(key, via) => {
@@ -120,24 +118,9 @@ impl Routes {
 
     fn observe_neighbours(&mut self, on: Devices, objects: &mut Objects) -> Result<(), Error> {
         for family in [AddressFamily::Inet, AddressFamily::Bridge] {
-            let mut query = NeighbourMessage::default();
-            query.header.family = family;
-            let query = RouteNetlinkMessage::GetNeighbour(query);
-            for message in self.channel.dump("list neighbours", query)? {
-                let RouteNetlinkMessage::NewNeighbour(entry) = message else { continue };
-                let is_permanent = entry.header.state == NeighbourState::Permanent;
-                if entry.header.ifindex != on.tunnel || !is_permanent {
-                    continue;
-                }
-                let (mut mac, mut address) = (None, None);
-                for attribute in &entry.attributes {
-                    if let NeighbourAttribute::LinkLayerAddress(bytes) = attribute {
-                        mac = bytes.as_slice().try_into().ok().map(Mac);
-                    } else if let NeighbourAttribute::Destination(found) = attribute {
-                        address = ipv4(found);
-                    }
-                }
-                let (Some(mac), Some(address)) = (mac, address) else { continue };
+            for (mac, address) in entries(&mut self.channel, "list neighbours", on.tunnel, family)?
+            {
+                let IpAddr::V4(address) = address else { continue };
                 match family {
                     AddressFamily::Inet => drop(objects.neighbours.insert(address, mac)),
                     _ => drop(objects.forwarding.insert(mac, address)),
@@ -265,39 +248,4 @@ impl Routes {
     fn delete_rule(&mut self, rule: RuleMessage) -> Result<(), Error> {
         self.channel.delete("delete a routing rule of the mesh", RouteNetlinkMessage::DelRule(rule))
     }
-}
-
-fn neighbour(devices: Devices, address: Ipv4Addr, mac: Option<Mac>) -> NeighbourMessage {
-    let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Inet;
-    message.header.ifindex = devices.tunnel;
-    message.header.state = NeighbourState::Permanent;
-    let address = NeighbourAddress::from(IpAddr::V4(address));
-    message.attributes.push(NeighbourAttribute::Destination(address));
-    let mac = mac.map(|mac| NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    message.attributes.extend(mac);
-    message
-}
-
-fn forwarding(devices: Devices, mac: Mac, underlay: Option<Ipv4Addr>) -> NeighbourMessage {
-    let mut message = NeighbourMessage::default();
-    message.header.family = AddressFamily::Bridge;
-    message.header.ifindex = devices.tunnel;
-    message.header.state = NeighbourState::Permanent;
-    message.header.flags = NeighbourFlags::Own;
-    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.0.to_vec()));
-    let underlay = underlay.map(|address| NeighbourAddress::from(IpAddr::V4(address)));
-    message.attributes.extend(underlay.map(NeighbourAttribute::Destination));
-    message
-}
-
-/// Neighbour messages of the bridge family carry IPv4 addresses as plain bytes.
-fn ipv4(address: &NeighbourAddress) -> Option<Ipv4Addr> {
-    if let NeighbourAddress::Inet(address) = address {
-        return Some(*address);
-    }
-    if let NeighbourAddress::Other(bytes) = address {
-        return <[u8; 4]>::try_from(bytes.as_slice()).ok().map(Ipv4Addr::from);
-    }
-    None
 }

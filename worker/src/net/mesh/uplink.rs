@@ -5,13 +5,11 @@
 //! set, since a task that is a client of its own published port may be its own backend: the
 //! bridge must send the packet out where it came in.
 
-use std::fs::File;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 use netlink_packet_route::link::{
-    InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth, LinkAttribute,
-    LinkFlags, LinkInfo, LinkMessage,
+    InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -24,6 +22,7 @@ use super::options::{BRIDGE, Options};
 use crate::net::Error;
 use crate::net::namespace::Home;
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
+use crate::net::veth::Pair;
 
 const LOOPBACK: &str = "lo";
 
@@ -60,7 +59,16 @@ impl Uplinks {
         let mut inside = self.home.within(&namespace, RouteChannel::open)??;
         let mtu = links::mesh_mtu(&mut self.channel, &self.options)?;
 
-        let outer = self.ensure_pair(task_id, interface, &namespace, &mut inside, mtu)?;
+        let pair = Pair {
+            task_id,
+            interface,
+            container: &namespace,
+            mac: None,
+            mtu,
+            kind: "uplink of this node",
+            action: format!("make the uplink of task {task_id}"),
+        };
+        let outer = pair.ensure(&mut self.channel, &mut inside)?;
         self.ensure_port(task_id, outer, mtu)?;
 
         let link = inside.link(LOOPBACK)?.filter(|link| !link.is_up);
@@ -83,53 +91,6 @@ impl Uplinks {
             Some(link) => self.channel.delete_link(&name, link.index),
             None => Ok(()),
         }
-    }
-
-    /// Makes the pair, unless it is there; returns the index of the node's end.
-    fn ensure_pair(
-        &mut self,
-        task_id: &str,
-        interface: &str,
-        namespace: &File,
-        inside: &mut RouteChannel,
-        mtu: u32,
-    ) -> Result<u32, Error> {
-        use std::os::fd::AsRawFd as _;
-        let name = interface_name(task_id);
-        let (outer, inner) = (self.channel.link(&name)?, inside.link(interface)?);
-        if let (Some(outer), Some(inner)) = (&outer, &inner)
-            && outer.peer == Some(inner.index)
-            && inner.peer == Some(outer.index)
-        {
-            return Ok(outer.index);
-        }
-        if inner.is_some() {
-            let interface = format!("{interface} of task {task_id}");
-            return Err(Error::ForeignInterface { interface, kind: "uplink of this node" });
-        }
-        if let Some(outer) = outer {
-            // Left by an attempt that was cut short, or by an earlier container of this task.
-            self.channel.delete_link(&name, outer.index)?;
-        }
-        let mut peer = LinkMessage::default();
-        peer.attributes = vec![
-            LinkAttribute::IfName(interface.to_owned()),
-            LinkAttribute::Mtu(mtu),
-            LinkAttribute::NetNsFd(namespace.as_raw_fd()),
-        ];
-        let mut message = LinkMessage::default();
-        message.attributes = vec![
-            LinkAttribute::IfName(name.clone()),
-            LinkAttribute::Mtu(mtu),
-            LinkAttribute::LinkInfo(vec![
-                LinkInfo::Kind(InfoKind::Veth),
-                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
-            ]),
-        ];
-        let action = format!("make the uplink of task {task_id}");
-        self.channel.change(&action, Mode::Create, RouteNetlinkMessage::NewLink(message))?;
-        let outer = self.channel.link(&name)?;
-        Ok(outer.ok_or(Error::NoInterface { interface: name })?.index)
     }
 
     /// Makes the node's end a port of the bridge.

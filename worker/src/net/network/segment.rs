@@ -16,8 +16,8 @@ use std::path::PathBuf;
 
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{
-    InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVeth,
-    InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    InfoBridge, InfoBridgePort, InfoData, InfoKind, InfoPortData, InfoPortKind, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use skep_worker_core::mesh::{Mac, interface_name};
 use skep_worker_core::network::{NetworkTable, NetworkTables, Reach};
@@ -25,6 +25,7 @@ use skep_worker_core::network::{NetworkTable, NetworkTables, Reach};
 use super::{Attachment, NetworkOptions, interface, reach};
 use crate::net::namespace::{self, Home};
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
+use crate::net::veth::Pair;
 use crate::net::{Error, sysctl};
 
 const BRIDGE: &str = "br0";
@@ -111,7 +112,16 @@ impl Segment {
     ) -> Result<(), Error> {
         let mut inside = home.within(container, RouteChannel::open)??;
         let mac = Mac::of_endpoint(attachment.address.addr());
-        let outer = self.ensure_pair(task_id, container, &mut inside, attachment, settings.mtu)?;
+        let pair = Pair {
+            task_id,
+            interface: &attachment.interface,
+            container,
+            mac: Some(mac),
+            mtu: settings.mtu,
+            kind: "port of this network",
+            action: format!("make interface {} of task {task_id}", attachment.interface),
+        };
+        let outer = pair.ensure(&mut self.channel, &mut inside)?;
         self.ensure_port(task_id, outer, settings.mtu)?;
         reach::set_port(&mut self.channel, outer, mac)?;
 
@@ -215,54 +225,6 @@ impl Segment {
             self.set_port(link.index, vec![InfoBridgePort::Learning(false)])?;
         }
         Ok(link.index)
-    }
-
-    /// Makes the pair, unless it is there; returns the index of the network's end.
-    fn ensure_pair(
-        &mut self,
-        task_id: &str,
-        container: &File,
-        inside: &mut RouteChannel,
-        attachment: &Attachment,
-        mtu: u32,
-    ) -> Result<u32, Error> {
-        let outer_name = interface_name(task_id);
-        let inner_name = &attachment.interface;
-        let (outer, inner) = (self.channel.link(&outer_name)?, inside.link(inner_name)?);
-        if let (Some(outer), Some(inner)) = (&outer, &inner)
-            && outer.peer == Some(inner.index)
-            && inner.peer == Some(outer.index)
-        {
-            return Ok(outer.index);
-        }
-        if inner.is_some() {
-            let interface = format!("{inner_name} of task {task_id}");
-            return Err(Error::ForeignInterface { interface, kind: "port of this network" });
-        }
-        if let Some(outer) = outer {
-            // Left by an attempt that was cut short, or by an earlier container of this task.
-            self.channel.delete_link(&outer_name, outer.index)?;
-        }
-        let mac = Mac::of_endpoint(attachment.address.addr());
-        let mut peer = LinkMessage::default();
-        peer.attributes = vec![
-            LinkAttribute::IfName(inner_name.clone()),
-            LinkAttribute::Address(mac.0.to_vec()),
-            LinkAttribute::Mtu(mtu),
-            LinkAttribute::NetNsFd(container.as_raw_fd()),
-        ];
-        let mut message = LinkMessage::default();
-        message.attributes = vec![
-            LinkAttribute::IfName(outer_name.clone()),
-            LinkAttribute::Mtu(mtu),
-            LinkAttribute::LinkInfo(vec![
-                LinkInfo::Kind(InfoKind::Veth),
-                LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
-            ]),
-        ];
-        let action = format!("make interface {inner_name} of task {task_id}");
-        self.channel.change(&action, Mode::Create, RouteNetlinkMessage::NewLink(message))?;
-        Ok(self.expect_link(&outer_name)?.index)
     }
 
     /// Makes the network's end a port of the bridge.
