@@ -76,7 +76,9 @@ fn a_command_on_a_node_ends_with_the_one_that_runs_it() {
     }
     let lab = Lab::start(options(1, 0));
     for (signal, expect) in [("TERM", Some(128 + 15)), ("INT", Some(128 + 2)), ("KILL", None)] {
-        let mut exec = Command::new(skep_binary());
+        // A shell's background job ignores SIGINT, and so would all that it starts.
+        let mut exec = Command::new("env");
+        exec.arg("--default-signal=INT").arg(skep_binary());
         exec.args(["lab", "--name", lab.name(), "exec", "n1", "--", "sh", "-c"]);
         exec.arg("echo on; exec sleep 987");
         let mut exec = exec.stdout(Stdio::piped()).spawn().unwrap();

@@ -1,8 +1,14 @@
-//! One task on another node, reached directly over the tunnel, through the mesh and by HAProxy.
+//! A task on another node, reached directly over the tunnel, through the mesh and by HAProxy.
 //!
-//! The client is in the network of n1, the task is on n2. All three ways cross the same tunnel, and
+//! The client is in the network of n1, the tasks are on n2. All three ways cross the same tunnel, and
 //! take turns, so that what else the machine does meets all of them alike; what is compared is
 //! always of the same round.
+//!
+//! Each way has a task of its own, all alike. A task that closes a connection remembers its ports
+//! for a minute, and takes them again from the same client only with a later timestamp (RFC 7323,
+//! section 5.2). Linux begins timestamps elsewhere for each pair of addresses, and the address that a
+//! client connects to is another one for each way: at one task, each way would lose the first
+//! packets of many connections to what another way left behind.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +21,10 @@ use skep_cluster_tests::{Lab, SETTLES_WITHIN, skep_binary, wait_until};
 use super::figures::{Samples, Target, Unit, load_average};
 use super::{is_installed, start_lab};
 
-const SERVICE: &str = "bench";
+/// The ways, and the service of each.
+const DIRECT: &str = "direct";
+const MESH: &str = "mesh";
+const PROXIED: &str = "haproxy";
 const PORT: u16 = 8080;
 const PROXY_PORT: u16 = 9080;
 const N_CONNECTIONS: &str = "16";
@@ -55,10 +64,15 @@ pub(crate) fn run(is_quick: bool) {
     let lab = start_lab(1, 1);
     lab.import_whoami();
     let published = format!("{PORT}:8080");
-    let flags = ["--constraint", "node.hostname==n2", "--publish", &published];
-    lab.node("n1").create_whoami(SERVICE, &flags);
-    lab.wait_until_settled("n1", SERVICE, 1);
-    let task = task_address(&lab);
+    for service in [DIRECT, MESH, PROXIED] {
+        let target = if service == MESH { &published } else { "8080" };
+        let flags = ["--constraint", "node.hostname==n2", "--publish", target];
+        lab.node("n1").create_whoami(service, &flags);
+    }
+    for service in [DIRECT, MESH, PROXIED] {
+        lab.wait_until_settled("n1", service, 1);
+    }
+    let task = task_address(&lab, DIRECT);
     let own = lab.node("n1").address();
     // New connections leave an entry each; with two minutes each, the table would fill.
     for node in ["n1", "n2"] {
@@ -67,12 +81,12 @@ pub(crate) fn run(is_quick: bool) {
     }
     let dir = tempfile::tempdir().expect("a temporary directory");
     let mut ways = vec![
-        Way { name: "direct", url: format!("http://{task}:8080/") },
-        Way { name: "mesh", url: format!("http://{own}:{PORT}/") },
+        Way { name: DIRECT, url: format!("http://{task}:8080/") },
+        Way { name: MESH, url: format!("http://{own}:{PORT}/") },
     ];
-    let proxy = is_installed("haproxy").then(|| Proxy::start(&lab, dir.path(), task));
+    let proxy = is_installed("haproxy").then(|| Proxy::start(&lab, dir.path()));
     if proxy.is_some() {
-        ways.push(Way { name: "haproxy", url: format!("http://{own}:{PROXY_PORT}/") });
+        ways.push(Way { name: PROXIED, url: format!("http://{own}:{PROXY_PORT}/") });
     } else {
         println!("not measured: HAProxy, which is not installed (apt-get install haproxy)");
     }
@@ -108,15 +122,15 @@ struct Comparison {
 
 impl Comparison {
     fn add(&mut self, kind: Kind, rates: &BTreeMap<&'static str, f64>) {
-        for (name, rate) in rates.iter().filter(|(name, _)| **name != "mesh") {
+        for (name, rate) in rates.iter().filter(|(name, _)| **name != MESH) {
             let samples = self.ratios.entry((kind, *name));
-            samples.or_insert_with(|| Samples::new(Unit::Ratio)).add(rates["mesh"] / rate);
+            samples.or_insert_with(|| Samples::new(Unit::Ratio)).add(rates[MESH] / rate);
         }
     }
 
     fn report(&self) {
         for ((kind, other), samples) in &self.ratios {
-            let target = if *other == "direct" { OF_DIRECT } else { OF_PROXY };
+            let target = if *other == DIRECT { OF_DIRECT } else { OF_PROXY };
             samples.report(&format!("{}, mesh / {other}", kind.name()), Some(target));
         }
     }
@@ -142,9 +156,9 @@ fn request_rate(lab: &Lab, url: &str, kind: Kind, seconds: &str) -> f64 {
     rate.unwrap_or_else(|| panic!("no rate in what wrk printed: {output}"))
 }
 
-/// The address of the only task in the mesh's network.
-fn task_address(lab: &Lab) -> Ipv4Addr {
-    let tasks = lab.whoamis_of(SERVICE);
+/// The address of a service's only task in the mesh's network.
+fn task_address(lab: &Lab, service: &str) -> Ipv4Addr {
+    let tasks = lab.whoamis_of(service);
     let [task] = &tasks[..] else { panic!("one task was asked for: {tasks:#?}") };
     let output = Command::new("nsenter")
         .arg(format!("--net=/proc/{}/ns/net", task.pid))
@@ -171,7 +185,8 @@ struct Proxy {
 }
 
 impl Proxy {
-    fn start(lab: &Lab, dir: &Path, task: Ipv4Addr) -> Self {
+    fn start(lab: &Lab, dir: &Path) -> Self {
+        let task = task_address(lab, PROXIED);
         let own = lab.node("n1").address();
         let config = format!(
             "global\n  maxconn 4096\n\
