@@ -215,6 +215,14 @@ impl Consensus {
         retain: bool,
     ) -> Result<(), Verdict<()>> {
         let written = self.inner.raft.change_membership(change, retain).await;
+        if let Ok(response) = &written {
+            // Metrics come a moment later, and who asks next is to see it. An end of them is no failure.
+            let mut metrics = self.inner.metrics.clone();
+            let shown = metrics.wait_for(|metrics| {
+                metrics.membership_config.log_id().as_ref() >= Some(&response.log_id)
+            });
+            let _ = shown.await;
+        }
         written.map(drop).map_err(|error| match error {
             RaftError::APIError(ClientWriteError::ForwardToLeader(_)) => Verdict::NotTaken,
             RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) | RaftError::Fatal(_) => {
