@@ -1,4 +1,5 @@
-//! Grants each task the address of its uplink, from the slice of its node.
+//! Grants each task the address of its uplink, from the slice of its node. Addresses on networks are
+//! granted by [`network`].
 //!
 //! The ingress pool is cut into one /22 a node, by node number: node `n` has the 1024 addresses from
 //! `pool + 1024 n` on. The first is the slice's name, the last two are its broadcast address and
@@ -12,6 +13,7 @@ use ipnet::Ipv4Net;
 use skep_common::NodeId;
 use skep_common::object::{NetworkAttachment, Node};
 
+use crate::network;
 use crate::store::State;
 
 /// Prefix length of a node's slice. Fixed: addresses in use are derived from it.
@@ -21,8 +23,14 @@ pub(crate) const SLICE_TASKS_MAX: u32 = (1 << (32 - SLICE_PREFIX)) - 3;
 /// The pool where a swarm names none.
 pub const DEFAULT_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 192, 0, 0), 10);
 
-/// Where the search of each node's slice goes on: the last address granted, counted from 1.
-pub(crate) type Cursors = BTreeMap<NodeId, u32>;
+/// Where the searches for free addresses go on.
+#[derive(Debug, Default)]
+pub(crate) struct Cursors {
+    /// Of each node's slice: the last address granted, counted from 1.
+    slices: BTreeMap<NodeId, u32>,
+    /// Of each network.
+    pub(crate) networks: network::Cursors,
+}
 
 /// The slice of node number `number`; `None` where the pool is too small for it.
 pub fn slice(pool: Ipv4Net, number: u16) -> Option<Ipv4Net> {
@@ -44,7 +52,7 @@ pub(crate) fn grant(
     node: &Node,
 ) -> Option<NetworkAttachment> {
     let base = u32::from(slice(pool(state), node.number)?.network());
-    let cursor = cursors.entry(node.id).or_insert_with(|| highest(state, node.id, base));
+    let cursor = cursors.slices.entry(node.id).or_insert_with(|| highest(state, node.id, base));
     let candidates = (0..SLICE_TASKS_MAX).map(|step| (*cursor + step) % SLICE_TASKS_MAX + 1);
     let is_free = |offset: &u32| state.address_owner(Ipv4Addr::from(base + offset)).is_none();
     let offset = candidates.into_iter().find(is_free)?;

@@ -3,16 +3,25 @@
 //! A command is applied whole or refused whole, with a recorded outcome; applying never panics and
 //! never depends on anything but the store and the command. Ids and times arrive inside it.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use skep_common::object::NetworkAttachment;
 use skep_common::object::TaskStatus;
-use skep_common::{Kind, NodeId, Object, ServiceId, TaskId, TaskState, Timestamp, Version};
+use skep_common::{
+    Kind, NetworkId, NodeId, Object, ServiceId, TaskId, TaskState, Timestamp, Version,
+};
 
 /// The highest format level that this program knows. A leader proposes none above the lowest of the
 /// managers; a manager that meets a higher one in its log stops and says so.
-pub const FORMAT_LEVEL: u32 = 1;
+///
+/// | level | since then |
+/// |---|---|
+/// | 1 | the first |
+/// | 2 | networks: identifiers, addresses and references to networks are checked |
+pub const FORMAT_LEVEL: u32 = 2;
+/// From this level on, a command that contradicts a network is refused.
+pub(crate) const NETWORKS_LEVEL: u32 = 2;
 
 /// A transaction.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -151,11 +160,31 @@ pub enum Refusal {
         /// Its name.
         owner_name: String,
     },
-    /// Two tasks of a node cannot have one address. A plan made on an old view; plan again.
-    #[error("address {address} is already taken by another task")]
+    /// Two tasks of a node, or of a network, cannot have one address. A plan made on an old view; plan again.
+    #[error("address {address} is already taken")]
     AddressInUse {
         /// The address.
-        address: Ipv4Addr,
+        address: IpAddr,
+    },
+    /// Another network was given this identifier meanwhile. A decision on an old view; decide again.
+    #[error("network identifier {vni} is already taken by another network")]
+    VniInUse {
+        /// The VXLAN network identifier.
+        vni: u32,
+    },
+    /// Remove the service, or take it off the network, before the network is removed.
+    #[error("network {name} is in use by service {service}")]
+    NetworkInUse {
+        /// The network.
+        name: String,
+        /// A service that is on it.
+        service: String,
+    },
+    /// A service cannot be on a network that is not there, or on its way out.
+    #[error("network {network_id} not found")]
+    NetworkNotFound {
+        /// The network.
+        network_id: NetworkId,
     },
     /// All 4094 node numbers are given out. Remove nodes that are gone with `node rm`.
     #[error("the swarm has its limit of 4094 nodes")]

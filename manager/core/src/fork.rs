@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use rand::Rng;
 use skep_common::object::{NetworkAttachment, TaskStatus, UpdateStatus};
-use skep_common::{Kind, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp};
+use skep_common::{
+    Kind, NetworkId, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
+};
 
 use crate::command::{Action, Command, Expect, TaskPatch};
 use crate::store::State;
@@ -22,6 +24,7 @@ pub(crate) struct Fork<'a> {
     rng: &'a mut dyn Rng,
     tasks: BTreeSet<TaskId>,
     services: BTreeSet<ServiceId>,
+    networks: BTreeSet<NetworkId>,
     new_tasks_left: usize,
     n_changes: u64,
 }
@@ -41,6 +44,7 @@ impl<'a> Fork<'a> {
             rng,
             tasks: BTreeSet::new(),
             services: BTreeSet::new(),
+            networks: BTreeSet::new(),
             new_tasks_left: new_tasks_max,
             n_changes: 0,
         }
@@ -127,20 +131,20 @@ impl<'a> Fork<'a> {
         }
     }
 
-    /// Gives a waiting task a node and an address.
+    /// Gives a waiting task a node and its addresses.
     pub(crate) fn place(
         &mut self,
         task_id: TaskId,
         node_id: NodeId,
         pinned: Option<String>,
-        address: NetworkAttachment,
+        attachments: Vec<NetworkAttachment>,
     ) {
         let now = self.now;
         self.touch(task_id);
         self.state.scratch_place_task(task_id, |task| {
             debug_assert!(task.node_id.is_none(), "a task is placed once");
             task.node_id = Some(node_id);
-            task.networks_attachments = vec![address];
+            task.networks_attachments = attachments;
             if let (Some(pinned), Some(container)) = (pinned, &mut task.spec.container_spec) {
                 container.image = pinned;
             }
@@ -198,6 +202,12 @@ impl<'a> Fork<'a> {
         self.try_out(Action::Delete { kind: Kind::Service, id: service_id.0 });
     }
 
+    /// Erases a network.
+    pub(crate) fn delete_network(&mut self, network_id: NetworkId) {
+        self.networks.insert(network_id);
+        self.try_out(Action::Delete { kind: Kind::Network, id: network_id.0 });
+    }
+
     /// Writes a service's update status.
     pub(crate) fn set_update_status(&mut self, service: &Service, status: UpdateStatus) {
         let mut service = service.clone();
@@ -221,17 +231,20 @@ impl<'a> Fork<'a> {
         let (outcome, _) = self.state.apply(index, &Command::new(self.now, vec![action]));
         debug_assert!(
             matches!(outcome, crate::Outcome::Applied(_)),
-            "the fork has this service and its ports are its own: {outcome:?}"
+            "the fork has this object, and what it holds is its own: {outcome:?}"
         );
     }
 
-    /// The actions that make the view what the fork is: services, then tasks, then erased services.
+    /// The actions that make the view what the fork is: services, then tasks, then erased services
+    /// and networks.
     pub(crate) fn into_actions(self) -> Vec<Action> {
-        let Self { view, state, tasks, services, .. } = self;
+        let Self { view, state, tasks, services, networks, .. } = self;
         let mut actions = Vec::with_capacity(tasks.len() + services.len());
         for (old, new) in services.iter().map(|id| (view.service(*id), state.service(*id))) {
             if let (Some(old), Some(new)) = (old, new)
-                && (old.update_status != new.update_status || old.spec != new.spec)
+                && (old.update_status != new.update_status
+                    || old.spec != new.spec
+                    || old.endpoint != new.endpoint)
             {
                 let object = Object::Service(Box::new((**new).clone()));
                 actions.push(Action::Put { object, expect: Expect::Version(old.meta.version) });
@@ -245,6 +258,8 @@ impl<'a> Fork<'a> {
                 actions.push(Action::Delete { kind: Kind::Service, id: service_id.0 });
             }
         }
+        let erased = |id: NetworkId| Action::Delete { kind: Kind::Network, id: id.0 };
+        actions.extend(networks.into_iter().map(erased));
         actions
     }
 }

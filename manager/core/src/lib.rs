@@ -18,6 +18,7 @@ pub mod endpoints;
 mod fork;
 pub mod image;
 pub mod liveness;
+pub mod network;
 pub mod orchestrator;
 pub mod ports;
 mod reaper;

@@ -19,11 +19,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rand::Rng;
-use skep_common::{Kind, NodeId, ServiceId, TaskId, TaskState, Timestamp};
+use skep_common::{Kind, NetworkId, NodeId, ServiceId, TaskId, TaskState, Timestamp};
 
 use crate::allocator::Cursors;
 use crate::command::Action;
 use crate::fork::Fork;
+use crate::network;
 use crate::orchestrator::{self, Scope, enforcer, is_live, updater};
 use crate::reaper;
 use crate::scheduler::{self, Index};
@@ -38,6 +39,8 @@ pub struct Dirty {
     pub nodes: BTreeSet<NodeId>,
     /// Tasks to look at, each with its service.
     pub tasks: BTreeMap<TaskId, ServiceId>,
+    /// Networks to look at.
+    pub networks: BTreeSet<NetworkId>,
     /// An image came, or moved.
     pub images: bool,
     /// Everything is to be looked at.
@@ -72,7 +75,10 @@ impl Dirty {
                 }
                 Kind::Image => self.images = true,
                 Kind::Cluster => self.all = true,
-                Kind::Network | Kind::Secret | Kind::Config | Kind::Stack => {}
+                Kind::Network => {
+                    self.networks.insert(NetworkId(change.id));
+                }
+                Kind::Secret | Kind::Config | Kind::Stack => {}
             }
         }
     }
@@ -111,6 +117,10 @@ pub struct LeaderMemory {
     cursors: Cursors,
     updates: updater::Memory,
     timers: Timers,
+    /// Services that lack a virtual address: looked at in each pass, since any change may free one.
+    without_address: BTreeSet<ServiceId>,
+    /// Networks on their way out: looked at in each pass, since any task may be the last on one.
+    leaving: BTreeSet<NetworkId>,
     /// What the last plan touched: looked at again, in case that it was not committed.
     last: Work,
 }
@@ -208,10 +218,16 @@ pub fn plan(
         let wake = scope.wake;
         memory.timers.set(Subject::Service(*service_id), wake);
     }
+    memory.give_virtual_ips(&mut fork, &work);
     memory.sync_touched(&fork);
     scheduler::schedule(&mut fork, &mut memory.index, &mut memory.cursors);
     for service_id in &work.services {
         reaper::reap(&mut fork, *service_id);
+    }
+    for network_id in &memory.leaving {
+        if reaper::reap_network(&mut fork, *network_id) {
+            memory.cursors.networks.retain(|(id, _), _| id != network_id);
+        }
     }
     memory.sync_touched(&fork);
     memory.end(view, work, fork)
@@ -227,7 +243,16 @@ impl LeaderMemory {
         if dirty.all {
             self.index = Index::rebuild(view);
             self.timers = Timers::default();
+            self.without_address.clear();
+            let leaving = view.networks().values().filter(|network| network.pending_delete);
+            self.leaving = leaving.map(|network| network.id).collect();
             return everything(view);
+        }
+        for network_id in &dirty.networks {
+            match view.network(*network_id).is_some_and(|network| network.pending_delete) {
+                true => self.leaving.insert(*network_id),
+                false => self.leaving.remove(network_id),
+            };
         }
         for subject in self.timers.due(now) {
             match subject {
@@ -256,10 +281,36 @@ impl LeaderMemory {
         for task_id in &work.tasks {
             self.index.sync_task(view, *task_id);
         }
-        if dirty.images {
+        // An image or a network may be what tasks wait for, and a service may have freed an address.
+        if dirty.images || !dirty.networks.is_empty() || !dirty.services.is_empty() {
             self.index.set_changed();
         }
         work
+    }
+
+    /// Gives services the virtual addresses that they lack, as far as their networks have any left.
+    fn give_virtual_ips(&mut self, fork: &mut Fork<'_>, work: &Work) {
+        let lacking = std::mem::take(&mut self.without_address);
+        for service_id in lacking.union(&work.services) {
+            let state = fork.state();
+            let Some(service) = state.service(*service_id) else { continue };
+            if !network::is_incomplete(state, service) {
+                continue;
+            }
+            let virtual_ips = network::virtual_ips(state, service);
+            if virtual_ips != service.endpoint.virtual_ips {
+                let mut service = (**service).clone();
+                service.endpoint.virtual_ips = virtual_ips;
+                fork.put_service(service);
+            }
+            let state = fork.state();
+            if state
+                .service(*service_id)
+                .is_some_and(|service| network::is_incomplete(state, service))
+            {
+                self.without_address.insert(*service_id);
+            }
+        }
     }
 
     fn sync_touched(&mut self, fork: &Fork<'_>) {

@@ -6,6 +6,7 @@
 //!   `MaxAttempts` needs to count. Differs from SwarmKit, which counts the live one in: five failures
 //!   make the scheduler avoid a node, so that many must be left to see.
 //! - A service that was removed goes with its last task.
+//! - A network that was removed goes with the last task on it.
 //! - A task whose node is gone, or down for a day, is `Orphaned`: it holds nothing any more.
 //!
 //! Source: SwarmKit `manager/orchestrator/taskreaper`, `manager/dispatcher` (`moveTasksToOrphaned`).
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use skep_common::limits::TASK_HISTORY_LIMIT;
 use skep_common::object::NodeState;
-use skep_common::{NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
+use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::fork::Fork;
 use crate::orchestrator::{MAX_ATTEMPTS_COUNTED, is_live};
@@ -74,6 +75,19 @@ pub(crate) fn reap(fork: &mut Fork<'_>, service_id: ServiceId) {
     if is_over {
         fork.delete_service(service_id);
     }
+}
+
+/// Erases a network on its way out once no task is on it; says whether it is gone.
+pub(crate) fn reap_network(fork: &mut Fork<'_>, network_id: NetworkId) -> bool {
+    let state = fork.state();
+    let Some(network) = state.network(network_id) else { return true };
+    let is_over = network.pending_delete
+        && !state.has_tasks_on(network_id)
+        && state.user_of_network(network_id).is_none();
+    if is_over {
+        fork.delete_network(network_id);
+    }
+    is_over
 }
 
 fn has_stopped(state: &State, task: &Task) -> bool {

@@ -9,7 +9,7 @@ use skep_common::{Meta, Object, Service, ServiceId, Timestamp, Version};
 
 use crate::command::{Action, Expect};
 use crate::store::State;
-use crate::{image, ports, validate};
+use crate::{image, network, ports, validate};
 
 /// Why a request about a service is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +20,9 @@ pub enum Error {
     /// A port cannot be published.
     #[error(transparent)]
     Port(#[from] ports::Error),
+    /// It cannot be on its networks.
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// Choose another name, or update that service.
     #[error("name conflicts with an existing object: service {name} already exists")]
     NameTaken {
@@ -51,9 +54,10 @@ pub enum Error {
 pub fn create(
     state: &State,
     id: ServiceId,
-    spec: ServiceSpec,
+    mut spec: ServiceSpec,
 ) -> Result<(ServiceId, Action), Error> {
     validate::service_spec(&spec)?;
+    network::resolve(state, &mut spec)?;
     let mut service = Service {
         id,
         meta: Meta::default(),
@@ -72,7 +76,7 @@ pub fn create(
         service.id = old.id;
         expect = Expect::Version(old.meta.version);
     }
-    service.endpoint.ports = ports::allocate(state, &service)?;
+    allocate(state, &mut service)?;
     Ok((service.id, put(service, expect)))
 }
 
@@ -82,7 +86,7 @@ pub fn update(
     state: &State,
     service: &Service,
     version: Version,
-    spec: ServiceSpec,
+    mut spec: ServiceSpec,
 ) -> Result<Option<Action>, Error> {
     validate::service_spec(&spec)?;
     if service.pending_delete {
@@ -95,6 +99,7 @@ pub fn update(
     if is_replicated(&spec) != is_replicated(&service.spec) {
         return Err(Error::ModeChange);
     }
+    network::resolve(state, &mut spec)?;
     let spec = keep_pin(state, &service.spec, spec);
     if spec == service.spec && version == service.meta.version {
         return Ok(None);
@@ -103,7 +108,7 @@ pub fn update(
     new.previous_spec = Some(service.spec.clone());
     new.update_status = None;
     new.spec = spec;
-    new.endpoint.ports = ports::allocate(state, &new)?;
+    allocate(state, &mut new)?;
     Ok(Some(put(new, Expect::Version(version))))
 }
 
@@ -128,12 +133,13 @@ pub fn rollback(
         completed_at: None,
         message: "manually requested rollback".to_owned(),
     });
-    new.endpoint.ports = ports::allocate(state, &new)?;
+    network::resolve(state, &mut new.spec)?;
+    allocate(state, &mut new)?;
     Ok(put(new, Expect::Version(version)))
 }
 
-/// The service on its way out: its tasks are stopped and erased, then it is. Its ports are free at
-/// once. `None` where it is on its way already.
+/// The service on its way out: its tasks are stopped and erased, then it is. Its ports and virtual
+/// addresses are free at once. `None` where it is on its way already.
 pub fn remove(service: &Service) -> Option<Action> {
     if service.pending_delete {
         return None;
@@ -141,7 +147,15 @@ pub fn remove(service: &Service) -> Option<Action> {
     let mut new = service.clone();
     new.pending_delete = true;
     new.endpoint.ports.clear();
+    new.endpoint.virtual_ips.clear();
     Some(put(new, Expect::Present))
+}
+
+/// Gives the service the ports and the virtual addresses of its spec; those that it has are kept.
+fn allocate(state: &State, service: &mut Service) -> Result<(), Error> {
+    service.endpoint.ports = ports::allocate(state, service)?;
+    service.endpoint.virtual_ips = network::virtual_ips(state, service);
+    Ok(())
 }
 
 fn put(service: Service, expect: Expect) -> Action {

@@ -355,7 +355,7 @@ impl Simulation {
                 status.1.state = status.1.state.max(TaskState::Shutdown);
             }
             worker.told = set.tasks.iter().map(|(id, task)| (*id, task.desired_state)).collect();
-            self.drain.acknowledge(*node_id, self.drain.table().0);
+            self.drain.acknowledge(*node_id, self.drain.version());
         }
     }
 

@@ -1,16 +1,19 @@
-//! Deploys and removes a stack: its services, in one transaction.
+//! Deploys and removes a stack: its networks and services, in one transaction.
 //!
-//! A stack is a stored object; its services also carry Docker's label, so that its clients see them,
+//! A stack is a stored object; its services and networks also carry Docker's label, so that its clients see them,
 //! and so that what `docker stack deploy` made is adopted. As there, services that a file no longer
-//! has are removed only where `prune` is asked. Source: docker/cli `cli/command/stack`.
+//! has are removed only where `prune` is asked, and networks likewise. A network is never changed: what
+//! tasks have of it was made of it. Source: docker/cli `cli/command/stack`.
+
+use std::collections::BTreeSet;
 
 use rand::Rng;
-use skep_common::spec::{ServiceSpec, StackSpec};
-use skep_common::{Kind, Meta, Object, ServiceId, Stack, StackId, Timestamp};
+use skep_common::spec::{NetworkSpec, ServiceSpec, StackSpec};
+use skep_common::{Kind, Meta, NetworkId, Object, ServiceId, Stack, StackId, Timestamp};
 
 use crate::command::{Action, Command, Expect, Outcome, Refusal};
-use crate::service;
 use crate::store::State;
+use crate::{network, service};
 
 /// The label by which Docker's clients know the services of a stack.
 pub const NAMESPACE_LABEL: &str = "com.docker.stack.namespace";
@@ -26,21 +29,42 @@ pub enum Error {
         /// Why.
         error: service::Error,
     },
-    /// Two of its services contradict each other.
-    #[error("service {name}: {refusal}")]
+    /// One of its networks is refused, so nothing is touched.
+    #[error("network {name}: {error}")]
+    Network {
+        /// The network's full name.
+        name: String,
+        /// Why.
+        error: network::Error,
+    },
+    /// Remove the stack and deploy it again, or give the network another name in the file.
+    #[error(
+        "network {name} of the file differs from the one that the stack has, and a network cannot be changed: \
+         remove the stack first, or give the network another name"
+    )]
+    NetworkDiffers {
+        /// The network's full name.
+        name: String,
+    },
+    /// Two of its parts contradict each other.
+    #[error("{kind} {name}: {refusal}", kind = word(*.kind))]
     Refused {
-        /// The service's full name.
+        /// A service or a network.
+        kind: Kind,
+        /// Its full name.
         name: String,
         /// What the store says.
         refusal: Refusal,
     },
-    /// Two services of the file have one name.
-    #[error("the stack has two services named {name}")]
+    /// Two services or networks of the file have one name.
+    #[error("the stack has two {kind}s named {name}", kind = word(*.kind))]
     Twice {
+        /// Services or networks.
+        kind: Kind,
         /// The name.
         name: String,
     },
-    /// Neither a stored stack nor a service with its label.
+    /// Neither a stored stack nor a service or a network with its label.
     #[error("nothing found in stack: {name}")]
     NotFound {
         /// The stack.
@@ -54,7 +78,11 @@ pub enum Error {
     },
 }
 
-/// What a deploy does, by the services' full names.
+fn word(kind: Kind) -> &'static str {
+    if kind == Kind::Network { "network" } else { "service" }
+}
+
+/// What a deploy does, by the full names of services and networks.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Deployment {
     /// One transaction; empty where nothing changes.
@@ -67,6 +95,8 @@ pub struct Deployment {
     pub unchanged: Vec<String>,
     /// Services that go.
     pub removed: Vec<String>,
+    /// Networks that are new.
+    pub created_networks: Vec<String>,
 }
 
 /// The actions that make a stack what `spec` says.
@@ -83,23 +113,27 @@ pub fn deploy(
     let mut deployment = Deployment::default();
     // Each service is checked against what the ones before it take, such as ports.
     let mut scratch = state.clone();
-    let names: Vec<&str> = spec.services.iter().map(|service| service.name.as_str()).collect();
-    if let Some(name) = names.iter().enumerate().find(|(n, name)| names[..*n].contains(*name)) {
-        return Err(Error::Twice { name: (*name.1).to_owned() });
-    }
+    let names = names(Kind::Service, spec.services.iter().map(|service| &*service.name))?;
+    let networks = self::names(Kind::Network, spec.networks.iter().map(|network| &*network.name))?;
     if prune {
         let gone = service::of_stack(state, &spec.name)
             .filter(|service| !names.contains(&service.spec.name.as_str()));
         for service in gone {
             let name = service.spec.name.clone();
             if let Some(action) = service::remove(service) {
-                deployment.add(&mut scratch, now, &name, action)?;
+                deployment.add(&mut scratch, now, (Kind::Service, &name), action)?;
             }
             deployment.removed.push(name);
         }
     }
+    for network in &spec.networks {
+        deploy_network(&mut deployment, &mut scratch, &spec.name, network, now, rng)?;
+    }
     for service in &spec.services {
         deploy_service(&mut deployment, &mut scratch, &spec.name, service, now, rng)?;
+    }
+    if prune {
+        prune_networks(&mut deployment, &mut scratch, &spec.name, &networks, now)?;
     }
     let stored = state.id_by_name(Kind::Stack, &spec.name).and_then(|id| state.stack(StackId(id)));
     if stored.is_none_or(|stored| stored.spec != spec) {
@@ -109,6 +143,56 @@ pub fn deploy(
         deployment.actions.push(Action::Put { object, expect });
     }
     Ok(deployment)
+}
+
+/// The names of the file's parts of one kind, which must differ.
+fn names<'a>(kind: Kind, names: impl Iterator<Item = &'a str>) -> Result<BTreeSet<&'a str>, Error> {
+    let mut known = BTreeSet::new();
+    for name in names {
+        if !known.insert(name) {
+            return Err(Error::Twice { kind, name: name.to_owned() });
+        }
+    }
+    Ok(known)
+}
+
+fn deploy_network(
+    deployment: &mut Deployment,
+    scratch: &mut State,
+    stack: &str,
+    spec: &NetworkSpec,
+    now: Timestamp,
+    rng: &mut impl Rng,
+) -> Result<(), Error> {
+    let name = spec.name.clone();
+    let mut spec = spec.clone();
+    spec.labels.get_or_insert_default().insert(NAMESPACE_LABEL.to_owned(), stack.to_owned());
+    if let Some(old) = network::of_stack(scratch, stack).find(|old| old.spec.name == name) {
+        return if old.spec == spec { Ok(()) } else { Err(Error::NetworkDiffers { name }) };
+    }
+    let created = network::create(scratch, NetworkId::random(rng), spec);
+    let (_, action) = created.map_err(|error| Error::Network { name: name.clone(), error })?;
+    deployment.add(scratch, now, (Kind::Network, &name), action)?;
+    deployment.created_networks.push(name);
+    Ok(())
+}
+
+/// Removes the stack's networks that the file does not have, but for those that others use.
+fn prune_networks(
+    deployment: &mut Deployment,
+    scratch: &mut State,
+    stack: &str,
+    kept: &BTreeSet<&str>,
+    now: Timestamp,
+) -> Result<(), Error> {
+    let networks = network::of_stack(scratch, stack);
+    let gone: Vec<_> = networks.filter(|old| !kept.contains(&*old.spec.name)).cloned().collect();
+    for network in gone {
+        if let Ok(Some(action)) = network::remove(scratch, &network) {
+            deployment.add(scratch, now, (Kind::Network, &network.spec.name), action)?;
+        }
+    }
+    Ok(())
 }
 
 fn deploy_service(
@@ -127,7 +211,7 @@ fn deploy_service(
     let Some(old) = old else {
         let (_, action) =
             service::create(scratch, ServiceId::random(rng), spec).map_err(refused)?;
-        deployment.add(scratch, now, &name, action)?;
+        deployment.add(scratch, now, (Kind::Service, &name), action)?;
         deployment.created.push(name);
         return Ok(());
     };
@@ -136,7 +220,7 @@ fn deploy_service(
     *force_update = force_update.or(old.spec.task_template.force_update);
     match service::update(scratch, &old, old.meta.version, spec).map_err(refused)? {
         Some(action) => {
-            deployment.add(scratch, now, &name, action)?;
+            deployment.add(scratch, now, (Kind::Service, &name), action)?;
             deployment.updated.push(name);
         }
         None => deployment.unchanged.push(name),
@@ -149,31 +233,61 @@ impl Deployment {
         &mut self,
         scratch: &mut State,
         now: Timestamp,
-        name: &str,
+        (kind, name): (Kind, &str),
         action: Action,
     ) -> Result<(), Error> {
         let index = scratch.version().index + 1;
         let (outcome, _) = scratch.apply(index, &Command::new(now, vec![action.clone()]));
         if let Outcome::Refused(refusal) = outcome {
-            return Err(Error::Refused { name: name.to_owned(), refusal });
+            return Err(Error::Refused { kind, name: name.to_owned(), refusal });
         }
         self.actions.push(action);
         Ok(())
     }
 }
 
-/// The actions that remove a stack, and the names of its services.
-pub fn remove(state: &State, name: &str) -> Result<(Vec<Action>, Vec<String>), Error> {
+/// What the removal of a stack does.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Removal {
+    /// One transaction.
+    pub actions: Vec<Action>,
+    /// Full names of its services.
+    pub services: Vec<String>,
+    /// Full names of its networks.
+    pub networks: Vec<String>,
+}
+
+/// The actions that remove a stack: all of it or, where a network of it is used by others, nothing.
+pub fn remove(state: &State, name: &str, now: Timestamp) -> Result<Removal, Error> {
     let services: Vec<_> = service::of_stack(state, name).collect();
+    let networks: Vec<_> = network::of_stack(state, name).collect();
     let stored = state.id_by_name(Kind::Stack, name);
-    if services.is_empty() && stored.is_none() {
+    if services.is_empty() && networks.is_empty() && stored.is_none() {
         return Err(Error::NotFound { name: name.to_owned() });
     }
-    let names = services.iter().map(|service| service.spec.name.clone()).collect();
-    let mut actions: Vec<Action> =
-        services.into_iter().filter_map(|service| service::remove(service)).collect();
+    let mut deployment = Deployment::default();
+    // Networks are looked at without the services that go.
+    let mut scratch = state.clone();
+    for service in &services {
+        if let Some(action) = service::remove(service) {
+            deployment.add(&mut scratch, now, (Kind::Service, &service.spec.name), action)?;
+        }
+    }
+    for network in &networks {
+        let name = &network.spec.name;
+        let removed = network::remove(&scratch, network);
+        let action = removed.map_err(|error| Error::Network { name: name.clone(), error })?;
+        if let Some(action) = action {
+            deployment.add(&mut scratch, now, (Kind::Network, name), action)?;
+        }
+    }
+    let mut actions = deployment.actions;
     actions.extend(stored.map(|id| Action::Delete { kind: Kind::Stack, id }));
-    Ok((actions, names))
+    Ok(Removal {
+        actions,
+        services: services.iter().map(|service| service.spec.name.clone()).collect(),
+        networks: networks.iter().map(|network| network.spec.name.clone()).collect(),
+    })
 }
 
 #[cfg(test)]
@@ -246,10 +360,13 @@ mod tests {
         let id = world.state.service_by_name("shop_a").unwrap().id;
         let task = world.state.tasks_of_service(id).next().unwrap().clone();
         assert!(task.status.err.contains("no image named i:1"), "{}", task.status.err);
-        let (actions, removed) = remove(&world.state, "shop").unwrap();
-        assert_eq!(removed, ["shop_a"]);
-        world.apply(actions);
-        assert_eq!(remove(&world.state, "shop"), Err(Error::NotFound { name: "shop".to_owned() }));
+        let removal = remove(&world.state, "shop", world.now).unwrap();
+        assert_eq!(removal.services, ["shop_a"]);
+        world.apply(removal.actions);
+        assert_eq!(
+            remove(&world.state, "shop", world.now),
+            Err(Error::NotFound { name: "shop".to_owned() })
+        );
         assert_eq!(step(&mut world, file, false), "+a");
         let service = world.state.service_by_name("shop_a").unwrap();
         assert_eq!((service.id, service.pending_delete), (id, false));

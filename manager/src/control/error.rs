@@ -1,7 +1,7 @@
 //! Why a control request was refused. Messages and codes follow SwarmKit's control API.
 
 use skep_common::Kind;
-use skep_manager_core::{Refusal, service, stack};
+use skep_manager_core::{Refusal, network, service, stack};
 use tonic::{Code, Status};
 
 use crate::consensus::{ReadError, propose};
@@ -36,6 +36,9 @@ pub enum Error {
     /// The core refused the request about a service.
     #[error(transparent)]
     Service(#[from] service::Error),
+    /// The core refused the request about a network.
+    #[error(transparent)]
+    Network(#[from] network::Error),
     /// The core refused the request about a stack.
     #[error(transparent)]
     Stack(#[from] stack::Error),
@@ -57,6 +60,8 @@ impl Error {
             Self::Ambiguous { .. } | Self::Invalid(_) => Code::InvalidArgument,
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Service(error) => service_code(error),
+            Self::Network(error) => network_code(error),
+            Self::Stack(stack::Error::Network { error, .. }) => network_code(error),
             Self::Stack(stack::Error::NotFound { .. }) => Code::NotFound,
             Self::Stack(stack::Error::Service { error, .. }) => service_code(error),
             Self::Stack(_) => Code::InvalidArgument,
@@ -64,15 +69,30 @@ impl Error {
             Self::Refused(Refusal::NotFound { .. }) => Code::NotFound,
             Self::Refused(Refusal::NameTaken { .. }) => Code::AlreadyExists,
             Self::Refused(Refusal::PortInUse { .. }) => Code::InvalidArgument, // As SwarmKit.
-            Self::Refused(Refusal::AddressInUse { .. }) => Code::Aborted,
+            Self::Refused(Refusal::AddressInUse { .. } | Refusal::VniInUse { .. }) => Code::Aborted,
+            Self::Refused(Refusal::NetworkInUse { .. }) => Code::FailedPrecondition,
+            Self::Refused(Refusal::NetworkNotFound { .. }) => Code::NotFound,
             Self::Refused(Refusal::NodeNumbersExhausted) => Code::ResourceExhausted,
             Self::Propose(_) | Self::Read(_) => Code::Unavailable,
         }
     }
 }
 
+fn network_code(error: &network::Error) -> Code {
+    match error {
+        network::Error::Invalid(_) => Code::InvalidArgument,
+        network::Error::NameTaken { .. } => Code::AlreadyExists,
+        network::Error::NotFound { .. } => Code::NotFound,
+        network::Error::InUse { .. } | network::Error::Predefined { .. } => {
+            Code::FailedPrecondition
+        }
+        network::Error::Exhausted(_) => Code::ResourceExhausted,
+    }
+}
+
 fn service_code(error: &service::Error) -> Code {
     match error {
+        service::Error::Network(error) => network_code(error),
         service::Error::Invalid(_) | service::Error::Port(_) => Code::InvalidArgument, // As SwarmKit.
         service::Error::NameTaken { .. } => Code::AlreadyExists,
         service::Error::Rename | service::Error::ModeChange => Code::Unimplemented,

@@ -66,7 +66,10 @@ fn ids(state: &State, kind: Kind) -> Box<dyn Iterator<Item = u128> + '_> {
         Kind::Node => Box::new(state.nodes().keys().map(|id| id.0)),
         Kind::Service => Box::new(state.services().keys().map(|id| id.0)),
         Kind::Task => Box::new(state.tasks().keys().map(|id| id.0)),
-        Kind::Network => Box::new(state.networks().keys().map(|id| id.0)),
+        Kind::Network => {
+            let staying = state.networks().values().filter(|network| !network.pending_delete);
+            Box::new(staying.map(|network| network.id.0))
+        }
         Kind::Secret => Box::new(state.secrets().keys().map(|id| id.0)),
         Kind::Config => Box::new(state.configs().keys().map(|id| id.0)),
         Kind::Stack => Box::new(state.stacks().keys().map(|id| id.0)),
@@ -74,14 +77,19 @@ fn ids(state: &State, kind: Kind) -> Box<dyn Iterator<Item = u128> + '_> {
     }
 }
 
-/// The object with this id, whole.
+/// Whether clients must not see an object: a network whose removal was asked.
+pub fn is_hidden(object: &Object) -> bool {
+    matches!(object, Object::Network(network) if network.pending_delete)
+}
+
+/// The object with this id, whole, where clients may see it.
 pub fn object(state: &State, kind: Kind, id: u128) -> Option<Object> {
     macro_rules! of {
         ($table:ident, $key:path, $variant:ident) => {
             state.$table().get(&$key(id)).map(|o| Object::$variant(Box::new((**o).clone())))
         };
     }
-    match kind {
+    let found = match kind {
         Kind::Cluster => {
             let cluster = state.cluster().filter(|cluster| cluster.id.0 == id);
             cluster.map(|cluster| Object::Cluster(Box::new((**cluster).clone())))
@@ -94,7 +102,8 @@ pub fn object(state: &State, kind: Kind, id: u128) -> Option<Object> {
         Kind::Config => of!(configs, skep_common::ConfigId, Config),
         Kind::Stack => of!(stacks, skep_common::StackId, Stack),
         Kind::Image => of!(images, skep_common::ImageId, Image),
-    }
+    };
+    found.filter(|object| !is_hidden(object))
 }
 
 /// What changes from one answer to the next and is therefore not stored: who leads, who is reachable.

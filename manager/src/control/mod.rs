@@ -3,12 +3,13 @@
 //! A handler reads a linearizable snapshot, decides with the pure functions of the core, and proposes
 //! one transaction whose preconditions make it safe on any manager: the leader need not run it.
 //!
-//! Reading order: [`error`], [`lookup`] (references and documents), `services`, `nodes`, `stacks`,
+//! Reading order: [`error`], [`lookup`] (references and documents), `services`, `networks`, `nodes`, `stacks`,
 //! `watch`, `logs`.
 
 pub mod error;
 mod logs;
 pub mod lookup;
+mod networks;
 mod nodes;
 mod services;
 mod stacks;
@@ -120,7 +121,8 @@ impl ControlService {
             let label = labels.and_then(|labels| labels.get("com.docker.stack.namespace"));
             request.stack.is_empty() || label.is_some_and(|label| *label == request.stack)
         };
-        for object in state.objects().filter(|object| object.kind() == kind) {
+        let visible = state.objects().filter(|object| !lookup::is_hidden(object));
+        for object in visible.filter(|object| object.kind() == kind) {
             let (wanted, key) = match &object {
                 Object::Node(node) => (true, format!("{} {}", node.hostname(), node.id)),
                 Object::Service(service) => {
@@ -261,20 +263,18 @@ impl Control for ControlService {
 
     async fn create_network(
         &self,
-        _: Request<CreateNetworkRequest>,
+        request: Request<CreateNetworkRequest>,
     ) -> Answer<CreateNetworkResponse> {
-        Err(Status::unimplemented(
-            "overlay networks are not supported yet: publish the ports that services are to be reached at",
-        ))
+        let spec = parse_json("network spec", &request.into_inner().spec_json)?;
+        Ok(Response::new(networks::create(self, spec).await?))
     }
 
     async fn remove_network(
         &self,
-        _: Request<RemoveNetworkRequest>,
+        request: Request<RemoveNetworkRequest>,
     ) -> Answer<RemoveNetworkResponse> {
-        Err(Status::unimplemented(
-            "overlay networks are not supported yet: publish the ports that services are to be reached at",
-        ))
+        networks::remove(self, &request.into_inner().id).await?;
+        Ok(Response::new(RemoveNetworkResponse {}))
     }
 
     async fn deploy_stack(

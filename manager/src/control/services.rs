@@ -20,8 +20,14 @@ pub(super) async fn create(
         let id = ServiceId::random(&mut rand::rng());
         let (id, action) = service::create(&state, id, spec.clone())?;
         match control.write(vec![action]).await {
-            // Two writers were given one dynamic port, or one name: the next view decides.
-            Err(Error::Refused(Refusal::PortInUse { .. } | Refusal::OutOfSequence { .. })) => {}
+            // Two writers were given one dynamic port, one name or one address, or a network is gone: the
+            // next view decides.
+            Err(Error::Refused(
+                Refusal::PortInUse { .. }
+                | Refusal::OutOfSequence { .. }
+                | Refusal::AddressInUse { .. }
+                | Refusal::NetworkNotFound { .. },
+            )) => {}
             Err(error) => return Err(error),
             Ok(version) => {
                 let (id, version) = (id.to_string(), version.index);
@@ -40,19 +46,33 @@ pub(super) async fn update(
     request: UpdateServiceRequest,
 ) -> Result<UpdateServiceResponse, Error> {
     let version = Version { index: request.version };
-    let (state, service) = view(control, &request.id, version).await?;
-    if request.rollback {
-        let action = service::rollback(&state, &service, version, clock::now())?;
-        let version = control.write(vec![action]).await?.index;
-        return Ok(UpdateServiceResponse { version, ..UpdateServiceResponse::default() });
-    }
-    let spec: ServiceSpec = parse_json("service spec", &request.spec_json)?;
-    let action = service::update(&state, &service, version, spec.clone())?;
-    let version = match action {
-        Some(action) => control.write(vec![action]).await?,
-        None => version,
+    let spec: Option<ServiceSpec> = match request.rollback {
+        true => None,
+        false => Some(parse_json("service spec", &request.spec_json)?),
     };
-    Ok(UpdateServiceResponse { warnings: warnings(&state, &spec), version: version.index })
+    let (mut state, mut service) = view(control, &request.id, version).await?;
+    loop {
+        let action = match &spec {
+            None => Some(service::rollback(&state, &service, version, clock::now())?),
+            Some(spec) => service::update(&state, &service, version, spec.clone())?,
+        };
+        let written = match action {
+            Some(action) => control.write(vec![action]).await,
+            None => Ok(version),
+        };
+        match written {
+            // Another writer was given the same address, or removed the network: the next view decides.
+            Err(Error::Refused(Refusal::AddressInUse { .. } | Refusal::NetworkNotFound { .. })) => {
+                state = control.read().await?;
+                service = find(&state, &request.id)?;
+            }
+            Err(error) => return Err(error),
+            Ok(version) => {
+                let warnings = spec.map(|spec| warnings(&state, &spec)).unwrap_or_default();
+                return Ok(UpdateServiceResponse { warnings, version: version.index });
+            }
+        }
+    }
 }
 
 /// A view with the service at the version that the caller names. This manager's own will do where it

@@ -27,9 +27,7 @@ pub(super) async fn deploy(
         if !deployment.actions.is_empty() {
             match control.write(deployment.actions).await {
                 // Raced with another writer: what the file says does not depend on it.
-                Err(Error::Refused(Refusal::OutOfSequence { .. } | Refusal::PortInUse { .. })) => {
-                    continue;
-                }
+                Err(Error::Refused(refusal)) if is_race(&refusal) => continue,
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
@@ -40,7 +38,7 @@ pub(super) async fn deploy(
             unchanged: deployment.unchanged,
             removed: deployment.removed,
             warnings,
-            ..DeployStackResponse::default()
+            created_networks: deployment.created_networks,
         });
     }
 }
@@ -51,11 +49,31 @@ pub(super) async fn remove(
 ) -> Result<RemoveStackResponse, Error> {
     loop {
         let state = control.read().await?;
-        let (actions, removed) = stack::remove(&state, name)?;
-        match control.write(actions).await {
-            Err(Error::Refused(Refusal::OutOfSequence { .. })) => {}
+        let removal = stack::remove(&state, name, clock::now())?;
+        match control.write(removal.actions).await {
+            Err(Error::Refused(refusal)) if is_race(&refusal) => {}
             Err(error) => return Err(error),
-            Ok(_) => return Ok(RemoveStackResponse { removed, ..RemoveStackResponse::default() }),
+            Ok(_) => {
+                return Ok(RemoveStackResponse {
+                    removed: removal.services,
+                    removed_networks: removal.networks,
+                });
+            }
+        }
+    }
+}
+
+/// Whether another writer came between: then the next view decides.
+fn is_race(refusal: &Refusal) -> bool {
+    match refusal {
+        Refusal::OutOfSequence { .. }
+        | Refusal::PortInUse { .. }
+        | Refusal::AddressInUse { .. }
+        | Refusal::VniInUse { .. }
+        | Refusal::NetworkInUse { .. }
+        | Refusal::NetworkNotFound { .. } => true,
+        Refusal::NotFound { .. } | Refusal::NameTaken { .. } | Refusal::NodeNumbersExhausted => {
+            false
         }
     }
 }

@@ -96,7 +96,7 @@ async fn send_all(
     known: &mut BTreeSet<(Kind, u128)>,
     action: EventAction,
 ) -> Sent {
-    for object in state.objects() {
+    for object in state.objects().filter(|object| !lookup::is_hidden(object)) {
         let (kind, id) = (object.kind(), object.raw_id());
         if selection.wants(kind, id, service_of(&object)) {
             known.insert((kind, id));

@@ -395,8 +395,9 @@ impl Leader {
     fn dispatch(&mut self) {
         let now = clock::now();
         self.drain.update(&self.state, &self.not_in_balancer, now);
+        self.sessions.skip_unconcerned(&mut self.drain);
         let held_back = self.drain.held_back(&self.state, now);
-        self.sessions.dispatch(&self.state, &self.drain, held_back, now);
+        self.sessions.dispatch(&self.state, &mut self.drain, held_back, now);
     }
 }
 

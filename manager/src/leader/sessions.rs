@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use skep_common::limits::HEARTBEAT_PERIOD;
 use skep_common::object::NodeDescription;
 use skep_common::spec::PortProtocol;
-use skep_common::{NodeId, Object, TaskId, Timestamp};
+use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
-use skep_manager_core::endpoints::{self, Drain, Table};
+use skep_manager_core::endpoints::networks::{Endpoint, NetworkChanges, NetworkService, Settings};
+use skep_manager_core::endpoints::{self, Drain, NodeTable};
 use skep_manager_core::{Action, Expect, State};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
-    MeshPeer, MeshPort, MeshPortKey, MeshUpdate, PortCondition, REMOVED_METADATA, Welcome,
+    MeshPeer, MeshPort, MeshPortKey, MeshUpdate, NetworkEndpoint, NetworkSettings, NetworkUpdate,
+    PortCondition, REMOVED_METADATA, Welcome,
 };
 use skep_runtime::identity::sign_grant;
 use tonic::Status;
@@ -27,7 +29,7 @@ struct Session {
     id: u64,
     to_agent: ToAgent,
     stream: Stream,
-    told_table: Option<(u64, Table)>,
+    told_table: Option<(u64, NodeTable)>,
     told_managers: Vec<String>,
     conditions: Vec<PortCondition>,
     /// Digests of the images that the node said it holds.
@@ -198,11 +200,23 @@ impl Sessions {
         }
     }
 
+    /// Takes note of the nodes for which the newest table has nothing new: they are told nothing.
+    pub(super) fn skip_unconcerned(&mut self, drain: &mut Drain) {
+        let newest = drain.version();
+        for (node_id, session) in &mut self.open {
+            let Some((version, told)) = &mut session.told_table else { continue };
+            if *version != newest && drain.of_node(*node_id).is_same(told) {
+                *version = newest;
+                drain.has_no_news_for(*node_id);
+            }
+        }
+    }
+
     /// Tells every node what is new for it, as far as its queue has room.
     pub(super) fn dispatch(
         &mut self,
         state: &State,
-        drain: &Drain,
+        drain: &mut Drain,
         held_back: BTreeSet<TaskId>,
         now: Timestamp,
     ) {
@@ -211,7 +225,7 @@ impl Sessions {
             self.mark(state.task(task_id).and_then(|task| task.node_id));
         }
         self.held_back = held_back;
-        let (version, table) = drain.table();
+        let version = drain.version();
         let is_stale = |session: &Session| {
             session.told_table.as_ref().is_none_or(|(told, _)| *told != version)
         };
@@ -243,7 +257,12 @@ impl Sessions {
                 &self.held_back,
             );
             session.is_dirty = false;
-            let message = news(session, state, *node_id, set, (version, table), now);
+            let is_news = is_stale(session);
+            let table = is_news.then(|| (version, drain.of_node(*node_id)));
+            let message = news(session, state, *node_id, set, table, now);
+            if is_news {
+                drain.sent(*node_id);
+            }
             if let Some(assignments) = message {
                 permit.send(Ok(DispatcherMessage {
                     message: Some(Message::Assignments(assignments)),
@@ -282,10 +301,11 @@ fn news(
     state: &State,
     node_id: NodeId,
     set: assignments::AssignmentSet,
-    (version, table): (u64, &Table),
+    table: Option<(u64, NodeTable)>,
     now: Timestamp,
 ) -> Option<Assignments> {
-    let mesh = mesh_update(session.told_table.as_ref(), version, table);
+    let told = session.told_table.as_ref().map(|(_, told)| told);
+    let mesh = table.as_ref().map(|(version, table)| mesh_update(told, *version, table));
     let managers = manager_addresses(state);
     let is_management_new = managers != session.told_managers;
     let mut message = match session.stream.next(set) {
@@ -304,8 +324,8 @@ fn news(
         }
         None => return None,
     };
-    if mesh.is_some() {
-        session.told_table = Some((version, table.clone()));
+    if table.is_some() {
+        session.told_table = table;
         message.mesh = mesh;
     }
     if is_management_new {
@@ -346,45 +366,86 @@ fn images(
     assigned.collect()
 }
 
-fn mesh_update(told: Option<&(u64, Table)>, version: u64, table: &Table) -> Option<MeshUpdate> {
-    let empty = Table::default();
-    let (whole, old) = match told {
-        Some((told, _)) if *told == version => return None,
-        Some((_, old)) => (false, old),
-        None => (true, &empty),
-    };
-    let changes = endpoints::diff(old, table);
+/// What makes the table that the node was told the newest one.
+fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> MeshUpdate {
+    let empty = NodeTable::default();
+    let node_changes = told.unwrap_or(&empty).diff(table);
+    let changes = &node_changes.table;
     let key = |(protocol, published): &(PortProtocol, u16)| MeshPortKey {
         protocol: protocol.name().to_owned(),
         published: (*published).into(),
-    };
-    let port = |(id, port): (&(PortProtocol, u16), &endpoints::Port)| MeshPort {
-        protocol: id.0.name().to_owned(),
-        published: id.1.into(),
-        service_id: port.service_id.to_string(),
-        backends: port
-            .backends
-            .iter()
-            .map(|(task_id, address)| MeshBackend {
-                task_id: task_id.to_string(),
-                address: address.to_string(),
-                target_port: port.target_port.into(),
-            })
-            .collect(),
     };
     let peer = |(number, address): (&u16, &std::net::Ipv4Addr)| MeshPeer {
         number: (*number).into(),
         underlay: address.to_string(),
     };
-    Some(MeshUpdate {
+    MeshUpdate {
         version,
-        whole,
+        whole: told.is_none(),
         peers: changes.peers.iter().map(peer).collect(),
         removed_peers: changes.removed_peers.iter().map(|number| u32::from(*number)).collect(),
-        ports: changes.ports.iter().map(port).collect(),
+        ports: changes.ports.iter().map(mesh_port).collect(),
         removed_ports: changes.removed_ports.iter().map(key).collect(),
-        ..MeshUpdate::default()
-    })
+        networks: node_changes.networks.iter().map(network_update).collect(),
+        removed_networks: node_changes.removed_networks.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
+    let backend = |(task_id, address): (&TaskId, &std::net::Ipv4Addr)| MeshBackend {
+        task_id: task_id.to_string(),
+        address: address.to_string(),
+        target_port: port.target_port.into(),
+    };
+    MeshPort {
+        protocol: id.0.name().to_owned(),
+        published: id.1.into(),
+        service_id: port.service_id.to_string(),
+        backends: port.backends.iter().map(backend).collect(),
+    }
+}
+
+fn network_update((network_id, changes): (&NetworkId, &NetworkChanges)) -> NetworkUpdate {
+    NetworkUpdate {
+        id: network_id.to_string(),
+        whole: changes.is_whole,
+        settings: changes.settings.as_ref().map(network_settings),
+        endpoints: changes.endpoints.iter().map(|(id, place)| endpoint(*id, place)).collect(),
+        removed_endpoints: changes.removed_endpoints.iter().map(ToString::to_string).collect(),
+        services: changes.services.iter().map(|(id, entry)| network_service(*id, entry)).collect(),
+        removed_services: changes.removed_services.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn network_settings(settings: &Settings) -> NetworkSettings {
+    NetworkSettings {
+        name: settings.name.clone(),
+        vni: settings.vni,
+        subnets: settings.subnets.iter().map(ToString::to_string).collect(),
+        mtu: settings.mtu,
+        internal: settings.internal,
+        encrypted: false, // Networks that ask for it are refused.
+    }
+}
+
+fn endpoint(task_id: TaskId, endpoint: &Endpoint) -> NetworkEndpoint {
+    NetworkEndpoint {
+        task_id: task_id.to_string(),
+        service_id: endpoint.service_id.to_string(),
+        name: endpoint.name.clone(),
+        addresses: endpoint.addresses.iter().map(ToString::to_string).collect(),
+        node_number: endpoint.node_number.into(),
+        serving: endpoint.serving,
+    }
+}
+
+fn network_service(service_id: ServiceId, entry: &NetworkService) -> skep_proto::NetworkService {
+    skep_proto::NetworkService {
+        service_id: service_id.to_string(),
+        name: entry.name.clone(),
+        aliases: entry.aliases.clone(),
+        virtual_ips: entry.virtual_ips.iter().map(ToString::to_string).collect(),
+    }
 }
 
 #[cfg(test)]

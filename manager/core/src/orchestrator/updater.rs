@@ -21,7 +21,7 @@ use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{Scope, enforcer, is_live, newest};
 use crate::store::State;
-use crate::{image, ports};
+use crate::{image, network, ports};
 
 /// SwarmKit's default `Monitor`.
 const MONITOR: Duration = Duration::from_secs(5);
@@ -182,7 +182,11 @@ fn fail(
     }
     let mut status = service.update_status.clone().unwrap_or_default();
     match &service.previous_spec {
-        Some(previous) if config.action == Action::Rollback && !is_rollback => {
+        Some(previous)
+            if config.action == Action::Rollback
+                && !is_rollback
+                && network::are_there(scope.fork.state(), previous) =>
+        {
             status.state = "rollback_started".to_owned();
             status.message = format!("update rolled back due to {reason}");
             let mut service = service.clone();
@@ -192,6 +196,8 @@ fn fail(
             if let Ok(ports) = ports::allocate(scope.fork.state(), &service) {
                 service.endpoint.ports = ports;
             }
+            let virtual_ips = network::virtual_ips(scope.fork.state(), &service);
+            service.endpoint.virtual_ips = virtual_ips;
             scope.fork.put_service(service);
         }
         _ => {
@@ -356,14 +362,15 @@ fn late(scope: &Scope<'_, '_>, task: &Task) -> String {
 
 /// Whether a task needs no replacement to be what the service's spec says.
 ///
-/// Published ports are not part of it: they are balanced outside of the container. Differs from
+/// Published ports are not part of it, as long as the task has an uplink: they are balanced outside of
+/// the container. Differs from
 /// SwarmKit, which replaces all tasks for a port (moby#41364).
 pub(super) fn is_clean(state: &State, service: &Service, task: &Task) -> bool {
     if task.spec_version == service.spec_version {
         return true;
     }
     let (wanted, made) = (&service.spec.task_template, &task.spec);
-    if !is_same_but_placement(wanted, made) {
+    if !is_same_but_placement(wanted, made) || lacks_uplink(state, service, task) {
         return false;
     }
     if wanted.placement == made.placement {
@@ -374,11 +381,22 @@ pub(super) fn is_clean(state: &State, service: &Service, task: &Task) -> bool {
     is_same_but_constraints(wanted, made) && node.is_some_and(is_met)
 }
 
+/// Whether a task on internal networks only is to be reached from outside all the same.
+fn lacks_uplink(state: &State, service: &Service, task: &Task) -> bool {
+    let is_attached = !task.networks_attachments.is_empty();
+    let networks = network::targets(&service.spec).filter_map(|id| state.network(id));
+    is_attached
+        && task.ingress_address().is_none()
+        && network::needs_uplink(Some(service), networks.map(|network| &**network))
+}
+
 fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {
+    let networks = |spec: &TaskSpec| spec.networks.clone().unwrap_or_default();
     wanted.resources == made.resources
         && wanted.restart_policy == made.restart_policy
         && wanted.force_update.unwrap_or(0) == made.force_update.unwrap_or(0)
         && wanted.log_driver == made.log_driver
+        && networks(wanted) == networks(made)
         && wanted.extra == made.extra
         && image::is_same_container(wanted.container_spec.as_ref(), made.container_spec.as_ref())
 }

@@ -7,6 +7,7 @@ use skep_common::{Node, ServiceId, Task};
 
 use super::index::{self, Amounts, Entry, Index};
 use crate::constraint::{self, Constraint};
+use crate::network::{self, Wanted};
 use crate::store::State;
 
 /// What a task needs of its node.
@@ -20,20 +21,30 @@ pub(super) struct Requirement {
     replicas_max: u64,
     /// The image with its digest, where the spec's has none.
     pub(super) pinned_image: Option<String>,
+    /// The networks to be on.
+    pub(super) networks: Vec<Wanted>,
+    /// Whether an address of the node's slice is needed.
+    pub(super) has_uplink: bool,
 }
 
 impl Requirement {
-    pub(super) fn of(state: &State, task: &Task) -> Result<Self, constraint::Error> {
+    /// An error is the reason for the task to wait, whatever the nodes have.
+    pub(super) fn of(state: &State, task: &Task) -> Result<Self, String> {
+        let networks = network::wanted_by(state, &task.spec)?;
+        let service = state.service(task.service_id).map(|service| &**service);
         let placement = task.spec.placement.clone().unwrap_or_default();
         Ok(Self {
             amounts: Amounts::reserved_by(&task.spec),
             constraints: constraint::parse_all(
                 placement.constraints.as_deref().unwrap_or_default(),
-            )?,
+            )
+            .map_err(|error| error.to_string())?,
             platforms: placement.platforms.unwrap_or_default(),
             ports: index::host_ports(state, task),
             replicas_max: placement.max_replicas.unwrap_or(0),
             pinned_image: None,
+            has_uplink: network::wants_uplink(service, &networks),
+            networks,
         })
     }
 }
@@ -92,7 +103,7 @@ pub(super) fn first_miss(
             Filter::Replicas,
             requirement.replicas_max > 0 && u64::from(n_replicas) >= requirement.replicas_max,
         ),
-        (Filter::Address, entry.n_addresses >= entry.n_addresses_max),
+        (Filter::Address, requirement.has_uplink && entry.n_addresses >= entry.n_addresses_max),
     ];
     misses.into_iter().find(|(_, is_missed)| *is_missed).map(|(filter, _)| filter)
 }

@@ -13,6 +13,7 @@ use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{FAILURE_WINDOW, GroupKey};
 use crate::allocator;
+use crate::network;
 use crate::orchestrator::is_live;
 use crate::store::State;
 
@@ -85,9 +86,23 @@ impl Entry {
 /// What one task adds to the index.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Charge {
-    Waiting { key: GroupKey, slot: u64 },
-    Placed { number: usize, service_id: ServiceId, amounts: Amounts, is_active: bool, ports: Ports },
-    Failed { number: usize, key: GroupKey, at: Timestamp },
+    Waiting {
+        key: GroupKey,
+        slot: u64,
+    },
+    Placed {
+        number: usize,
+        service_id: ServiceId,
+        amounts: Amounts,
+        is_active: bool,
+        has_uplink: bool,
+        ports: Ports,
+    },
+    Failed {
+        number: usize,
+        key: GroupKey,
+        at: Timestamp,
+    },
 }
 
 type Ports = Vec<(PortProtocol, u16)>;
@@ -226,6 +241,7 @@ impl Index {
                 service_id: task.service_id,
                 amounts: Amounts::reserved_by(&task.spec),
                 is_active: is_live(task),
+                has_uplink: network::has_uplink(task),
                 ports: host_ports(state, task),
             }),
         }
@@ -239,10 +255,10 @@ impl Index {
             Charge::Failed { number, key, at } => {
                 self.failures.entry(*key).or_default().insert((*number, task_id), *at);
             }
-            Charge::Placed { number, service_id, amounts, is_active, ports } => {
+            Charge::Placed { number, service_id, amounts, is_active, has_uplink, ports } => {
                 let entry = &mut self.entries[*number];
                 entry.free.take(amounts);
-                entry.n_addresses += 1;
+                entry.n_addresses += u32::from(*has_uplink);
                 for port in ports {
                     *entry.ports.entry(*port).or_insert(0) += 1;
                 }
@@ -273,10 +289,10 @@ impl Index {
                     }
                 }
             }
-            Charge::Placed { number, service_id, amounts, is_active, ports } => {
+            Charge::Placed { number, service_id, amounts, is_active, has_uplink, ports } => {
                 let entry = &mut self.entries[*number];
                 entry.free.give_back(amounts);
-                entry.n_addresses -= 1;
+                entry.n_addresses -= u32::from(*has_uplink);
                 for port in ports {
                     decrement(&mut entry.ports, port);
                 }

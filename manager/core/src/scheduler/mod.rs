@@ -1,7 +1,8 @@
 //! Assigns waiting tasks to nodes.
 //!
 //! [`schedule`] looks at every task without a node: it gives it the node that ranks first among
-//! those that pass all filters, with an address of that node's slice, or writes why none passes.
+//! those that pass all filters, with an address of that node's slice and one on each of
+//! its networks, or writes why none passes.
 //!
 //! ```text
 //! waiting ──► group by (service, spec version) ──► filter nodes ──► heap by rank ──► Assigned
@@ -42,6 +43,7 @@ use skep_common::{NodeId, ServiceId, TaskId, Version};
 use crate::allocator::{self, Cursors};
 use crate::fork::Fork;
 use crate::image;
+use crate::network;
 
 use filter::Requirement;
 pub(crate) use index::{Amounts, Index};
@@ -66,15 +68,18 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
         return; // The reasons that were written are still true.
     }
     let keys: Vec<GroupKey> = index.waiting().keys().copied().collect();
-    let mut unread: BTreeMap<GroupKey, String> = BTreeMap::new();
+    let mut settled: BTreeMap<GroupKey, String> = BTreeMap::new();
     for key in keys {
         let Some(first) = index.waiting()[&key].first().map(|(_, task_id)| *task_id) else {
             continue;
         };
         match requirement(fork, first) {
-            Ok(requirement) => place_group(fork, index, cursors, key, &requirement),
+            Ok(requirement) => {
+                let reason = place_group(fork, index, cursors, key, &requirement).err();
+                settled.extend(reason.map(|reason| (key, reason)));
+            }
             Err(reason) => {
-                unread.insert(key, reason);
+                settled.insert(key, reason);
             }
         }
     }
@@ -84,7 +89,7 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
         .map(|(key, tasks)| (*key, tasks.iter().map(|(_, task_id)| *task_id).collect()))
         .collect();
     for (key, tasks) in left {
-        let reason = unread.remove(&key).or_else(|| {
+        let reason = settled.remove(&key).or_else(|| {
             let requirement = requirement(fork, *tasks.first()?).ok()?;
             Some(filter::explain(fork.state(), index, key.0, &requirement))
         });
@@ -101,7 +106,7 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
 fn requirement(fork: &Fork<'_>, task_id: TaskId) -> Result<Requirement, String> {
     let state = fork.state();
     let task = state.task(task_id).ok_or_else(String::new)?;
-    let mut requirement = Requirement::of(state, task).map_err(|error| error.to_string())?;
+    let mut requirement = Requirement::of(state, task)?;
     let name = task.spec.container_spec.as_ref().map_or("", |container| &container.image);
     if !name.is_empty() {
         let pinned = image::resolve(state, name).map_err(|missing| missing.to_string())?;
@@ -110,13 +115,15 @@ fn requirement(fork: &Fork<'_>, task_id: TaskId) -> Result<Requirement, String> 
     Ok(requirement)
 }
 
+/// Places a group's tasks, as far as there are nodes; an error is the reason of the rest where that is
+/// not a matter of nodes.
 fn place_group(
     fork: &mut Fork<'_>,
     index: &mut Index,
     cursors: &mut Cursors,
     key: GroupKey,
     requirement: &Requirement,
-) {
+) -> Result<(), String> {
     let tasks: Vec<TaskId> = index.waiting()[&key].iter().map(|(_, task_id)| *task_id).collect();
     let failures = index.recent_failures(key, fork.now());
     let mut counts = index.active_of_service(key.0);
@@ -132,20 +139,29 @@ fn place_group(
     let mut heap: BinaryHeap<Reverse<Rank>> =
         fitting.map(|(number, _)| Reverse(rank(index, &counts, number))).collect();
     'tasks: for task_id in tasks {
-        let (number, address) = loop {
+        let (number, uplink) = loop {
             let Some(Reverse((.., number))) = heap.pop() else { break 'tasks };
             let entry = index.entry(number);
             if filter::first_miss(entry, requirement, counts[number]).is_some() {
                 continue; // Full now; it stays out for the rest of the group.
             }
+            if !requirement.has_uplink {
+                break (number, None);
+            }
             let node = entry.node.as_deref();
-            if let Some(address) = node.and_then(|n| allocator::grant(fork.state(), cursors, n)) {
-                break (number, address);
+            if let Some(uplink) = node.and_then(|n| allocator::grant(fork.state(), cursors, n)) {
+                break (number, Some(uplink));
             }
         };
-        fork.place(task_id, index.entry(number).id, requirement.pinned_image.clone(), address);
+        // Interfaces have this order in the container: networks as the spec names them, then the uplink.
+        let networks = &requirement.networks;
+        let mut attachments = network::attach(fork.state(), &mut cursors.networks, networks)?;
+        attachments.extend(uplink);
+        let pinned = requirement.pinned_image.clone();
+        fork.place(task_id, index.entry(number).id, pinned, attachments);
         index.sync_task(fork.state(), task_id);
         counts[number] += 1;
         heap.push(Reverse(rank(index, &counts, number)));
     }
+    Ok(())
 }

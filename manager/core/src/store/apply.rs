@@ -4,7 +4,6 @@
 
 use std::sync::Arc;
 
-use skep_common::object::NetworkAttachment;
 use skep_common::spec::PublishMode;
 use skep_common::{
     ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
@@ -12,7 +11,7 @@ use skep_common::{
 };
 
 use super::{Change, State};
-use crate::command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
+use crate::command::{Action, Command, Expect, NETWORKS_LEVEL, Outcome, Refusal, TaskPatch};
 
 /// Node numbers have 12 bits in the packet mark; 0 and 4095 are not used.
 const NODE_NUMBER_MAX: u16 = 4094;
@@ -24,7 +23,8 @@ impl State {
         let mut next = self.clone();
         next.version = version;
         let mut changes = Vec::new();
-        let writer = Writer { at: command.at, version };
+        let level = command.level;
+        let writer = Writer { at: command.at, version, level };
         for action in &command.actions {
             if let Err(refusal) = next.apply_action(&writer, action, &mut changes) {
                 self.version = version;
@@ -52,9 +52,17 @@ impl State {
             Action::Put { object, expect } => {
                 let found = self.meta_of(object.kind(), object.raw_id());
                 let meta = writer.meta(object.kind(), found, *expect, object.raw_id())?;
+                if writer.level >= NETWORKS_LEVEL {
+                    self.check_networks(object)?;
+                }
                 changes.push(self.put(object, meta)?);
             }
-            Action::Delete { kind, id } => changes.extend(self.delete(*kind, *id)),
+            Action::Delete { kind, id } => {
+                if *kind == Kind::Network && writer.level >= NETWORKS_LEVEL {
+                    self.refuse_used(NetworkId(*id))?;
+                }
+                changes.extend(self.delete(*kind, *id));
+            }
             Action::PatchTask(patch) => changes.extend(self.patch_task(writer, patch)?),
             Action::ImageHolder { digest, node_id, holds } => {
                 self.set_image_holder(writer, digest, *node_id, *holds, changes);
@@ -94,13 +102,7 @@ impl State {
             Object::Node(node) => self.put_node((**node).clone(), meta)?,
             Object::Service(service) => self.put_service((**service).clone(), meta)?,
             Object::Task(task) => return self.put_task((**task).clone(), meta),
-            Object::Network(network) => {
-                let old = self.networks.get(&network.id).map(|old| old.spec.name.clone());
-                self.rename(kind, id, old.as_deref(), &network.spec.name)?;
-                let mut network = (**network).clone();
-                network.meta = meta;
-                self.networks.insert(network.id, Arc::new(network));
-            }
+            Object::Network(network) => self.put_network((**network).clone(), meta)?,
             Object::Secret(secret) => {
                 let old = self.secrets.get(&secret.id).map(|old| old.spec.name.clone());
                 self.rename(kind, id, old.as_deref(), &secret.spec.name)?;
@@ -169,6 +171,7 @@ impl State {
                 });
             }
         }
+        self.move_virtual_ips(old.as_deref(), &service)?;
         service.meta = meta;
         let spec_changed = old.as_ref().is_none_or(|old| old.spec != service.spec);
         service.spec_version = match old {
@@ -197,11 +200,7 @@ impl State {
         if let Some(node_id) = task.node_id {
             self.node_tasks.remove(&(node_id, task.id));
         }
-        for NetworkAttachment { address, .. } in &task.networks_attachments {
-            if self.addresses.get(address) == Some(&task.id) {
-                self.addresses.remove(address);
-            }
-        }
+        self.release_addresses(task);
     }
 
     pub(super) fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
@@ -210,11 +209,7 @@ impl State {
             self.node_tasks.insert((node_id, task.id));
         }
         if !task.status.state.is_terminal() {
-            for NetworkAttachment { address, .. } in &task.networks_attachments {
-                if self.addresses.insert(*address, task.id).is_some_and(|owner| owner != task.id) {
-                    return Err(Refusal::AddressInUse { address: *address });
-                }
-            }
+            self.claim_addresses(&task)?;
         }
         let change = change_of(&task);
         self.tasks.insert(task.id, Arc::new(task));
@@ -295,6 +290,7 @@ impl State {
                 for port in ingress_ports(&service) {
                     self.ports.remove(&port);
                 }
+                self.release_virtual_ips(&service);
                 self.names.remove(&(kind, service.spec.name.clone()));
             }
             Kind::Task => {
@@ -303,8 +299,7 @@ impl State {
                 change = change_of(&task);
             }
             Kind::Network => {
-                let network = self.networks.remove(&NetworkId(id))?;
-                self.names.remove(&(kind, network.spec.name.clone()));
+                self.delete_network(NetworkId(id))?;
             }
             Kind::Secret => {
                 let secret = self.secrets.remove(&SecretId(id))?;
@@ -326,7 +321,7 @@ impl State {
         Some(change)
     }
 
-    fn rename(
+    pub(super) fn rename(
         &mut self,
         kind: Kind,
         id: u128,
@@ -370,6 +365,7 @@ fn ingress_ports(
 struct Writer {
     at: Timestamp,
     version: Version,
+    level: u32,
 }
 
 impl Writer {

@@ -14,6 +14,9 @@ use super::State;
 use crate::command::{Expect, FORMAT_LEVEL, Outcome};
 use crate::{Action, Command};
 
+/// A level at which references between objects are not checked.
+const UNCHECKED_LEVEL: u32 = 1;
+
 #[derive(Serialize, Deserialize)]
 struct Header {
     level: u32,
@@ -117,7 +120,8 @@ impl State {
             _ => None,
         };
         let put = Action::Put { object, expect: Expect::Absent };
-        let command = Command::new(meta.updated_at, vec![put]);
+        // Objects come by kind: what refers to another may come before it.
+        let command = Command { level: UNCHECKED_LEVEL, at: meta.updated_at, actions: vec![put] };
         let (outcome, changes) = self.apply(meta.version.index, &command);
         let (Outcome::Applied(_), [change]) = (&outcome, changes.as_slice()) else {
             return Err(outcome);

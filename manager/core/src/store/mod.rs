@@ -8,17 +8,19 @@
 //! - Applying is deterministic and total: equal logs give equal states, byte for byte, on all
 //!   managers ([`State::digest`]).
 //! - A refused command changes nothing.
-//! - Names, published ports, node numbers and task addresses are held once.
+//! - Names, published ports, node numbers, network identifiers and addresses are held once. A network
+//!   on its way out holds no name.
 //! - Task states, desired states and versions only grow.
 //! - The only indexes here are those that lookups need; the scheduler keeps its own.
 
 mod apply;
 mod codec;
+mod networks;
 mod scratch;
 #[cfg(test)]
 mod tests;
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
@@ -30,6 +32,7 @@ use skep_common::{
 };
 
 pub use codec::DecodeError;
+pub use networks::AddressOwner;
 
 /// A table of objects by id.
 pub type Table<K, V> = OrdMap<K, Arc<V>>;
@@ -63,6 +66,8 @@ pub struct State {
     names: OrdMap<(Kind, String), u128>,
     ports: OrdMap<(PortProtocol, u16), ServiceId>,
     addresses: OrdMap<Ipv4Addr, TaskId>,
+    vnis: OrdMap<u32, NetworkId>,
+    network_addresses: OrdMap<(NetworkId, IpAddr), AddressOwner>,
     node_numbers: OrdMap<u16, NodeId>,
     service_tasks: OrdSet<(ServiceId, u64, TaskId)>,
     node_tasks: OrdSet<(NodeId, TaskId)>,

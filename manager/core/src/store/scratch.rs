@@ -43,14 +43,14 @@ impl State {
         }
     }
 
-    /// Places a task: its node and its address, which nobody else has.
+    /// Places a task: its node and its addresses, which nobody else has.
     pub(crate) fn scratch_place_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
         let Some(task) = self.tasks.get_mut(&task_id) else { return };
         let task = Arc::make_mut(task);
         edit(task);
-        let (node_id, addresses) = (task.node_id, task.networks_attachments.clone());
-        self.node_tasks.extend(node_id.map(|node_id| (node_id, task_id)));
-        self.addresses
-            .extend(addresses.into_iter().map(|attachment| (attachment.address, task_id)));
+        let task = task.clone();
+        self.node_tasks.extend(task.node_id.map(|node_id| (node_id, task_id)));
+        self.claim_addresses(&task)
+            .expect("a pass grants an address only after it looked for its owner");
     }
 }

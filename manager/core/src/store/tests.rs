@@ -145,7 +145,7 @@ fn a_refused_command_says_why_and_changes_nothing() {
         (
             "the address is taken",
             put(task(2, "2@1:assigned", Some(1)), Expect::Absent),
-            Refusal::AddressInUse { address: Ipv4Addr::new(10, 192, 4, 1) },
+            Refusal::AddressInUse { address: [10, 192, 4, 1].into() },
         ),
         (
             "a second swarm",
@@ -281,9 +281,9 @@ fn what_is_not_a_state_is_refused_with_its_line() {
     let text = String::from_utf8(bytes.clone()).unwrap();
     let cut = State::decode(&bytes[..bytes.len() - 10]).unwrap_err();
     assert_eq!(cut.to_string(), "line 6 of the state is not a JSON document of the expected form");
-    let newer = text.replacen("\"level\":1", "\"level\":2", 1);
+    let newer = text.replacen("\"level\":2", "\"level\":3", 1);
     let newer = State::decode(newer.as_bytes()).unwrap_err();
-    assert_eq!(newer.to_string(), "the state has format level 2, this program knows 1");
+    assert_eq!(newer.to_string(), "the state has format level 3, this program knows 2");
     let last = text.trim_end().rsplit('\n').next().unwrap();
     let twice = State::decode(format!("{text}{last}\n").as_bytes()).unwrap_err();
     assert!(twice.to_string().starts_with("the state contradicts itself at line 7"), "{twice}");
@@ -297,6 +297,8 @@ fn assert_indexes(state: &State) {
     assert_eq!(anew.names, state.names);
     assert_eq!(anew.ports, state.ports);
     assert_eq!(anew.addresses, state.addresses);
+    assert_eq!(anew.vnis, state.vnis);
+    assert_eq!(anew.network_addresses, state.network_addresses);
     assert_eq!(anew.node_numbers, state.node_numbers);
     assert_eq!(anew.service_tasks, state.service_tasks);
     assert_eq!(anew.node_tasks, state.node_tasks);

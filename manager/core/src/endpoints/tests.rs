@@ -1,0 +1,151 @@
+//! Tables of who serves, and of when a task may stop.
+
+use std::time::Duration;
+
+use skep_common::Service;
+use skep_common::spec::PortConfig;
+
+use super::*;
+use crate::testing::{NOW, World, parse_node, service};
+use crate::{Action, TaskPatch};
+
+fn published(replicas: u64) -> Service {
+    let mut web = service(replicas);
+    let port = PortConfig { target_port: 80, published_port: Some(8080), ..PortConfig::default() };
+    let host = PortConfig {
+        published_port: Some(9090),
+        publish_mode: Some(PublishMode::Host),
+        ..port.clone()
+    };
+    web.endpoint.ports = vec![port, host];
+    web
+}
+
+fn nobody() -> BTreeSet<NodeId> {
+    BTreeSet::new()
+}
+
+/// A swarm whose tasks have addresses: 1 and 2 run on nodes 1 and 2.
+fn running() -> (World, Vec<TaskId>) {
+    let mut world = World::new("1 2", published(2), "");
+    world.step();
+    let mut tasks: Vec<(u64, TaskId)> =
+        world.state.tasks().values().map(|task| (task.slot, task.id)).collect();
+    tasks.sort_unstable();
+    let tasks: Vec<TaskId> = tasks.into_iter().map(|(_, task_id)| task_id).collect();
+    for task_id in &tasks {
+        world.report(*task_id, TaskState::Running);
+    }
+    (world, tasks)
+}
+
+fn desire(world: &mut World, task_id: TaskId, desired_state: TaskState) {
+    let patch = TaskPatch { desired_state: Some(desired_state), ..TaskPatch::of(task_id) };
+    world.apply(vec![Action::PatchTask(patch)]);
+}
+
+#[test]
+fn a_backend_is_running_healthy_wanted_and_on_a_living_node() {
+    let (mut world, tasks) = running();
+    let backends = |world: &World, silent: &BTreeSet<NodeId>| -> Vec<TaskId> {
+        let table = table(&world.state, silent);
+        assert_eq!(table.ports.len(), 1, "host-mode ports are not the mesh's");
+        assert_eq!(table.peers.len(), 2);
+        table.ports[&(PortProtocol::Tcp, 8080)].backends.keys().copied().collect()
+    };
+    let mut both = tasks.clone();
+    both.sort_unstable();
+    assert_eq!(backends(&world, &nobody()), both);
+    assert_eq!(backends(&world, &[NodeId(1)].into()), [tasks[1]], "a silent node");
+    let mut down = parse_node("1:down");
+    world.replace(skep_common::Object::Node(Box::new(down.clone())));
+    assert_eq!(backends(&world, &nobody()), [tasks[1]], "a node that is down");
+    down.status.state = NodeState::Ready;
+    world.replace(skep_common::Object::Node(Box::new(down)));
+    desire(&mut world, tasks[1], TaskState::Shutdown);
+    assert_eq!(backends(&world, &nobody()), [tasks[0]], "a task that is to stop");
+    let mut status = world.state.task(tasks[0]).unwrap().status.clone();
+    status.unhealthy = true;
+    let patch = TaskPatch { status: Some(status), ..TaskPatch::of(tasks[0]) };
+    world.apply(vec![Action::PatchTask(patch)]);
+    assert_eq!(backends(&world, &nobody()), [], "an unhealthy one; the port stays, and refuses");
+}
+
+#[test]
+fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
+    let (mut world, tasks) = running();
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.session_opened(node_id);
+        drain.acknowledge(node_id, 1);
+    }
+    assert!(!drain.update(&world.state, &nobody(), NOW), "nothing changed");
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    assert!(drain.update(&world.state, &nobody(), NOW));
+    assert_eq!(drain.version(), 2);
+    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
+    assert_eq!(drain.deadline(), Some(NOW.after(DRAIN_ACK_WAIT)));
+    drain.acknowledge(NodeId(1), 2);
+    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into(), "one of two");
+    drain.session_closed(NodeId(2));
+    assert_eq!(drain.held_back(&world.state, NOW), nothing(), "the other is not there any more");
+    assert_eq!(drain.deadline(), None);
+}
+
+fn nothing() -> BTreeSet<TaskId> {
+    BTreeSet::new()
+}
+
+#[test]
+fn a_stop_waits_two_seconds_at_most() {
+    let (mut world, tasks) = running();
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    drain.session_opened(NodeId(1));
+    desire(&mut world, tasks[0], TaskState::Remove);
+    drain.update(&world.state, &nobody(), NOW);
+    let just_before = NOW.after(DRAIN_ACK_WAIT - Duration::from_millis(1));
+    assert_eq!(drain.held_back(&world.state, just_before), [tasks[0]].into());
+    assert_eq!(drain.held_back(&world.state, NOW.after(DRAIN_ACK_WAIT)), nothing());
+}
+
+#[test]
+fn a_task_that_was_in_no_table_is_not_held() {
+    let mut world = World::new("1", service(1), "1@1:running 1@1:starting");
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    drain.session_opened(NodeId(1));
+    desire(&mut world, TaskId(1), TaskState::Shutdown);
+    desire(&mut world, TaskId(2), TaskState::Shutdown);
+    assert!(!drain.update(&world.state, &nobody(), NOW));
+    assert_eq!(drain.held_back(&world.state, NOW), nothing());
+}
+
+#[test]
+fn a_new_leader_holds_what_may_still_be_in_a_table() {
+    let (mut world, tasks) = running();
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    drain.session_opened(NodeId(1));
+    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
+    drain.acknowledge(NodeId(1), 1);
+    assert_eq!(drain.held_back(&world.state, NOW), nothing());
+}
+
+#[test]
+fn changes_make_the_new_table_of_the_old() {
+    let (mut world, tasks) = running();
+    let mut tables = vec![Table::default(), table(&world.state, &nobody())];
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    tables.push(table(&world.state, &nobody()));
+    let mut web = world.web();
+    web.endpoint.ports[0].published_port = Some(8081);
+    world.replace(skep_common::Object::Service(Box::new(web)));
+    world.apply(vec![Action::Delete { kind: skep_common::Kind::Node, id: 2 }]);
+    tables.push(table(&world.state, &nobody()));
+    for old in &tables {
+        for new in &tables {
+            let mut made = old.clone();
+            made.apply(&diff(old, new));
+            assert_eq!(&made, new);
+        }
+    }
+}

@@ -1,0 +1,43 @@
+//! `network create` and `rm`. What is allowed and what follows is decided in the core.
+
+use skep_common::spec::NetworkSpec;
+use skep_common::{Kind, NetworkId};
+use skep_manager_core::{Refusal, network};
+use skep_proto::CreateNetworkResponse;
+
+use super::error::Error;
+use super::{ControlService, parse_id};
+
+pub(super) async fn create(
+    control: &ControlService,
+    spec: NetworkSpec,
+) -> Result<CreateNetworkResponse, Error> {
+    loop {
+        let state = control.read().await?;
+        let id = NetworkId::random(&mut rand::rng());
+        let (id, action) = network::create(&state, id, spec.clone())?;
+        match control.write(vec![action]).await {
+            // Two writers were given one identifier, or one name: the next view decides.
+            Err(Error::Refused(Refusal::VniInUse { .. } | Refusal::NameTaken { .. })) => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(CreateNetworkResponse { id: id.to_string(), warnings: Vec::new() }),
+        }
+    }
+}
+
+pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Error> {
+    let network_id = NetworkId(parse_id(Kind::Network, id)?);
+    loop {
+        let state = control.read().await?;
+        let network = state.network(network_id).filter(|network| !network.pending_delete);
+        let network =
+            network.ok_or_else(|| Error::NotFound { kind: "network", reference: id.to_owned() })?;
+        let Some(action) = network::remove(&state, network)? else { return Ok(()) };
+        match control.write(vec![action]).await {
+            // A service came onto it meanwhile: the next view names it.
+            Err(Error::Refused(Refusal::OutOfSequence { .. } | Refusal::NetworkInUse { .. })) => {}
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(()),
+        }
+    }
+}
