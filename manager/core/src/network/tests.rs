@@ -1,1 +1,328 @@
+//! Networks from their creation to their end, and what services and tasks have of them.
 
+use std::collections::BTreeSet;
+
+use serde_json::{Value, json};
+use skep_common::spec::NetworkAttachmentConfig;
+use skep_common::{Image, ImageId, NodeId, Service, ServiceId, Task, TaskId};
+
+use super::*;
+use crate::endpoints::Drain;
+use crate::service;
+use crate::testing::{NOW, WEB, World};
+
+/// Two nodes that have the image, and no service but the tables' own, which has no task.
+fn world() -> World {
+    let mut world = World::new("1 2", crate::testing::service(0), "");
+    world.put(vec![Object::Image(Box::new(Image {
+        id: ImageId(1),
+        meta: Meta::default(),
+        name: "docker.io/library/whoami:latest".into(),
+        digest: "sha256:12".into(),
+        size: 1,
+        created: None,
+        holders: [NodeId(1), NodeId(2)].into(),
+    }))]);
+    world
+}
+
+fn spec(name: &str, more: Value) -> NetworkSpec {
+    let spec: NetworkSpec = serde_json::from_value(more).unwrap();
+    NetworkSpec { name: name.to_owned(), ..spec }
+}
+
+/// Makes a network; ids count from 100.
+fn make(world: &mut World, name: &str, more: Value) -> Network {
+    let id = NetworkId(100 + world.state.networks().len() as u128);
+    let (id, action) = create(&world.state, id, spec(name, more)).unwrap();
+    world.apply(vec![action]);
+    (**world.state.network(id).unwrap()).clone()
+}
+
+fn refusal(world: &World, name: &str, more: Value) -> String {
+    create(&world.state, NetworkId(999), spec(name, more)).unwrap_err().to_string()
+}
+
+fn subnet(cidr: &str) -> Value {
+    json!({"IPAM": {"Config": [{"Subnet": cidr}]}})
+}
+
+fn service_spec(name: &str, replicas: u64, networks: &[&str]) -> ServiceSpec {
+    let mut spec = crate::testing::service(replicas).spec;
+    spec.name = name.to_owned();
+    let target = |name: &&str| NetworkAttachmentConfig {
+        target: (*name).to_owned(),
+        ..NetworkAttachmentConfig::default()
+    };
+    spec.task_template.networks = Some(networks.iter().map(target).collect());
+    let container = json!({"Image": "whoami"});
+    spec.task_template.container_spec = Some(serde_json::from_value(container).unwrap());
+    spec
+}
+
+fn start(world: &mut World, id: u128, spec: ServiceSpec) -> Service {
+    let (id, action) = service::create(&world.state, ServiceId(id), spec).unwrap();
+    world.apply(vec![action]);
+    world.step();
+    (**world.state.service(id).unwrap()).clone()
+}
+
+fn tasks(world: &World, service_id: ServiceId) -> Vec<Task> {
+    world.state.tasks_of_service(service_id).map(|task| (**task).clone()).collect()
+}
+
+/// A service on its way out; its tasks are told to stop.
+fn take_away(world: &mut World, service_id: ServiceId) {
+    let service = world.state.service(service_id).unwrap().clone();
+    if let Some(action) = service::remove(&service) {
+        world.apply(vec![action]);
+    }
+    world.step();
+}
+
+fn end_all(world: &mut World, service_id: ServiceId) {
+    let running: Vec<TaskId> = tasks(world, service_id).iter().map(|task| task.id).collect();
+    for task_id in running {
+        world.report(task_id, TaskState::Shutdown);
+    }
+    world.step();
+    world.step();
+}
+
+#[test]
+fn a_network_gets_the_lowest_free_identifier_and_subnet() {
+    let mut world = world();
+    let nets = |network: &Network| -> Vec<String> {
+        network.subnets.iter().map(|subnet| subnet.subnet.to_string()).collect()
+    };
+    let first = make(&mut world, "first", json!({}));
+    assert_eq!((first.vni, nets(&first)), (VNI_MIN, vec!["10.0.0.0/20".to_owned()]));
+    assert_eq!(first.subnets[0].gateway.to_string(), "10.0.0.1");
+    let asked = make(&mut world, "asked", subnet("10.0.16.0/24"));
+    assert_eq!((asked.vni, nets(&asked)), (VNI_MIN + 1, vec!["10.0.16.0/24".to_owned()]));
+    let six = make(&mut world, "six", json!({"EnableIPv6": true}));
+    assert_eq!(nets(&six), ["10.0.32.0/20", "fd00:736b:6570:5002::/64"], "past what is taken");
+    // What a removed one had is the lowest again.
+    let removed = remove(&world.state, &first).unwrap().unwrap();
+    world.apply(vec![removed]);
+    assert!(world.state.network_by_name("first").is_none(), "its name is free at once");
+    world.step();
+    assert!(world.state.network(first.id).is_none(), "nobody was on it");
+    let id = NetworkId(200);
+    let (_, action) = create(&world.state, id, spec("first", json!({}))).unwrap();
+    world.apply(vec![action]);
+    let again = world.state.network(id).unwrap();
+    assert_eq!((again.vni, nets(again)), (VNI_MIN, vec!["10.0.0.0/20".to_owned()]));
+}
+
+#[test]
+fn what_cannot_be_made_is_refused_with_a_sentence() {
+    let mut world = world();
+    make(&mut world, "front", json!({}));
+    let option = |key: &str, value: &str| json!({"Options": {key: value}});
+    let mtu = "com.docker.network.driver.mtu";
+    let small = json!({"EnableIPv6": true, "Options": {mtu: "1279"}});
+    for (name, more, expect) in [
+        ("front", json!({}), "network with name front already exists"),
+        ("a b", json!({}), "invalid network name"),
+        ("x", json!({"Driver": "bridge"}), "network driver \"bridge\" is not supported"),
+        ("x", subnet("10.0.0.5/24"), "invalid subnet 10.0.0.5/24: it should be 10.0.0.0/24"),
+        ("x", subnet("10.0.0.0/31"), "is too small"),
+        ("x", option(mtu, "575"), "is not a number from 576 to 65535"),
+        ("x", small, "=1279 is too little for IPv6: give 1280 or more"),
+        ("x", option("encrypted", ""), "asks for encryption, which this version cannot give"),
+        ("x", option("vlan", "7"), "network option \"vlan\" is not known"),
+    ] {
+        let text = refusal(&world, name, more);
+        assert!(text.contains(expect), "{text} instead of {expect}");
+    }
+    let ingress = crate::allocator::pool(&world.state).to_string();
+    let text = refusal(&world, "x", subnet(&ingress));
+    assert!(text.contains("overlaps the ingress pool"), "{text}");
+    let accepted = json!({"EnableIPv6": true, "Options": {mtu: "1280"}});
+    assert!(create(&world.state, NetworkId(1), spec("x", accepted)).is_ok());
+}
+
+#[test]
+fn a_service_is_refused_on_networks_that_it_cannot_be_on() {
+    let mut world = world();
+    make(&mut world, "wide", subnet("10.1.0.0/16"));
+    make(&mut world, "narrow", subnet("10.1.2.0/24"));
+    for (networks, expect) in [
+        (vec!["none"], "network none not found"),
+        (vec!["wide", "wide"], "network wide is named twice: name it once"),
+        (
+            vec!["wide", "narrow"],
+            "networks wide (10.1.0.0/16) and narrow (10.1.2.0/24) overlap: a service cannot be on both",
+        ),
+    ] {
+        let spec = service_spec("api", 1, &networks);
+        let text = service::create(&world.state, ServiceId(8), spec).unwrap_err().to_string();
+        assert_eq!(text, expect);
+    }
+}
+
+#[test]
+fn a_service_has_one_virtual_address_per_network_unless_it_is_dnsrr() {
+    let mut world = world();
+    let front = make(&mut world, "front", json!({"EnableIPv6": true}));
+    let back = make(&mut world, "back", json!({}));
+    let api = start(&mut world, 8, service_spec("api", 1, &["front", "back"]));
+    let of: Vec<NetworkId> = api.endpoint.virtual_ips.iter().map(|vip| vip.network_id).collect();
+    assert_eq!(of, [front.id, front.id, back.id], "one of each family");
+
+    // An update keeps them, and a network that is dropped gives its own back.
+    let fewer = service_spec("api", 1, &["back"]);
+    let action = service::update(&world.state, &api, api.meta.version, fewer).unwrap().unwrap();
+    world.apply(vec![action]);
+    let kept = world.state.service(api.id).unwrap().endpoint.virtual_ips.clone();
+    assert_eq!(kept, api.endpoint.virtual_ips[2..]);
+    let dropped = api.endpoint.virtual_ips[0].addr.addr();
+    assert_eq!(world.state.network_address_owner(front.id, dropped), None);
+
+    let mut named = service_spec("named", 1, &["front"]);
+    named.endpoint_spec = Some(serde_json::from_value(json!({"Mode": "dnsrr"})).unwrap());
+    let named = start(&mut world, 9, named);
+    assert_eq!(named.endpoint.virtual_ips, []);
+}
+
+#[test]
+fn tasks_have_an_address_of_their_own_on_each_network() {
+    let mut world = world();
+    let front = make(&mut world, "front", json!({"EnableIPv6": true}));
+    let inner = make(&mut world, "inner", json!({"Internal": true}));
+    let api = start(&mut world, 8, service_spec("api", 5, &["inner", "front"]));
+    let inside = start(&mut world, 9, service_spec("inside", 5, &["inner"]));
+    let mut seen = BTreeSet::new();
+    let all = [tasks(&world, api.id), tasks(&world, inside.id)].concat();
+    assert_eq!(all.len(), 10);
+    for task in &all {
+        let networks: Vec<Option<NetworkId>> =
+            task.networks_attachments.iter().map(|place| place.network_id).collect();
+        // The spec's order, then the uplink; nobody leaves by internal networks alone.
+        let expect = match task.service_id == api.id {
+            true => vec![Some(inner.id), Some(front.id), None],
+            false => vec![Some(inner.id)],
+        };
+        assert_eq!(networks, expect);
+        for place in &task.networks_attachments {
+            assert!(seen.insert((place.network_id, place.address)), "{place:?} is given twice");
+            assert_eq!(place.ipv6.is_some(), place.network_id == Some(front.id));
+        }
+    }
+    for service in [&api, &inside] {
+        for vip in &service.endpoint.virtual_ips {
+            let std::net::IpAddr::V4(address) = vip.addr.addr() else { continue };
+            assert!(seen.insert((Some(vip.network_id), address)), "{vip:?} is a task's");
+        }
+    }
+}
+
+#[test]
+fn a_network_in_use_stays_and_a_removed_one_goes_with_its_last_task() {
+    let mut world = world();
+    let front = make(&mut world, "front", json!({}));
+    let api = start(&mut world, 8, service_spec("api", 2, &["front"]));
+    let text = remove(&world.state, &front).unwrap_err().to_string();
+    assert_eq!(text, "network front is in use by service api");
+
+    take_away(&mut world, api.id);
+    let removed = remove(&world.state, &front).unwrap().expect("its tasks only have to stop");
+    world.apply(vec![removed]);
+    world.step();
+    assert!(world.state.network(front.id).is_some(), "tasks are still on it");
+    assert!(world.state.network_by_name("front").is_none(), "its name is free at once");
+    let next = make(&mut world, "front", json!({}));
+    assert_ne!(next.vni, front.vni, "it is another network");
+    let first = tasks(&world, api.id)[0].id;
+    world.report(first, TaskState::Shutdown);
+    world.step();
+    assert!(world.state.network(front.id).is_some(), "one of two tasks has ended");
+    end_all(&mut world, api.id);
+    assert!(world.state.network(front.id).is_none(), "the last one has ended");
+}
+
+#[test]
+fn a_task_without_an_address_waits_and_says_so() {
+    let mut world = world();
+    // Three usable addresses: the gateway's and two for tasks.
+    let small = make(
+        &mut world,
+        "small",
+        json!({"IPAM": {"Config": [{"Subnet": "10.9.0.0/29", "IPRange": "10.9.0.0/30"}]}}),
+    );
+    let mut wanted = service_spec("api", 2, &["small"]);
+    wanted.endpoint_spec = Some(serde_json::from_value(json!({"Mode": "dnsrr"})).unwrap());
+    let api = start(&mut world, 8, wanted);
+    assert!(tasks(&world, api.id).iter().all(|task| task.node_id.is_some()));
+    let mut more = service_spec("more", 1, &["small"]);
+    more.endpoint_spec = Some(serde_json::from_value(json!({"Mode": "dnsrr"})).unwrap());
+    let more = start(&mut world, 9, more);
+    let [waiting] = &tasks(&world, more.id)[..] else { panic!("one task") };
+    assert_eq!((waiting.node_id, waiting.status.state), (None, TaskState::Pending));
+    let text = &waiting.status.err;
+    assert_eq!(text, "network small has no free address (2 of 2 in use)");
+    assert_eq!(world.step(), "", "it is not planned again while nothing changes");
+    take_away(&mut world, api.id);
+    end_all(&mut world, api.id);
+    let [placed] = &tasks(&world, more.id)[..] else { panic!("one task") };
+    assert!(placed.node_id.is_some(), "{placed:?}");
+    assert_eq!(placed.networks_attachments[0].network_id, Some(small.id));
+}
+
+/// Fed change by change, each node has what a leader without memory tells it.
+#[test]
+fn tables_of_nodes_equal_those_made_anew() {
+    let mut world = world();
+    let nobody = BTreeSet::new();
+    let mut drain = Drain::new(&world.state, &nobody, NOW);
+    let nodes = [NodeId(1), NodeId(2)];
+    let mut told = nodes.map(|node_id| drain.of_node(node_id));
+    let mut check = |world: &World, silent: &BTreeSet<NodeId>, what: &str| {
+        drain.update(&world.state, silent, NOW);
+        let anew = Drain::new(&world.state, silent, NOW);
+        for (node_id, told) in nodes.into_iter().zip(&mut told) {
+            let (new, expect) = (drain.of_node(node_id), anew.of_node(node_id));
+            assert_eq!(new, expect, "{what}: {node_id:?}");
+            told.apply(&told.clone().diff(&new));
+            assert_eq!(*told, expect, "{what}: changes for {node_id:?}");
+        }
+        told.clone().map(|table| table.networks.len())
+    };
+    make(&mut world, "front", json!({"EnableIPv6": true}));
+    let back = make(&mut world, "back", json!({}));
+    assert_eq!(check(&world, &nobody, "networks without tasks"), [0, 0]);
+    let mut pinned = service_spec("pinned", 1, &["back"]);
+    let here = json!({"Constraints": ["node.hostname==n1"]});
+    pinned.task_template.placement = Some(serde_json::from_value(here).unwrap());
+    start(&mut world, 9, pinned);
+    assert_eq!(check(&world, &nobody, "a task"), [1, 0], "only where a task is on it");
+    let api = start(&mut world, 8, service_spec("api", 4, &["front", "back"]));
+    assert_eq!(check(&world, &nobody, "tasks on both"), [2, 2]);
+    for task in tasks(&world, api.id) {
+        world.report(task.id, TaskState::Running);
+    }
+    check(&world, &nobody, "tasks serve");
+    check(&world, &[nodes[1]].into(), "a silent node");
+    check(&world, &nobody, "it is back");
+    let fewer = service_spec("api", 4, &["back"]);
+    let api = (**world.state.service(api.id).unwrap()).clone();
+    let action = service::update(&world.state, &api, api.meta.version, fewer).unwrap().unwrap();
+    world.apply(vec![action]);
+    world.step();
+    check(&world, &nobody, "an update takes a network away");
+    take_away(&mut world, api.id);
+    check(&world, &nobody, "a removed service");
+    end_all(&mut world, api.id);
+    assert_eq!(check(&world, &nobody, "its tasks have ended"), [1, 0]);
+    let table = services_on(&world, nodes[0], back.id);
+    assert_eq!(table, [ServiceId(9)]);
+    assert!(world.state.service(WEB).is_some());
+}
+
+/// The services of a network as a node has it.
+fn services_on(world: &World, node_id: NodeId, network_id: NetworkId) -> Vec<ServiceId> {
+    let drain = Drain::new(&world.state, &BTreeSet::new(), NOW);
+    let table = drain.of_node(node_id);
+    table.networks[&network_id].services.keys().copied().collect()
+}
