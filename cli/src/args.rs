@@ -36,8 +36,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Swarm(swarm::Command),
     /// Manage networks
-    // Shown once managers make networks.
-    #[command(subcommand, hide = true)]
+    #[command(subcommand)]
     Network(network::Command),
     /// Manage Swarm nodes
     #[command(subcommand)]

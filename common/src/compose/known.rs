@@ -3,10 +3,9 @@
 //! Source: compose-spec `schema/compose-spec.json`; docker/cli `cli/compose/schema`.
 
 /// Top level, acted on. `version` and `name` say nothing that a swarm needs.
-pub(super) const TOP: &[&str] = &["services", "version", "name"];
+pub(super) const TOP: &[&str] = &["networks", "services", "version", "name"];
 /// Top level, not yet.
-pub(super) const TOP_LATER: &[&str] =
-    &["networks", "volumes", "secrets", "configs", "include", "models"];
+pub(super) const TOP_LATER: &[&str] = &["volumes", "secrets", "configs", "include", "models"];
 
 /// Of a service, acted on.
 pub(super) const SERVICE: &[&str] = &[
@@ -24,6 +23,7 @@ pub(super) const SERVICE: &[&str] = &[
     "init",
     "labels",
     "logging",
+    "networks",
     "oom_score_adj",
     "ports",
     "read_only",
@@ -83,7 +83,6 @@ pub(super) const SERVICE_LATER: &[&str] = &[
     "memswap_limit",
     "models",
     "network_mode",
-    "networks",
     "oom_kill_disable",
     "pid",
     "pids_limit",

@@ -14,7 +14,6 @@ use skep_common::spec::{
 
 use crate::constraint;
 use crate::orchestrator::MAX_ATTEMPTS_COUNTED;
-use crate::stack::NAMESPACE_LABEL;
 
 /// A thousandth of a core.
 const NANO_CPUS_MIN: i64 = 1_000_000;
@@ -265,11 +264,6 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     {
         note("TaskTemplate.Resources.", &resources.extra);
     }
-    // What a Compose file says of networks was named with file and line.
-    let is_of_stack = spec.labels.iter().any(|labels| labels.contains_key(NAMESPACE_LABEL));
-    if !spec.networks().is_empty() && !is_of_stack {
-        warnings.push("TaskTemplate.Networks is kept but has no effect yet".to_owned());
-    }
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
     for port in spec.ports().iter().filter(|port| port.publish_mode == Some(PublishMode::Host)) {
         let port = port.target_port;
@@ -446,7 +440,6 @@ mod tests {
             warnings(&given),
             [
                 "TaskTemplate.Runtime is kept but has no effect yet",
-                "TaskTemplate.Networks is kept but has no effect yet",
                 "log driver syslog is not supported yet: output is kept in files on each node, as with json-file",
                 "target port 53/udp is not published yet: only TCP is",
                 "MaxAttempts above 100 counts as unlimited",

@@ -163,13 +163,11 @@ pub struct NodeChanges {
 impl NodeTable {
     /// Whether both are the very same: what does not change is not copied.
     pub fn is_same(&self, other: &Self) -> bool {
-        let same = |((left_id, left), (right_id, right)): (
-            (&NetworkId, &Arc<NetworkTable>),
-            (&NetworkId, &Arc<NetworkTable>),
-        )| left_id == right_id && Arc::ptr_eq(left, right);
         Arc::ptr_eq(&self.table, &other.table)
             && self.networks.len() == other.networks.len()
-            && self.networks.iter().zip(&other.networks).all(same)
+            && self.networks.iter().all(|(network_id, table)| {
+                other.networks.get(network_id).is_some_and(|other| Arc::ptr_eq(table, other))
+            })
     }
 
     /// What makes `new` of it.
