@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ipnet::Ipv4Net;
 use skep_common::object::{ManagerStatus, Node, NodeState, NodeStatus};
 use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
@@ -147,6 +148,16 @@ pub fn parse_availability(text: &str) -> Result<Availability, Status> {
             "invalid availability {other:?}: use active, pause or drain"
         ))),
     }
+}
+
+/// What a user wrote for the pools of networks' subnets; none and 0 are the defaults.
+pub fn parse_pools(
+    pools: &[String],
+    subnet_size: u32,
+    ingress_pool: Ipv4Net,
+) -> Result<(Vec<Ipv4Net>, u8), Status> {
+    let read = skep_manager_core::network::parse_pools(pools, subnet_size, ingress_pool);
+    read.map_err(|error| Status::invalid_argument(error.to_string()))
 }
 
 /// A node that has just got its certificate.

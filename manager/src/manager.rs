@@ -56,6 +56,10 @@ pub struct NewSwarm {
     pub spec: SwarmSpec,
     /// Pool of ingress slices.
     pub ingress_pool: Ipv4Net,
+    /// Pools of the subnets of networks; none is the default one.
+    pub default_addr_pool: Vec<Ipv4Net>,
+    /// Prefix length of these subnets; 0 is the default.
+    pub subnet_size: u8,
     /// Whether its first node takes tasks.
     pub availability: Availability,
 }
@@ -105,8 +109,8 @@ impl Manager {
             root_ca_cert: swarm.authority.root_pem().to_owned(),
             root_ca_key: swarm.authority.key_pem().to_owned(),
             ingress_pool: swarm.ingress_pool,
-            default_addr_pool: Vec::new(),
-            subnet_size: 0,
+            default_addr_pool: swarm.default_addr_pool,
+            subnet_size: swarm.subnet_size,
         };
         let address = &self.options.address;
         let mut node =

@@ -47,6 +47,12 @@ pub(crate) struct InitArgs {
     /// Pool of the ingress network, of which each node gets a part (CIDR)
     #[arg(long, default_value = "", hide_default_value = true)]
     ingress_addr_pool: String,
+    /// Default address pool in CIDR format, of which networks get their subnets
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    default_addr_pool: Vec<String>,
+    /// Prefix length of networks' subnets of the default address pools (default 20)
+    #[arg(long, value_name = "BITS")]
+    default_addr_pool_mask_length: Option<u32>,
     /// Task history retention limit
     #[arg(long)]
     task_history_limit: Option<i64>,
@@ -134,6 +140,8 @@ async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
         availability: args.address.availability,
         spec_json,
         ingress_pool: args.ingress_addr_pool,
+        default_addr_pool: args.default_addr_pool,
+        subnet_size: args.default_addr_pool_mask_length.unwrap_or_default(),
     };
     let made = client.machine().init_swarm(request).await.map_err(Refusal)?.into_inner();
     ui.line(format_args!(

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use skep_common::spec::SwarmSpec;
 use skep_common::{ClusterId, NodeId};
 use skep_manager::NewSwarm;
-use skep_manager::join::parse_availability;
+use skep_manager::join::{parse_availability, parse_pools};
 use skep_proto::ca_client::CaClient;
 use skep_proto::{
     InitSwarmRequest, InitSwarmResponse, IssueRequest, IssueResponse, JoinSwarmRequest,
@@ -74,6 +74,8 @@ pub(super) async fn init(
     let ingress_pool = pool.parse().map_err(|_| {
         Status::invalid_argument(format!("invalid ingress pool {pool:?}: write ADDRESS/BITS"))
     })?;
+    let (default_addr_pool, subnet_size) =
+        parse_pools(&request.default_addr_pool, request.subnet_size, ingress_pool)?;
 
     let now = clock::now();
     let authority = Authority::generate(now).map_err(|error| internal(&error))?;
@@ -99,7 +101,15 @@ pub(super) async fn init(
         .enter(async |node: &Node| {
             let manager = node.manager.as_ref().expect("a node with a Raft id is a manager");
             manager
-                .found(NewSwarm { cluster_id, authority, spec, ingress_pool, availability })
+                .found(NewSwarm {
+                    cluster_id,
+                    authority,
+                    spec,
+                    ingress_pool,
+                    default_addr_pool,
+                    subnet_size,
+                    availability,
+                })
                 .await
         })
         .await?;

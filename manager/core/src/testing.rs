@@ -14,8 +14,8 @@ use rand::rngs::StdRng;
 use skep_common::object::{NodeDescription, NodeState, TaskStatus};
 use skep_common::spec::{Availability, Platform, Replicated, ServiceMode, ServiceSpec};
 use skep_common::{
-    Kind, Meta, Node, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
-    Version,
+    Cluster, ClusterId, Kind, Meta, Node, NodeId, Object, Service, ServiceId, Task, TaskId,
+    TaskState, Timestamp, Version,
 };
 
 use crate::command::{Action, Command, Expect, Outcome, TaskPatch};
@@ -46,6 +46,21 @@ pub fn node(number: u16) -> Node {
     node.status.state = NodeState::Ready;
     node.status.addr = format!("192.0.2.{}", number % 250 + 1);
     node
+}
+
+/// A swarm with nothing said about it.
+pub fn cluster() -> Cluster {
+    Cluster {
+        id: ClusterId(1),
+        meta: Meta::default(),
+        spec: skep_common::spec::SwarmSpec::default(),
+        join_tokens: skep_common::object::JoinTokens::default(),
+        root_ca_cert: String::new(),
+        root_ca_key: String::new(),
+        ingress_pool: crate::allocator::DEFAULT_POOL,
+        default_addr_pool: Vec::new(),
+        subnet_size: 0,
+    }
 }
 
 /// A node from its word.

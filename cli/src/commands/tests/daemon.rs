@@ -339,6 +339,7 @@ impl Machine for Served {
         self.ask(json!({
             "advertise": request.advertise_addr, "listen": request.listen_addr,
             "availability": request.availability, "spec": request.spec_json, "pool": request.ingress_pool,
+            "pools": request.default_addr_pool, "subnet_size": request.subnet_size,
         }));
         Ok(Response::new(InitSwarmResponse {
             node_id: "node1".into(),

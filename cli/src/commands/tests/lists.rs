@@ -317,13 +317,14 @@ web          1         0123456789ab   About an hour ago   7.34MB
 async fn the_swarm_and_this_machine() {
     let daemon = cluster();
     check(
-        run(&daemon, "swarm init --advertise-addr 10.0.0.1 --task-history-limit 2").await,
+        run(&daemon, "swarm init --advertise-addr 10.0.0.1 --task-history-limit 2 --default-addr-pool 172.16.0.0/14 --default-addr-pool 172.20.0.0/16 --default-addr-pool-mask-length 24").await,
         "Swarm initialized: current node (node1) is now a manager.\n\nTo add a worker to this swarm, run the following command:\n\n    skep swarm join --token SWMTKN-1-w 10.0.0.1:2377\n\nTo add a manager to this swarm, run 'skep swarm join-token manager' and follow the instructions.\n",
     );
     assert_eq!(
         daemon.asked()[0],
         json!({
             "advertise": "10.0.0.1", "listen": "0.0.0.0:2377", "availability": "active", "pool": "",
+            "pools": ["172.16.0.0/14", "172.20.0.0/16"], "subnet_size": 24,
             "spec": "{\"Name\":\"default\",\"Orchestration\":{\"TaskHistoryRetentionLimit\":2}}",
         })
     );

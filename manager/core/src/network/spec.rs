@@ -254,6 +254,40 @@ pub fn pools(state: &State) -> (Vec<Ipv4Net>, u8) {
     (pools, if size == 0 { DEFAULT_SUBNET_SIZE } else { size })
 }
 
+/// Reads the pools of a new swarm and the prefix length of their subnets; none and 0 are the defaults.
+pub fn parse_pools(
+    texts: &[String],
+    size: u32,
+    ingress: Ipv4Net,
+) -> Result<(Vec<Ipv4Net>, u8), Error> {
+    let mut pools: Vec<Ipv4Net> = Vec::new();
+    for text in texts {
+        let IpNet::V4(pool) = parse_subnet(text)? else {
+            return refuse(format!("default address pool {text} is not IPv4"));
+        };
+        if ingress.contains(&pool) {
+            return refuse(format!(
+                "default address pool {pool} is within the ingress pool {ingress}: give another"
+            ));
+        }
+        let other = pools.iter().find(|other| other.contains(&pool) || pool.contains(*other));
+        if let Some(other) = other {
+            return refuse(format!("default address pools {other} and {pool} overlap"));
+        }
+        pools.push(pool);
+    }
+    let default = [DEFAULT_POOL];
+    let all = if pools.is_empty() { &default[..] } else { &pools[..] };
+    let least = all.iter().map(|pool| pool.prefix_len()).max().unwrap_or_default();
+    let fitting = u8::try_from(size).ok();
+    match fitting.filter(|size| *size == 0 || (least..=IPV4_PREFIX_MAX).contains(size)) {
+        Some(size) => Ok((pools, size)),
+        None => refuse(format!(
+            "default address pool mask length {size} is not a number from {least} to {IPV4_PREFIX_MAX}"
+        )),
+    }
+}
+
 /// The first subnet of the pools that overlaps neither a network nor the ingress pool.
 fn free_subnet(state: &State) -> Result<Ipv4Net, Error> {
     let (pools, size) = pools(state);

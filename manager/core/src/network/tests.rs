@@ -116,6 +116,40 @@ fn a_network_gets_the_lowest_free_identifier_and_subnet() {
 }
 
 #[test]
+fn a_swarm_may_have_pools_of_its_own() {
+    let read = |pools: &[&str], size: u32| {
+        let pools: Vec<String> = pools.iter().map(|pool| (*pool).to_owned()).collect();
+        let read = parse_pools(&pools, size, "10.192.0.0/10".parse().unwrap());
+        read.map_err(|error| error.to_string())
+    };
+    assert_eq!(read(&[], 0), Ok((Vec::new(), 0)));
+    for (pools, size, expect) in [
+        (&["10.5.0.1/16"][..], 0, "invalid subnet 10.5.0.1/16: it should be 10.5.0.0/16"),
+        (&["fd00::/64"], 0, "default address pool fd00::/64 is not IPv4"),
+        (&["10.200.0.0/16"], 0, "within the ingress pool 10.192.0.0/10: give another"),
+        (&["10.0.0.0/8", "10.1.0.0/16"], 0, "pools 10.0.0.0/8 and 10.1.0.0/16 overlap"),
+        (&["10.5.0.0/16"], 15, "mask length 15 is not a number from 16 to 30"),
+        (&[], 31, "mask length 31 is not a number from 9 to 30"),
+        (&[], 300, "mask length 300 is not"),
+    ] {
+        let text = read(pools, size).unwrap_err();
+        assert!(text.contains(expect), "{text} instead of {expect}");
+    }
+    // Both are used up, then nothing is left.
+    let mut world = world();
+    let (default_addr_pool, subnet_size) = read(&["172.16.0.0/24", "172.20.0.0/25"], 25).unwrap();
+    let cluster = crate::testing::cluster();
+    let cluster = skep_common::Cluster { default_addr_pool, subnet_size, ..cluster };
+    world.put(vec![Object::Cluster(Box::new(cluster))]);
+    let subnets: Vec<String> = ["a", "b", "c"]
+        .map(|name| make(&mut world, name, json!({})).subnets[0].subnet.to_string())
+        .into();
+    assert_eq!(subnets, ["172.16.0.0/25", "172.16.0.128/25", "172.20.0.0/25"]);
+    let text = refusal(&world, "d", json!({}));
+    assert!(text.starts_with("no free subnet of 25 bits in the pool 172.16.0.0/24, "), "{text}");
+}
+
+#[test]
 fn what_cannot_be_made_is_refused_with_a_sentence() {
     let mut world = world();
     make(&mut world, "front", json!({}));

@@ -65,14 +65,7 @@ fn image(id: u128, name: &str, digest: &str) -> Object {
 fn cluster(id: u128) -> Object {
     Object::Cluster(Box::new(Cluster {
         id: skep_common::ClusterId(id),
-        meta: Meta::default(),
-        spec: skep_common::spec::SwarmSpec::default(),
-        join_tokens: skep_common::object::JoinTokens::default(),
-        root_ca_cert: String::new(),
-        root_ca_key: String::new(),
-        ingress_pool: crate::allocator::DEFAULT_POOL,
-        default_addr_pool: Vec::new(),
-        subnet_size: 0,
+        ..crate::testing::cluster()
     }))
 }
 
