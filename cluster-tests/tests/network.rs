@@ -77,6 +77,14 @@ fn networks_connect_those_that_are_on_them() {
     tasks_of_different_networks_do_not_reach_each_other(&lab);
     step("a network in use");
     a_network_in_use_is_not_removed(&lab);
+    step("services that join and leave");
+    services_join_and_leave_networks(&lab);
+    step("a rolling update");
+    a_rolling_update_fails_no_request(&lab);
+    step("a daemon that starts again");
+    a_daemon_that_starts_again_disturbs_nothing(&lab);
+    step("a node that dies");
+    a_dead_node_gets_no_requests(&lab);
     step("removed and deployed at once");
     lab.node("n1").skep(&["stack", "rm", "shop"]).ok();
     deploy(&lab);
@@ -87,6 +95,25 @@ fn networks_connect_those_that_are_on_them() {
     lab.node("n1").skep(&["stack", "rm", "shop"]).ok();
     assert_eq!(names(&lab), ["ingress"], "their names are free at once");
     wait_until_nothing_is_left(&lab, &links);
+    lab.down();
+}
+
+#[test]
+fn a_swarm_may_have_a_pool_of_its_own() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 1, workers: 0, swarm: false, daemon: None });
+    let n1 = lab.node("n1");
+    let init = ["swarm", "init", "--default-addr-pool", "172.16.0.0/14"];
+    let length = |length| [&init[..], &["--default-addr-pool-mask-length", length]].concat();
+    let refused = n1.skep(&length("13")).err();
+    assert!(refused.contains("mask length 13 is not a number from 14 to 30"), "{refused}");
+    n1.skep(&length("24")).ok();
+    for (name, subnet) in [("one", "172.16.0.0/24"), ("two", "172.16.1.0/24")] {
+        n1.skep(&["network", "create", name]).ok();
+        assert_eq!(inspect(&lab, name)["IPAM"]["Config"][0]["Subnet"], subnet);
+    }
     lab.down();
 }
 
@@ -224,6 +251,89 @@ fn a_network_in_use_is_not_removed(lab: &Lab) {
     let refused = lab.node("n1").skep(&["network", "rm", FRONT]).err();
     assert!(refused.contains(&format!("network {FRONT} is in use by service shop_")), "{refused}");
     assert_eq!(names(lab), ["ingress", BACK, FRONT]);
+    virtual_addresses_lead_to_each_task_in_turn(lab);
+}
+
+/// As long as `is_over` is not, each request of `web` to the virtual address of `api` is answered.
+#[track_caller]
+fn answers_until(lab: &Lab, what: &str, mut is_over: impl FnMut() -> bool) {
+    let (web, urls) = (only(lab, WEB), url(&virtual_ip(lab, API, FRONT)));
+    wait_until(SETTLES_WITHIN, what, || {
+        web.requests(&urls, 30).assert_none_failed();
+        (is_over().then_some(()), String::new())
+    });
+    web.requests(&urls, 30).assert_none_failed();
+}
+
+fn services_join_and_leave_networks(lab: &Lab) {
+    let n1 = lab.node("n1");
+    let db = url(&virtual_ip(lab, DB, BACK));
+    let before = lab.wait_until_settled("n1", WEB, 1);
+    for (flag, n_answers) in [("--network-add", 5), ("--network-rm", 0)] {
+        let id = only(lab, WEB).task;
+        n1.skep(&["service", "update", "--detach", flag, BACK, WEB]).ok();
+        n1.wait_for_tasks(WEB, "the task is a new one", |tasks| {
+            tasks.iter().any(|task| task.is_running() && task.id != id).then_some(())
+        });
+        lab.wait_until_settled("n1", WEB, 1);
+        let n_requests = n_answers.max(1);
+        assert_eq!(only(lab, WEB).requests(&db, n_requests).summary.ok, n_answers as u64, "{flag}");
+    }
+    let after = lab.wait_until_settled("n1", WEB, 1);
+    assert_ne!(before[0].id, after[0].id);
+    virtual_addresses_lead_to_each_task_in_turn(lab);
+}
+
+fn a_rolling_update_fails_no_request(lab: &Lab) {
+    let n1 = lab.node("n1");
+    let before: BTreeSet<String> = lab.whoamis_of(API).into_iter().map(|api| api.task).collect();
+    let update = ["service", "update", "--detach", "--env-add", "ROUND=2"];
+    n1.skep(&[&update[..], &["--update-monitor", "500ms", API]].concat()).ok();
+    answers_until(lab, "the update is complete", || {
+        n1.skep(&["service", "inspect", API]).ok().json()[0]["UpdateStatus"]["State"] == "completed"
+    });
+    let after = lab.wait_until_settled("n1", API, N_APIS);
+    assert!(after.iter().all(|task| !before.contains(&task.id)), "{before:?} {after:#?}");
+    virtual_addresses_lead_to_each_task_in_turn(lab);
+}
+
+/// Both daemons of a connection: the client's and one of a task behind the address.
+fn a_daemon_that_starts_again_disturbs_nothing(lab: &Lab) {
+    let restarted = ["n1", "n3"];
+    let tasks: BTreeSet<String> = lab.whoamis_of(API).into_iter().map(|api| api.task).collect();
+    let (web, urls) = (only(lab, WEB), url(&virtual_ip(lab, API, FRONT)));
+    lab.kill_daemon(&restarted);
+    web.requests(&urls, 100).assert_none_failed();
+    lab.start_nodes(&restarted);
+    for node in restarted {
+        lab.wait_for_node("n2", node, "Ready");
+        web.requests(&urls, 100).assert_none_failed();
+    }
+    lab.wait_until_settled("n1", API, N_APIS);
+    let now: BTreeSet<String> = lab.whoamis_of(API).into_iter().map(|api| api.task).collect();
+    assert_eq!(now, tasks, "they run on");
+    nodes_have_the_networks_of_their_tasks(lab);
+    virtual_addresses_lead_to_each_task_in_turn(lab);
+}
+
+fn a_dead_node_gets_no_requests(lab: &Lab) {
+    let dead = "n4";
+    let slot = |node: &str| {
+        let tasks = lab.wait_until_settled("n1", API, N_APIS);
+        tasks.iter().find(|task| task.node == node).unwrap().slot.to_string()
+    };
+    let dead_slot = slot(dead);
+    lab.kill(&[dead]);
+    lab.wait_for_node("n1", dead, "Down");
+    let (web, urls) = (only(lab, WEB), url(&virtual_ip(lab, API, FRONT)));
+    let report = web.requests(&urls, 30);
+    report.assert_none_failed();
+    let turns = report.count_by("Slot");
+    assert!(turns.len() == 2 && !turns.contains_key(dead_slot.as_str()), "{turns:?}");
+    // No other node may have its task.
+    lab.start_nodes(&[dead]);
+    lab.wait_for_node("n1", dead, "Ready");
+    lab.wait_until_settled("n1", API, N_APIS);
     virtual_addresses_lead_to_each_task_in_turn(lab);
 }
 
