@@ -3,10 +3,11 @@
 //! # Reading order
 //!
 //! [`mesh`] (which kernel objects make every published port answer here, and how to get from one set of
-//! them to the next), [`network`] (the same for overlay networks), [`image`] (names, digests and
-//! documents of images), [`oci`] (the runtime specification of a container, with Docker's defaults),
-//! [`health`] (what the results of health checks mean). They do not depend on each other, but that
-//! [`network`] has Ethernet addresses from [`mesh`].
+//! them to the next), [`network`] (the same for overlay networks), [`dns`] (what names mean in a
+//! container), [`image`] (names, digests and documents of images), [`oci`] (the runtime specification of
+//! a container, with Docker's defaults), [`health`] (what the results of health checks mean). They do not
+//! depend on each other, but that [`network`] has Ethernet addresses from [`mesh`], and [`dns`] reads the
+//! tables of [`network`].
 //!
 //! # Invariants
 //!
@@ -16,6 +17,8 @@
 pub mod mesh;
 
 pub mod network;
+
+pub mod dns;
 
 pub mod image;
 pub mod oci;
