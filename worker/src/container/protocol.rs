@@ -4,6 +4,7 @@
 //! shim `start`; closing the socket before that means "never mind".
 
 use std::io::{self, Write};
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use skep_common::Timestamp;
 use skep_common::spec::LogRotation;
 use skep_runtime::sys::ProcessId;
+use skep_worker_core::dns::Scope;
 use skep_worker_core::oci::SpecInput;
 
 /// What the shim is to make.
@@ -25,6 +27,9 @@ pub(super) struct ShimConfig {
     /// How much of its output is kept.
     #[serde(default)]
     pub(super) log: LogRotation,
+    /// Whose questions for names are answered; the daemon's, which finds it here again.
+    #[serde(default)]
+    pub(super) names: Option<Scope>,
 }
 
 /// How far a shim has come.
@@ -46,6 +51,9 @@ pub(super) struct ShimState {
     pub(super) init: Option<ProcessId>,
     pub(super) phase: Phase,
     pub(super) started_at: Option<Timestamp>,
+    /// Its numbers of the descriptors that came with the start, which it keeps for daemons to come.
+    #[serde(default)]
+    pub(super) kept: Vec<RawFd>,
 }
 
 /// What a shim says to its daemon.
@@ -70,7 +78,10 @@ pub(super) enum ExecReport {
     Failed { reason: String },
 }
 
-/// The line that starts a container.
+/// Most descriptors that come with the start.
+pub(super) const KEPT_MAX: usize = 4;
+
+/// The line that starts a container. Descriptors that come with it are kept to the container's end.
 pub(super) const START: &[u8] = b"start\n";
 
 /// Writes one message to a stream.

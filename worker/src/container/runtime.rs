@@ -8,8 +8,8 @@ mod exec;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,14 +17,16 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use skep_common::Timestamp;
 use skep_common::spec::LogRotation;
 use skep_runtime::clock;
 use skep_runtime::sys::{PidFd, ProcessId};
+use skep_worker_core::dns::Scope;
 use skep_worker_core::oci::{ContainerInput, GeneratedFiles, ImageConfig, SpecInput, process};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
@@ -79,6 +81,8 @@ pub struct ContainerConfig {
     pub etc_hosts: String,
     /// Text of /etc/resolv.conf.
     pub etc_resolv_conf: String,
+    /// Whose questions for names are answered; see [`ContainerRuntime::kept`].
+    pub names: Option<Scope>,
 }
 
 /// A container that waits for its start.
@@ -192,13 +196,23 @@ impl ContainerRuntime {
     ///
     /// The moment it gives is when the shim began to.
     pub async fn start(&self, id: &str) -> Result<Timestamp, Error> {
+        self.start_keeping(id, &[]).await
+    }
+
+    /// The same; the shim keeps copies of `kept`, four at most, as long as the container runs. A later
+    /// daemon has them by [`ContainerRuntime::kept`].
+    pub async fn start_keeping(
+        &self,
+        id: &str,
+        kept: &[BorrowedFd<'_>],
+    ) -> Result<Timestamp, Error> {
         let handle = self.inner.handle(id)?;
         let mut slot = handle.control.lock().await;
         let Some(mut control) = slot.take() else {
             return Err(Error::WrongState { id: id.to_owned(), state: "not waiting to start" });
         };
         let failed = |reason: String| Error::Start { id: id.to_owned(), reason };
-        if control.stream.write_all(START).await.is_err() {
+        if control.send_start(kept).await.is_err() {
             return Err(failed("its shim ended".into()));
         }
         match timeout(START_TIMEOUT, report(&mut control, &handle.shim)).await {
@@ -207,6 +221,14 @@ impl ContainerRuntime {
             Ok(Some(Report::Created { .. }) | None) => Err(failed("its shim ended".into())),
             Err(_) => Err(failed(format!("it took longer than {} s", START_TIMEOUT.as_secs()))),
         }
+    }
+
+    /// What a running container was started with: whose questions for names are answered, and the
+    /// descriptors that its shim keeps. Needs Linux 5.6, and the right to trace processes.
+    pub async fn kept(&self, id: &str) -> Result<(Option<Scope>, Vec<OwnedFd>), Error> {
+        check_id(id)?;
+        let (inner, own_id) = (self.inner.clone(), id.to_owned());
+        blocking(move || inner.kept(&own_id)).await
     }
 
     /// Waits for the end of a container, adopted or not. Cancel-safe.
@@ -307,6 +329,20 @@ impl Inner {
     fn dirs(&self, id: &str) -> (RunDir, DataDir) {
         let options = &self.options;
         (RunDir(options.containers_dir.join(id)), DataDir(options.state_dir.join(id)))
+    }
+
+    fn kept(&self, id: &str) -> Result<(Option<Scope>, Vec<OwnedFd>), Error> {
+        let (run, _) = self.dirs(id);
+        let context = || format!("read what container {id} was started with");
+        let config = read_json::<ShimConfig>(&run.shim_config()).during(context)?;
+        let state = read_json::<ShimState>(&run.state()).during(context)?;
+        let Some(shim) = open_process(state.shim)? else {
+            return Err(Error::Lost(id.to_owned()));
+        };
+        let copies = state.kept.iter().map(|number| sys::copy_fd(shim.as_fd(), *number));
+        let copies = copies.collect::<io::Result<_>>();
+        let copies = copies.during(|| format!("take over the sockets of container {id}"))?;
+        Ok((config.names, copies))
     }
 
     fn cgroup(&self, id: &str) -> Result<Cgroup, Error> {
@@ -412,6 +448,7 @@ impl Inner {
             },
             layers: config.layers.clone(),
             log: config.log,
+            names: config.names.clone(),
             data_dir: data.path().to_path_buf(),
         };
         let path = run.shim_config();
@@ -472,6 +509,21 @@ impl Control {
         socket.set_nonblocking(true).during(context)?;
         let stream = BufReader::new(UnixStream::from_std(socket).during(context)?);
         Ok(Self { stream, line: Vec::new() })
+    }
+
+    /// Sends the line that starts a container, with descriptors.
+    async fn send_start(&self, kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let numbers: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&numbers)];
+        let rights = if kept.is_empty() { &[][..] } else { &rights[..] };
+        let stream = self.stream.get_ref();
+        let send = || {
+            let (line, flags) = ([IoSlice::new(START)], MsgFlags::MSG_NOSIGNAL);
+            Ok(sendmsg::<()>(stream.as_raw_fd(), &line, rights, flags, None)?)
+        };
+        let n_bytes = stream.async_io(Interest::WRITABLE, send).await?;
+        // It is the first that is written to this socket, so that it has room for all.
+        if n_bytes == START.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
     /// Receives one message. Cancel-safe: what was read of it is kept.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use serde_json::json;
@@ -10,12 +10,14 @@ use skep_common::Task;
 use skep_common::object::NetworkAttachment;
 use skep_common::spec::{ContainerSpec, LogDriver, LogRotation};
 use skep_common::template::Template;
+use skep_worker_core::dns::Scope;
 use skep_worker_core::image::{Digest, ImageConfig};
 use skep_worker_core::oci::{self, from_common::container_input};
 
 use super::NodeFacts;
 use crate::container::ContainerConfig;
 use crate::executor::Error;
+use crate::net::names::RESOLVER;
 
 /// Where the host's resolvers are listed; the second, where the first names but a local forwarder,
 /// which a container cannot reach (systemd-resolved).
@@ -45,7 +47,9 @@ pub(super) fn container(
     let log = log.map_err(|error| Error::of(&error))?;
     let etc_hosts = etc_hosts(task, &spec, input.hostname.as_deref());
     let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
-    let etc_resolv_conf = resolv_conf(&first, &second);
+    let own = resolv_conf(&first, &second);
+    let names = scope(&task.networks_attachments);
+    let etc_resolv_conf = if names.is_some() { ask_us(&own) } else { own };
     let image = oci::ImageConfig {
         entrypoint: Some(image.entrypoint.clone()),
         cmd: Some(image.cmd.clone()),
@@ -62,6 +66,7 @@ pub(super) fn container(
         log,
         etc_hosts,
         etc_resolv_conf,
+        names,
     })
 }
 
@@ -133,6 +138,49 @@ fn resolv_conf(first: &str, second: &str) -> String {
     filtered(first).or_else(|| filtered(second)).unwrap_or_default()
 }
 
+/// Whose questions are answered here: those of a container that is on overlay networks.
+pub(super) fn scope(attachments: &[NetworkAttachment]) -> Option<Scope> {
+    let networks: Vec<_> = attachments.iter().filter_map(|one| one.network_id).collect();
+    let scope = Scope { networks, nameservers: Vec::new(), dotless_is_local: true };
+    (!scope.networks.is_empty()).then_some(scope)
+}
+
+/// The same text with this node as the only resolver. Names without a dot are asked as they are first:
+/// they are services. Source: moby `libnetwork/resolvconf`, `libnetwork/sandbox_dns_unix.go`.
+fn ask_us(text: &str) -> String {
+    let is_kept = |line: &&str| {
+        let keyword = line.split_whitespace().next().unwrap_or_default();
+        ["search", "domain", "options"].contains(&keyword)
+    };
+    let mut lines = vec![format!("nameserver {RESOLVER}")];
+    let mut options = String::from("options");
+    for line in text.lines().filter(is_kept) {
+        match line.trim().strip_prefix("options") {
+            Some(rest) => {
+                for option in rest.split_whitespace().filter(|o| !o.starts_with("ndots:")) {
+                    write!(options, " {option}").expect("a string takes what it is given");
+                }
+            }
+            None => lines.push(line.trim().to_owned()),
+        }
+    }
+    lines.push(options + " ndots:0");
+    lines.join("\n") + "\n"
+}
+
+/// The resolvers that the host asks, in its order; those on loopback are the host's own and fine.
+pub(super) fn host_resolvers() -> Vec<IpAddr> {
+    let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+    let of = |text: &str| -> Vec<IpAddr> {
+        let words = text.lines().map(|line| line.split_whitespace());
+        let named =
+            words.filter_map(|mut words| (words.next()? == "nameserver").then(|| words.next())?);
+        named.filter_map(|address| address.parse().ok()).collect()
+    };
+    let resolvers = of(&first);
+    if resolvers.is_empty() { of(&second) } else { resolvers }
+}
+
 fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> String {
     let mut text =
         String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
@@ -157,6 +205,8 @@ fn own_address(attachments: &[NetworkAttachment]) -> Option<Ipv4Addr> {
 
 #[cfg(test)]
 mod tests {
+    use skep_common::NetworkId;
+
     use super::*;
 
     #[test]
@@ -173,6 +223,24 @@ mod tests {
         assert_eq!(address(&[]), "");
         assert_eq!(address(std::slice::from_ref(&uplink)), "10.192.4.1");
         assert_eq!(address(&[uplink.clone(), overlay(5), overlay(6)]), "10.0.1.5");
+    }
+
+    #[test]
+    fn a_container_on_networks_asks_its_node() {
+        for (host, expect) in [
+            ("", "nameserver 127.0.0.11\noptions ndots:0\n"),
+            (
+                "# home\nsearch lab example\nnameserver 10.0.0.2\noptions ndots:5 timeout:2\noptions edns0\n",
+                "nameserver 127.0.0.11\nsearch lab example\noptions timeout:2 edns0 ndots:0\n",
+            ),
+        ] {
+            assert_eq!(ask_us(host), expect, "{host:?}");
+        }
+        let uplink = NetworkAttachment::uplink(Ipv4Addr::new(10, 192, 4, 1), 22);
+        assert_eq!(scope(std::slice::from_ref(&uplink)), None);
+        let overlay = |id| NetworkAttachment { network_id: Some(NetworkId(id)), ..uplink.clone() };
+        let scope = scope(&[overlay(9), uplink.clone(), overlay(3)]).unwrap();
+        assert_eq!(scope.networks, [NetworkId(9), NetworkId(3)]);
     }
 
     #[test]

@@ -5,9 +5,11 @@
 
 mod config;
 mod logs;
+mod names;
 pub mod uplink;
 
 use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -22,6 +24,8 @@ use skep_worker_core::oci::signal;
 use crate::agent::Images;
 use crate::container::{AdoptedState, ContainerRuntime, Error as ContainerError, ExitStatus};
 use crate::executor::{Error, Executor, Exit, Found};
+use crate::net::names::{self as sockets_of_names, NameSockets};
+use names::Names;
 use uplink::Uplink;
 
 /// What the templates of a service may ask of this node.
@@ -44,6 +48,7 @@ struct Inner {
     containers: ContainerRuntime,
     images: Images,
     uplink: Uplink,
+    names: Names,
     facts: NodeFacts,
     /// First processes of containers that wait for their start.
     created: Mutex<BTreeMap<TaskId, i32>>,
@@ -57,13 +62,38 @@ impl Embedded {
         uplink: Uplink,
         facts: NodeFacts,
     ) -> Self {
-        Self {
-            inner: Arc::new(Inner { containers, images, uplink, facts, created: Mutex::default() }),
-        }
+        let names = Names::new(uplink.tables());
+        let created = Mutex::default();
+        Self { inner: Arc::new(Inner { containers, images, uplink, names, facts, created }) }
     }
 
     fn created(&self) -> MutexGuard<'_, BTreeMap<TaskId, i32>> {
         self.inner.created.lock().expect("nothing panics while it holds the table")
+    }
+
+    /// Starts a container's program; where it is on overlay networks its names are answered from then on.
+    async fn start_container(&self, task: &Task, id: &str, pid: i32) -> Result<(), Error> {
+        let containers = &self.inner.containers;
+        let Some(scope) = config::scope(&task.networks_attachments) else {
+            return containers.start(id).await.map(drop).map_err(|error| Error::of(&error));
+        };
+        let sockets = sockets_of_names::open(id, pid.cast_unsigned()).await;
+        let sockets = sockets.map_err(|error| Error::of(&error))?;
+        let kept = [sockets.udp.as_fd(), sockets.tcp.as_fd()];
+        let started = containers.start_keeping(id, &kept).await;
+        started.map_err(|error| Error::of(&error))?;
+        self.inner.names.serve(task.id, scope, sockets)
+    }
+
+    /// Goes on answering the names of a container that an earlier daemon started.
+    async fn serve_again(&self, task_id: TaskId) -> Result<(), Error> {
+        let kept = self.inner.containers.kept(&task_id.to_string()).await;
+        let (scope, kept) = kept.map_err(|error| Error::of(&error))?;
+        let Some(scope) = scope else { return Ok(()) };
+        let [udp, tcp] = <[OwnedFd; 2]>::try_from(kept)
+            .map_err(|kept| Error(format!("its shim keeps {} sockets, not two", kept.len())))?;
+        let sockets = NameSockets { udp: udp.into(), tcp: tcp.into() };
+        self.inner.names.serve(task_id, scope, sockets)
     }
 
     async fn image_config(&self, task: &Task) -> Result<(Digest, ImageConfig), Error> {
@@ -93,7 +123,7 @@ impl Executor for Embedded {
         let pid = self.created().remove(&task.id);
         let pid = pid.ok_or_else(|| Error("its container has not been made".into()))?;
         self.inner.uplink.attach(task, pid).await?;
-        self.inner.containers.start(&id).await.map_err(|error| Error::of(&error))?;
+        self.start_container(task, &id, pid).await?;
         Ok(ContainerStatus { container_id: id, pid, ..ContainerStatus::default() })
     }
 
@@ -126,6 +156,7 @@ impl Executor for Embedded {
             }
             Err(error) => Exit { code: -1, oom_killed: false, error: Some(Error::of(&error).0) },
         };
+        self.inner.names.stop(task_id);
         // The address may be given to another task from now on.
         if let Err(error) = self.inner.uplink.detach(task_id).await {
             tracing::warn!(task.id = %task_id, %error, "failed to disconnect an ended container");
@@ -153,6 +184,7 @@ impl Executor for Embedded {
 
     async fn remove(&self, task_id: TaskId) -> Result<(), Error> {
         self.created().remove(&task_id);
+        self.inner.names.stop(task_id);
         self.inner.uplink.detach(task_id).await?;
         self.inner.containers.remove(&task_id.to_string()).await.map_err(|error| Error::of(&error))
     }
@@ -166,6 +198,15 @@ impl Executor for Embedded {
                 _ => None,
             }
         }));
+        for container in &adopted {
+            if let (Ok(task_id), AdoptedState::Running { .. }) =
+                (container.id.parse(), &container.state)
+                && let Err(error) = self.serve_again(task_id).await
+            {
+                let error = &error.0;
+                tracing::warn!(task.id = %task_id, error, "failed to go on answering for names");
+            }
+        }
         let with_task = adopted.into_iter().filter_map(|container| {
             let task_id = container.id.parse().ok()?;
             let pid = match container.state {

@@ -71,7 +71,8 @@ fn run_shim(run: &RunDir) -> Result<(), Error> {
         read_json(&run.shim_config()).during(|| "read the shim's configuration".into())?;
     let data = DataDir(config.data_dir.clone());
     let shim = ProcessId::current().during(|| "read the shim's own start time".into())?;
-    let state = ShimState { shim, init: None, phase: Phase::Creating, started_at: None };
+    let state =
+        ShimState { shim, init: None, phase: Phase::Creating, started_at: None, kept: Vec::new() };
     write_state(run, &state)?;
 
     match create::create(run, &data, &config, state) {

@@ -3,7 +3,7 @@
 //! Only what skep's rules need. Register 1 is the one that all of them work in; a concatenation
 //! goes on in register 9, the second 32-bit part of register 1.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 
 use ipnet::Ipv4Net;
 
@@ -177,6 +177,21 @@ pub fn source_network(network: Ipv4Net) -> [Expression; 3] {
         bitwise(&network.netmask().octets(), &[0; 4]),
         compare(true, &network.network().octets()),
     ]
+}
+
+/// `ip daddr ADDRESS`.
+pub fn destination(address: Ipv4Addr) -> [Expression; 2] {
+    [payload(REGISTER, NETWORK_HEADER, 16, 4), compare(true, &address.octets())]
+}
+
+/// `dnat to ADDRESS:PORT`.
+pub fn translate_to(address: SocketAddrV4) -> [Expression; 3] {
+    let load = |register: u32, bytes: &[u8]| {
+        named("immediate", &Attributes::new().be32(1, register).nested(2, &value(bytes)))
+    };
+    let port = load(REGISTER_SECOND, &address.port().to_be_bytes());
+    let nat = destination_nat(NFPROTO_IPV4).be32(5, REGISTER_SECOND);
+    [load(REGISTER, &address.ip().octets()), port, named("nat", &nat)]
 }
 
 /// `ip daddr != 127.0.0.0/8`.

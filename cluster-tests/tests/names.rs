@@ -1,0 +1,150 @@
+//! Names inside containers of a real swarm: what they mean, how soon, and while a daemon is away.
+//!
+//! A container of busybox asks as any program in it would: by its own `/etc/resolv.conf`.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use skep_cluster_tests::{
+    BUSYBOX, Lab, LabOptions, Output, Running, SETTLES_WITHIN, is_root_or_skip, wait_until,
+};
+
+const NETWORK: &str = "front";
+
+#[test]
+fn containers_find_services_by_name() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 1, workers: 1, ..LabOptions::default() });
+    lab.import_busybox("n1");
+    lab.import_whoami();
+    let n1 = lab.node("n1");
+    n1.skep(&["network", "create", "--subnet", "10.30.0.0/24", NETWORK]).ok();
+    n1.skep(&["network", "create", "other"]).ok();
+    let alias = format!("name={NETWORK},alias=www");
+    n1.create_whoami("web", &["--replicas", "3", "--network", &alias]);
+    n1.create_whoami("dnsrr", &["--network", NETWORK, "--endpoint-mode", "dnsrr"]);
+    n1.create_whoami("hidden", &["--network", "other"]);
+    let here = ["--network", NETWORK, "--constraint", "node.hostname==n2"];
+    let create = ["service", "create", "--detach", "--name", "asker", "--restart-delay", "1s"];
+    n1.skep(&[&create[..], &here, &[BUSYBOX, "sleep", "100000"]].concat()).ok();
+    for (service, n_tasks) in [("web", 3), ("dnsrr", 1), ("hidden", 1)] {
+        lab.wait_until_settled("n1", service, n_tasks);
+    }
+    let asker = Asker::of(&lab);
+    step("what names mean");
+    names_mean_addresses(&asker);
+    step("what they do not");
+    names_of_others_mean_nothing(&asker);
+    step("names follow tasks");
+    names_follow_tasks(&asker);
+    step("a daemon that is away");
+    a_question_waits_for_a_daemon_that_is_away(&asker);
+    step("the daemon that came back");
+    names_mean_addresses(&asker);
+    lab.down();
+}
+
+fn step(name: &str) {
+    eprintln!("-- {name}");
+}
+
+/// A container that asks.
+struct Asker<'a> {
+    lab: &'a Lab,
+    /// Its first process, as its node numbers it.
+    pid: String,
+}
+
+impl<'a> Asker<'a> {
+    fn of(lab: &'a Lab) -> Self {
+        let id = wait_until(SETTLES_WITHIN, "asker runs", || {
+            let tasks = lab.node("n1").tasks("asker");
+            let running = tasks.iter().find(|task| task.is_running());
+            (running.map(|task| task.id.clone()), format!("{tasks:#?}"))
+        });
+        let pid = lab.containers("n2").remove(&id).expect("its container runs").to_string();
+        Self { lab, pid }
+    }
+
+    fn command<'b>(&'b self, words: &[&'b str]) -> Vec<&'b str> {
+        let enter = ["nsenter", "--target", &self.pid, "--mount", "--net", "--", "/bin/busybox"];
+        [&enter[..], words].concat()
+    }
+
+    fn nslookup(&self, words: &[&str]) -> Output {
+        self.lab.node("n2").exec(&self.command(&[&["nslookup"], words].concat()))
+    }
+
+    /// What a name means, IPv4.
+    fn find(&self, name: &str) -> BTreeSet<IpAddr> {
+        addresses(&self.nslookup(&["-type=a", name]).ok().stdout)
+    }
+}
+
+/// The addresses behind the names of an answer: that of the resolver comes first, without one.
+fn addresses(text: &str) -> BTreeSet<IpAddr> {
+    let (_, answer) = text.split_once("Name:").unwrap_or_default();
+    let found = answer.lines().filter_map(|line| line.strip_prefix("Address: "));
+    found.map(|address| address.parse().unwrap()).collect()
+}
+
+fn virtual_ip(lab: &Lab, service: &str) -> IpAddr {
+    let service = lab.node("n1").skep(&["service", "inspect", service]).ok().json();
+    let address = service[0]["Endpoint"]["VirtualIPs"][0]["Addr"].as_str().unwrap().to_owned();
+    address.split_once('/').unwrap().0.parse().unwrap()
+}
+
+fn names_mean_addresses(asker: &Asker) {
+    let web = virtual_ip(asker.lab, "web");
+    for name in ["web", "WEB", "www", "web.front"] {
+        assert_eq!(asker.find(name), [web].into(), "{name}");
+    }
+    let tasks = asker.find("tasks.web");
+    assert!(!tasks.is_empty() && !tasks.contains(&web), "{tasks:?}");
+    assert_eq!(asker.find("dnsrr"), asker.find("tasks.dnsrr"), "it has no virtual address");
+    let reverse = asker.nslookup(&[&web.to_string()]).ok();
+    assert!(reverse.stdout.contains("name = web.front"), "{reverse}");
+    // The name exists: an answer without addresses, not one that there is no such name.
+    let ipv6 = asker.nslookup(&["-type=aaaa", "web"]);
+    assert!(!ipv6.to_string().contains("NXDOMAIN"), "{ipv6}");
+}
+
+fn names_of_others_mean_nothing(asker: &Asker) {
+    for name in ["hidden", "nobody"] {
+        let answer = asker.nslookup(&["-type=a", name]);
+        assert!(answer.to_string().contains("NXDOMAIN"), "{name}: {answer}");
+    }
+    // Names with a dot may be those of others: what the host's resolvers say depends on the machine.
+    let answer = asker.nslookup(&["-type=a", "tasks.hidden"]);
+    assert_eq!(addresses(&answer.stdout), BTreeSet::new(), "{answer}");
+}
+
+fn names_follow_tasks(asker: &Asker) {
+    assert_eq!(asker.find("tasks.web").len(), 3);
+    for n_tasks in [1, 4] {
+        asker
+            .lab
+            .node("n1")
+            .skep(&["service", "scale", "--detach", &format!("web={n_tasks}")])
+            .ok();
+        wait_until(SETTLES_WITHIN, "tasks.web are those that serve", || {
+            let found = asker.find("tasks.web");
+            ((found.len() == n_tasks).then_some(()), format!("{found:?}"))
+        });
+    }
+}
+
+fn a_question_waits_for_a_daemon_that_is_away(asker: &Asker) {
+    let web = virtual_ip(asker.lab, "web");
+    asker.lab.kill_daemon(&["n2"]);
+    let words = asker.command(&["nslookup", "-type=a", "web"]);
+    let question: Running = asker.lab.start_command("n2", &words);
+    asker.lab.start_nodes(&["n2"]);
+    let (status, lines) = question.finish(SETTLES_WITHIN);
+    assert!(status.success(), "{lines}");
+    assert_eq!(addresses(&lines), [web].into(), "{lines}");
+}
