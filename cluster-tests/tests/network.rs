@@ -1,7 +1,7 @@
 //! Overlay networks of a real swarm: who reaches whom by virtual addresses, and what is left after.
 //!
-//! Tasks are told apart by their answers; the virtual addresses are
-//! those that the client shows. The load client tries nothing twice.
+//! Tasks are told apart by their answers; the virtual addresses are those that the client shows. The
+//! load client tries nothing twice.
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
