@@ -384,6 +384,65 @@ mod tests {
         assert_eq!(step(&mut world, file, false), "=a");
     }
 
+    /// The file with services on networks, each made of the words of its spec.
+    fn on(networks: &[(&str, serde_json::Value)], service_on: &[&str]) -> StackSpec {
+        let mut file = file(&[("a", "i:1", 80)]);
+        let targets = service_on.iter().map(|target| json!({"Target": target})).collect();
+        let targets: serde_json::Value = serde_json::Value::Array(targets);
+        file.services[0].task_template.networks = serde_json::from_value(targets).unwrap();
+        file.networks = networks
+            .iter()
+            .map(|(name, spec)| {
+                let spec: NetworkSpec = serde_json::from_value(spec.clone()).unwrap();
+                NetworkSpec { name: (*name).to_owned(), ..spec }
+            })
+            .collect();
+        file
+    }
+
+    #[test]
+    fn networks_come_and_go_with_their_stack() {
+        let mut world = World::new("1", web(0), "");
+        let ids = |world: &World| {
+            let id = |name| world.state.network_by_name(name).map(|network| network.id);
+            ["shop_front", "shop_back"].map(id)
+        };
+        let plain = || json!({});
+        let both = on(&[("shop_front", plain()), ("shop_back", plain())], &["shop_front"]);
+        assert_eq!(step(&mut world, both.clone(), false), "+a");
+        let [Some(front), Some(back)] = ids(&world) else { panic!("both are made") };
+        assert_eq!(step(&mut world, both.clone(), false), "=a");
+        assert_eq!(ids(&world), [Some(front), Some(back)], "they are the same ones");
+
+        let other = on(&[("shop_front", json!({"Internal": true}))], &["shop_front"]);
+        let text = step(&mut world, other, false);
+        assert!(text.starts_with("network shop_front of the file differs from the one"), "{text}");
+        let one = on(&[("shop_front", plain())], &["shop_front"]);
+        assert_eq!(step(&mut world, one.clone(), false), "=a");
+        assert_eq!(ids(&world), [Some(front), Some(back)], "kept unless asked");
+        assert_eq!(step(&mut world, one.clone(), true), "=a");
+        assert_eq!(ids(&world), [Some(front), None]);
+        let unknown = on(&[("shop_front", plain())], &["outside"]);
+        assert_eq!(step(&mut world, unknown, false), "service shop_a: network outside not found");
+
+        // Who is not of the stack keeps it whole.
+        let mut guest = on(&[], &["shop_front"]).services.remove(0);
+        guest.name = "guest".to_owned();
+        guest.endpoint_spec = None;
+        let (id, action) = service::create(&world.state, ServiceId(77), guest).unwrap();
+        world.apply(vec![action]);
+        let text = remove(&world.state, "shop", world.now).unwrap_err().to_string();
+        assert_eq!(text, "network shop_front: network shop_front is in use by service guest");
+        let guest = world.state.service(id).unwrap().clone();
+        world.apply(service::remove(&guest).into_iter().collect());
+        let removal = remove(&world.state, "shop", world.now).unwrap();
+        assert_eq!(removal.networks, ["shop_front"]);
+        world.apply(removal.actions);
+        assert_eq!(ids(&world), [None, None]);
+        assert_eq!(step(&mut world, both, false), "+a", "at once");
+        assert_ne!(ids(&world)[0], Some(front), "a network of its own");
+    }
+
     #[test]
     fn what_is_wrong_with_a_stack_is_named() {
         let mut world = World::new("1", web(0), "");

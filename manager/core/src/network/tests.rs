@@ -7,6 +7,7 @@ use skep_common::spec::NetworkAttachmentConfig;
 use skep_common::{Image, ImageId, NodeId, Service, ServiceId, Task, TaskId};
 
 use super::*;
+use crate::command::{Command, Outcome, Refusal};
 use crate::endpoints::Drain;
 use crate::service;
 use crate::testing::{NOW, WEB, World};
@@ -175,6 +176,44 @@ fn what_cannot_be_made_is_refused_with_a_sentence() {
     assert!(text.contains("overlaps the ingress pool"), "{text}");
     let accepted = json!({"EnableIPv6": true, "Options": {mtu: "1280"}});
     assert!(create(&world.state, NetworkId(1), spec("x", accepted)).is_ok());
+}
+
+/// Two managers may plan on the same view: the store takes what came first.
+#[test]
+fn the_store_refuses_what_another_got_first() {
+    let mut world = world();
+    let front = make(&mut world, "front", json!({}));
+    let late = |name: &str, vni: u32| {
+        let network = Network { id: NetworkId(500), vni, ..front.clone() };
+        let spec = NetworkSpec { name: name.to_owned(), ..front.spec.clone() };
+        put(Network { spec, ..network }, Expect::Absent)
+    };
+    let planned = service_spec("api", 0, &["front"]);
+    let (_, on_front) = service::create(&world.state, ServiceId(8), planned).unwrap();
+    let removal = remove(&world.state, &front).unwrap().unwrap();
+    let refused = |world: &World, action: Action| {
+        let index = world.state.version().index + 1;
+        let (outcome, _) = world.state.clone().apply(index, &Command::new(NOW, vec![action]));
+        let Outcome::Refused(refusal) = outcome else { panic!("{outcome:?}") };
+        refusal
+    };
+    assert_eq!(refused(&world, late("x", front.vni)), Refusal::VniInUse { vni: front.vni });
+    assert!(matches!(refused(&world, late("front", 30000)), Refusal::NameTaken { .. }));
+
+    let mut used = World::new("1", crate::testing::service(0), "");
+    used.state = world.state.clone();
+    used.apply(vec![on_front.clone()]);
+    assert!(matches!(refused(&used, removal.clone()), Refusal::NetworkInUse { .. }));
+    let api = used.state.service(ServiceId(8)).unwrap();
+    let mut thief = (**api).clone();
+    (thief.id, thief.spec.name) = (ServiceId(9), "thief".to_owned());
+    let address = api.endpoint.virtual_ips[0].addr.addr();
+    let stolen = Action::Put { object: Object::Service(Box::new(thief)), expect: Expect::Absent };
+    assert_eq!(refused(&used, stolen), Refusal::AddressInUse { address });
+
+    world.apply(vec![removal]);
+    let network_id = front.id;
+    assert_eq!(refused(&world, on_front), Refusal::NetworkNotFound { network_id });
 }
 
 #[test]
