@@ -11,7 +11,8 @@ use super::tree::{Key, Node, Value};
 use super::units::capabilities;
 use super::{Report, deploy, known, published};
 use crate::spec::{
-    ContainerSpec, EndpointSpec, HealthConfig, Labels, LogDriver, ServiceSpec, TaskSpec, Ulimit,
+    ContainerSpec, DnsConfig, EndpointSpec, HealthConfig, Labels, LogDriver, ServiceSpec, TaskSpec,
+    Ulimit,
 };
 
 /// The label that names the stack of a service, task or container.
@@ -140,6 +141,7 @@ fn container(
             .and_then(|field| field.duration(report)),
         healthcheck: section.get("healthcheck").map(|field| healthcheck(&field, report)),
         hosts: section.get("extra_hosts").map(|field| hosts(&field, report)),
+        dns_config: dns_config(section, report),
         init: flag("init", report),
         sysctls: section.get("sysctls").map(|field| plain_pairs(&field, report)),
         capability_add: (!add.is_empty()).then_some(add),
@@ -148,6 +150,24 @@ fn container(
         oom_score_adj: section.get("oom_score_adj").and_then(|field| field.number(report)),
         extra: Default::default(),
     }
+}
+
+/// `dns`, `dns_search` and `dns_opt`; the first two may be one text.
+fn dns_config(section: &Section<'_>, report: &mut Report) -> Option<DnsConfig> {
+    let list = |key: &str, report: &mut Report| {
+        let field = section.get(key)?;
+        let texts = match field.node.value {
+            Value::List(_) => field.texts(report),
+            _ => field.text(report).into_iter().collect(),
+        };
+        (!texts.is_empty()).then_some(texts)
+    };
+    let config = DnsConfig {
+        nameservers: list("dns", report),
+        search: list("dns_search", report),
+        options: list("dns_opt", report),
+    };
+    (!config.is_empty()).then_some(config)
 }
 
 /// `NAME=VALUE` each, sorted; a name without value takes the caller's.

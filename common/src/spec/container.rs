@@ -56,6 +56,9 @@ pub struct ContainerSpec {
     /// Lines of /etc/hosts: `IP name…`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hosts: Option<Vec<String>>,
+    /// How names are resolved.
+    #[serde(rename = "DNSConfig", skip_serializing_if = "Option::is_none")]
+    pub dns_config: Option<DnsConfig>,
     /// Whether an init process reaps the container's orphans.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<bool>,
@@ -74,9 +77,32 @@ pub struct ContainerSpec {
     /// Added to the kernel's score when memory runs out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oom_score_adj: Option<i64>,
-    /// Kept and not acted on yet: Mounts, Secrets, Configs, DNSConfig, Privileges, Isolation, ….
+    /// Kept and not acted on yet: Mounts, Secrets, Configs, Privileges, Isolation, ….
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// How names are resolved; what is absent is the host's.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct DnsConfig {
+    /// Addresses of the resolvers that are asked, in this order.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nameservers: Option<Vec<String>>,
+    /// Domains that a name without one is looked for in; `.` alone is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub search: Option<Vec<String>>,
+    /// Options of `resolv.conf`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub options: Option<Vec<String>>,
+}
+
+impl DnsConfig {
+    /// Whether it leaves everything to the host.
+    pub fn is_empty(&self) -> bool {
+        let lists = [&self.nameservers, &self.search, &self.options];
+        lists.into_iter().flatten().all(Vec::is_empty)
+    }
 }
 
 /// A resource limit of a process (`setrlimit`).

@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol, PublishMode,
-    ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol,
+    PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
 };
 
 use crate::constraint;
@@ -129,7 +129,22 @@ fn container_spec(spec: &ContainerSpec) -> Outcome {
     if let Some(line) = malformed {
         return refuse(format!("ContainerSpec: invalid environment variable: {line:?}"));
     }
+    spec.dns_config.as_ref().map_or(Ok(()), dns_config)?;
     spec.healthcheck.as_ref().map_or(Ok(()), health_config)
+}
+
+fn dns_config(config: &DnsConfig) -> Outcome {
+    let is_address = |text: &&String| text.parse::<std::net::IpAddr>().is_ok();
+    if let Some(text) = config.nameservers.iter().flatten().find(|text| !is_address(text)) {
+        return refuse(format!("DNSConfig: {text:?} is not the IP address of a DNS server"));
+    }
+    // Each becomes a word of a line of resolv.conf.
+    let mut words = config.search.iter().chain(&config.options).flatten();
+    let is_word = |text: &&String| !text.is_empty() && !text.contains(char::is_whitespace);
+    match words.find(|text| !is_word(text)) {
+        Some(text) => refuse(format!("DNSConfig: {text:?} is not one word")),
+        None => Ok(()),
+    }
 }
 
 /// The shape of a reference; the names of registries are not looked up.
@@ -363,6 +378,20 @@ mod tests {
                 "ContainerSpec: Interval in HealthConfig cannot be less than 1ms",
             ),
             (container(json!({"Healthcheck": {"Timeout": 0}})), ""),
+            (
+                container(json!({"DNSConfig": {"Nameservers": ["10.0.0.2", "ns1"]}})),
+                "DNSConfig: \"ns1\" is not the IP address of a DNS server",
+            ),
+            (
+                container(json!({"DNSConfig": {"Search": ["a b"]}})),
+                "DNSConfig: \"a b\" is not one word",
+            ),
+            (
+                container(
+                    json!({"DNSConfig": {"Nameservers": ["fd00::2"], "Options": ["ndots:2"]}}),
+                ),
+                "",
+            ),
             (
                 container(json!({"Mounts": [{"Target": "/a"}, {"Target": "/a"}]})),
                 "ContainerSpec: duplicate mount point: /a",

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde_json::json;
 use skep_common::Task;
 use skep_common::object::NetworkAttachment;
-use skep_common::spec::{ContainerSpec, LogDriver, LogRotation};
+use skep_common::spec::{ContainerSpec, DnsConfig, LogDriver, LogRotation};
 use skep_common::template::Template;
 use skep_worker_core::dns::Scope;
 use skep_worker_core::image::{Digest, ImageConfig};
@@ -22,6 +22,9 @@ use crate::net::names::RESOLVER;
 /// Where the host's resolvers are listed; the second, where the first names but a local forwarder,
 /// which a container cannot reach (systemd-resolved).
 const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+
+/// The option that says how many dots a name has that is asked as it is before domains are searched.
+const NDOTS: &str = "ndots:";
 
 /// The digest that a task's image is pinned to.
 pub(super) fn image_digest(task: &Task) -> Result<Digest, Error> {
@@ -47,9 +50,10 @@ pub(super) fn container(
     let log = log.map_err(|error| Error::of(&error))?;
     let etc_hosts = etc_hosts(task, &spec, input.hostname.as_deref());
     let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
-    let own = resolv_conf(&first, &second);
-    let names = scope(&task.networks_attachments);
-    let etc_resolv_conf = if names.is_some() { ask_us(&own) } else { own };
+    let dns = spec.dns_config.clone().unwrap_or_default();
+    let host = if dns.is_empty() { first.clone() } else { laid_over(&first, &dns) };
+    let names = scope(task);
+    let etc_resolv_conf = if names.is_some() { ask_us(&host) } else { resolv_conf(&host, &second) };
     let image = oci::ImageConfig {
         entrypoint: Some(image.entrypoint.clone()),
         cmd: Some(image.cmd.clone()),
@@ -139,14 +143,42 @@ fn resolv_conf(first: &str, second: &str) -> String {
 }
 
 /// Whose questions are answered here: those of a container that is on overlay networks.
-pub(super) fn scope(attachments: &[NetworkAttachment]) -> Option<Scope> {
-    let networks: Vec<_> = attachments.iter().filter_map(|one| one.network_id).collect();
-    let scope = Scope { networks, nameservers: Vec::new(), dotless_is_local: true };
-    (!scope.networks.is_empty()).then_some(scope)
+pub(super) fn scope(task: &Task) -> Option<Scope> {
+    let spec = task.spec.container_spec.as_ref();
+    scope_of(&task.networks_attachments, spec.and_then(|spec| spec.dns_config.as_ref()))
 }
 
-/// The same text with this node as the only resolver. Names without a dot are asked as they are first:
-/// they are services. Source: moby `libnetwork/resolvconf`, `libnetwork/sandbox_dns_unix.go`.
+fn scope_of(attachments: &[NetworkAttachment], dns: Option<&DnsConfig>) -> Option<Scope> {
+    let networks: Vec<_> = attachments.iter().filter_map(|one| one.network_id).collect();
+    let texts = dns.into_iter().flat_map(|dns| dns.nameservers.iter().flatten());
+    let nameservers = texts.filter_map(|text| text.parse().ok()).collect();
+    let mut options = dns.into_iter().flat_map(|dns| dns.options.iter().flatten());
+    let dotless_is_local = !options.any(|option| option.starts_with(NDOTS));
+    (!networks.is_empty()).then_some(Scope { networks, nameservers, dotless_is_local })
+}
+
+/// The host's text with what a service says instead: list by list, as Docker does.
+fn laid_over(host: &str, dns: &DnsConfig) -> String {
+    let given = |list: &Option<Vec<String>>| list.clone().filter(|list| !list.is_empty());
+    let (nameservers, search) = (given(&dns.nameservers), given(&dns.search));
+    let options = given(&dns.options);
+    let is_kept = |line: &&str| match line.split_whitespace().next().unwrap_or_default() {
+        "nameserver" => nameservers.is_none(),
+        "search" | "domain" => search.is_none(),
+        "options" => options.is_none(),
+        _ => true,
+    };
+    let mut lines: Vec<String> = host.lines().filter(is_kept).map(str::to_owned).collect();
+    lines.extend(nameservers.iter().flatten().map(|address| format!("nameserver {address}")));
+    // A single dot means that there is nothing to search.
+    let search = search.filter(|search| search[..] != ["."]);
+    lines.extend(search.map(|search| format!("search {}", search.join(" "))));
+    lines.extend(options.map(|options| format!("options {}", options.join(" "))));
+    lines.join("\n") + "\n"
+}
+
+/// The same text with this node as the only resolver. Names without a dot are asked as they are first,
+/// since they are services, unless the text says otherwise. Source: moby `libnetwork/resolvconf`, `libnetwork/sandbox_dns_unix.go`.
 fn ask_us(text: &str) -> String {
     let is_kept = |line: &&str| {
         let keyword = line.split_whitespace().next().unwrap_or_default();
@@ -157,14 +189,17 @@ fn ask_us(text: &str) -> String {
     for line in text.lines().filter(is_kept) {
         match line.trim().strip_prefix("options") {
             Some(rest) => {
-                for option in rest.split_whitespace().filter(|o| !o.starts_with("ndots:")) {
+                for option in rest.split_whitespace() {
                     write!(options, " {option}").expect("a string takes what it is given");
                 }
             }
             None => lines.push(line.trim().to_owned()),
         }
     }
-    lines.push(options + " ndots:0");
+    if !options.contains(NDOTS) {
+        options.push_str(" ndots:0");
+    }
+    lines.push(options);
     lines.join("\n") + "\n"
 }
 
@@ -225,22 +260,52 @@ mod tests {
         assert_eq!(address(&[uplink.clone(), overlay(5), overlay(6)]), "10.0.1.5");
     }
 
+    fn dns(nameservers: &[&str], search: &[&str], options: &[&str]) -> DnsConfig {
+        let list = |list: &[&str]| {
+            (!list.is_empty()).then(|| list.iter().map(ToString::to_string).collect())
+        };
+        DnsConfig { nameservers: list(nameservers), search: list(search), options: list(options) }
+    }
+
+    #[test]
+    fn a_service_names_resolvers_domains_and_options_instead_of_the_host() {
+        let host = "search lab\nnameserver 10.0.0.2\noptions edns0\n";
+        for (dns, expect) in [
+            (
+                dns(&["10.0.0.7", "fd00::7"], &[], &[]),
+                "search lab\noptions edns0\nnameserver 10.0.0.7\nnameserver fd00::7\n",
+            ),
+            (
+                dns(&[], &["a.example", "example"], &["ndots:2"]),
+                "nameserver 10.0.0.2\nsearch a.example example\noptions ndots:2\n",
+            ),
+            (dns(&[], &["."], &[]), "nameserver 10.0.0.2\noptions edns0\n"),
+        ] {
+            assert_eq!(laid_over(host, &dns), expect, "{dns:?}");
+        }
+    }
+
     #[test]
     fn a_container_on_networks_asks_its_node() {
         for (host, expect) in [
             ("", "nameserver 127.0.0.11\noptions ndots:0\n"),
             (
                 "# home\nsearch lab example\nnameserver 10.0.0.2\noptions ndots:5 timeout:2\noptions edns0\n",
-                "nameserver 127.0.0.11\nsearch lab example\noptions timeout:2 edns0 ndots:0\n",
+                "nameserver 127.0.0.11\nsearch lab example\noptions ndots:5 timeout:2 edns0\n",
             ),
         ] {
             assert_eq!(ask_us(host), expect, "{host:?}");
         }
         let uplink = NetworkAttachment::uplink(Ipv4Addr::new(10, 192, 4, 1), 22);
-        assert_eq!(scope(std::slice::from_ref(&uplink)), None);
+        assert_eq!(scope_of(std::slice::from_ref(&uplink), None), None);
         let overlay = |id| NetworkAttachment { network_id: Some(NetworkId(id)), ..uplink.clone() };
-        let scope = scope(&[overlay(9), uplink.clone(), overlay(3)]).unwrap();
+        let scope = scope_of(&[overlay(9), uplink.clone(), overlay(3)], None).unwrap();
         assert_eq!(scope.networks, [NetworkId(9), NetworkId(3)]);
+        assert!(scope.nameservers.is_empty() && scope.dotless_is_local);
+        let own = dns(&["10.0.0.7"], &[], &["ndots:2"]);
+        let scope = scope_of(&[overlay(9)], Some(&own)).unwrap();
+        assert_eq!(scope.nameservers, [IpAddr::from([10, 0, 0, 7])]);
+        assert!(!scope.dotless_is_local, "it may be completed elsewhere");
     }
 
     #[test]

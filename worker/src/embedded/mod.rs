@@ -74,7 +74,7 @@ impl Embedded {
     /// Starts a container's program; where it is on overlay networks its names are answered from then on.
     async fn start_container(&self, task: &Task, id: &str, pid: i32) -> Result<(), Error> {
         let containers = &self.inner.containers;
-        let Some(scope) = config::scope(&task.networks_attachments) else {
+        let Some(scope) = config::scope(task) else {
             return containers.start(id).await.map(drop).map_err(|error| Error::of(&error));
         };
         let sockets = sockets_of_names::open(id, pid.cast_unsigned()).await;

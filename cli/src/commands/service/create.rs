@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use skep_common::compose::units::capabilities;
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, Labels, NetworkAttachmentConfig, Placement, Replicated,
+    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, Placement, Replicated,
     ServiceMode, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
@@ -58,6 +58,15 @@ pub(crate) struct CreateArgs {
     /// Set one or more custom host-to-IP mappings (host:ip)
     #[arg(long = "add-host", value_parser = parse_host, value_name = "HOST:IP")]
     add_host: Vec<String>,
+    /// Set custom DNS servers
+    #[arg(long, value_name = "IP")]
+    dns: Vec<std::net::IpAddr>,
+    /// Set DNS options
+    #[arg(long, value_name = "OPTION")]
+    dns_option: Vec<String>,
+    /// Set custom DNS search domains
+    #[arg(long, value_name = "DOMAIN")]
+    dns_search: Vec<String>,
     /// Sysctl options
     #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
     sysctl: Vec<(String, String)>,
@@ -87,6 +96,15 @@ fn list<T>(items: Vec<T>) -> Option<Vec<T>> {
 
 fn labels(pairs: &[(String, String)]) -> Option<Labels> {
     (!pairs.is_empty()).then(|| pairs.iter().cloned().collect())
+}
+
+fn dns_config(args: &CreateArgs) -> Option<DnsConfig> {
+    let config = DnsConfig {
+        nameservers: list(args.dns.iter().map(ToString::to_string).collect()),
+        search: list(args.dns_search.clone()),
+        options: list(args.dns_option.clone()),
+    };
+    (!config.is_empty()).then_some(config)
 }
 
 /// `HOST:IP` as a line of /etc/hosts.
@@ -134,6 +152,7 @@ fn spec(
         labels: labels(&args.container_label),
         groups: list(args.group.clone()),
         hosts: list(args.add_host.clone()),
+        dns_config: dns_config(args),
         sysctls: labels(&args.sysctl),
         ulimits: list(args.ulimit.clone()),
         capability_add: list(add),
@@ -257,6 +276,25 @@ mod tests {
     #[track_caller]
     fn check(line: &str, expect: &Value) {
         assert_eq!(&parse(line).unwrap(), expect, "{line}");
+    }
+
+    #[test]
+    fn names_are_resolved_as_flags_say() {
+        let config = |line: &str| {
+            parse(&format!("{line} i"))
+                .map(|spec| spec["TaskTemplate"]["ContainerSpec"]["DNSConfig"].clone())
+        };
+        for (line, expect) in [
+            ("", json!(null)),
+            (
+                "--dns 10.0.0.2 --dns fd00::2 --dns-search lab --dns-option ndots:2",
+                json!({"Nameservers": ["10.0.0.2", "fd00::2"], "Search": ["lab"], "Options": ["ndots:2"]}),
+            ),
+        ] {
+            assert_eq!(config(line).unwrap(), expect, "{line}");
+        }
+        let error = config("--dns ns1").unwrap_err().to_string();
+        assert!(error.contains("invalid value 'ns1' for '--dns <IP>'"), "{error}");
     }
 
     #[test]

@@ -9,8 +9,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 use skep_common::compose::units::capability;
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, Labels, NetworkAttachmentConfig, PortConfig, ServiceSpec,
-    TaskSpec, Ulimit,
+    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, PortConfig,
+    ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_common::{Network, Service};
 use skep_proto::UpdateServiceRequest;
@@ -85,6 +85,24 @@ pub(crate) struct UpdateArgs {
     /// Remove a custom host-to-IP mapping (host:ip)
     #[arg(long, value_parser = parse_host, value_name = "HOST:IP")]
     host_rm: Vec<String>,
+    /// Add or update a custom DNS server
+    #[arg(long, value_name = "IP")]
+    dns_add: Vec<std::net::IpAddr>,
+    /// Remove a custom DNS server
+    #[arg(long, value_name = "IP")]
+    dns_rm: Vec<std::net::IpAddr>,
+    /// Add or update a DNS option
+    #[arg(long, value_name = "OPTION")]
+    dns_option_add: Vec<String>,
+    /// Remove a DNS option
+    #[arg(long, value_name = "OPTION")]
+    dns_option_rm: Vec<String>,
+    /// Add or update a custom DNS search domain
+    #[arg(long, value_name = "DOMAIN")]
+    dns_search_add: Vec<String>,
+    /// Remove a DNS search domain
+    #[arg(long, value_name = "DOMAIN")]
+    dns_search_rm: Vec<String>,
     /// Add or update a Sysctl option
     #[arg(long, value_parser = parse_label, value_name = "NAME=VALUE")]
     sysctl_add: Vec<(String, String)>,
@@ -169,12 +187,26 @@ fn change_container(
     });
     change_words(&mut container.groups, &args.group_add, &args.group_rm);
     change_words(&mut container.hosts, &args.host_add, &args.host_rm);
+    change_dns(args, &mut container.dns_config);
     change_list(&mut container.ulimits, |list| {
         let is_replaced = |known: &Ulimit| args.ulimit_add.iter().any(|new| new.name == known.name);
         list.retain(|known| !args.ulimit_rm.contains(&known.name) && !is_replaced(known));
         list.extend(args.ulimit_add.iter().cloned());
         list.sort_by(|a, b| a.name.cmp(&b.name));
     });
+}
+
+fn change_dns(args: &UpdateArgs, config: &mut Option<DnsConfig>) {
+    let texts = |list: &[std::net::IpAddr]| -> Vec<String> {
+        list.iter().map(ToString::to_string).collect()
+    };
+    let mut after = config.clone().unwrap_or_default();
+    change_words(&mut after.nameservers, &texts(&args.dns_add), &texts(&args.dns_rm));
+    change_words(&mut after.options, &args.dns_option_add, &args.dns_option_rm);
+    change_words(&mut after.search, &args.dns_search_add, &args.dns_search_rm);
+    if after != config.clone().unwrap_or_default() {
+        *config = (!after.is_empty()).then_some(after);
+    }
 }
 
 /// Changes a list whose absence means that it is empty.
