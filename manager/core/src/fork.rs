@@ -235,12 +235,31 @@ impl<'a> Fork<'a> {
         );
     }
 
-    /// The actions that make the view what the fork is: services, then tasks, then erased services
-    /// and networks.
+    /// The actions that make the view what the fork is. What gives addresses back comes first, since
+    /// the pass may have granted them again: tasks that end, services that lose virtual addresses. Then
+    /// other services, other tasks, and erased services and networks.
     pub(crate) fn into_actions(self) -> Vec<Action> {
         let Self { view, state, tasks, services, networks, .. } = self;
         let mut actions = Vec::with_capacity(tasks.len() + services.len());
-        for (old, new) in services.iter().map(|id| (view.service(*id), state.service(*id))) {
+        let ends = |id: &TaskId| {
+            let goes_on = |task: &Arc<Task>| !task.status.state.is_terminal();
+            view.task(*id).is_some_and(goes_on) && !state.task(*id).is_some_and(goes_on)
+        };
+        let (ending, going_on): (Vec<TaskId>, Vec<TaskId>) = tasks.iter().partition(|id| ends(id));
+        for task_id in ending {
+            actions.extend(task_action(view.task(task_id), state.task(task_id)));
+        }
+        let loses = |id: &ServiceId| {
+            let (old, new) = (view.service(*id), state.service(*id));
+            old.zip(new).is_some_and(|(old, new)| {
+                let kept = &new.endpoint.virtual_ips;
+                old.endpoint.virtual_ips.iter().any(|vip| !kept.contains(vip))
+            })
+        };
+        let (losing, others): (Vec<ServiceId>, Vec<ServiceId>) =
+            services.iter().partition(|id| loses(id));
+        let in_order = losing.iter().chain(&others);
+        for (old, new) in in_order.map(|id| (view.service(*id), state.service(*id))) {
             if let (Some(old), Some(new)) = (old, new)
                 && (old.update_status != new.update_status
                     || old.spec != new.spec
@@ -250,7 +269,7 @@ impl<'a> Fork<'a> {
                 actions.push(Action::Put { object, expect: Expect::Version(old.meta.version) });
             }
         }
-        for task_id in tasks {
+        for task_id in going_on {
             actions.extend(task_action(view.task(task_id), state.task(task_id)));
         }
         for service_id in services {

@@ -79,10 +79,15 @@ impl Embedded {
         };
         let sockets = sockets_of_names::open(id, pid.cast_unsigned()).await;
         let sockets = sockets.map_err(|error| Error::of(&error))?;
-        let kept = [sockets.udp.as_fd(), sockets.tcp.as_fd()];
+        let copies = sockets.try_clone().map_err(|error| Error::of(&error))?;
+        // Before the start, behind which nothing may fail.
+        self.inner.names.serve(task.id, scope, sockets)?;
+        let kept = [copies.udp.as_fd(), copies.tcp.as_fd()];
         let started = containers.start_keeping(id, &kept).await;
-        started.map_err(|error| Error::of(&error))?;
-        self.inner.names.serve(task.id, scope, sockets)
+        started.map(drop).map_err(|error| {
+            self.inner.names.stop(task.id);
+            Error::of(&error)
+        })
     }
 
     /// Goes on answering the names of a container that an earlier daemon started.

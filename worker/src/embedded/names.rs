@@ -12,7 +12,6 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -43,6 +42,8 @@ const QUESTIONS_MAX: usize = 1024;
 /// Streams of one container, and how long one may say nothing (RFC 7766, section 6.2.3).
 const STREAMS_MAX: usize = 128;
 const STREAM_IDLE: Duration = Duration::from_secs(30);
+/// Between two attempts where the machine is short of something, such as descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
 /// The longest message.
 const MESSAGE_BYTES: usize = u16::MAX as usize;
 
@@ -85,8 +86,7 @@ impl Names {
     ) -> Result<(), Error> {
         let udp = UdpSocket::from_std(sockets.udp).map_err(|error| Error::of(&error))?;
         let tcp = TcpListener::from_std(sockets.tcp).map_err(|error| Error::of(&error))?;
-        let resolver =
-            Arc::new(Resolver { view: Arc::clone(&self.view), scope, turn: AtomicU32::new(0) });
+        let resolver = Arc::new(Resolver { view: Arc::clone(&self.view), scope });
         let server = TaskSet::new();
         server.spawn("names", async move {
             tokio::join!(serve_datagrams(&resolver, Arc::new(udp)), serve_streams(&resolver, &tcp));
@@ -111,13 +111,15 @@ impl View {
         let has_all = |tables: &Arc<NetworkTables>| {
             scope.networks.iter().all(|id| tables.networks.contains_key(id))
         };
-        let mut tables = self.tables.clone();
-        let tables = Arc::clone(&*tables.wait_for(has_all).await.ok()?);
+        self.tables.clone().wait_for(has_all).await.ok()?;
         let mut directory = self.directory.lock().expect("nothing panics while it holds it");
+        // Read under the lock: nobody goes back to older tables.
+        let tables = Arc::clone(&self.tables.borrow());
         if !directory.is_of(&tables) {
             *directory = Arc::new(directory.follow(&tables));
         }
-        Some(Arc::clone(&directory))
+        // A network that is gone by now is on its way out, and so is this container.
+        directory.knows(scope).then(|| Arc::clone(&directory))
     }
 }
 
@@ -126,8 +128,6 @@ impl View {
 struct Resolver {
     view: Arc<View>,
     scope: Scope,
-    /// Questions answered so far: the first address of each answer is another one.
-    turn: AtomicU32,
 }
 
 impl Resolver {
@@ -139,8 +139,7 @@ impl Resolver {
             Received::Nothing => return None,
         };
         let directory = self.view.directory_for(&self.scope).await?;
-        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let answer = answer(request.question(), &self.scope, &directory, turn);
+        let answer = answer(request.question(), &self.scope, &directory, rand::random());
         if answer != Answer::Forward {
             return request.reply(&answer);
         }
@@ -162,7 +161,14 @@ async fn serve_datagrams(resolver: &Arc<Resolver>, socket: Arc<UdpSocket>) {
     loop {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         while questions.try_join_next().is_some() {}
-        let Ok((n_bytes, sender)) = socket.recv_from(&mut buffer).await else { continue };
+        let (n_bytes, sender) = match socket.recv_from(&mut buffer).await {
+            Ok(received) => received,
+            Err(error) => {
+                tracing::warn!(%error, "failed to take a container's question");
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
         let message = buffer[..n_bytes].to_vec();
         let (resolver, socket) = (Arc::clone(resolver), Arc::clone(&socket));
         questions.spawn(async move {
@@ -185,7 +191,8 @@ async fn serve_streams(resolver: &Arc<Resolver>, listener: &TcpListener) {
             Ok((stream, _)) => stream,
             Err(error) => {
                 tracing::warn!(%error, "failed to take a container's stream of questions");
-                return;
+                tokio::time::sleep(PAUSE).await;
+                continue;
             }
         };
         let resolver = Arc::clone(resolver);

@@ -36,6 +36,13 @@ pub struct NameSockets {
     pub tcp: TcpListener,
 }
 
+impl NameSockets {
+    /// The same sockets once more.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { udp: self.udp.try_clone()?, tcp: self.tcp.try_clone()? })
+    }
+}
+
 /// Makes the sockets in a container's namespace, whose loopback is up, and leads its questions there.
 pub async fn open(task_id: &str, pid: u32) -> Result<NameSockets, Error> {
     let task_id = task_id.to_owned();

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 use skep_common::spec::NetworkAttachmentConfig;
-use skep_common::{Image, ImageId, NodeId, Service, ServiceId, Task, TaskId};
+use skep_common::{Image, ImageId, Kind, NodeId, Service, ServiceId, Task, TaskId};
 
 use super::*;
 use crate::command::{Command, Outcome, Refusal};
@@ -341,6 +341,39 @@ fn a_task_without_an_address_waits_and_says_so() {
     let [placed] = &tasks(&world, more.id)[..] else { panic!("one task") };
     assert!(placed.node_id.is_some(), "{placed:?}");
     assert_eq!(placed.networks_attachments[0].network_id, Some(small.id));
+}
+
+/// In one pass tasks of a removed node give up addresses that waiting tasks and services get.
+#[test]
+fn addresses_pass_on_within_one_plan() {
+    let mut world = world();
+    make(
+        &mut world,
+        "small",
+        json!({"IPAM": {"Config": [{"Subnet": "10.9.0.0/28", "IPRange": "10.9.0.0/29"}]}}),
+    );
+    let dnsrr = |name: &str, replicas: u64| {
+        let mut spec = service_spec(name, replicas, &["small"]);
+        spec.endpoint_spec = Some(serde_json::from_value(json!({"Mode": "dnsrr"})).unwrap());
+        spec
+    };
+    let mut leaving = dnsrr("leaving", 6);
+    let there = json!({"Constraints": ["node.hostname==n2"]});
+    leaving.task_template.placement = Some(serde_json::from_value(there).unwrap());
+    let leaving = start(&mut world, 9, leaving);
+    let placed = |world: &World, id| {
+        tasks(world, id).iter().filter(|task| !task.networks_attachments.is_empty()).count()
+    };
+    assert_eq!(placed(&world, leaving.id), 6, "the network is full");
+    let waiting = start(&mut world, 10, dnsrr("waiting", 4));
+    let lacking = start(&mut world, 8, service_spec("lacking", 0, &["small"]));
+    assert_eq!(placed(&world, waiting.id), 0);
+    assert_eq!(lacking.endpoint.virtual_ips, []);
+    world.apply(vec![Action::Delete { kind: Kind::Node, id: 2 }]);
+    world.step(); // Refused, it would panic.
+    assert_eq!(placed(&world, waiting.id), 4);
+    let lacking = world.state.service(lacking.id).unwrap();
+    assert_eq!(lacking.endpoint.virtual_ips.len(), 1);
 }
 
 /// Fed change by change, each node has what a leader without memory tells it.

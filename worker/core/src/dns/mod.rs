@@ -95,8 +95,8 @@ pub enum Answer {
     Refuse,
 }
 
-/// The answer to a question from a container of `scope`. `turn` counts how often it was asked before, so
-/// that the first address is another one each time.
+/// The answer to a question from a container of `scope`. `turn` chooses the address that comes first; give
+/// a random number, since many clients ask for both families at once and take the first.
 pub fn answer(question: &Question, scope: &Scope, directory: &Directory, turn: u32) -> Answer {
     let networks = || scope.networks.iter().filter_map(|id| directory.network(*id));
     if let Kind::Ptr(address) = question.kind {
@@ -135,12 +135,12 @@ pub fn answer(question: &Question, scope: &Scope, directory: &Directory, turn: u
 /// What becomes of a question that no network of the container answers.
 fn foreign(question: &Question, scope: &Scope, directory: &Directory) -> Answer {
     let mut networks = scope.networks.iter().filter_map(|id| directory.network(*id)).peekable();
-    if networks.peek().is_some() && networks.all(|network| network.is_internal()) {
-        return Answer::Refuse;
-    }
     let is_address = matches!(question.kind, Kind::A | Kind::Aaaa);
     if scope.dotless_is_local && is_address && !question.name.contains('.') {
         return Answer::Unknown;
+    }
+    if networks.peek().is_some() && networks.all(|network| network.is_internal()) {
+        return Answer::Refuse;
     }
     Answer::Forward
 }
