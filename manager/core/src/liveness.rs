@@ -14,6 +14,8 @@
 //!    likelier here than there: they leave the balancers at once, but are not down, so not replaced,
 //!    before [`MASS_SILENCE_WAIT`]. To see a common cause in time, a node that is one heartbeat
 //!    short of its deadline counts as falling silent.
+//! 6. What answers at an address is the node that has a session from there. Another node of that address
+//!    is not probed but silent: its machine left and joined again.
 //!
 //! Differs from SwarmKit (`manager/dispatcher/heartbeat`), which kills healthy containers of a loaded
 //! cluster (moby#43508).
@@ -193,6 +195,7 @@ impl Liveness {
         for node_id in view.nodes().keys() {
             self.watch(*node_id, now);
         }
+        self.silence_replaced(view, now);
         self.hold_common_silence(view, now);
         let mut verdict = Verdict::default();
         for (node_id, watch) in &mut self.watches {
@@ -215,6 +218,23 @@ impl Liveness {
             verdict.deadline = next.into_iter().flatten().min();
         }
         verdict
+    }
+
+    /// Rule 6.
+    fn silence_replaced(&mut self, view: &State, now: Timestamp) {
+        let is_due = |watch: &Watch| watch.probe_at.is_some_and(|at| at <= now);
+        if !self.watches.values().any(is_due) {
+            return;
+        }
+        let address = |node_id: &NodeId| view.node(*node_id).map(|node| node.address());
+        let present = self.watches.iter().filter(|(_, watch)| watch.has_session);
+        let taken: BTreeSet<String> = present.filter_map(|(id, _)| address(id)).collect();
+        for (node_id, watch) in &mut self.watches {
+            if is_due(watch) && address(node_id).is_some_and(|address| taken.contains(&address)) {
+                watch.probe_at = None;
+                watch.n_failed_probes = PROBES_MAX;
+            }
+        }
     }
 
     /// Rule 5.
@@ -380,6 +400,24 @@ mod tests {
         let at = NOW.after(Duration::from_millis(1200));
         assert_eq!(play.at(1200, &[Event::SessionOpened { node_id: ONE, at }]), "1=ready");
         assert_eq!(play.at(1250, &[probed(1250, false)]), "", "an old probe's answer does no harm");
+    }
+
+    #[test]
+    fn a_machine_that_joined_again_does_not_answer_for_the_node_that_it_was() {
+        let mut play = Play::new("1 2 3 4");
+        let at = |millis| NOW.after(Duration::from_millis(millis));
+        assert_eq!(
+            play.at(100, &[Event::SessionClosed { node_id: ONE }]),
+            "1=disconnected, probe 1"
+        );
+        let mut again = crate::testing::node(5);
+        again.status.addr = play.world.state.node(ONE).unwrap().status.addr.clone();
+        play.world.put(vec![Object::Node(Box::new(again))]);
+        play.at(110, &[Event::SessionOpened { node_id: NodeId(5), at: at(110) }]);
+        let answered = Event::Probed { node_id: ONE, at: at(120), is_alive: true };
+        assert_eq!(play.at(120, &[answered]), "", "the connection alone does not tell whose it is");
+        assert_eq!(play.beats(1119, &[2, 3, 4, 5]), "");
+        assert_eq!(play.beats(1120, &[]), "1=down, out 1", "it is not asked again");
     }
 
     #[test]
