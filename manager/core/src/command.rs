@@ -12,14 +12,15 @@ use skep_common::{
     Kind, NetworkId, NodeId, Object, ServiceId, TaskId, TaskState, Timestamp, Version,
 };
 
-/// The highest format level that this program knows. A leader proposes none above the lowest of the
-/// managers; a manager that meets a higher one in its log stops and says so.
+/// The highest format level that this program knows. A command has the lowest that it is understood at;
+/// a manager that meets a higher one in its log than it knows stops and says so.
 ///
 /// | level | since then |
 /// |---|---|
 /// | 1 | the first |
-/// | 2 | networks: identifiers, addresses and references to networks are checked |
+/// | 2 | networks: references to them are checked |
 pub const FORMAT_LEVEL: u32 = 2;
+const FIRST_LEVEL: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
 pub(crate) const NETWORKS_LEVEL: u32 = 2;
 
@@ -35,9 +36,29 @@ pub struct Command {
 }
 
 impl Command {
-    /// A transaction of this program's format level.
+    /// A transaction of the lowest format level that it is understood at, so that managers of an earlier
+    /// version go on in a swarm that does not use what is new.
     pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
-        Self { level: FORMAT_LEVEL, at, actions }
+        let level = if actions.iter().any(is_of_networks) { NETWORKS_LEVEL } else { FIRST_LEVEL };
+        Self { level, at, actions }
+    }
+}
+
+fn is_of_networks(action: &Action) -> bool {
+    let is_overlay = |one: &NetworkAttachment| one.network_id.is_some();
+    match action {
+        Action::Put { object, .. } => match object {
+            Object::Network(_) => true,
+            Object::Service(service) => {
+                let is_on_some = !service.spec.networks().is_empty();
+                is_on_some || !service.endpoint.virtual_ips.is_empty()
+            }
+            Object::Task(task) => task.networks_attachments.iter().any(is_overlay),
+            _ => false,
+        },
+        Action::Delete { kind, .. } => *kind == Kind::Network,
+        Action::PatchTask(patch) => patch.networks_attachments.iter().flatten().any(is_overlay),
+        Action::ImageHolder { .. } => false,
     }
 }
 

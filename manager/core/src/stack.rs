@@ -177,7 +177,8 @@ fn deploy_network(
     Ok(())
 }
 
-/// Removes the stack's networks that the file does not have, but for those that others use.
+/// Removes the stack's networks that the file does not have, but for those that other services are on.
+/// Tasks of the services that have just left one may end there.
 fn prune_networks(
     deployment: &mut Deployment,
     scratch: &mut State,
@@ -188,7 +189,7 @@ fn prune_networks(
     let networks = network::of_stack(scratch, stack);
     let gone: Vec<_> = networks.filter(|old| !kept.contains(&*old.spec.name)).cloned().collect();
     for network in gone {
-        if let Ok(Some(action)) = network::remove(scratch, &network) {
+        if let Some(action) = network::prune(scratch, &network) {
             deployment.add(scratch, now, (Kind::Network, &network.spec.name), action)?;
         }
     }

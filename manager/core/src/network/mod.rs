@@ -111,9 +111,20 @@ pub fn remove(state: &State, network: &Network) -> Result<Option<Action>, Error>
     if let Some(service) = user(state, network.id) {
         return Err(Error::InUse { name: name(), service });
     }
+    Ok(Some(leaving(network)))
+}
+
+/// The same where tasks may go on there that an update is about to replace: `None` where a service's
+/// spec names it.
+pub(crate) fn prune(state: &State, network: &Network) -> Option<Action> {
+    let is_used = network.pending_delete || state.user_of_network(network.id).is_some();
+    (!is_used).then(|| leaving(network))
+}
+
+fn leaving(network: &Network) -> Action {
     let mut removed = network.clone();
     removed.pending_delete = true;
-    Ok(Some(put(removed, Expect::Version(network.meta.version))))
+    put(removed, Expect::Version(network.meta.version))
 }
 
 /// The name of a service that uses a network: its spec names it, or its tasks are to go on there.

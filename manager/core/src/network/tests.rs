@@ -376,6 +376,43 @@ fn addresses_pass_on_within_one_plan() {
     assert_eq!(lacking.endpoint.virtual_ips.len(), 1);
 }
 
+#[test]
+fn a_network_that_its_services_have_left_is_pruned_before_their_tasks_are_replaced() {
+    let mut world = world();
+    make(&mut world, "front", json!({}));
+    let back = make(&mut world, "back", json!({}));
+    let api = start(&mut world, 8, service_spec("api", 2, &["front", "back"]));
+    for task in tasks(&world, api.id) {
+        world.report(task.id, TaskState::Running);
+    }
+    assert_eq!(prune(&world.state, &back), None, "the spec names it");
+    let api = (**world.state.service(api.id).unwrap()).clone();
+    let fewer = service_spec("api", 2, &["front"]);
+    let action = service::update(&world.state, &api, api.meta.version, fewer).unwrap().unwrap();
+    world.apply(vec![action]);
+    let error = remove(&world.state, &back).unwrap_err();
+    assert_eq!(error.to_string(), "network back is in use by service api", "its tasks go on");
+    world.apply(vec![prune(&world.state, &back).expect("nobody is to be on it")]);
+    assert!(world.state.network(back.id).is_some(), "until its last task has ended");
+}
+
+#[test]
+fn managers_of_the_first_version_go_on_until_there_is_a_network() {
+    let mut world = world();
+    let level = |actions| Command::new(NOW, actions).level;
+    let web = Object::Service(Box::new(world.web()));
+    assert_eq!(level(vec![Action::Put { object: web, expect: Expect::Present }]), 1);
+    let front = make(&mut world, "front", json!({}));
+    assert_eq!(level(vec![put(front.clone(), Expect::Absent)]), 2);
+    assert_eq!(level(vec![Action::Delete { kind: Kind::Network, id: front.id.0 }]), 2);
+    let api = start(&mut world, 8, service_spec("api", 1, &["front"]));
+    let [task] = &tasks(&world, api.id)[..] else { panic!("one task") };
+    let task = Object::Task(Box::new(task.clone()));
+    for object in [Object::Service(Box::new(api)), task] {
+        assert_eq!(level(vec![Action::Put { object, expect: Expect::Present }]), 2);
+    }
+}
+
 /// Fed change by change, each node has what a leader without memory tells it.
 #[test]
 fn tables_of_nodes_equal_those_made_anew() {
