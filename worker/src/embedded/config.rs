@@ -205,15 +205,15 @@ fn ask_us(text: &str) -> String {
 
 /// The resolvers that the host asks, in its order; those on loopback are the host's own and fine.
 pub(super) fn host_resolvers() -> Vec<IpAddr> {
-    let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
-    let of = |text: &str| -> Vec<IpAddr> {
+    let of = |path: &str| -> Vec<IpAddr> {
+        let text = std::fs::read_to_string(path).unwrap_or_default();
         let words = text.lines().map(|line| line.split_whitespace());
         let named =
             words.filter_map(|mut words| (words.next()? == "nameserver").then(|| words.next())?);
         named.filter_map(|address| address.parse().ok()).collect()
     };
-    let resolvers = of(&first);
-    if resolvers.is_empty() { of(&second) } else { resolvers }
+    let resolvers = of(RESOLV_CONF[0]);
+    if resolvers.is_empty() { of(RESOLV_CONF[1]) } else { resolvers }
 }
 
 fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> String {

@@ -37,6 +37,8 @@ const PORT: u16 = 53;
 /// How many resolvers are asked, one after the other, and how long each may take. As moby's.
 const RESOLVERS_MAX: usize = 3;
 const RESOLVER_TIMEOUT: Duration = Duration::from_secs(4);
+/// Questions that others are asked at once, by all containers: each has a port of the node meanwhile.
+const FORWARDED_MAX: usize = 256;
 /// Questions of one container that are worked on at once; others wait in its socket.
 const QUESTIONS_MAX: usize = 1024;
 /// Streams of one container, and how long one may say nothing (RFC 7766, section 6.2.3).
@@ -59,6 +61,7 @@ pub(super) struct Names {
 struct View {
     tables: watch::Receiver<Arc<NetworkTables>>,
     directory: Mutex<Arc<Directory>>,
+    forwarded: Semaphore,
 }
 
 /// Ends with its handle, and all that it was answering.
@@ -73,7 +76,11 @@ impl Drop for Server {
 
 impl Names {
     pub(super) fn new(tables: watch::Receiver<Arc<NetworkTables>>) -> Self {
-        let view = Arc::new(View { tables, directory: Mutex::default() });
+        let view = Arc::new(View {
+            tables,
+            directory: Mutex::default(),
+            forwarded: Semaphore::new(FORWARDED_MAX),
+        });
         Self { view, servers: Mutex::default() }
     }
 
@@ -143,6 +150,7 @@ impl Resolver {
         if answer != Answer::Forward {
             return request.reply(&answer);
         }
+        let _permit = self.view.forwarded.acquire().await.ok()?;
         let resolvers = match &self.scope.nameservers[..] {
             [] => host_resolvers(),
             named => named.to_vec(),
