@@ -133,13 +133,24 @@ impl Store {
     pub(super) fn list(&self) -> Result<Vec<Stored>, Error> {
         let mut images = Vec::new();
         for digest in list_digests(&self.images)? {
-            let Ok(manifest) = self.manifest(digest) else { continue };
-            if self.missing(digest)?.is_empty() {
-                let size = self.blobs_of(digest)?.iter().map(|blob| blob.size).sum();
-                images.push(Stored { digest, config: manifest.config.digest, size });
+            match self.stored(digest) {
+                Ok(stored) => images.extend(stored),
+                // It is being deleted.
+                Err(Error::NotFound(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         Ok(images)
+    }
+
+    /// An image where it is complete.
+    fn stored(&self, digest: Digest) -> Result<Option<Stored>, Error> {
+        let Ok(manifest) = self.manifest(digest) else { return Ok(None) };
+        if !self.missing(digest)?.is_empty() {
+            return Ok(None);
+        }
+        let size = self.blobs_of(digest)?.iter().map(|blob| blob.size).sum();
+        Ok(Some(Stored { digest, config: manifest.config.digest, size }))
     }
 
     /// Notes that an image is complete, after its blobs got their names.
