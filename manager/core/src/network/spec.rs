@@ -265,11 +265,6 @@ pub fn parse_pools(
         let IpNet::V4(pool) = parse_subnet(text)? else {
             return refuse(format!("default address pool {text} is not IPv4"));
         };
-        if ingress.contains(&pool) {
-            return refuse(format!(
-                "default address pool {pool} is within the ingress pool {ingress}: give another"
-            ));
-        }
         let other = pools.iter().find(|other| other.contains(&pool) || pool.contains(*other));
         if let Some(other) = other {
             return refuse(format!("default address pools {other} and {pool} overlap"));
@@ -278,6 +273,12 @@ pub fn parse_pools(
     }
     let default = [DEFAULT_POOL];
     let all = if pools.is_empty() { &default[..] } else { &pools[..] };
+    // Networks would find no subnet, and pools stay as they are.
+    if let Some(pool) = all.iter().find(|pool| ingress.contains(*pool)) {
+        return refuse(format!(
+            "default address pool {pool} is within the ingress pool {ingress}: give another"
+        ));
+    }
     let least = all.iter().map(|pool| pool.prefix_len()).max().unwrap_or_default();
     let fitting = u8::try_from(size).ok();
     match fitting.filter(|size| *size == 0 || (least..=IPV4_PREFIX_MAX).contains(size)) {

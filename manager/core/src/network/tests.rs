@@ -138,6 +138,11 @@ fn a_swarm_may_have_pools_of_its_own() {
     }
     // Both are used up, then nothing is left.
     let mut world = world();
+    let wide = parse_pools(&[], 0, "10.0.0.0/8".parse().unwrap()).unwrap_err().to_string();
+    assert_eq!(
+        wide,
+        "default address pool 10.0.0.0/9 is within the ingress pool 10.0.0.0/8: give another"
+    );
     let (default_addr_pool, subnet_size) = read(&["172.16.0.0/24", "172.20.0.0/25"], 25).unwrap();
     let cluster = crate::testing::cluster();
     let cluster = skep_common::Cluster { default_addr_pool, subnet_size, ..cluster };
