@@ -18,7 +18,7 @@ verify:
 	deploy/with-rust.sh cargo fmt --all --check
 	deploy/with-rust.sh cargo clippy --workspace --all-targets -- -D warnings
 	deploy/test.sh
-	RUSTDOCFLAGS="-D warnings" deploy/with-rust.sh cargo doc --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" deploy/with-rust.sh cargo doc --workspace --no-deps --document-private-items
 	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "skipped: cargo deny is not installed"; fi
 
 fix:

@@ -5,7 +5,7 @@
 //!
 //! # Invariants
 //!
-//! - A nonce is used once under a key: a file is written by one [`Sealer`] from its first byte on,
+//! - A nonce is used once under a key: a file is written by one writer from its first byte on,
 //!   and nothing is ever appended to a file that was opened for reading.
 
 use std::fmt;
