@@ -22,6 +22,7 @@ need libseccomp-dev has_static_seccomp
 need busybox-static has_static_busybox
 need iproute2 command -v ip
 need nftables command -v nft
+need iptables command -v iptables-nft
 need curl command -v curl
 need ca-certificates [ -d /etc/ssl/certs ]
 need procps command -v ps
