@@ -3,10 +3,12 @@
 //! The socket is the helper's standard input. Messages are JSON, one a line. The daemon sends the
 //! shim `start`; closing the socket before that means "never mind".
 
-use std::io::{self, Write};
-use std::os::fd::RawFd;
+use std::io::{self, IoSliceMut, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use skep_common::Timestamp;
@@ -14,6 +16,8 @@ use skep_common::spec::LogRotation;
 use skep_runtime::sys::ProcessId;
 use skep_worker_core::dns::Scope;
 use skep_worker_core::oci::SpecInput;
+
+use crate::sys::own_received_fd;
 
 /// What the shim is to make.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -89,6 +93,24 @@ pub(super) fn send<T: Serialize>(mut stream: impl Write, message: &T) -> io::Res
     let mut line = serde_json::to_vec(message)?;
     line.push(b'\n');
     stream.write_all(&line)
+}
+
+/// Reads from a socket, and takes the descriptors that came along.
+pub(super) fn receive_with_fds(
+    socket: &UnixStream,
+    buffer: &mut [u8],
+) -> nix::Result<(usize, Vec<OwnedFd>)> {
+    let mut buffers = [IoSliceMut::new(buffer)];
+    let mut space = nix::cmsg_space!([RawFd; KEPT_MAX]);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut buffers, Some(&mut space), flags)?;
+    let mut received = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            received.extend(fds.into_iter().map(own_received_fd));
+        }
+    }
+    Ok((message.bytes, received))
 }
 
 /// Reads a JSON file.

@@ -1,13 +1,11 @@
 //! Receives the terminal of a container that has one.
 
-use std::io::IoSliceMut;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 
 use super::super::dirs::RunDir;
 use super::super::error::{Context, Error};
+use super::super::protocol::receive_with_fds;
 
 /// A socket on which the runtime hands over the terminal's main end.
 pub(super) struct Console(UnixListener);
@@ -30,18 +28,9 @@ impl Console {
         let context = || "receive the container's terminal".to_owned();
         let (stream, _) = self.0.accept().during(context)?;
         let mut name = [0; 4096];
-        let mut buffers = [IoSliceMut::new(&mut name)];
-        let mut space = nix::cmsg_space!([RawFd; 1]);
-        let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-        let message = recvmsg::<()>(stream.as_raw_fd(), &mut buffers, Some(&mut space), flags)
-            .during(context)?;
-        for control in message.cmsgs().during(context)? {
-            if let ControlMessageOwned::ScmRights(fds) = control
-                && let Some(fd) = fds.first()
-            {
-                return Ok(crate::sys::own_received_fd(*fd));
-            }
-        }
-        Err(std::io::Error::other("the message holds no descriptor")).during(context)
+        let (_, received) = receive_with_fds(&stream, &mut name).during(context)?;
+        let terminal = received.into_iter().next();
+        let missing = || std::io::Error::other("the message holds no descriptor");
+        terminal.ok_or_else(missing).during(context)
     }
 }

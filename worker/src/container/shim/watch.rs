@@ -1,14 +1,13 @@
 //! The shim's loop: from the waiting container to the record of its end.
 
-use std::io::{self, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use nix::sys::wait::waitpid;
 use nix::unistd::{Pid, read};
 use skep_common::spec::LogRotation;
@@ -16,7 +15,7 @@ use skep_runtime::clock;
 
 use super::super::dirs::{DataDir, RunDir, remove_all, write_atomically};
 use super::super::error::{Context, Error, chain, unwrapped};
-use super::super::protocol::{KEPT_MAX, Phase, Report, START, send};
+use super::super::protocol::{Phase, Report, START, receive_with_fds, send};
 use super::super::runtime::ExitStatus;
 use super::create::Waiting;
 use super::output::{LogFile, is_not_yet};
@@ -87,21 +86,6 @@ pub(super) fn watch(
     }
 }
 
-/// Reads from the daemon's socket, and takes the descriptors that came along.
-fn receive(daemon: &UnixStream, buffer: &mut [u8]) -> nix::Result<(usize, Vec<OwnedFd>)> {
-    let mut buffers = [IoSliceMut::new(buffer)];
-    let mut space = nix::cmsg_space!([RawFd; KEPT_MAX]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(daemon.as_raw_fd(), &mut buffers, Some(&mut space), flags)?;
-    let mut received = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            received.extend(fds.into_iter().map(sys::own_received_fd));
-        }
-    }
-    Ok((message.bytes, received))
-}
-
 fn null_stdin() -> Result<(), Error> {
     let context = || "replace standard input".to_owned();
     let null = std::fs::File::open("/dev/null").during(context)?;
@@ -168,7 +152,7 @@ impl Watch<'_> {
     fn read_daemon(&mut self) -> Result<Turn, Error> {
         let Some(daemon) = &self.daemon else { return Ok(Turn::GoOn) };
         let mut buffer = [0; 64];
-        match receive(daemon, &mut buffer) {
+        match receive_with_fds(daemon, &mut buffer) {
             Ok((n_bytes, kept)) if n_bytes == START.len() && buffer[..n_bytes] == *START => {
                 self.waiting.state.kept = kept.iter().map(AsRawFd::as_raw_fd).collect();
                 self.kept = kept;
