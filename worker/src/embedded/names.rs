@@ -115,9 +115,7 @@ impl Names {
 impl View {
     /// The directory, once it has all networks of a scope; `None` where the node ends first.
     async fn directory_for(&self, scope: &Scope) -> Option<Arc<Directory>> {
-        let has_all = |tables: &Arc<NetworkTables>| {
-            scope.networks.iter().all(|id| tables.networks.contains_key(id))
-        };
+        let has_all = |tables: &Arc<NetworkTables>| tables.have(scope.networks.iter().copied());
         self.tables.clone().wait_for(has_all).await.ok()?;
         let mut directory = self.directory.lock().expect("nothing panics while it holds it");
         // Read under the lock: nobody goes back to older tables.

@@ -104,9 +104,8 @@ impl Uplink {
     /// Returns when the tables name all networks of the attachments.
     async fn tables_of(&self, attachments: &[Attachment]) -> Result<(), Error> {
         let mut tables = self.tables.subscribe();
-        let names_all = |tables: &Arc<NetworkTables>| {
-            attachments.iter().all(|one| tables.networks.contains_key(&one.network_id))
-        };
+        let names_all =
+            |tables: &Arc<NetworkTables>| tables.have(attachments.iter().map(|one| one.network_id));
         let named = tokio::time::timeout(TABLE_WAIT, tables.wait_for(names_all)).await;
         match named {
             Ok(named) => named.map(drop).map_err(|_| Error("the mesh has ended".into())),

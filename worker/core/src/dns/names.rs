@@ -36,7 +36,7 @@ impl Directory {
     /// Whether all networks of a container are in it. Before that nothing may be answered: a name that
     /// exists would be taken for one that does not.
     pub fn knows(&self, scope: &Scope) -> bool {
-        scope.networks.iter().all(|id| self.networks.contains_key(id))
+        self.tables.have(scope.networks.iter().copied())
     }
 
     pub(super) fn network(&self, id: NetworkId) -> Option<&Names> {

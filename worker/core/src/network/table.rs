@@ -22,6 +22,13 @@ pub struct NetworkTables {
     pub networks: BTreeMap<NetworkId, Arc<NetworkTable>>,
 }
 
+impl NetworkTables {
+    /// Whether all of these networks are there.
+    pub fn have(&self, networks: impl IntoIterator<Item = NetworkId>) -> bool {
+        networks.into_iter().all(|id| self.networks.contains_key(&id))
+    }
+}
+
 /// What a node knows of one network.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NetworkTable {
