@@ -119,6 +119,16 @@ impl Node<'_> {
 }
 
 impl Lab {
+    /// Deploys a stack from a Compose file, in which `IMAGE` is whoami, through n1.
+    #[track_caller]
+    pub fn deploy_whoami(&self, stack: &str, compose: &str) -> Output {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let file = dir.path().join("stack.yml");
+        fs::write(&file, compose.replace("IMAGE", WHOAMI)).expect("write the Compose file");
+        let file = file.to_str().expect("temporary directories have plain names");
+        self.node("n1").skep(&["stack", "deploy", "--compose-file", file, stack]).ok()
+    }
+
     /// Compiles and packs whoami, and stores the image through n1.
     #[track_caller]
     pub fn import_whoami(&self) {

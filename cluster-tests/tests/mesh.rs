@@ -80,7 +80,7 @@ fn the_mesh_answers_every_client_through_every_node() {
     }
     let lab = Lab::start(LabOptions::default());
     lab.import_whoami();
-    deploy(&lab);
+    lab.deploy_whoami("mesh", STACK);
     lab.node("n1").create_whoami(
         "far",
         &["--publish", "8081:8080", "--constraint", &format!("node.hostname=={FAR_NODE}")],
@@ -123,14 +123,6 @@ fn the_mesh_answers_every_client_through_every_node() {
 
 fn step(name: &str) {
     eprintln!("-- {name}");
-}
-
-fn deploy(lab: &Lab) {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("stack.yml");
-    fs::write(&file, STACK.replace("IMAGE", WHOAMI)).unwrap();
-    let file = file.to_str().unwrap();
-    lab.node("n1").skep(&["stack", "deploy", "--compose-file", file, "mesh"]).ok();
 }
 
 fn url(lab: &Lab, node: &str, port: u16, path: &str) -> String {

@@ -6,12 +6,9 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
 
 use serde_json::Value;
-use skep_cluster_tests::{
-    Lab, LabOptions, SETTLES_WITHIN, WHOAMI, Whoami, is_root_or_skip, wait_until,
-};
+use skep_cluster_tests::{Lab, LabOptions, SETTLES_WITHIN, Whoami, is_root_or_skip, wait_until};
 
 const NODES: [&str; 5] = ["n1", "n2", "n3", "n4", "n5"];
 const FRONT: &str = "shop_front";
@@ -122,11 +119,7 @@ fn step(name: &str) {
 }
 
 fn deploy(lab: &Lab) {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("stack.yml");
-    fs::write(&file, STACK.replace("IMAGE", WHOAMI)).unwrap();
-    let file = file.to_str().unwrap();
-    let output = lab.node("n1").skep(&["stack", "deploy", "--compose-file", file, "shop"]).ok();
+    let output = lab.deploy_whoami("shop", STACK);
     assert!(!output.stderr.contains("network"), "no warning: {output}");
 }
 
