@@ -1,7 +1,7 @@
 //! A small HTTP server that says which task answered: for examples, demonstrations and tests.
 //!
 //! One file and the standard library alone, so that `rustc` makes a static program of it:
-//! see `make-whoami-image.sh`. It listens on port 8080, or on `PORT`.
+//! see `make-whoami-image.sh`. It listens on port 8080, or on `PORT`, over IPv4 and IPv6.
 //!
 //! | request                                   | answer                                       |
 //! |-------------------------------------------|----------------------------------------------|
@@ -12,6 +12,7 @@
 //! | `GET /exit/CODE`                          | an answer; then the process exits with CODE  |
 //! | `GET /alloc/MIB`                          | after allocating and touching MIB mebibytes  |
 //! | any other `GET`                           | who answered, one `Name: value` per line     |
+//! | a datagram (UDP)                          | the same, in one datagram                    |
 //!
 //! `whoami healthcheck` asks `/health` on the loopback and exits with 0 or 1: a HEALTHCHECK for an
 //! image without a shell.
@@ -28,7 +29,7 @@
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::io::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::process;
@@ -114,8 +115,16 @@ fn healthcheck(port: u16) -> i32 {
 }
 
 fn serve(port: u16) {
-    let listener = TcpListener::bind(("0.0.0.0", port))
-        .unwrap_or_else(|error| fail(&format!("cannot listen on port {port}: {error}")));
+    // The second is for machines without IPv6.
+    let any = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
+    let any: &[SocketAddr] = &any;
+    let failed = |error: io::Error| format!("cannot listen on port {port}: {error}");
+    let listener = TcpListener::bind(any).unwrap_or_else(|error| fail(&failed(error)));
+    let socket = UdpSocket::bind(any).unwrap_or_else(|error| fail(&failed(error)));
+    let answer = move || answer_datagrams(&socket);
+    if let Err(error) = thread::Builder::new().stack_size(STACK_LEN).spawn(answer) {
+        fail(&format!("cannot answer datagrams: {error}"));
+    }
     handle_signals().unwrap_or_else(|error| fail(&format!("cannot handle signals: {error}")));
     println!("listening on port {port}");
     for stream in listener.incoming() {
@@ -130,6 +139,20 @@ fn serve(port: u16) {
             eprintln!("whoami: connection refused: {error}");
         }
     }
+}
+
+fn answer_datagrams(socket: &UdpSocket) {
+    loop {
+        // An error is that of an earlier answer whose client has gone.
+        if let Ok((_, client)) = socket.recv_from(&mut []) {
+            let _ = socket.send_to(describe(&shown(client), "udp").as_bytes(), client);
+        }
+    }
+}
+
+/// A client as it is named: one of IPv4 as such, also where it came to a socket of IPv6.
+fn shown(client: SocketAddr) -> String {
+    SocketAddr::new(client.ip().to_canonical(), client.port()).to_string()
 }
 
 extern "C" fn on_signal(_number: i32) {
@@ -211,7 +234,7 @@ fn serve_connection(stream: &TcpStream, first: Running) -> io::Result<()> {
     let mut first = Some(first);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(IDLE_MAX))?;
-    let client = stream.peer_addr()?.to_string();
+    let client = shown(stream.peer_addr()?);
     let mut reader = BufReader::new(stream);
     while let Some(request) = read_request(&mut reader)? {
         let _running = first.take().unwrap_or_else(Running::begin);
