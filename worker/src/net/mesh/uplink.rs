@@ -4,6 +4,10 @@
 //! All calls are idempotent. The node's end carries the task id as its alias. It has hairpin mode
 //! set, since a task that is a client of its own published port may be its own backend: the
 //! bridge must send the packet out where it came in.
+//!
+//! What a container sends from the uplink's address leaves by the uplink, wherever else a route leads:
+//! an overlay network of the container may have the client's address in its subnet, and would swallow
+//! the answers. The kernel's check of reverse paths looks by the same rule.
 
 use std::net::Ipv4Addr;
 
@@ -14,6 +18,7 @@ use netlink_packet_route::link::{
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use skep_worker_core::mesh::{Slices, interface_name};
 
@@ -25,6 +30,10 @@ use crate::net::rtnetlink::{Link, Mode, RouteChannel};
 use crate::net::veth::Pair;
 
 const LOOPBACK: &str = "lo";
+
+/// The routes of what is sent from the uplink's address, in a container. No other rule is in there.
+const TABLE: u8 = 100;
+const RULE_PRIORITY: u32 = 100;
 
 /// The uplinks of the tasks on this node. Lives on a dedicated thread, which enters containers.
 #[derive(Debug)]
@@ -79,9 +88,15 @@ impl Uplinks {
         let address = Ipv4Net::new_assert(address, self.slices.slice_prefix());
         links::ensure_address(&mut inside, interface, uplink.index, address)?;
         set_up(&mut inside, &uplink, Some(mtu))?;
-        let gateway = self.slices.bridge_address(number);
-        let message = RouteNetlinkMessage::NewRoute(default_route(gateway, uplink.index));
-        inside.change("set the default route of a container", Mode::Replace, message)
+        let beside = route(TABLE, self.slices.slice(number), None, uplink.index);
+        let gateway = Some(self.slices.bridge_address(number));
+        let [out, answers] = [RouteHeader::RT_TABLE_MAIN, TABLE]
+            .map(|table| route(table, Ipv4Net::default(), gateway, uplink.index));
+        for route in [out, beside, answers] {
+            let message = RouteNetlinkMessage::NewRoute(route);
+            inside.change("set a route of a container", Mode::Replace, message)?;
+        }
+        ensure_answers_by_uplink(&mut inside, address.addr())
     }
 
     /// Takes the uplink of a task away; fine where it has none.
@@ -130,14 +145,46 @@ fn set_up(channel: &mut RouteChannel, link: &Link, mtu: Option<u32>) -> Result<(
     channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))
 }
 
-fn default_route(gateway: Ipv4Addr, index: u32) -> RouteMessage {
+fn ensure_answers_by_uplink(inside: &mut RouteChannel, address: Ipv4Addr) -> Result<(), Error> {
+    const WHOLE_ADDRESS: u8 = 32;
+    let mut wanted = RuleMessage::default();
+    wanted.header.family = AddressFamily::Inet;
+    wanted.header.src_len = WHOLE_ADDRESS;
+    wanted.header.table = TABLE;
+    wanted.header.action = RuleAction::ToTable;
+    wanted.attributes =
+        vec![RuleAttribute::Source(address.into()), RuleAttribute::Priority(RULE_PRIORITY)];
+    let mut query = RuleMessage::default();
+    query.header.family = AddressFamily::Inet;
+    let query = RouteNetlinkMessage::GetRule(query);
+    let present = inside.dump("list the routing rules of a container", query)?;
+    let is_wanted = |message: &RouteNetlinkMessage| match message {
+        RouteNetlinkMessage::NewRule(rule) => {
+            rule.header.table == TABLE
+                && wanted.attributes.iter().all(|a| rule.attributes.contains(a))
+        }
+        _ => false,
+    };
+    if present.iter().any(is_wanted) {
+        return Ok(());
+    }
+    let message = RouteNetlinkMessage::NewRule(wanted);
+    inside.change("set the routing rule of a container", Mode::Create, message)
+}
+
+fn route(table: u8, to: Ipv4Net, gateway: Option<Ipv4Addr>, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = AddressFamily::Inet;
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.destination_prefix_length = to.prefix_len();
+    message.header.table = table;
     message.header.protocol = RouteProtocol::Static;
-    message.header.scope = RouteScope::Universe;
+    message.header.scope = if gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
     message.header.kind = RouteType::Unicast;
-    message.attributes =
-        vec![RouteAttribute::Gateway(RouteAddress::Inet(gateway)), RouteAttribute::Oif(index)];
+    if to.prefix_len() > 0 {
+        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(to.network())));
+    }
+    let gateway = gateway.map(|gateway| RouteAttribute::Gateway(RouteAddress::Inet(gateway)));
+    message.attributes.extend(gateway);
+    message.attributes.push(RouteAttribute::Oif(index));
     message
 }
