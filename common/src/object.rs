@@ -329,6 +329,10 @@ pub struct Task {
     /// A task with desired state `Ready` may run from this moment on (restart delay).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_after: Option<Timestamp>,
+    /// The ports that it publishes on its node in host mode; one without a number is given a free one
+    /// by the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<PortConfig>,
 }
 
 impl Task {
@@ -394,6 +398,17 @@ pub struct TaskStatus {
     /// A running task whose health check fails gets no connection and is replaced.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unhealthy: bool,
+    /// The ports that its node publishes for it in host mode, while its container runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port_status: Option<PortStatus>,
+}
+
+/// What a node publishes for one task alone.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct PortStatus {
+    /// The ports with their numbers on the node.
+    pub ports: Vec<PortConfig>,
 }
 
 /// A container's facts.

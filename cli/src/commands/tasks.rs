@@ -189,11 +189,8 @@ fn rows(
 
 /// Ports that the task itself holds on its node: `*:8080->80/tcp`.
 fn host_ports(task: &Task) -> String {
-    let status = serde_json::to_value(&task.status).unwrap_or_default();
-    let ports: Vec<skep_common::spec::PortConfig> =
-        serde_json::from_value(status["PortStatus"]["Ports"].clone()).unwrap_or_default();
+    let ports = task.status.port_status.iter().flat_map(|status| &status.ports);
     let texts: Vec<String> = ports
-        .iter()
         .filter(|port| port.publish_mode == Some(PublishMode::Host))
         .map(|port| {
             let published = port.published_port.unwrap_or_default();

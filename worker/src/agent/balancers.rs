@@ -43,11 +43,14 @@ pub(super) struct Applied {
 #[derive(Debug)]
 pub(super) struct BalancerHandle {
     newest: watch::Sender<Newest>,
+    in_force: watch::Receiver<u64>,
 }
 
 /// What is to be applied, and the session that it is for.
 #[derive(Debug, Clone, Default)]
 struct Newest {
+    /// Counts what was handed over since the start.
+    number: u64,
     session: u64,
     table: Option<MeshTable>,
     networks: Arc<NetworkTables>,
@@ -60,25 +63,38 @@ impl BalancerHandle {
         tasks: &TaskSet,
     ) -> Self {
         let (newest, tables) = watch::channel(Newest::default());
+        let (number, in_force) = watch::channel(0);
         // Not cut off in the middle: a mesh that is just being started must be known to whoever
         // removes it after the node's stop. It ends with the handle.
-        tasks.spawn_to_end("balancers", run(balancers, tables, applied));
-        Self { newest }
+        tasks.spawn_to_end("balancers", run(balancers, tables, number, applied));
+        Self { newest, in_force }
     }
 
+    /// Hands a table over; returns its number, for [`Self::in_force`].
     pub(super) fn apply(
         &self,
         session: u64,
         table: Option<MeshTable>,
         networks: Arc<NetworkTables>,
-    ) {
-        self.newest.send_replace(Newest { session, table, networks });
+    ) -> u64 {
+        let mut number = 0;
+        self.newest.send_modify(|newest| {
+            number = newest.number + 1;
+            *newest = Newest { number, session, table, networks };
+        });
+        number
+    }
+
+    /// The number of the table that is in force, or of a later one.
+    pub(super) fn in_force(&self) -> watch::Receiver<u64> {
+        self.in_force.clone()
     }
 }
 
 async fn run(
     mut balancers: Option<Box<dyn Balancers>>,
     mut tables: watch::Receiver<Newest>,
+    in_force: watch::Sender<u64>,
     applied: mpsc::Sender<Applied>,
 ) {
     let mut last_error = None;
@@ -88,8 +104,11 @@ async fn run(
             changed = tables.changed() => if changed.is_err() { return },
             () = tokio::time::sleep(REPAIR_PERIOD) => {}
         }
-        let Newest { session, table, networks } = tables.borrow_and_update().clone();
-        let Some(table) = table else { continue };
+        let Newest { number, session, table, networks } = tables.borrow_and_update().clone();
+        let Some(table) = table else {
+            in_force.send_replace(number); // Nothing is balanced yet.
+            continue;
+        };
         let result = match &mut balancers {
             Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
@@ -97,6 +116,7 @@ async fn run(
         match result {
             Ok(conditions) => {
                 last_error = None;
+                in_force.send_replace(number);
                 let news = (session, table.version, conditions.clone());
                 if acknowledged.replace(news.clone()).as_ref() == Some(&news) {
                     continue; // It was in force already.

@@ -222,10 +222,14 @@ impl Balancers for Uplink {
 }
 
 fn port_condition(condition: &Condition) -> PortCondition {
-    let port = match condition {
-        Condition::PortHeld { port, .. } | Condition::PortFailed { port, .. } => port,
-    };
-    PortCondition { port: port.port.into(), message: condition.to_string() }
+    let (Condition::PortHeld { port, service_id, .. }
+    | Condition::PortFailed { port, service_id, .. }) = condition;
+    PortCondition {
+        port: port.port.into(),
+        protocol: port.protocol.to_string(),
+        service_id: service_id.clone(),
+        message: condition.to_string(),
+    }
 }
 
 #[cfg(test)]
