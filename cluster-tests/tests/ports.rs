@@ -3,9 +3,13 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
 use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, LoadOptions, Report, SETTLES_WITHIN, TaskRow, is_root_or_skip, wait_until,
+    Lab, LabOptions, LoadOptions, Report, Running, SETTLES_WITHIN, TaskRow, WHOAMI,
+    is_root_or_skip, wait_until,
 };
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
@@ -44,6 +48,95 @@ fn ports_of_single_nodes() {
     }
 }
 
+const HELD_PORT: u16 = 8090;
+/// From the end of the program that holds a port to the end of the condition, and to an answer.
+const CONDITION_ENDS_WITHIN: Duration = Duration::from_secs(2);
+
+#[test]
+fn a_port_that_a_program_holds_is_a_condition_of_its_service() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 2, workers: 1, ..LabOptions::default() });
+    lab.import_whoami();
+    lab.node("n1").create_whoami("plain", &["--constraint=node.hostname==n1"]);
+    lab.wait_until_settled("n1", "plain", 1);
+    let holder = Holder::start(&lab, "n3");
+    step("creating a service tells of it");
+    let created = lab.node("n2").skep(&[
+        "service",
+        "create",
+        "--name=held",
+        "--constraint=node.hostname==n1",
+        "--publish=8090:8080",
+        WHOAMI,
+    ]);
+    let created = created.ok();
+    let told = created.stderr.lines().find_map(|line| line.strip_prefix("warning: "));
+    let message = told.unwrap_or_else(|| panic!("no warning: {created}")).to_owned();
+    let (start, end) = ("port 8090/tcp on n3 is held by ", "): stop it or publish another port");
+    assert!(message.starts_with(start) && message.ends_with(end), "{message}");
+    assert!(message.contains(&holder.program), "{message}");
+    let (_, pid) = message.strip_suffix(end).unwrap().rsplit_once("(pid ").unwrap();
+
+    step("every manager tells of it, in every form");
+    for via in ["n1", "n2"] {
+        wait_until(SETTLES_WITHIN, &format!("{via} knows"), || {
+            let listed = lab.node(via).skep(&["service", "ls"]).ok();
+            let is_told = listed.stderr.contains(&format!("WARNING: held: {message}"));
+            (is_told.then_some(()), listed.to_string())
+        });
+        let ps = lab.node(via).skep(&["service", "ps", "held"]).ok();
+        assert!(ps.stderr.contains(&message), "{ps}");
+        let pretty = lab.node(via).skep(&["service", "inspect", "--pretty", "held"]).ok();
+        assert!(pretty.text().contains(&format!("Conditions:\n {message}")), "{pretty}");
+        assert_eq!(conditions(&lab, via), [message.as_str()]);
+    }
+    for node in ["n1", "n2"] {
+        wait_for_outcome(&lab, &url(&lab, node, HELD_PORT), "Ok");
+    }
+
+    step("it ends with the program");
+    lab.node("n3").exec(&["kill", pid]).ok();
+    wait_until(CONDITION_ENDS_WITHIN, "the condition is gone", || {
+        let seen = conditions(&lab, "n2");
+        (seen.is_empty().then_some(()), format!("{seen:?}"))
+    });
+    let report = send(&lab, "client", &url(&lab, "n3", HELD_PORT), 5);
+    report.assert_none_failed();
+}
+
+#[track_caller]
+fn conditions(lab: &Lab, via: &str) -> Vec<String> {
+    let inspected = lab.node(via).skep(&["service", "inspect", "held"]).ok().json();
+    let conditions = inspected[0]["Conditions"].as_array().cloned().unwrap_or_default();
+    conditions.iter().filter_map(|one| Some(one["Message"].as_str()?.to_owned())).collect()
+}
+
+/// A program of the node itself that has the port: whoami, run outside of any container.
+struct Holder {
+    program: String,
+    _running: Running,
+    _dir: tempfile::TempDir,
+}
+
+impl Holder {
+    fn start(lab: &Lab, node: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let program = dir.path().join("holder");
+        let whoami = lab.whoamis_of("plain").remove(0);
+        fs::copy(format!("/proc/{}/exe", whoami.pid), &program).unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let program = program.to_str().unwrap().to_owned();
+        let port = format!("PORT={HELD_PORT}");
+        let running = lab.start_command(node, &["env", &port, &program]);
+        running.wait_for_line(SETTLES_WITHIN, "the program listens", |line| {
+            line.starts_with("listening")
+        });
+        Self { program, _running: running, _dir: dir }
+    }
+}
+
 fn step(text: &str) {
     eprintln!("--- {text}");
 }
@@ -52,7 +145,7 @@ fn url(lab: &Lab, node: &str, port: u16) -> String {
     format!("http://{}:{port}/", lab.node(node).address())
 }
 
-fn send(lab: &Lab, from: &str, url: &str, n_requests: usize) -> Report {
+fn send(lab: &Lab, from: &str, url: &str, n_requests: u64) -> Report {
     let options = LoadOptions { requests: Some(n_requests), ..LoadOptions::to([url.to_owned()]) };
     lab.load(from, &options).finish()
 }
@@ -73,7 +166,8 @@ fn chosen_port(lab: &Lab, task: &TaskRow) -> u16 {
     wait_until(SETTLES_WITHIN, &what, || {
         let output = lab.node("n1").skep(&["service", "ps", "--format", "json", "web"]);
         let rows = output.ok().json_lines();
-        let row = rows.iter().find(|row| row["ID"].as_str() == Some(&task.id));
+        let is_it = |id: &str| task.id.starts_with(id) || id.starts_with(&task.id);
+        let row = rows.iter().find(|row| row["ID"].as_str().is_some_and(is_it));
         let column = row.and_then(|row| row["Ports"].as_str()).unwrap_or_default().to_owned();
         let ports: Vec<&str> = column
             .split(',')

@@ -104,6 +104,7 @@ pub fn service(replicas: u64) -> Service {
         update_status: None,
         endpoint: skep_common::object::Endpoint::default(),
         pending_delete: false,
+        conditions: Vec::new(),
     }
 }
 
