@@ -280,11 +280,6 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
         note("TaskTemplate.Resources.", &resources.extra);
     }
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
-    for port in spec.ports().iter().filter(|port| port.publish_mode == Some(PublishMode::Host)) {
-        let port = port.target_port;
-        warnings
-            .push(format!("target port {port} is not published in host mode yet: only ingress is"));
-    }
     for port in
         spec.ports().iter().filter(|port| port.protocol.unwrap_or_default() != PortProtocol::Tcp)
     {

@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
+use skep_common::spec::PortProtocol;
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort};
 use skep_worker_core::network::NetworkTables;
 
+use super::host_ports::HostPorts;
 use super::networks::NetworkState;
 
 /// The table as received, and what is locally known to be dead.
@@ -24,6 +26,8 @@ pub(super) struct MeshState {
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     dead: BTreeSet<String>,
     networks: NetworkState,
+    /// What this node publishes besides.
+    pub(super) host: HostPorts,
 }
 
 impl MeshState {
@@ -101,14 +105,28 @@ impl MeshState {
                 port.backends.iter().filter(|backend| !self.dead.contains(&backend.task_id));
             PublishedPort { backends: alive.cloned().collect(), ..port.clone() }
         });
+        // A port of the mesh outranks one of this node, which comes when the other has gone.
+        let is_free =
+            |port: &PublishedPort| !self.ports.contains_key(&(port.protocol, port.published));
+        let host = self.host.published().filter(is_free);
+        let host: BTreeMap<(Protocol, u16), PublishedPort> =
+            host.map(|port| ((port.protocol, port.published), port)).collect();
         Some(MeshTable {
             version: self.version,
             self_number: self.number,
             pool: self.pool?,
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: peers.collect(),
-            ports: ports.collect(),
+            ports: ports.chain(host.into_values()).collect(),
         })
+    }
+
+    /// The ports of the mesh, which no port of this node alone can have.
+    pub(super) fn ingress_ports(&self) -> BTreeSet<(PortProtocol, u16)> {
+        let known = [PortProtocol::Tcp, PortProtocol::Udp, PortProtocol::Sctp];
+        let named = |name: &str| known.into_iter().find(|known| known.name() == name);
+        let keys = self.ports.keys();
+        keys.filter_map(|(protocol, port)| Some((named(&protocol.to_string())?, *port))).collect()
     }
 }
 
@@ -124,11 +142,16 @@ impl MeshState {
     }
 }
 
+/// The protocol of that name, where the mesh carries it.
+pub(super) fn protocol(name: &str) -> Option<Protocol> {
+    match name {
+        "tcp" => Some(Protocol::Tcp),
+        _ => None,
+    }
+}
+
 fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
-    let protocol = match port.protocol.as_str() {
-        "tcp" => Protocol::Tcp,
-        _ => return None,
-    };
+    let protocol = protocol(&port.protocol)?;
     let backends = port.backends.iter().map(|backend| {
         Some(Backend {
             task_id: backend.task_id.clone(),

@@ -219,13 +219,25 @@ impl Balancers for Uplink {
         connected?;
         Ok(applied.conditions.iter().map(port_condition).collect())
     }
+
+    async fn has_other_conditions(&mut self) -> bool {
+        let started = self.started.borrow().clone();
+        match started {
+            // A failure is told when the table is applied.
+            Some(Started { mesh, .. }) => mesh.has_other_conditions().await.unwrap_or(true),
+            None => false,
+        }
+    }
 }
 
 fn port_condition(condition: &Condition) -> PortCondition {
-    let port = match condition {
-        Condition::PortHeld { port, .. } | Condition::PortFailed { port, .. } => port,
-    };
-    PortCondition { port: port.port.into(), message: condition.to_string() }
+    let port = condition.port();
+    PortCondition {
+        port: port.port.into(),
+        protocol: port.protocol.to_string(),
+        service_id: condition.service_id().to_owned(),
+        message: condition.advice(),
+    }
 }
 
 #[cfg(test)]

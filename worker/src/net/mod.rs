@@ -14,6 +14,7 @@
 pub mod channel;
 pub mod conntrack;
 mod error;
+mod free_port;
 pub mod mesh;
 pub mod names;
 pub mod namespace;
@@ -27,6 +28,7 @@ pub mod thread;
 mod veth;
 
 pub use error::Error;
+pub use free_port::free_port;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};
 pub use network::{Attachment, NetworkOptions, Networks};
 pub use probe::probe;

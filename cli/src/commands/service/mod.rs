@@ -19,7 +19,7 @@ use super::progress::{self, Waiting};
 use crate::client::Client;
 use crate::ui::Ui;
 
-pub(super) use list::{VIEW, rows};
+pub(super) use list::{VIEW, condition_notes, rows, show_notes};
 
 /// Manage Swarm services
 #[derive(Debug, Subcommand)]

@@ -362,15 +362,17 @@ fn late(scope: &Scope<'_, '_>, task: &Task) -> String {
 
 /// Whether a task needs no replacement to be what the service's spec says.
 ///
-/// Published ports are not part of it, as long as the task has an uplink: they are balanced outside of
-/// the container. Differs from
+/// Ports of the routing mesh are not part of it, as long as the task has an uplink: they are balanced
+/// outside of the container. Those in host mode are: the scheduler chose the node by them. Differs from
 /// SwarmKit, which replaces all tasks for a port (moby#41364).
 pub(super) fn is_clean(state: &State, service: &Service, task: &Task) -> bool {
     if task.spec_version == service.spec_version {
         return true;
     }
     let (wanted, made) = (&service.spec.task_template, &task.spec);
-    if !is_same_but_placement(wanted, made) || lacks_uplink(state, service, task) {
+    let has_its_ports = task.host_ports == ports::host_mode(&service.endpoint.ports);
+    if !is_same_but_placement(wanted, made) || !has_its_ports || lacks_uplink(state, service, task)
+    {
         return false;
     }
     if wanted.placement == made.placement {

@@ -45,19 +45,43 @@ pub enum Condition {
     },
 }
 
+impl Condition {
+    /// The port.
+    pub fn port(&self) -> PortKey {
+        match self {
+            Self::PortHeld { port, .. } | Self::PortFailed { port, .. } => *port,
+        }
+    }
+
+    /// The service that publishes it.
+    pub fn service_id(&self) -> &str {
+        match self {
+            Self::PortHeld { service_id, .. } | Self::PortFailed { service_id, .. } => service_id,
+        }
+    }
+
+    /// What is the matter with the port, and what to do: the end of a sentence about it.
+    pub fn advice(&self) -> String {
+        match self {
+            Self::PortHeld { .. } => {
+                format!("{}: stop it or publish another port", self.reason())
+            }
+            Self::PortFailed { .. } => self.reason(),
+        }
+    }
+
+    fn reason(&self) -> String {
+        match self {
+            Self::PortHeld { program: Some(program), .. } => format!("is held by {program}"),
+            Self::PortHeld { program: None, .. } => "is held by another program".to_owned(),
+            Self::PortFailed { reason, .. } => format!("could not be taken: {reason}"),
+        }
+    }
+}
+
 impl std::fmt::Display for Condition {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::PortHeld { port, program: Some(program), .. } => {
-                write!(f, "port {port} is held by {program}")
-            }
-            Self::PortHeld { port, program: None, .. } => {
-                write!(f, "port {port} is held by another program")
-            }
-            Self::PortFailed { port, reason, .. } => {
-                write!(f, "port {port} could not be taken: {reason}")
-            }
-        }
+        write!(f, "port {} {}", self.port(), self.reason())
     }
 }
 
@@ -77,6 +101,8 @@ pub(super) struct Kernel {
     routes: Routes,
     rules: Rules,
     holds: BTreeMap<PortKey, Hold>,
+    /// Ports that the last table could not be given.
+    conditions: Vec<Condition>,
     lock: File,
 }
 
@@ -94,6 +120,7 @@ impl Kernel {
             routes: Routes::open(&options)?,
             rules: Rules::open(layout)?,
             holds: BTreeMap::new(),
+            conditions: Vec::new(),
             options,
             slices,
             channel,
@@ -134,6 +161,7 @@ impl Kernel {
         let version = table.version;
         let mut wanted = Objects::of(table).map_err(|source| Error::Table { version, source })?;
         let conditions = self.take_ports(table, &mut wanted, changes);
+        self.conditions.clone_from(&conditions);
         // Listeners are bound by now: they must be served also if something below fails.
         self.converge(&wanted)?;
         let published: BTreeSet<PortKey> = wanted.ports.keys().copied().collect();
@@ -141,6 +169,15 @@ impl Kernel {
         changes.withdraw.extend(withdrawn.copied());
         self.holds.retain(|key, _| published.contains(key));
         Ok(conditions)
+    }
+
+    /// Whether a port of [`Self::conditions`] is free, or another program has it: the table must be
+    /// applied again. Costs nothing where there are none.
+    pub(super) fn has_other_conditions(&self) -> bool {
+        self.conditions.iter().any(|condition| match condition {
+            Condition::PortHeld { program: Some(program), .. } => !program.holds_still(),
+            _ => hold(condition.port()).is_ok(),
+        })
     }
 
     /// Holds every port that is not held yet; takes those that others have out of `wanted`.
@@ -231,7 +268,7 @@ fn remove_all(
 fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            Condition::PortHeld { service_id, port, program: holder_of(port.port) }
+            Condition::PortHeld { service_id, port, program: holder_of(port) }
         }
         _ => Condition::PortFailed { service_id, port, reason: error.to_string() },
     }

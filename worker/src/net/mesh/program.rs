@@ -4,6 +4,8 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
+use skep_worker_core::mesh::PortKey;
+
 /// The socket state `TCP_LISTEN` in `/proc/net/tcp`.
 const LISTEN: &str = "0A";
 
@@ -17,6 +19,15 @@ pub struct Program {
     pub pid: u32,
     /// Its command line, or its name where it shows none.
     pub command: String,
+    /// Its socket's number on this node.
+    pub socket: u64,
+}
+
+impl Program {
+    /// Whether it still has that socket.
+    pub(super) fn holds_still(&self) -> bool {
+        has_open(self.pid, &link_of(self.socket))
+    }
 }
 
 impl fmt::Display for Program {
@@ -25,12 +36,15 @@ impl fmt::Display for Program {
     }
 }
 
-/// The program that holds TCP port `port` in the calling thread's network namespace.
+/// The program that holds a port in the calling thread's network namespace.
 ///
 /// `None` where the kernel does not show it: a socket that is bound and does not listen is in no
 /// list, and a socket of the kernel itself belongs to no process.
-pub(super) fn holder_of(port: u16) -> Option<Program> {
+pub(super) fn holder_of(port: PortKey) -> Option<Program> {
     let inodes = socket_inodes(port);
+    if inodes.is_empty() {
+        return None;
+    }
     let mut processes: Vec<u32> = fs::read_dir("/proc")
         .ok()?
         .flatten()
@@ -38,24 +52,26 @@ pub(super) fn holder_of(port: u16) -> Option<Program> {
         .collect();
     processes.sort_unstable();
     inodes.iter().find_map(|inode| {
-        let wanted = format!("socket:[{inode}]");
+        let wanted = link_of(*inode);
         let pid = processes.iter().copied().find(|pid| has_open(*pid, &wanted))?;
-        Some(Program { pid, command: command_of(pid) })
+        Some(Program { pid, command: command_of(pid), socket: *inode })
     })
 }
 
 /// Inodes of the sockets on a local port, those that listen first.
-fn socket_inodes(port: u16) -> Vec<u64> {
+fn socket_inodes(port: PortKey) -> Vec<u64> {
     let mut found = Vec::new();
-    for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+    for family in ["", "6"] {
+        // SCTP has no such table: its holders stay unknown.
+        let table = format!("/proc/thread-self/net/{}{family}", port.protocol);
         let text = fs::read_to_string(table).unwrap_or_default();
-        found.extend(text.lines().skip(1).filter_map(|line| socket_of(line, port)));
+        found.extend(text.lines().skip(1).filter_map(|line| socket_of(line, port.port)));
     }
     found.sort_by_key(|(is_listening, _)| !is_listening);
     found.into_iter().map(|(_, inode)| inode).filter(|inode| *inode != 0).collect()
 }
 
-/// Whether the socket in a line of `/proc/net/tcp` listens, and its inode, if it is on `port`.
+/// Whether the socket in a line of `/proc/net/tcp`, or of a table of that form, listens, and its inode, if it is on `port`.
 fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
@@ -63,6 +79,10 @@ fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
         return None;
     }
     Some((*fields.get(3)? == LISTEN, fields.get(9)?.parse().ok()?))
+}
+
+fn link_of(socket: u64) -> String {
+    format!("socket:[{socket}]")
 }
 
 fn has_open(pid: u32, wanted: &str) -> bool {
@@ -89,6 +109,8 @@ fn command_of(pid: u32) -> String {
 mod tests {
     use std::net::TcpListener;
 
+    use skep_worker_core::mesh::Protocol;
+
     use super::*;
 
     #[test]
@@ -103,8 +125,12 @@ mod tests {
     #[test]
     fn this_test_is_found_as_a_holder() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let program = holder_of(listener.local_addr().unwrap().port()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let program = holder_of(PortKey { protocol: Protocol::Tcp, port }).unwrap();
         assert_eq!(program.pid, std::process::id());
         assert!(program.command.contains("skep_worker"), "{program}");
+        assert!(program.holds_still());
+        drop(listener);
+        assert!(!program.holds_still());
     }
 }
