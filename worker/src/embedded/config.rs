@@ -5,16 +5,14 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use serde_json::json;
 use skep_common::Task;
 use skep_common::object::NetworkAttachment;
+use skep_common::placeholder::{self, NodeFacts};
 use skep_common::spec::{ContainerSpec, DnsConfig, LogDriver, LogRotation};
-use skep_common::template::Template;
 use skep_worker_core::dns::Scope;
 use skep_worker_core::image::{Digest, ImageConfig};
 use skep_worker_core::oci::{self, from_common::container_input};
 
-use super::NodeFacts;
 use crate::container::ContainerConfig;
 use crate::executor::Error;
 use crate::net::names::RESOLVER;
@@ -77,35 +75,15 @@ pub(super) fn container(
 /// Replaces templates where Swarm does: host name and environment.
 /// Source: SwarmKit `template/expand.go`.
 fn expand(spec: &mut ContainerSpec, task: &Task, facts: &NodeFacts) -> Result<(), Error> {
-    let context = json!({
-        "Service": {
-            "ID": task.service_id.to_string(),
-            "Name": task.service_name,
-            "Labels": {},
-        },
-        "Node": {
-            "ID": facts.node_id.to_string(),
-            "Hostname": facts.hostname,
-            "Platform": { "OS": "linux", "Architecture": std::env::consts::ARCH },
-        },
-        "Task": {
-            "ID": task.id.to_string(),
-            "Name": format!("{}.{}", task.name(), task.id),
-            "Slot": task.slot,
-        },
-    });
-    let render = |text: &str| -> Result<String, Error> {
-        if !text.contains("{{") {
-            return Ok(text.to_owned());
-        }
-        let rendered = Template::parse(text).and_then(|template| template.render(&context));
-        rendered.map_err(|error| Error(format!("template {text:?} cannot be expanded: {error}")))
+    let expanded = |text: &str| -> Result<String, Error> {
+        let expanded = placeholder::expand(text, task, facts);
+        expanded.map_err(|error| Error(format!("template {text:?} cannot be expanded: {error}")))
     };
     if let Some(hostname) = &mut spec.hostname {
-        *hostname = render(hostname)?;
+        *hostname = expanded(hostname)?;
     }
     for variable in spec.env.iter_mut().flatten() {
-        *variable = render(variable)?;
+        *variable = expanded(variable)?;
     }
     Ok(())
 }

@@ -474,3 +474,36 @@ fn services_on(world: &World, node_id: NodeId, network_id: NetworkId) -> Vec<Ser
     let table = drain.of_node(node_id);
     table.networks[&network_id].services.keys().copied().collect()
 }
+
+#[test]
+fn nodes_know_host_names_as_containers_have_them_and_ports_by_name() {
+    for (asked, expect) in [
+        (None, None),
+        (Some(""), None),
+        (Some("db"), Some("db")),
+        (Some("{{.Node.Hostname}}-{{.Task.Slot}}"), Some("n1-1")),
+        (Some("{{.Nobody}}"), None),
+    ] {
+        let mut world = world();
+        let front = make(&mut world, "front", json!({}));
+        let mut spec = service_spec("api", 1, &["front"]);
+        spec.task_template.container_spec.as_mut().unwrap().hostname = asked.map(str::to_owned);
+        spec.task_template.placement =
+            Some(serde_json::from_value(json!({"Constraints": ["node.hostname==n1"]})).unwrap());
+        let port = |name: &str| json!({"Name": name, "TargetPort": 80});
+        spec.endpoint_spec = Some(
+            serde_json::from_value(json!({"Ports": [port("http"), {"TargetPort": 81}]})).unwrap(),
+        );
+        start(&mut world, 8, spec);
+        let table = Drain::new(&world.state, &BTreeSet::new(), NOW).of_node(NodeId(1));
+        let table = &table.networks[&front.id];
+        let hosts: Vec<_> = table.endpoints.values().map(|one| one.hostname.as_deref()).collect();
+        assert_eq!(hosts, [expect], "{asked:?}");
+        let ports: Vec<_> = table.services.values().flat_map(|service| &service.ports).collect();
+        let [http] = &ports[..] else { panic!("{ports:?}") };
+        assert_eq!(
+            (http.name.as_str(), http.protocol.name(), http.target_port),
+            ("http", "tcp", 80)
+        );
+    }
+}
