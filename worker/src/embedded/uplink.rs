@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 use skep_common::object::NetworkAttachment;
+use skep_common::spec::Predefined;
 use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
@@ -16,8 +17,10 @@ use skep_worker_core::mesh::MeshTable;
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
+use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
+use crate::net::loopback;
 use crate::net::{Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
 
 /// Where the mesh's tunnel ends on this node.
@@ -97,7 +100,7 @@ impl Uplink {
         let (attachments, uplink) = attachments(&task.networks_attachments)?;
         let address = task.ingress_address();
         if attachments.is_empty() && address.is_none() {
-            return Ok(());
+            return self.isolate(task, pid).await;
         }
         let mut started = self.started.subscribe();
         let started = started.wait_for(Option::is_some).await;
@@ -116,6 +119,15 @@ impl Uplink {
             attached.map_err(|error| Error::of(&error))?;
         }
         Ok(())
+    }
+
+    /// A container that is connected to nothing has its loopback, where it has no network of others.
+    async fn isolate(&self, task: &Task, pid: i32) -> Result<(), Error> {
+        if !config::is_on(task, Predefined::None) {
+            return Ok(());
+        }
+        let raised = loopback::raise(&task.id.to_string(), pid.cast_unsigned()).await;
+        raised.map_err(|error| Error::of(&error))
     }
 
     /// Returns when the tables name all networks of the attachments.
