@@ -117,10 +117,10 @@ impl Names {
         let table = Arc::clone(&self.table);
         let mut slots: BTreeMap<&str, Vec<&EndpointEntry>> = BTreeMap::new();
         for (task_id, endpoint) in &table.endpoints {
-            self.add(&endpoint.name, &endpoint.addresses, false);
-            self.add(&task_id.short(), &endpoint.addresses, false);
-            if let Some(hostname) = &endpoint.hostname {
-                self.add(hostname, &endpoint.addresses, false);
+            let short = task_id.short();
+            let names = [Some(&endpoint.name), Some(&short), endpoint.hostname.as_ref()];
+            for name in names.into_iter().flatten() {
+                self.add_of_task(name, &endpoint.addresses);
             }
             self.add_reverse(&endpoint.name, &endpoint.addresses);
             let slot = endpoint.name.strip_suffix(&task_id.to_string());
@@ -131,7 +131,7 @@ impl Names {
         for (slot, endpoints) in slots {
             let is_served = endpoints.iter().any(|endpoint| endpoint.serving);
             for endpoint in endpoints.iter().filter(|one| one.serving || !is_served) {
-                self.add(slot, &endpoint.addresses, false);
+                self.add_of_task(slot, &endpoint.addresses);
             }
         }
     }
@@ -142,6 +142,15 @@ impl Names {
         let meaning = self.meanings.entry(name.to_ascii_lowercase()).or_insert_with(new);
         meaning.addresses.extend(addresses);
         meaning.is_virtual &= is_virtual;
+    }
+
+    /// A service's own names are its alone: a host name that is one of them adds nothing.
+    fn add_of_task(&mut self, name: &str, addresses: &[IpAddr]) {
+        let name = name.to_ascii_lowercase();
+        let of_service = name.strip_prefix("tasks.").unwrap_or(&name);
+        if !self.services.contains_key(of_service) {
+            self.add(&name, addresses, false);
+        }
     }
 
     fn add_reverse(&mut self, name: &str, addresses: &[IpAddr]) {

@@ -45,13 +45,17 @@ fn endpoint(service: u128, name: &str, serving: bool, own: &[&str]) -> EndpointE
 }
 
 /// `front`: `web` with addresses of both families, the alias `www`, the port `Http` and two hosts in its
-/// second slot; `db`, dnsrr, of whose tasks one does not serve; `idle`, dnsrr, without tasks; `www2` with the alias `www` too. `back`: another `db`.
+/// second slot, and others whose hosts are named like it; `db`, dnsrr, of whose tasks one does not serve; `idle`, dnsrr, without tasks; `www2` with the alias `www` too. `back`: another `db`.
 fn directory(internal: bool) -> Directory {
     let http = NamedPort { name: "Http".into(), protocol: "tcp".into(), target_port: 8080 };
     let web = service("web", &["www"], &["10.0.1.2", "fd00:1::2"]);
     let named = |name: &str, serving, own: &str| EndpointEntry {
         hostname: Some("Host-2".into()),
         ..endpoint(1, name, serving, &[own])
+    };
+    let named_like = |hostname: &str, own: &str| EndpointEntry {
+        hostname: Some(hostname.into()),
+        ..endpoint(9, "other.1", false, &[own])
     };
     let front = NetworkTable {
         name: "Front".into(),
@@ -72,6 +76,8 @@ fn directory(internal: bool) -> Directory {
             (SECOND, endpoint(2, "db.2.22", true, &["10.0.1.22"])),
             (TaskId(23), endpoint(2, "db.3.23", true, &["10.0.1.23"])),
             (TaskId(24), endpoint(2, "db.4.24", false, &["10.0.1.24"])),
+            (TaskId(25), named_like("Web", "10.0.1.25")),
+            (TaskId(26), named_like("tasks.www", "10.0.1.26")),
         ]),
         ..NetworkTable::default()
     };
@@ -247,9 +253,9 @@ fn a_directory_follows_its_tables() {
 
     let mut tables = directory.tables();
     let front = Arc::make_mut(tables.networks.get_mut(&FRONT).unwrap());
-    front.services.remove(&ServiceId(1));
+    front.services.remove(&ServiceId(3));
     let next = directory.follow(&tables);
-    assert_eq!(ask(&known, &next, "web", Kind::A, 0), "forward");
+    assert_eq!(ask(&known, &next, "idle", Kind::A, 0), "forward");
     assert!(Arc::ptr_eq(&next.networks[&BACK], &directory.networks[&BACK]), "it did not change");
 }
 
