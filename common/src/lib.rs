@@ -11,6 +11,7 @@ pub mod compose;
 pub mod id;
 pub mod limits;
 pub mod object;
+pub mod placeholder;
 pub mod spec;
 pub mod task_state;
 pub mod template;

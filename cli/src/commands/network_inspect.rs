@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use skep_common::object::NetworkAttachment;
 use skep_common::{Network, Node, NodeId, Service, ServiceId, Task};
 
+use super::network::scope;
 use crate::client::Client;
 
 /// What a document is made of beside the network itself.
@@ -78,7 +79,7 @@ pub(super) fn document(network: &Network, facts: &Facts, is_verbose: bool) -> Va
         "Name": spec.name,
         "Id": network.id,
         "Created": network.meta.created_at,
-        "Scope": "swarm",
+        "Scope": scope(network),
         "Driver": spec.driver.as_deref().unwrap_or("overlay"),
         "EnableIPv6": spec.enable_ipv6.unwrap_or_default(),
         "IPAM": {"Driver": "default", "Options": null, "Config": subnets.collect::<Vec<_>>()},

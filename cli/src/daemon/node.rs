@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use nix::ifaddrs::getifaddrs;
 use skep_common::NodeId;
 use skep_common::object::{EngineDescription, NodeDescription};
+use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_manager::control::ControlService;
 use skep_manager::{Manager, ManagerOptions};
@@ -18,8 +19,8 @@ use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
 use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
 use skep_worker::container::ContainerRuntime;
+use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
-use skep_worker::embedded::{Embedded, NodeFacts};
 use skep_worker::images::ImageStore;
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
@@ -117,7 +118,11 @@ impl Node {
     /// Serves the one port and starts the agent.
     pub(super) async fn serve(&self, options: &Options) -> Result<()> {
         let containers = ContainerRuntime::open(options.containers());
-        let facts = NodeFacts { node_id: self.node_id, hostname: options.hostname.clone() };
+        let facts = NodeFacts {
+            node_id: self.node_id,
+            hostname: options.hostname.clone(),
+            architecture: std::env::consts::ARCH.to_owned(),
+        };
         let containers = containers.context("failed to open the container runtime")?;
         let embedded = Embedded::new(containers, self.images.clone(), self.uplink.clone(), facts);
         let peer = PeerService::new(

@@ -125,7 +125,9 @@ impl ControlService {
             let label = labels.and_then(|labels| labels.get("com.docker.stack.namespace"));
             request.stack.is_empty() || label.is_some_and(|label| *label == request.stack)
         };
-        let visible = state.objects().filter(|object| !lookup::is_hidden(object));
+        let stored = state.objects();
+        let visible =
+            stored.chain(lookup::predefined()).filter(|object| !lookup::is_hidden(object));
         for object in visible.filter(|object| object.kind() == kind) {
             let (wanted, key) = match &object {
                 Object::Node(node) => (true, format!("{} {}", node.hostname(), node.id)),

@@ -7,7 +7,9 @@ use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
 use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
-use skep_manager_core::endpoints::networks::{Endpoint, NetworkChanges, NetworkService, Settings};
+use skep_manager_core::endpoints::networks::{
+    Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
+};
 use skep_manager_core::endpoints::{self, Drain, NodeTable};
 use skep_manager_core::{Action, Expect, State};
 use skep_proto::dispatcher_message::Message;
@@ -454,6 +456,7 @@ fn endpoint(task_id: TaskId, endpoint: &Endpoint) -> NetworkEndpoint {
         addresses: endpoint.addresses.iter().map(ToString::to_string).collect(),
         node_number: endpoint.node_number.into(),
         serving: endpoint.serving,
+        hostname: endpoint.hostname.clone().unwrap_or_default(),
     }
 }
 
@@ -463,6 +466,15 @@ fn network_service(service_id: ServiceId, entry: &NetworkService) -> skep_proto:
         name: entry.name.clone(),
         aliases: entry.aliases.clone(),
         virtual_ips: entry.virtual_ips.iter().map(ToString::to_string).collect(),
+        ports: entry.ports.iter().map(named_port).collect(),
+    }
+}
+
+fn named_port(port: &NamedPort) -> skep_proto::NamedPort {
+    skep_proto::NamedPort {
+        name: port.name.clone(),
+        protocol: port.protocol.name().to_owned(),
+        target_port: port.target_port.into(),
     }
 }
 

@@ -8,15 +8,19 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 use skep_common::object::NetworkAttachment;
+use skep_common::spec::Predefined;
 use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
+use skep_worker_core::dns::Directory;
 use skep_worker_core::mesh::MeshTable;
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
+use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
+use crate::net::loopback;
 use crate::net::{Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
 
 /// Where the mesh's tunnel ends on this node.
@@ -39,6 +43,8 @@ pub struct Uplink {
     underlay: Underlay,
     started: Arc<watch::Sender<Option<Started>>>,
     tables: Arc<watch::Sender<Arc<NetworkTables>>>,
+    /// The names of the same networks.
+    directory: Arc<watch::Sender<Arc<Directory>>>,
     /// First processes of containers that an earlier daemon left, until the mesh starts.
     found: Arc<Mutex<BTreeMap<TaskId, u32>>>,
 }
@@ -56,6 +62,7 @@ impl Uplink {
             underlay,
             started: Arc::new(watch::Sender::new(None)),
             tables: Arc::default(),
+            directory: Arc::default(),
             found: Arc::default(),
         }
     }
@@ -63,6 +70,19 @@ impl Uplink {
     /// The networks of this node as its leader last told them.
     pub fn tables(&self) -> watch::Receiver<Arc<NetworkTables>> {
         self.tables.subscribe()
+    }
+
+    /// What names of these networks mean.
+    pub(super) fn directory(&self) -> watch::Receiver<Arc<Directory>> {
+        self.directory.subscribe()
+    }
+
+    /// Takes over the leader's tables. What changed of names is made here, so that no question waits for it.
+    fn take(&self, networks: &Arc<NetworkTables>) {
+        log_changes(&self.tables.borrow(), networks);
+        let directory = self.directory.borrow().follow(networks);
+        self.directory.send_replace(Arc::new(directory));
+        self.tables.send_replace(Arc::clone(networks));
     }
 
     /// Notes the containers that an earlier daemon left.
@@ -80,7 +100,7 @@ impl Uplink {
         let (attachments, uplink) = attachments(&task.networks_attachments)?;
         let address = task.ingress_address();
         if attachments.is_empty() && address.is_none() {
-            return Ok(());
+            return self.isolate(task, pid).await;
         }
         let mut started = self.started.subscribe();
         let started = started.wait_for(Option::is_some).await;
@@ -99,6 +119,15 @@ impl Uplink {
             attached.map_err(|error| Error::of(&error))?;
         }
         Ok(())
+    }
+
+    /// A container that is connected to nothing has its loopback, where it has no network of others.
+    async fn isolate(&self, task: &Task, pid: i32) -> Result<(), Error> {
+        if !config::is_on(task, Predefined::None) {
+            return Ok(());
+        }
+        let raised = loopback::raise(&task.id.to_string(), pid.cast_unsigned()).await;
+        raised.map_err(|error| Error::of(&error))
     }
 
     /// Returns when the tables name all networks of the attachments.
@@ -185,6 +214,16 @@ impl Uplink {
     }
 }
 
+fn log_changes(old: &NetworkTables, new: &NetworkTables) {
+    for (id, table) in &new.networks {
+        if old.networks.get(id).is_some_and(|old| Arc::ptr_eq(old, table)) {
+            continue;
+        }
+        let serving = || table.endpoints.values().filter(|endpoint| endpoint.serving).count();
+        tracing::debug!(network = table.name, serving = serving(), "a network's table changes");
+    }
+}
+
 /// A task's places on overlay networks, and the name of its uplink, which comes last.
 fn attachments(of_task: &[NetworkAttachment]) -> Result<(Vec<Attachment>, String), Error> {
     let overlays = of_task.iter().filter_map(|one| Some((one, one.network_id?)));
@@ -210,7 +249,7 @@ impl Balancers for Uplink {
         table: &MeshTable,
         networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
-        self.tables.send_replace(Arc::clone(networks));
+        self.take(networks);
         let started = self.started(table).await?;
         // A failure of the one must not keep the other from changing.
         let (applied, connected) =
@@ -242,9 +281,35 @@ fn port_condition(condition: &Condition) -> PortCondition {
 
 #[cfg(test)]
 mod tests {
-    use skep_common::NetworkId;
+    use skep_common::{NetworkId, ServiceId};
+    use skep_worker_core::dns::{Answer, Kind, Question, Scope, answer};
+    use skep_worker_core::network::{NetworkTable, ServiceEntry};
 
     use super::*;
+
+    #[test]
+    fn names_are_ready_when_the_tables_are_taken_over() {
+        let underlay = Underlay {
+            address: Ipv4Addr::LOCALHOST,
+            interface: "lo".into(),
+            run_dir: PathBuf::new(),
+        };
+        let uplink = Uplink::new(underlay);
+        let directory = uplink.directory();
+        let address = Ipv4Addr::new(10, 0, 1, 2);
+        let web = ServiceEntry {
+            name: "web".into(),
+            virtual_ips: vec![address.into()],
+            ..ServiceEntry::default()
+        };
+        let table = NetworkTable { services: [(ServiceId(7), web)].into(), ..Default::default() };
+        let networks = [(NetworkId(1), Arc::new(table))].into();
+        uplink.take(&Arc::new(NetworkTables { networks, ..NetworkTables::default() }));
+        let question = Question { name: "web".into(), kind: Kind::A, reversed: None };
+        let scope = Scope { networks: vec![NetworkId(1)], ..Scope::default() };
+        let answer = answer(&question, &scope, &directory.borrow(), 0);
+        assert!(matches!(answer, Answer::Addresses { addresses, .. } if addresses == [address]));
+    }
 
     #[test]
     fn overlays_come_in_their_order_and_the_uplink_last() {

@@ -1,7 +1,7 @@
 //! Network effects of a node: everything here changes the kernel's state.
 //!
 //! [`mesh`] is the routing mesh: published ports, the tunnel between nodes, and the uplinks of
-//! tasks. [`network`] has the overlay networks, [`names`] where containers ask for names. [`nft`] and [`conntrack`] speak nfnetlink,
+//! tasks. [`network`] has the overlay networks, [`names`] where containers ask for names, [`loopback`] all that a container without networks has. [`nft`] and [`conntrack`] speak nfnetlink,
 //! [`rtnetlink`] routing netlink, all over [`channel`]; no external program and no C library is
 //! involved. [`thread`] holds the dedicated threads on which all of that blocks, [`namespace`] how
 //! they enter other namespaces.
@@ -15,6 +15,7 @@ pub mod channel;
 pub mod conntrack;
 mod error;
 mod free_port;
+pub mod loopback;
 pub mod mesh;
 pub mod names;
 pub mod namespace;

@@ -389,7 +389,11 @@ fn lacks_uplink(state: &State, service: &Service, task: &Task) -> bool {
     let networks = network::targets(&service.spec).filter_map(|id| state.network(id));
     is_attached
         && task.ingress_address().is_none()
-        && network::needs_uplink(Some(service), networks.map(|network| &**network))
+        && network::needs_uplink(
+            Some(service),
+            service.spec.networks(),
+            networks.map(|network| &**network),
+        )
 }
 
 fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {

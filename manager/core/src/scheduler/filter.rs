@@ -43,7 +43,7 @@ impl Requirement {
             ports: index::host_ports(task),
             replicas_max: placement.max_replicas.unwrap_or(0),
             pinned_image: None,
-            has_uplink: network::wants_uplink(service, &networks),
+            has_uplink: network::wants_uplink(service, &task.spec, &networks),
             networks,
         })
     }

@@ -21,5 +21,5 @@ mod tests;
 mod vips;
 
 pub use reach::{Reach, ReachOp};
-pub use table::{EndpointEntry, NetworkTable, NetworkTables, ServiceEntry};
+pub use table::{EndpointEntry, NamedPort, NetworkTable, NetworkTables, ServiceEntry};
 pub use vips::{Balance, Connection, Peers, VipOp, Vips, in_turn};

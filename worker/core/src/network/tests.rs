@@ -17,6 +17,7 @@ fn network(endpoints: &str, vips: &str) -> NetworkTable {
         let entry = EndpointEntry {
             service_id: ServiceId(1),
             name: format!("web.{n}"),
+            hostname: None,
             addresses: addresses.map(|address| address.parse().unwrap()).collect(),
             node_number: node.parse().unwrap(),
             serving,
@@ -25,8 +26,8 @@ fn network(endpoints: &str, vips: &str) -> NetworkTable {
     });
     let service = ServiceEntry {
         name: "web".into(),
-        aliases: Vec::new(),
         virtual_ips: vips.split_whitespace().map(|vip| vip.parse().unwrap()).collect(),
+        ..ServiceEntry::default()
     };
     NetworkTable {
         name: "front".into(),
@@ -216,8 +217,15 @@ fn any_network() -> impl Strategy<Value = NetworkTable> {
                 let mut addresses = vec![IpAddr::from([10, 0, 1, host])];
                 addresses
                     .extend(has_ipv6.then(|| format!("fd00:1::{host}").parse::<IpAddr>().unwrap()));
-                let (service_id, name) = (ServiceId(1), String::new());
-                (TaskId(id), EndpointEntry { service_id, name, addresses, node_number, serving })
+                let endpoint = EndpointEntry {
+                    service_id: ServiceId(1),
+                    name: String::new(),
+                    hostname: None,
+                    addresses,
+                    node_number,
+                    serving,
+                };
+                (TaskId(id), endpoint)
             };
         let endpoints = endpoints.into_iter().map(entry).collect();
         NetworkTable { endpoints, ..network("", "10.0.1.2 fd00:1::2") }
