@@ -20,7 +20,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
-use skep_common::object::NodeState;
+use skep_common::serving::withheld;
 use skep_common::spec::{PortProtocol, PublishMode};
 use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
@@ -82,14 +82,9 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
 }
 
 fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) -> bool {
-    let is_alive = |node_id: &NodeId| {
-        !not_in_balancer.contains(node_id)
-            && state.node(*node_id).is_some_and(|node| node.status.state != NodeState::Down)
-    };
-    task.status.state == TaskState::Running
-        && !task.status.unhealthy
-        && task.desired_state <= TaskState::Running
-        && task.node_id.as_ref().is_some_and(is_alive)
+    let is_silent = task.node_id.is_some_and(|node_id| not_in_balancer.contains(&node_id));
+    let node = task.node_id.and_then(|node_id| state.node(node_id));
+    !is_silent && withheld(task, node.map(|node| &**node)).is_none()
 }
 
 /// What makes one table of another.

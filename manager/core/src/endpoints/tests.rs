@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use skep_common::Service;
+use skep_common::object::NodeState;
 use skep_common::spec::PortConfig;
 
 use super::*;
