@@ -141,3 +141,22 @@ async fn a_verbose_network_says_who_is_where() {
     assert_eq!(ingress["Services"]["web"]["Tasks"][0]["EndpointIP"], "10.192.8.1");
     assert_eq!(ingress["Containers"]["a1aaaaaaaaaaaaaaaaaaaaaaa"]["IPv4Address"], "10.192.8.1/21");
 }
+
+#[tokio::test]
+async fn a_stopped_task_says_whom_nobody_waited_for() {
+    let daemon = cluster();
+    let mut stopped = task(8, N1, "shutdown", "shutdown", false);
+    stopped["Status"]["Unacknowledged"] = json!(["n2", "n3"]);
+    let mut failed = task(9, N1, "failed", "shutdown", false);
+    failed["Status"]["Unacknowledged"] = json!(["n2"]);
+    failed["Status"]["Err"] = json!("task: non-zero exit (1)");
+    daemon.hold("task", [stopped, failed]);
+    let line = "service ps --no-trunc --format '{{.Name}} {{.Error}}' web";
+    let (_, out, _) = run(&daemon, line).await;
+    let said: Vec<&str> = out.lines().filter(|line| line.contains('"')).collect();
+    let expect = [
+        "web.8 \"stopped without the acknowledgement of n2, n3\"",
+        "web.9 \"task: non-zero exit (1); stopped without the acknowledgement of n2\"",
+    ];
+    assert_eq!(said, expect);
+}
