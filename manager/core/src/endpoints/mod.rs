@@ -42,6 +42,8 @@ pub struct Table {
 pub struct Port {
     /// The service that publishes it.
     pub service_id: ServiceId,
+    /// Its name.
+    pub service: String,
     /// The port that its containers listen on.
     pub target_port: u16,
     /// Addresses of the tasks behind it; none means that connections are refused.
@@ -73,6 +75,7 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
         for (port, published) in ingress {
             let entry = Port {
                 service_id: service.id,
+                service: service.spec.name.clone(),
                 target_port: port.target_port,
                 backends: backends.clone(),
             };
