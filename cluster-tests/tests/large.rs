@@ -4,9 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use skep_cluster_tests::{Lab, LabOptions, Whoami, is_long, is_root_or_skip, wait_until};
+use skep_runtime::clock::monotonic;
 
 const N_SERVICES: usize = 50;
 const N_REPLICAS: usize = 20;
@@ -25,7 +26,7 @@ fn a_network_holds_a_thousand_tasks() {
     }
     let lab = Lab::start(LabOptions::default());
     lab.import_whoami();
-    let started = Instant::now();
+    let started = monotonic();
     lab.deploy_whoami("large", &stack());
     let expect: BTreeMap<String, String> =
         (1..=N_SERVICES).map(|n| (name(n), format!("{N_REPLICAS}/{N_REPLICAS}"))).collect();
@@ -42,7 +43,7 @@ fn a_network_holds_a_thousand_tasks() {
         let asker = askers.iter().find(|whoami| whoami.node == node).unwrap();
         every_task_answers_once(asker, &urls);
     }
-    let started = Instant::now();
+    let started = monotonic();
     lab.node("n1").skep(&["service", "scale", "--detach", &format!("{}=10", name(1))]).ok();
     wait_until(SETTLES_WITHIN, "half of the tasks of one service are gone", || {
         let left = lab.whoamis_of(&name(1)).len();

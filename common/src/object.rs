@@ -437,6 +437,22 @@ pub struct TaskStatus {
     /// The ports that its node publishes for it in host mode, while its container runs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port_status: Option<PortStatus>,
+    /// Host names of the nodes that had not said that they balance to it no more when it was stopped:
+    /// connections that they gave it meanwhile may have been lost. Written by the leader alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unacknowledged: Vec<String>,
+}
+
+impl TaskStatus {
+    /// What people should know of it beside the state; empty where there is nothing.
+    pub fn remark(&self) -> String {
+        if self.unacknowledged.is_empty() {
+            return self.err.clone();
+        }
+        let nodes = self.unacknowledged.join(", ");
+        let stopped = format!("stopped without the acknowledgement of {nodes}");
+        if self.err.is_empty() { stopped } else { format!("{}; {stopped}", self.err) }
+    }
 }
 
 /// What a node publishes for one task alone.

@@ -173,8 +173,8 @@ fn rows(
         let image = image.unwrap_or_default();
         let age = duration(now.since(task.status.timestamp)).to_lowercase();
         let error = match flags.no_trunc {
-            true => task.status.err.clone(),
-            false => ellipsis(&task.status.err, ERROR_LENGTH_MAX),
+            true => task.status.remark(),
+            false => ellipsis(&task.status.remark(), ERROR_LENGTH_MAX),
         };
         rows.push(json!({
             "ID": if flags.no_trunc { task.id.to_string() } else { task.id.short() },

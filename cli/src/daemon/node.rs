@@ -71,7 +71,7 @@ impl Node {
         let managers = Managers::new(record.managers.clone());
         let underlay = underlay(&record.advertise_addr, options)?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
-        let uplink = Uplink::new(underlay);
+        let uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
         let images = Images::new(image_store, pool.clone(), tasks.clone()).await;
         let images = images.context("failed to list this node's images")?;
         let manager = match (subject.role, record.raft_id) {
@@ -159,6 +159,11 @@ impl Node {
 
     pub(super) fn control(&self) -> Option<ControlService> {
         self.manager.as_ref().map(|manager| manager.control())
+    }
+
+    /// What is counted of this node, as text for a collector.
+    pub(super) async fn metrics(&self) -> Result<String, skep_worker::net::Error> {
+        self.uplink.metrics().await
     }
 
     /// Stops; containers, rules and files stay.

@@ -85,6 +85,10 @@ fn is_of_networks(action: &Action) -> bool {
 }
 
 /// One change.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most changes of a large plan are patches of tasks: boxed, each would cost an allocation"
+)]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Action {
     /// Creates or replaces an object. The store writes its `Meta`; a new node with number 0 is given

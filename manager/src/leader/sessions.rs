@@ -421,6 +421,7 @@ fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
         protocol: id.0.name().to_owned(),
         published: id.1.into(),
         service_id: port.service_id.to_string(),
+        service: port.service.clone(),
         backends: port.backends.iter().map(backend).collect(),
     }
 }

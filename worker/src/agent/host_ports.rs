@@ -32,6 +32,7 @@ pub(super) struct HostPorts {
 #[derive(Debug)]
 struct Published {
     service_id: String,
+    service: String,
     address: Ipv4Addr,
     ports: Vec<Port>,
 }
@@ -83,8 +84,12 @@ impl HostPorts {
         };
         let ports = task.host_ports.iter();
         let ports = ports.map(|wanted| Port { wanted: wanted.clone(), number: numbered(wanted) });
-        let published =
-            Published { service_id: task.service_id.to_string(), address, ports: ports.collect() };
+        let published = Published {
+            service_id: task.service_id.to_string(),
+            service: task.service_name.clone(),
+            address,
+            ports: ports.collect(),
+        };
         self.tasks.insert(task.id, published);
         self.settle(&BTreeSet::new(), free_ports);
         true
@@ -152,6 +157,7 @@ impl HostPorts {
                     published: port.number?,
                     protocol: protocol(port.protocol().name())?,
                     service_id: published.service_id.clone(),
+                    service: published.service.clone(),
                     backends: vec![Backend {
                         task_id: task_id.to_string(),
                         address: published.address,

@@ -163,6 +163,7 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
         published: u16::try_from(port.published).ok()?,
         protocol,
         service_id: port.service_id.clone(),
+        service: port.service.clone(),
         backends: backends.collect::<Option<_>>()?,
     })
 }
@@ -182,6 +183,7 @@ mod tests {
             protocol: "tcp".into(),
             published,
             service_id: "s".into(),
+            service: "web".into(),
             backends: tasks.iter().map(backend).collect(),
         }
     }

@@ -21,7 +21,7 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
-use crate::net::{Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
+use crate::net::{Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
 
 /// Where the mesh's tunnel ends on this node.
 #[derive(Debug, Clone)]
@@ -41,6 +41,7 @@ const TABLE_WAIT: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone)]
 pub struct Uplink {
     underlay: Underlay,
+    is_counting: bool,
     started: Arc<watch::Sender<Option<Started>>>,
     tables: Arc<watch::Sender<Arc<NetworkTables>>>,
     /// The names of the same networks.
@@ -53,6 +54,8 @@ pub struct Uplink {
 struct Started {
     mesh: Mesh,
     networks: Networks,
+    /// Where connections are counted.
+    accounting: Option<Accounting>,
 }
 
 impl Uplink {
@@ -60,11 +63,39 @@ impl Uplink {
     pub fn new(underlay: Underlay) -> Self {
         Self {
             underlay,
+            is_counting: false,
             started: Arc::new(watch::Sender::new(None)),
             tables: Arc::default(),
             directory: Arc::default(),
             found: Arc::default(),
         }
+    }
+
+    /// Whether connections through published ports are to be counted, which costs each packet a little.
+    #[must_use]
+    pub fn counting(self, is_counting: bool) -> Self {
+        Self { is_counting, ..self }
+    }
+
+    /// What was counted, as text for a collector; empty where nothing is.
+    pub async fn metrics(&self) -> Result<String, crate::net::Error> {
+        let started = self.started.borrow().clone();
+        match started.and_then(|started| started.accounting) {
+            Some(accounting) => accounting.text().await,
+            None => Ok(String::new()),
+        }
+    }
+
+    /// Begins to count, or removes what an earlier daemon counted by. Ports are served in any case.
+    async fn account(&self, pool: Ipv4Net) -> Option<Accounting> {
+        let accounting = match self.is_counting {
+            true => Accounting::start(pool).await.map(Some),
+            false => Accounting::remove().await.map(|()| None),
+        };
+        accounting.unwrap_or_else(|error| {
+            tracing::warn!(error = %Chain(&error), "connections are not counted");
+            None
+        })
     }
 
     /// The networks of this node as its leader last told them.
@@ -146,7 +177,7 @@ impl Uplink {
     pub(super) async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
         self.found().remove(&task_id);
         let started = self.started.borrow().clone();
-        let Some(Started { mesh, networks }) = started else { return Ok(()) };
+        let Some(Started { mesh, networks, .. }) = started else { return Ok(()) };
         let id = task_id.to_string();
         let (uplink, networks) = tokio::join!(mesh.detach(&id), networks.detach(task_id));
         uplink.and(networks).map_err(|error| Error::of(&error))
@@ -156,7 +187,10 @@ impl Uplink {
     pub async fn teardown(&self) {
         let started = self.started.borrow().clone();
         let removed = match started {
-            Some(Started { mesh, networks }) => [networks.teardown().await, mesh.teardown().await],
+            Some(Started { mesh, networks, .. }) => {
+                let uncounted = Accounting::remove().await;
+                [networks.teardown().await, mesh.teardown().await.and(uncounted)]
+            }
             None => return Self::remove(&self.underlay.run_dir).await,
         };
         for error in removed.into_iter().filter_map(Result::err) {
@@ -168,7 +202,7 @@ impl Uplink {
     pub async fn remove(run_dir: &Path) {
         // The mesh's lock says that no other daemon is at work here.
         let removed = match Mesh::remove(run_dir).await {
-            Ok(()) => Networks::remove(run_dir).await,
+            Ok(()) => Networks::remove(run_dir).await.and(Accounting::remove().await),
             Err(error) => Err(error),
         };
         if let Err(error) = removed {
@@ -208,7 +242,8 @@ impl Uplink {
                 return Err(error);
             }
         };
-        let started = Started { mesh, networks };
+        let accounting = self.account(table.pool).await;
+        let started = Started { mesh, networks, accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
     }
@@ -251,6 +286,11 @@ impl Balancers for Uplink {
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
         self.take(networks);
         let started = self.started(table).await?;
+        if let Some(accounting) = &started.accounting
+            && let Err(error) = accounting.learn(table, skep_runtime::clock::now()).await
+        {
+            tracing::warn!(error = %Chain(&error), "what was counted may be of other tasks");
+        }
         // A failure of the one must not keep the other from changing.
         let (applied, connected) =
             tokio::join!(started.mesh.apply(table), started.networks.apply());

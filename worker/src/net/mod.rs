@@ -2,6 +2,7 @@
 //!
 //! [`mesh`] is the routing mesh: published ports, the tunnel between nodes, and the uplinks of
 //! tasks. [`network`] has the overlay networks, [`names`] where containers ask for names, [`loopback`] all that a container without networks has. [`nft`] and [`conntrack`] speak nfnetlink,
+//! tasks. [`accounting`] counts what goes through it. [`network`] has the overlay networks, [`names`] where containers ask for names. [`nft`] and [`conntrack`] speak nfnetlink,
 //! [`rtnetlink`] routing netlink, all over [`channel`]; no external program and no C library is
 //! involved. [`thread`] holds the dedicated threads on which all of that blocks, [`namespace`] how
 //! they enter other namespaces.
@@ -11,6 +12,7 @@
 //! - No tokio worker ever changes its network namespace, and none waits on a netlink socket.
 //! - What to do is decided in `skep_worker_core`; this module observes, asks there, and acts.
 
+pub mod accounting;
 pub mod channel;
 pub mod conntrack;
 mod error;
@@ -28,6 +30,7 @@ pub mod sysctl;
 pub mod thread;
 mod veth;
 
+pub use accounting::Accounting;
 pub use error::Error;
 pub use free_port::free_port;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};

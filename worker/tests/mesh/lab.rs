@@ -199,6 +199,7 @@ impl Lab {
             published: *published,
             protocol: Protocol::Tcp,
             service_id: format!("service-{published}"),
+            service: String::new(),
             backends: nodes.iter().map(|node| self.backend(*node)).collect(),
         });
         MeshTable {

@@ -22,6 +22,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
             published: published.parse().unwrap(),
             protocol: Protocol::Tcp,
             service_id: format!("service-{published}"),
+            service: String::new(),
             backends: backends.collect(),
         }
     });
@@ -191,6 +192,7 @@ fn any_table() -> impl Strategy<Value = MeshTable> {
             published,
             protocol: Protocol::Tcp,
             service_id: format!("service-{published}"),
+            service: String::new(),
             backends,
         });
         MeshTable { peers, ports: ports.collect(), ..table(1, "", "") }
