@@ -21,7 +21,7 @@ fn networks_hold_in_hostile_surroundings() {
         return;
     }
     let lab = Lab::start(LabOptions { managers: 3, workers: 1, ..LabOptions::default() });
-    NODES.map(|node| drop_by_default(&lab, node));
+    NODES.iter().for_each(|node| drop_by_default(&lab, node));
     lab.import_whoami();
     step("equal subnets");
     networks_of_equal_subnets_are_apart(&lab);
