@@ -41,6 +41,7 @@ pub use virtual_ip::virtual_ips;
 pub const VNI_MIN: u32 = 0x5000;
 /// The last one: the low 16 bits name a network's IPv6 subnet, so they must differ.
 pub const VNI_MAX: u32 = 0xffff;
+const N_VNIS: u32 = VNI_MAX - VNI_MIN + 1;
 
 /// Why a request about a network is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -98,15 +99,22 @@ pub fn create(
     if state.network_by_name(&spec.name).is_some() {
         return Err(Error::NameTaken { name: spec.name });
     }
-    let is_free = |vni: &u32| state.vni_owner(*vni).is_none();
-    let vni = (VNI_MIN..=VNI_MAX).find(is_free).ok_or_else(|| {
-        let limit = VNI_MAX - VNI_MIN + 1;
-        Error::Exhausted(format!("the swarm has its limit of {limit} networks: remove some"))
+    let vni = identifier(state, id).ok_or_else(|| {
+        Error::Exhausted(format!("the swarm has its limit of {N_VNIS} networks: remove some"))
     })?;
     let subnets = spec::subnets(state, &spec, vni)?;
     let meta = Meta::default();
     let network = Network { id, meta, spec, vni, subnets, pending_delete: false };
     Ok((id, put(network, Expect::Absent)))
+}
+
+/// A free identifier. Where the search begins follows from the network's id, so that one that was free a
+/// moment ago, and that nodes may still be taking down, is seldom given again at once.
+fn identifier(state: &State, id: NetworkId) -> Option<u32> {
+    let start =
+        u32::try_from(id.0 % u128::from(N_VNIS)).expect("less than the number of identifiers");
+    let is_free = |vni: &u32| state.vni_owner(*vni).is_none();
+    (0..N_VNIS).map(|step| VNI_MIN + (start + step) % N_VNIS).find(is_free)
 }
 
 /// The network on its way out: its name is free at once, and it is erased with the last task on it.

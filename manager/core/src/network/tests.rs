@@ -91,29 +91,39 @@ fn end_all(world: &mut World, service_id: ServiceId) {
 }
 
 #[test]
-fn a_network_gets_the_lowest_free_identifier_and_subnet() {
+fn a_network_gets_a_free_identifier_and_the_lowest_free_subnet() {
     let mut world = world();
     let nets = |network: &Network| -> Vec<String> {
         network.subnets.iter().map(|subnet| subnet.subnet.to_string()).collect()
     };
     let first = make(&mut world, "first", json!({}));
-    assert_eq!((first.vni, nets(&first)), (VNI_MIN, vec!["10.0.0.0/20".to_owned()]));
+    assert_eq!(nets(&first), ["10.0.0.0/20"]);
     assert_eq!(first.subnets[0].gateway.to_string(), "10.0.0.1");
     let asked = make(&mut world, "asked", subnet("10.0.16.0/24"));
-    assert_eq!((asked.vni, nets(&asked)), (VNI_MIN + 1, vec!["10.0.16.0/24".to_owned()]));
+    assert_eq!(nets(&asked), ["10.0.16.0/24"]);
     let six = make(&mut world, "six", json!({"EnableIPv6": true}));
-    assert_eq!(nets(&six), ["10.0.32.0/20", "fd00:736b:6570:5002::/64"], "past what is taken");
-    // What a removed one had is the lowest again.
+    let ipv6 = format!("fd00:736b:6570:{:x}::/64", six.vni);
+    assert_eq!(nets(&six), ["10.0.32.0/20", &ipv6], "past what is taken");
+    assert_eq!(BTreeSet::from([first.vni, asked.vni, six.vni]).len(), 3);
+    // The subnet that a removed one had is the lowest again; identifiers follow from ids.
     let removed = remove(&world.state, &first).unwrap().unwrap();
     world.apply(vec![removed]);
     assert!(world.state.network_by_name("first").is_none(), "its name is free at once");
     world.step();
     assert!(world.state.network(first.id).is_none(), "nobody was on it");
-    let id = NetworkId(200);
-    let (_, action) = create(&world.state, id, spec("first", json!({}))).unwrap();
-    world.apply(vec![action]);
-    let again = world.state.network(id).unwrap();
-    assert_eq!((again.vni, nets(again)), (VNI_MIN, vec!["10.0.0.0/20".to_owned()]));
+    let n_vnis = u128::from(VNI_MAX - VNI_MIN + 1);
+    for (id, name, vni, subnet) in [
+        (n_vnis * 7 + 200, "first", VNI_MIN + 200, "10.0.0.0/20"),
+        (n_vnis * 9 + 200, "beside", VNI_MIN + 201, "10.0.48.0/20"),
+        (n_vnis * 8 - 1, "last", VNI_MAX, "10.0.64.0/20"),
+        (n_vnis * 9 - 1, "round", VNI_MIN, "10.0.80.0/20"),
+    ] {
+        let id = NetworkId(id);
+        let (_, action) = create(&world.state, id, spec(name, json!({}))).unwrap();
+        world.apply(vec![action]);
+        let network = world.state.network(id).unwrap();
+        assert_eq!((network.vni, nets(network)), (vni, vec![subnet.to_owned()]), "{name}");
+    }
 }
 
 #[test]

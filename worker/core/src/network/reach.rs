@@ -1,4 +1,5 @@
-//! How tasks of a network on other nodes are reached: forwarding and neighbour entries of its tunnel.
+//! How tasks of a network are reached: forwarding and neighbour entries of its tunnel, and the neighbours of
+//! its containers.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -7,11 +8,11 @@ use std::net::{IpAddr, Ipv4Addr};
 use super::{NetworkTable, NetworkTables};
 use crate::mesh::Mac;
 
-/// The entries of one network's tunnel, wanted or observed. Only tasks of other nodes have any: those
-/// beside answer for themselves.
+/// The entries of one interface, wanted or observed: a network's tunnel, which has those of other nodes' tasks,
+/// or a container's, which forwards nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Reach {
-    /// What the tunnel answers for: address to Ethernet address.
+    /// Who is known, and answered for by a tunnel: address to Ethernet address.
     pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Where the tunnel sends: Ethernet address to the node's underlay address.
     pub forwarding: BTreeMap<Mac, Ipv4Addr>,

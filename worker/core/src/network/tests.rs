@@ -198,6 +198,15 @@ fn a_container_forgets_what_was_lost_since_its_own_table() {
     let more = step(&first, "10.0.1.3@1 10.0.1.4@1 10.0.1.5@1");
     assert!(!more.has_lost_since(&first), "one more");
     let fewer = step(&more, "10.0.1.3@1 10.0.1.4@1");
+    let changes = |now: &Balance, before| now.neighbour_changes_since(before).into_owned();
+    check("of one table", &changes(&fewer, &more), "delete neighbour 10.0.1.5");
+    check("of two tables", &changes(&fewer, &first), "");
+    check(
+        "of the first table",
+        &changes(&first, &Balance::default()),
+        "set neighbour 10.0.1.3 = 02:42:0a:00:01:03
+         set neighbour 10.0.1.4 = 02:42:0a:00:01:04",
+    );
     let same = step(&fewer, "10.0.1.3@1 10.0.1.4@1");
     for before in [&first, &more] {
         assert!(fewer.has_lost_since(before) && same.has_lost_since(before));

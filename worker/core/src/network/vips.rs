@@ -1,5 +1,6 @@
 //! Virtual addresses of services as containers must know them, and which of their connections must end.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use skep_common::ServiceId;
 
-use super::NetworkTable;
+use super::{NetworkTable, Reach, ReachOp};
 
 /// Virtual addresses, each with its backends in ascending order; [`in_turn`] says where a container begins.
 ///
@@ -131,6 +132,10 @@ pub struct Connection {
 pub struct Balance {
     /// The network's virtual addresses.
     pub vips: Vips,
+    /// Who answers for which address on it, as each container knows without asking.
+    pub neighbours: Reach,
+    /// What makes these of those of the table before.
+    neighbour_changes: Vec<ReachOp>,
     peers: Peers,
     /// Counts from the first table of the network.
     number: u64,
@@ -147,7 +152,18 @@ impl Balance {
             true => number,
             false => before.nothing_lost_since,
         };
-        Self { vips: Vips::of(network, &before.vips), peers, number, nothing_lost_since }
+        let vips = Vips::of(network, &before.vips);
+        let neighbours = neighbours(network);
+        let neighbour_changes = before.neighbours.diff(&neighbours);
+        Self { vips, neighbours, neighbour_changes, peers, number, nothing_lost_since }
+    }
+
+    /// What a container that has the neighbours of `before` must change.
+    pub fn neighbour_changes_since(&self, before: &Self) -> Cow<'_, [ReachOp]> {
+        match before.number + 1 == self.number {
+            true => Cow::Borrowed(&self.neighbour_changes),
+            false => Cow::Owned(before.neighbours.diff(&self.neighbours)),
+        }
     }
 
     /// Whether a container that has the rules of `before` may have connections that it must forget.
@@ -159,6 +175,16 @@ impl Balance {
     pub fn is_stale(&self, connection: &Connection) -> bool {
         self.peers.is_stale(connection)
     }
+}
+
+fn neighbours(network: &NetworkTable) -> Reach {
+    let mut reach = Reach::default();
+    for endpoint in network.endpoints.values() {
+        if let Some(mac) = endpoint.mac() {
+            reach.neighbours.extend(endpoint.addresses.iter().map(|address| (*address, mac)));
+        }
+    }
+    reach
 }
 
 /// What connections of a network's containers are judged by.

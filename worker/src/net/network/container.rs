@@ -1,22 +1,30 @@
-//! A container that is on networks: the rules in it, and the connections it must forget.
+//! A container that is on networks: the rules in it, its neighbours, and the connections it must forget.
+//!
+//! Neighbours are permanent entries, as everything that managers know: nobody asks, and nobody may answer
+//! in another's place. The kernel's limit of entries that were asked for (1024 for all containers of a
+//! node, by default) does not count them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::Arc;
 
 use skep_common::{NetworkId, TaskId};
-use skep_worker_core::network::{Balance, Vips};
+use skep_worker_core::network::{Balance, ReachOp, Vips};
 
+use super::reach;
 use super::rules::Rules;
 use crate::net::Error;
 use crate::net::conntrack::Conntrack;
 use crate::net::namespace::Home;
+use crate::net::rtnetlink::RouteChannel;
 
 /// A container of this node.
 #[derive(Debug)]
 pub(super) struct Container {
-    networks: BTreeSet<NetworkId>,
+    /// Its networks, and the index of its interface on each.
+    networks: BTreeMap<NetworkId, u32>,
     rules: Rules,
+    neighbours: RouteChannel,
     connections: Conntrack,
     /// What is in force, once something is, of each of its networks.
     in_force: Option<BTreeMap<NetworkId, Arc<Balance>>>,
@@ -28,11 +36,12 @@ impl Container {
         home: &Home,
         namespace: &File,
         task_id: TaskId,
-        networks: BTreeSet<NetworkId>,
+        networks: BTreeMap<NetworkId, u32>,
     ) -> Result<Self, Error> {
-        let open = || (Rules::open(task_id.0), Conntrack::open());
-        let (rules, connections) = home.within(namespace, open)?;
-        Ok(Self { networks, rules: rules?, connections: connections?, in_force: None })
+        let open = || (Rules::open(task_id.0), RouteChannel::open(), Conntrack::open());
+        let (rules, neighbours, connections) = home.within(namespace, open)?;
+        let (rules, neighbours, connections) = (rules?, neighbours?, connections?);
+        Ok(Self { networks, rules, neighbours, connections, in_force: None })
     }
 
     /// Brings the rules to those of its networks; looks at the kernel also where nothing changed, if
@@ -43,7 +52,7 @@ impl Container {
         is_repair: bool,
     ) -> Result<(), Error> {
         // A network that is no longer in the tables has gone with its last endpoint.
-        let known = self.networks.iter().filter_map(|id| Some((*id, balances.get(id)?.clone())));
+        let known = self.networks.keys().filter_map(|id| Some((*id, balances.get(id)?.clone())));
         let known: BTreeMap<NetworkId, Arc<Balance>> = known.collect();
         let before = self.in_force.take();
         let is_same = |before: &BTreeMap<_, Arc<Balance>>| {
@@ -56,7 +65,12 @@ impl Container {
             self.in_force = before;
             return Ok(());
         }
+        let changes = self.neighbour_changes(before.as_ref().filter(|_| !is_repair), &known)?;
+        let (gone, known_first): (Vec<_>, Vec<_>) =
+            changes.into_iter().partition(|(_, op)| matches!(op, ReachOp::DeleteNeighbour(_)));
+        self.change_neighbours(known_first)?;
         self.rules.converge(&Vips::union(known.values().map(|balance| &balance.vips)))?;
+        self.change_neighbours(gone)?;
         let has_lost = |before: BTreeMap<_, Arc<Balance>>| {
             known
                 .iter()
@@ -68,6 +82,30 @@ impl Container {
         }
         self.in_force = Some(known);
         Ok(())
+    }
+
+    /// What makes its neighbours those of its networks, each with the interface; `before` is in force, or
+    /// the kernel is asked.
+    fn neighbour_changes(
+        &mut self,
+        before: Option<&BTreeMap<NetworkId, Arc<Balance>>>,
+        known: &BTreeMap<NetworkId, Arc<Balance>>,
+    ) -> Result<Vec<(u32, ReachOp)>, Error> {
+        let mut changes = Vec::new();
+        for (network_id, now) in known {
+            let Some(&index) = self.networks.get(network_id) else { continue };
+            let ops = match before.and_then(|before| before.get(network_id)) {
+                Some(before) => now.neighbour_changes_since(before),
+                None => reach::observe(&mut self.neighbours, index)?.diff(&now.neighbours).into(),
+            };
+            changes.extend(ops.iter().map(|op| (index, *op)));
+        }
+        Ok(changes)
+    }
+
+    fn change_neighbours(&mut self, changes: Vec<(u32, ReachOp)>) -> Result<(), Error> {
+        let mut changes = changes.into_iter();
+        changes.try_for_each(|(index, op)| reach::change(&mut self.neighbours, index, op))
     }
 
     fn forget_stale(&mut self, known: &BTreeMap<NetworkId, Arc<Balance>>) -> Result<(), Error> {

@@ -1,6 +1,6 @@
 //! The part of the networks that lives on a dedicated thread and blocks on the kernel.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -50,10 +50,12 @@ impl Plane {
         let (balances, containers) = (BTreeMap::new(), BTreeMap::new());
         let mut plane =
             Self { options, home, host, tables, in_force: None, balances, segments, containers };
-        let mut networks: BTreeMap<TaskId, BTreeSet<NetworkId>> = BTreeMap::new();
+        let mut networks: BTreeMap<TaskId, BTreeMap<NetworkId, u32>> = BTreeMap::new();
         for (network_id, segment) in &mut plane.segments {
-            for task_id in segment.ports()?.iter().filter_map(|alias| alias.parse().ok()) {
-                networks.entry(task_id).or_default().insert(*network_id);
+            for (alias, index) in segment.ports()? {
+                if let Ok(task_id) = alias.parse() {
+                    networks.entry(task_id).or_default().insert(*network_id, index);
+                }
             }
         }
         for (task_id, networks) in networks {
@@ -70,7 +72,7 @@ impl Plane {
         &mut self,
         task_id: TaskId,
         pid: u32,
-        networks: BTreeSet<NetworkId>,
+        networks: BTreeMap<NetworkId, u32>,
     ) -> Result<(), Error> {
         let namespace = self.home.of_container(&task_id.to_string(), pid)?;
         let container = Container::open(&self.home, &namespace, task_id, networks)?;
@@ -82,8 +84,7 @@ impl Plane {
     /// changing; the first is returned.
     pub(super) fn apply(&mut self) -> Result<(), Error> {
         let tables = self.tables.borrow().clone();
-        // First, since a network that was made since may have the number of one that is gone.
-        let mut failures: Vec<Error> = self.remove_dropped(&tables).err().into_iter().collect();
+        let mut failures = Vec::new();
         let before = self.in_force.take();
         let is_repair = before.as_ref().is_none_or(|before| Arc::ptr_eq(before, &tables));
         let is_moved = before.as_ref().is_none_or(|before| before.peers != tables.peers);
@@ -100,6 +101,8 @@ impl Plane {
         for container in self.containers.values_mut() {
             failures.extend(container.converge(&balances, is_repair).err());
         }
+        // Last, since the kernel takes its time to delete interfaces.
+        failures.extend(self.remove_dropped(&tables).err());
         if failures.is_empty() {
             self.in_force = Some(tables);
         }
@@ -116,6 +119,7 @@ impl Plane {
         let tables = self.tables.borrow().clone();
         let id = task_id.to_string();
         let namespace = self.home.of_container(&id, pid)?;
+        let mut networks = BTreeMap::new();
         for attachment in attachments {
             let network_id = attachment.network_id;
             let table = tables.networks.get(&network_id);
@@ -127,9 +131,9 @@ impl Plane {
             let settings = self.settings(table)?;
             let segment = self.segments.get_mut(&network_id);
             let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
-            segment.attach(&self.home, &id, &namespace, attachment, settings)?;
+            let index = segment.attach(&self.home, &id, &namespace, attachment, settings)?;
+            networks.insert(network_id, index);
         }
-        let networks = attachments.iter().map(|attachment| attachment.network_id).collect();
         let mut container = Container::open(&self.home, &namespace, task_id, networks)?;
         container.converge(&self.balances(&tables), true)?;
         self.containers.insert(task_id, container);

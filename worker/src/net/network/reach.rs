@@ -1,4 +1,4 @@
-//! Forwarding and neighbour entries of a network's tunnel: observes them, and changes them.
+//! Forwarding and neighbour entries of an interface: observes them, and changes them.
 
 use std::net::IpAddr;
 
@@ -13,11 +13,11 @@ use crate::net::Error;
 use crate::net::neighbour::{entries, forwarding, neighbour};
 use crate::net::rtnetlink::{Mode, RouteChannel};
 
-/// The entries of the tunnel with that index.
-pub(super) fn observe(channel: &mut RouteChannel, tunnel: u32) -> Result<Reach, Error> {
+/// The entries of the interface with that index.
+pub(super) fn observe(channel: &mut RouteChannel, index: u32) -> Result<Reach, Error> {
     let mut reach = Reach::default();
     for family in [AddressFamily::Inet, AddressFamily::Inet6, AddressFamily::Bridge] {
-        for (mac, address) in entries(channel, "list neighbours of a network", tunnel, family)? {
+        for (mac, address) in entries(channel, "list neighbours of a network", index, family)? {
             match address {
                 IpAddr::V4(underlay) if family == AddressFamily::Bridge => {
                     reach.forwarding.insert(mac, underlay);
@@ -33,24 +33,24 @@ pub(super) fn observe(channel: &mut RouteChannel, tunnel: u32) -> Result<Reach, 
 }
 
 /// Carries out one operation.
-pub(super) fn change(channel: &mut RouteChannel, tunnel: u32, op: ReachOp) -> Result<(), Error> {
+pub(super) fn change(channel: &mut RouteChannel, index: u32, op: ReachOp) -> Result<(), Error> {
     let action = op.to_string();
     tracing::debug!(%op, "network");
     match op {
         ReachOp::SetForwarding(mac, underlay) => {
-            let message = forwarding(tunnel, mac, Some(underlay));
+            let message = forwarding(index, mac, Some(underlay));
             channel.change(&action, Mode::Replace, RouteNetlinkMessage::NewNeighbour(message))
         }
         ReachOp::SetNeighbour(address, mac) => {
-            let message = neighbour(tunnel, address, Some(mac));
+            let message = neighbour(index, address, Some(mac));
             channel.change(&action, Mode::Replace, RouteNetlinkMessage::NewNeighbour(message))
         }
         ReachOp::DeleteNeighbour(address) => {
-            let message = neighbour(tunnel, address, None);
+            let message = neighbour(index, address, None);
             channel.delete(&action, RouteNetlinkMessage::DelNeighbour(message))
         }
         ReachOp::DeleteForwarding(mac) => {
-            let message = forwarding(tunnel, mac, None);
+            let message = forwarding(index, mac, None);
             channel.delete(&action, RouteNetlinkMessage::DelNeighbour(message))
         }
     }

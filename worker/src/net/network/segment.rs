@@ -95,13 +95,15 @@ impl Segment {
         Ok(())
     }
 
-    /// The tasks that have a port, or had one until their container ended a moment ago.
-    pub(super) fn ports(&mut self) -> Result<Vec<String>, Error> {
-        let links = self.channel.links()?.into_iter();
-        Ok(links.filter(|link| link.is_kind(&InfoKind::Veth)).filter_map(|l| l.alias).collect())
+    /// The tasks that have a port, or had one until their container ended a moment ago, each with the index
+    /// of its interface in there.
+    pub(super) fn ports(&mut self) -> Result<Vec<(String, u32)>, Error> {
+        let links = self.channel.links()?.into_iter().filter(|link| link.is_kind(&InfoKind::Veth));
+        Ok(links.filter_map(|link| Some((link.alias?, link.peer?))).collect())
     }
 
-    /// Gives a container its interface on the network. Fine if it has it already.
+    /// Gives a container its interface on the network, and says its index in there. Fine if it has it
+    /// already.
     pub(super) fn attach(
         &mut self,
         home: &Home,
@@ -109,7 +111,7 @@ impl Segment {
         container: &File,
         attachment: &Attachment,
         settings: Settings,
-    ) -> Result<(), Error> {
+    ) -> Result<u32, Error> {
         let mut inside = home.within(container, RouteChannel::open)??;
         let mac = Mac::of_endpoint(attachment.address.addr());
         let pair = Pair {
@@ -134,7 +136,8 @@ impl Segment {
         let missing = || Error::NoInterface { interface: format!("{name} of task {task_id}") };
         let link = inside.link(name)?.ok_or_else(missing)?;
         interface::ensure_addresses(&mut inside, &link, attachment)?;
-        interface::set_up(&mut inside, &link)
+        interface::set_up(&mut inside, &link)?;
+        Ok(link.index)
     }
 
     /// Takes the interface of a task away; fine where it has none.
