@@ -175,7 +175,8 @@ fn spec(
             ..Default::default()
         },
         mode: Some(mode(&args.mode)),
-        endpoint_spec: list(ports).map(|ports| EndpointSpec { mode: None, ports: Some(ports) }),
+        endpoint_spec: list(ports)
+            .map(|ports| EndpointSpec { ports: Some(ports), ..EndpointSpec::default() }),
         ..Default::default()
     };
     args.flags.apply(&mut spec)?;
