@@ -164,6 +164,18 @@ fn a_port_that_a_program_holds_is_a_condition_of_its_service() {
     });
     let report = send(&lab, "client", &url(&lab, "n3", HELD_PORT), 5);
     report.assert_none_failed();
+
+    step("a node that joins later tells of it too");
+    lab.node("n3").skep(&["swarm", "leave", "--force"]).ok();
+    let holder = Holder::start(&lab, "n3");
+    let token = lab.node("n1").skep(&["swarm", "join-token", "--quiet", "worker"]).ok();
+    let address = format!("{}:2377", lab.node("n1").address());
+    lab.node("n3").skep(&["swarm", "join", "--token", token.text(), &address]).ok();
+    wait_until(SETTLES_WITHIN, "the condition is there", || {
+        let seen = conditions(&lab, "n2");
+        let is_told = |one: &String| one.starts_with(start) && one.contains(&holder.program);
+        (seen.iter().any(is_told).then_some(()), format!("{seen:?}"))
+    });
 }
 
 #[track_caller]
