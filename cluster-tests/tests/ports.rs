@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
@@ -46,6 +46,66 @@ fn ports_of_single_nodes() {
     for node in TASK_NODES {
         wait_for_outcome(&lab, &url(&lab, node, PORT), "Connect");
     }
+}
+
+#[test]
+fn ranges_free_numbers_and_policies_of_ingress_ports() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 1, workers: 2, ..LabOptions::default() });
+    lab.import_whoami();
+    lab.node("n1").create_whoami(
+        "web",
+        &[
+            "--replicas=2",
+            "--replicas-max-per-node=1",
+            "--constraint=node.hostname!=n3",
+            "--publish=8100-8101:8080",
+            "--publish=0:8080",
+        ],
+    );
+    lab.wait_until_settled("n1", "web", 2);
+    step("every port of the range, and the one that managers chose");
+    let inspected = lab.node("n1").skep(&["service", "inspect", "web"]).ok().json();
+    let ports = inspected[0]["Endpoint"]["Ports"].as_array().unwrap();
+    let numbers: BTreeSet<u64> =
+        ports.iter().map(|port| port["PublishedPort"].as_u64().unwrap()).collect();
+    assert_eq!(numbers, [8100, 8101, 30000].into());
+    for number in numbers {
+        let url = url(&lab, "n3", u16::try_from(number).unwrap());
+        wait_for_outcome(&lab, &url, "Ok");
+        assert_eq!(nodes_of(&lab, &url), TASK_NODES.map(|node| (node.to_owned(), 5)).into());
+    }
+    step("a local policy keeps connections on their node");
+    lab.node("n1").skep(&["service", "update", "--detach", "--ingress-policy=local", "web"]).ok();
+    for node in TASK_NODES {
+        wait_for_nodes(&lab, &url(&lab, node, 8100), &[(node, 10)]);
+    }
+    wait_for_nodes(&lab, &url(&lab, "n3", 8100), &[("n1", 5), ("n2", 5)]);
+    step("a node that loses its task uses the other's");
+    let scaled = ["--replicas=1", "--constraint-add=node.hostname==n2"];
+    let update = [&["service", "update", "--detach"], &scaled[..], &["web"]].concat();
+    lab.node("n1").skep(&update).ok();
+    for node in NODES {
+        wait_for_nodes(&lab, &url(&lab, node, 8100), &[("n2", 10)]);
+    }
+}
+
+/// How many of ten answers came from each node.
+fn nodes_of(lab: &Lab, url: &str) -> BTreeMap<String, usize> {
+    let report = send(lab, "client", url, 10);
+    report.count_by("Node").into_iter().map(|(node, count)| (node.to_owned(), count)).collect()
+}
+
+#[track_caller]
+fn wait_for_nodes(lab: &Lab, url: &str, expect: &[(&str, usize)]) {
+    let expect: BTreeMap<String, usize> =
+        expect.iter().map(|(node, count)| ((*node).to_owned(), *count)).collect();
+    wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
+        let seen = nodes_of(lab, url);
+        ((seen == expect).then_some(()), format!("{seen:?}"))
+    });
 }
 
 const HELD_PORT: u16 = 8090;
@@ -104,6 +164,18 @@ fn a_port_that_a_program_holds_is_a_condition_of_its_service() {
     });
     let report = send(&lab, "client", &url(&lab, "n3", HELD_PORT), 5);
     report.assert_none_failed();
+
+    step("a node that joins later tells of it too");
+    lab.node("n3").skep(&["swarm", "leave", "--force"]).ok();
+    let holder = Holder::start(&lab, "n3");
+    let token = lab.node("n1").skep(&["swarm", "join-token", "--quiet", "worker"]).ok();
+    let address = format!("{}:2377", lab.node("n1").address());
+    lab.node("n3").skep(&["swarm", "join", "--token", token.text(), &address]).ok();
+    wait_until(SETTLES_WITHIN, "the condition is there", || {
+        let seen = conditions(&lab, "n2");
+        let is_told = |one: &String| one.starts_with(start) && one.contains(&holder.program);
+        (seen.iter().any(is_told).then_some(()), format!("{seen:?}"))
+    });
 }
 
 #[track_caller]

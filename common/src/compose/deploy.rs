@@ -8,8 +8,8 @@ use super::service::plain_pairs;
 use super::tree::Value;
 use super::{Report, known};
 use crate::spec::{
-    Labels, Placement, Replicated, ResourceRequirements, Resources, RestartCondition,
-    RestartPolicy, ServiceMode, UpdateConfig,
+    IngressPolicy, Labels, Placement, Replicated, ResourceRequirements, Resources,
+    RestartCondition, RestartPolicy, ServiceMode, UpdateConfig,
 };
 
 /// What `deploy` says.
@@ -22,6 +22,7 @@ pub(super) struct Deploy {
     pub(super) update_config: Option<UpdateConfig>,
     pub(super) rollback_config: Option<UpdateConfig>,
     pub(super) endpoint_mode: Option<String>,
+    pub(super) ingress_policy: Option<IngressPolicy>,
 }
 
 /// Reads `deploy`, and `restart`, of a service.
@@ -37,6 +38,7 @@ pub(super) fn convert(service: &Section<'_>, report: &mut Report) -> Deploy {
             update_config: None,
             rollback_config: None,
             endpoint_mode: None,
+            ingress_policy: None,
         };
     };
     let section = field.section(report);
@@ -59,6 +61,10 @@ pub(super) fn convert(service: &Section<'_>, report: &mut Report) -> Deploy {
         endpoint_mode: section
             .get("endpoint_mode")
             .and_then(|field| field.word(&["vip", "dnsrr"], report)),
+        ingress_policy: section
+            .get("x-skep-ingress-policy")
+            .and_then(|field| field.word(&["spread", "local"], report))
+            .and_then(|word| IngressPolicy::of(&word)),
     }
 }
 

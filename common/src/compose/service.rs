@@ -60,7 +60,9 @@ pub(super) fn convert(
     let mode = section.get("network_mode");
     let field = section.get("networks");
     let networks = networks.of_service(&key.name, field.as_ref(), mode.as_ref(), report);
-    let has_endpoint = ports.is_some() || deploy.endpoint_mode.is_some();
+    let endpoint_spec =
+        EndpointSpec { mode: deploy.endpoint_mode, ports, ingress_policy: deploy.ingress_policy };
+    let has_endpoint = endpoint_spec != EndpointSpec::default();
     ServiceSpec {
         name,
         labels: Some(labels),
@@ -76,7 +78,7 @@ pub(super) fn convert(
         mode: Some(deploy.mode),
         update_config: deploy.update_config,
         rollback_config: deploy.rollback_config,
-        endpoint_spec: has_endpoint.then_some(EndpointSpec { mode: deploy.endpoint_mode, ports }),
+        endpoint_spec: has_endpoint.then_some(endpoint_spec),
         ..ServiceSpec::default()
     }
 }

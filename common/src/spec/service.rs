@@ -252,6 +252,35 @@ pub struct EndpointSpec {
     /// Published ports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ports: Option<Vec<PortConfig>>,
+    /// Where nodes send connections to ports in ingress mode; absent is spread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress_policy: Option<IngressPolicy>,
+}
+
+/// Which tasks a node sends connections to that come in through it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum IngressPolicy {
+    /// All healthy tasks of the service, in turn.
+    #[default]
+    Spread,
+    /// Those on the node itself, where it has healthy ones; otherwise all.
+    Local,
+}
+
+impl IngressPolicy {
+    /// The name as JSON has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Spread => "spread",
+            Self::Local => "local",
+        }
+    }
+
+    /// The policy of that name.
+    pub fn of(name: &str) -> Option<Self> {
+        [Self::Spread, Self::Local].into_iter().find(|policy| policy.name() == name)
+    }
 }
 
 /// One published port.

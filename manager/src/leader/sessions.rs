@@ -422,6 +422,7 @@ fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
         published: id.1.into(),
         service_id: port.service_id.to_string(),
         service: port.service.clone(),
+        policy: port.policy.name().to_owned(),
         backends: port.backends.iter().map(backend).collect(),
     }
 }

@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
-use skep_common::spec::PortProtocol;
+use skep_common::spec::{IngressPolicy, PortProtocol};
 use skep_proto::MeshUpdate;
-use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort};
+use skep_worker_core::mesh::{
+    Backend, MeshTable, Peer, Protocol, PublishedPort, Slices, prefer_local,
+};
 use skep_worker_core::network::NetworkTables;
 
 use super::host_ports::HostPorts;
@@ -24,6 +26,8 @@ pub(super) struct MeshState {
     pool: Option<Ipv4Net>,
     peers: BTreeMap<u16, Ipv4Addr>,
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
+    /// Those of which only the node's own backends count, where it has some.
+    local_ports: BTreeSet<(Protocol, u16)>,
     dead: BTreeSet<String>,
     networks: NetworkState,
     /// What this node publishes besides.
@@ -44,6 +48,7 @@ impl MeshState {
         if update.whole {
             self.peers.clear();
             self.ports.clear();
+            self.local_ports.clear();
         }
         self.version = update.version;
         for peer in update.peers {
@@ -57,13 +62,18 @@ impl MeshState {
         for number in update.removed_peers {
             self.peers.retain(|known, _| u32::from(*known) != number);
         }
-        for port in update.ports {
-            match published_port(&port) {
+        for update in update.ports {
+            match published_port(&update) {
                 Some(port) => {
-                    self.ports.insert((port.protocol, port.published), port);
+                    let key = (port.protocol, port.published);
+                    match IngressPolicy::of(&update.policy).unwrap_or_default() {
+                        IngressPolicy::Local => self.local_ports.insert(key),
+                        IngressPolicy::Spread => self.local_ports.remove(&key),
+                    };
+                    self.ports.insert(key, port);
                 }
                 None => {
-                    tracing::warn!(?port, "ignoring a published port that this node cannot serve")
+                    tracing::warn!(port = ?update, "ignoring a published port that this node cannot serve")
                 }
             }
         }
@@ -100,10 +110,17 @@ impl MeshState {
             .peers
             .iter()
             .map(|(number, underlay)| Peer { number: *number, underlay: *underlay });
-        let ports = self.ports.values().map(|port| {
+        let (pool, slice_prefix) = (self.pool?, MeshTable::default_slice_prefix());
+        let own_slice = Slices::new(pool, slice_prefix).ok().map(|all| all.slice(self.number));
+        let ports = self.ports.iter().map(|(key, port)| {
             let alive =
                 port.backends.iter().filter(|backend| !self.dead.contains(&backend.task_id));
-            PublishedPort { backends: alive.cloned().collect(), ..port.clone() }
+            let alive = alive.cloned().collect();
+            let backends = match own_slice.filter(|_| self.local_ports.contains(key)) {
+                Some(own_slice) => prefer_local(alive, own_slice),
+                None => alive,
+            };
+            PublishedPort { backends, ..port.clone() }
         });
         // A port of the mesh outranks one of this node, which comes when the other has gone.
         let is_free =
@@ -114,8 +131,8 @@ impl MeshState {
         Some(MeshTable {
             version: self.version,
             self_number: self.number,
-            pool: self.pool?,
-            slice_prefix: MeshTable::default_slice_prefix(),
+            pool,
+            slice_prefix,
             peers: peers.collect(),
             ports: ports.chain(host.into_values()).collect(),
         })
@@ -184,6 +201,7 @@ mod tests {
             published,
             service_id: "s".into(),
             service: "web".into(),
+            policy: String::new(),
             backends: tasks.iter().map(backend).collect(),
         }
     }
@@ -236,5 +254,29 @@ mod tests {
             "a withdrawn task is forgotten"
         );
         assert_eq!(state.table().unwrap().version, 4);
+    }
+
+    #[test]
+    fn a_local_port_goes_to_the_nodes_own_tasks_as_long_as_some_live() {
+        let mut state = MeshState::default();
+        state.place(1, "10.192.0.0/10".parse().unwrap());
+        let far = MeshBackend { address: "10.192.8.9".into(), ..port(80, &[9]).backends.remove(0) };
+        let update = |version, policy: &str| {
+            let mut port = MeshPort { policy: policy.into(), ..port(80, &[1, 2]) };
+            port.backends.push(far.clone());
+            MeshUpdate { version, whole: version == 1, ports: vec![port], ..MeshUpdate::default() }
+        };
+        state.update(update(1, "local"));
+        assert_eq!(backends(&state, 80), ["10.192.4.1", "10.192.4.2"]);
+        state.withdraw(TaskId(1));
+        assert_eq!(backends(&state, 80), ["10.192.4.2"]);
+        state.withdraw(TaskId(2));
+        assert_eq!(backends(&state, 80), ["10.192.8.9"], "there is none of its own");
+        state.update(update(2, "spread"));
+        assert_eq!(backends(&state, 80), ["10.192.8.9"], "the dead stay out");
+        let mut again = MeshState::default();
+        again.place(1, "10.192.0.0/10".parse().unwrap());
+        again.update(update(1, "spread"));
+        assert_eq!(backends(&again, 80), ["10.192.4.1", "10.192.4.2", "10.192.8.9"]);
     }
 }

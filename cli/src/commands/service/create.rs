@@ -175,7 +175,8 @@ fn spec(
             ..Default::default()
         },
         mode: Some(mode(&args.mode)),
-        endpoint_spec: list(ports).map(|ports| EndpointSpec { mode: None, ports: Some(ports) }),
+        endpoint_spec: list(ports)
+            .map(|ports| EndpointSpec { ports: Some(ports), ..EndpointSpec::default() }),
         ..Default::default()
     };
     args.flags.apply(&mut spec)?;
@@ -368,6 +369,7 @@ mod tests {
              --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
              --health-cmd 'curl -f http://localhost' --health-interval 5s --health-timeout 2s --health-retries 3 \
              --health-start-period 1m -p published=53,target=53,protocol=udp,mode=host --endpoint-mode dnsrr \
+             --ingress-policy local \
              --log-driver local --log-opt max-size=10m --log-opt max-file=3 img",
             &json!({
                 "Name": "",
@@ -398,7 +400,7 @@ mod tests {
                     "Monitor": 10_000_000_000_i64, "MaxFailureRatio": 0.2, "Order": "start-first",
                 },
                 "RollbackConfig": {"Parallelism": 1, "Order": "stop-first"},
-                "EndpointSpec": {"Mode": "dnsrr", "Ports": [
+                "EndpointSpec": {"Mode": "dnsrr", "IngressPolicy": "local", "Ports": [
                     {"Protocol": "udp", "TargetPort": 53, "PublishedPort": 53, "PublishMode": "host"},
                 ]},
             }),

@@ -12,9 +12,9 @@ use skep_common::compose::units::{
     ParseError, parse_bytes, parse_cpus, parse_duration, split_words,
 };
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, HealthConfig, LogDriver, Nanos, NetworkAttachmentConfig,
-    Placement, PortConfig, PortProtocol, PublishMode, Replicated, ResourceRequirements, Resources,
-    RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
+    ContainerSpec, EndpointSpec, HealthConfig, IngressPolicy, LogDriver, Nanos,
+    NetworkAttachmentConfig, Placement, PortConfig, PortProtocol, PublishMode, Replicated,
+    ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
 };
 
 /// Whether and how loudly the command waits.
@@ -92,6 +92,10 @@ pub(super) struct SpecFlags {
     /// Endpoint mode
     #[arg(long, value_parser = ["vip", "dnsrr"])]
     endpoint_mode: Option<String>,
+    /// Which tasks a node sends connections to published ports to: all in turn, or those of its own
+    /// where it has healthy ones
+    #[arg(long, value_parser = ["spread", "local"])]
+    ingress_policy: Option<String>,
     /// Time to wait before force killing a container (ns|us|ms|s|m|h) (default 10s)
     #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
     stop_grace_period: Option<Nanos>,
@@ -265,6 +269,10 @@ impl SpecFlags {
         if self.endpoint_mode.is_some() {
             let endpoint: &mut EndpointSpec = spec.endpoint_spec.get_or_insert_default();
             set(&mut endpoint.mode, &self.endpoint_mode);
+        }
+        if let Some(policy) = &self.ingress_policy {
+            let endpoint: &mut EndpointSpec = spec.endpoint_spec.get_or_insert_default();
+            endpoint.ingress_policy = IngressPolicy::of(policy);
         }
         if self.replicas_max_per_node.is_some() {
             let placement: &mut Placement = spec.task_template.placement.get_or_insert_default();

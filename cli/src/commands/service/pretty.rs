@@ -41,6 +41,10 @@ pub(super) fn pretty(service: &Service, now: Timestamp) -> String {
     }
     let mode = spec.endpoint_spec.as_ref().and_then(|endpoint| endpoint.mode.as_deref());
     line(&mut out, format_args!("Endpoint Mode:\t{}", mode.unwrap_or("vip")));
+    let policy = spec.endpoint_spec.as_ref().and_then(|endpoint| endpoint.ingress_policy);
+    if let Some(policy) = policy {
+        line(&mut out, format_args!("Ingress Policy:\t{}", policy.name()));
+    }
     write_ports(&mut out, service);
     if !service.conditions.is_empty() {
         out.push_str("Conditions:\n");

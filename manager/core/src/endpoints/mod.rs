@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::serving::withheld;
-use skep_common::spec::{PortProtocol, PublishMode};
+use skep_common::spec::{IngressPolicy, PortProtocol, PublishMode};
 use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::store::State;
@@ -46,6 +46,8 @@ pub struct Port {
     pub service: String,
     /// The port that its containers listen on.
     pub target_port: u16,
+    /// Which of the tasks a node sends connections to.
+    pub policy: IngressPolicy,
     /// Addresses of the tasks behind it; none means that connections are refused.
     pub backends: BTreeMap<TaskId, Ipv4Addr>,
 }
@@ -72,11 +74,13 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
         let serving = tasks.filter(|task| is_serving(state, not_in_balancer, task));
         let backends: BTreeMap<TaskId, Ipv4Addr> =
             serving.filter_map(|task| Some((task.id, task.ingress_address()?))).collect();
+        let endpoint = service.spec.endpoint_spec.as_ref();
         for (port, published) in ingress {
             let entry = Port {
                 service_id: service.id,
                 service: service.spec.name.clone(),
                 target_port: port.target_port,
+                policy: endpoint.and_then(|endpoint| endpoint.ingress_policy).unwrap_or_default(),
                 backends: backends.clone(),
             };
             table.ports.insert((port.protocol.unwrap_or_default(), published), entry);

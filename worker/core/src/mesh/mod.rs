@@ -30,10 +30,12 @@
 
 mod address;
 mod objects;
+mod policy;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
+pub use policy::prefer_local;
 pub use table::{Backend, Error, MeshTable, Peer, Protocol, PublishedPort};
