@@ -13,6 +13,8 @@
 //! | `GET /alloc/MIB`                          | after allocating and touching MIB mebibytes  |
 //! | any other `GET`                           | who answered, one `Name: value` per line     |
 //!
+//! A datagram to the same port of UDP is answered with the same lines, the datagram as the path.
+//!
 //! `whoami healthcheck` asks `/health` on the loopback and exits with 0 or 1: a HEALTHCHECK for an
 //! image without a shell.
 //!
@@ -28,7 +30,7 @@
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::io::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::process;
@@ -113,9 +115,19 @@ fn healthcheck(port: u16) -> i32 {
     }
 }
 
+fn refused(port: u16, error: &io::Error) -> ! {
+    fail(&format!("cannot listen on port {port}: {error}"))
+}
+
+/// Listens on all addresses of both families, or of IPv4 where there is no IPv6.
 fn serve(port: u16) {
-    let listener = TcpListener::bind(("0.0.0.0", port))
-        .unwrap_or_else(|error| fail(&format!("cannot listen on port {port}: {error}")));
+    let all: [SocketAddr; 2] = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()]
+        .map(|address| SocketAddr::new(address, port));
+    let listener = TcpListener::bind(all.as_slice()).unwrap_or_else(|error| refused(port, &error));
+    let datagrams = UdpSocket::bind(all.as_slice()).unwrap_or_else(|error| refused(port, &error));
+    let spawned =
+        thread::Builder::new().stack_size(STACK_LEN).spawn(move || serve_datagrams(&datagrams));
+    spawned.unwrap_or_else(|error| fail(&format!("cannot answer datagrams: {error}")));
     handle_signals().unwrap_or_else(|error| fail(&format!("cannot handle signals: {error}")));
     println!("listening on port {port}");
     for stream in listener.incoming() {
@@ -130,6 +142,23 @@ fn serve(port: u16) {
             eprintln!("whoami: connection refused: {error}");
         }
     }
+}
+
+fn serve_datagrams(socket: &UdpSocket) {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        // An answer that nobody waited for is reported to the next one that receives.
+        let Ok((length, client)) = socket.recv_from(&mut buffer) else { continue };
+        let _running = Running::begin();
+        let text = String::from_utf8_lossy(&buffer[..length]);
+        let answer = describe(&plain(client), &text);
+        let _ = socket.send_to(answer.as_bytes(), client);
+    }
+}
+
+/// An address of IPv4 as such, also where it came to a socket of both families.
+fn plain(client: SocketAddr) -> String {
+    SocketAddr::new(client.ip().to_canonical(), client.port()).to_string()
 }
 
 extern "C" fn on_signal(_number: i32) {
@@ -211,7 +240,7 @@ fn serve_connection(stream: &TcpStream, first: Running) -> io::Result<()> {
     let mut first = Some(first);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(IDLE_MAX))?;
-    let client = stream.peer_addr()?.to_string();
+    let client = plain(stream.peer_addr()?);
     let mut reader = BufReader::new(stream);
     while let Some(request) = read_request(&mut reader)? {
         let _running = first.take().unwrap_or_else(Running::begin);

@@ -285,11 +285,10 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
         warnings
             .push(format!("target port {port} is not published in host mode yet: only ingress is"));
     }
-    for port in
-        spec.ports().iter().filter(|port| port.protocol.unwrap_or_default() != PortProtocol::Tcp)
-    {
-        let (port, protocol) = (port.target_port, port.protocol.unwrap_or_default().name());
-        warnings.push(format!("target port {port}/{protocol} is not published yet: only TCP is"));
+    for port in spec.ports().iter().filter(|port| port.protocol == Some(PortProtocol::Sctp)) {
+        let port = port.target_port;
+        warnings
+            .push(format!("target port {port}/sctp is not published yet: only TCP and UDP are"));
     }
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
@@ -463,14 +462,16 @@ mod tests {
                 "Networks": [{"Target": "front"}],
                 "RestartPolicy": {"MaxAttempts": 1000},
             },
-            "EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp"}]},
+            "EndpointSpec": {"Ports": [
+                {"TargetPort": 53, "Protocol": "udp"}, {"TargetPort": 54, "Protocol": "sctp"},
+            ]},
         }));
         assert_eq!(
             warnings(&given),
             [
                 "TaskTemplate.Runtime is kept but has no effect yet",
                 "log driver syslog is not supported yet: output is kept in files on each node, as with json-file",
-                "target port 53/udp is not published yet: only TCP is",
+                "target port 54/sctp is not published yet: only TCP and UDP are",
                 "MaxAttempts above 100 counts as unlimited",
             ]
         );

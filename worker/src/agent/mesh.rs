@@ -127,6 +127,7 @@ impl MeshState {
 fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
     let protocol = match port.protocol.as_str() {
         "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
         _ => return None,
     };
     let backends = port.backends.iter().map(|backend| {

@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ pub(crate) enum Request {
     Remove {
         run_dir: String,
     },
-    /// Serves HTTP on a port of all addresses.
+    /// Serves HTTP on a port of all addresses, and answers datagrams on the same.
     Serve {
         name: String,
         port: u16,
@@ -53,6 +53,25 @@ pub(crate) enum Request {
     /// Holds a port as any other program would.
     Listen {
         port: u16,
+    },
+    /// The same of UDP.
+    ListenUdp {
+        port: u16,
+    },
+    /// One datagram each, from a socket of its own: the answers, or the kind of error.
+    GetUdp {
+        address: SocketAddr,
+        count: usize,
+    },
+    /// A socket that sends from one port all the time.
+    OpenUdp {
+        id: String,
+        address: SocketAddr,
+        local: Option<SocketAddr>,
+    },
+    /// A datagram from it: the answer, or the kind of error.
+    UseUdp {
+        id: String,
     },
     /// One connection each: the answers, or the kind of error.
     Get {
@@ -95,6 +114,7 @@ struct State {
     mesh: Option<Mesh>,
     connections: BTreeMap<String, TcpStream>,
     listeners: Vec<TcpListener>,
+    sockets: BTreeMap<String, UdpSocket>,
 }
 
 /// Runs the helper if this process is one.
@@ -167,7 +187,27 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             Mesh::remove(run_dir.as_ref()).await.map_err(text)?;
             Ok(Value::Null)
         }
-        other => tokio::task::block_in_place(|| handle_socket(state, other)),
+        other => tokio::task::block_in_place(|| handle_datagrams(state, other)),
+    }
+}
+
+fn handle_datagrams(state: &mut State, request: Request) -> Result<Value, String> {
+    match request {
+        Request::ListenUdp { port } => {
+            let socket = UdpSocket::bind(("0.0.0.0", port)).map_err(text)?;
+            state.sockets.insert(format!("listen-{port}"), socket);
+            Ok(Value::Null)
+        }
+        Request::GetUdp { address, count } => {
+            let one = |_| udp_to(address, None).and_then(|socket| ask_udp(&socket));
+            Ok(json!((0..count).map(one).map(or_kind).collect::<Vec<String>>()))
+        }
+        Request::OpenUdp { id, address, local } => {
+            state.sockets.insert(id, udp_to(address, local).map_err(text)?);
+            Ok(Value::Null)
+        }
+        Request::UseUdp { id } => Ok(json!(or_kind(ask_udp(&state.sockets[&id])))),
+        other => handle_socket(state, other),
     }
 }
 
@@ -175,7 +215,10 @@ fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
     match request {
         Request::Serve { name, port } => {
             let listener = TcpListener::bind(("0.0.0.0", port)).map_err(text)?;
+            let socket = UdpSocket::bind(("0.0.0.0", port)).map_err(text)?;
+            let of_datagrams = name.clone();
             std::thread::spawn(move || serve(&listener, &name));
+            std::thread::spawn(move || serve_datagrams(&socket, &of_datagrams));
             Ok(Value::Null)
         }
         Request::Listen { port } => {
@@ -259,6 +302,34 @@ fn connect(address: SocketAddrV4, local: Option<SocketAddrV4>) -> std::io::Resul
     };
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
+}
+
+fn or_kind(answer: std::io::Result<String>) -> String {
+    answer.unwrap_or_else(|error| format!("{:?}", error.kind()))
+}
+
+fn udp_to(address: SocketAddr, local: Option<SocketAddr>) -> std::io::Result<UdpSocket> {
+    let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(local.unwrap_or_else(|| any.parse().expect("an address")))?;
+    socket.connect(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn ask_udp(socket: &UdpSocket) -> std::io::Result<String> {
+    socket.send(b"who")?;
+    let mut buffer = [0; 100];
+    let length = socket.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Answers with the server's name and the client's address.
+fn serve_datagrams(socket: &UdpSocket, name: &str) {
+    let mut buffer = [0; 2000];
+    while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+        let answer = format!("{name} {}", from.ip().to_canonical());
+        drop(socket.send_to(answer.as_bytes(), from));
+    }
 }
 
 /// One HTTP request on a connection that stays open.

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -45,6 +45,25 @@ impl Machine {
     pub(crate) fn use_connection(&mut self, id: &str, path: &str) -> String {
         let answer = self.ask(&Request::Use { id: id.into(), path: path.into() });
         answer.as_str().expect("a text").to_owned()
+    }
+
+    /// The answers of `count` sockets that send one datagram each.
+    #[track_caller]
+    pub(crate) fn get_udp(&mut self, address: SocketAddr, count: usize) -> Vec<String> {
+        let answers = self.ask(&Request::GetUdp { address, count });
+        serde_json::from_value(answers).expect("texts")
+    }
+
+    /// The answer to one more datagram of a socket that sends from one port.
+    #[track_caller]
+    pub(crate) fn use_udp(&mut self, id: &str) -> String {
+        let answer = self.ask(&Request::UseUdp { id: id.into() });
+        answer.as_str().expect("a text").to_owned()
+    }
+
+    #[track_caller]
+    pub(crate) fn open_udp(&mut self, id: &str, address: SocketAddr) {
+        self.ask(&Request::OpenUdp { id: id.into(), address, local: None });
     }
 
     /// Packets that came in by an interface.
@@ -106,6 +125,8 @@ pub(crate) struct Lab {
     pub(crate) nodes: Vec<Node>,
     pub(crate) slices: Slices,
     pub(crate) version: u64,
+    /// Of the ports that are published.
+    pub(crate) protocol: Protocol,
     switch: Machine,
     run_dir: tempfile::TempDir,
 }
@@ -157,7 +178,8 @@ impl Lab {
         });
         let nodes = nodes.collect();
         let run_dir = tempfile::tempdir().expect("a directory");
-        Self { client, nodes, slices, version: 0, switch, run_dir }
+        let protocol = Protocol::Tcp;
+        Self { client, nodes, slices, version: 0, protocol, switch, run_dir }
     }
 
     pub(crate) fn run_dir(&self, number: u16) -> String {
@@ -197,7 +219,7 @@ impl Lab {
     pub(crate) fn table(&self, number: u16, ports: &[(u16, &[u16])]) -> MeshTable {
         let ports = ports.iter().map(|(published, nodes)| PublishedPort {
             published: *published,
-            protocol: Protocol::Tcp,
+            protocol: self.protocol,
             service_id: format!("service-{published}"),
             backends: nodes.iter().map(|node| self.backend(*node)).collect(),
         });
@@ -242,7 +264,13 @@ impl Lab {
     /// Asserts that the clients' connections through a node take exact turns over all tasks.
     #[track_caller]
     pub(crate) fn assert_turns(&mut self, who: Client, through: SocketAddrV4) {
-        let answers = self.client(who).get(through, 2 * usize::from(N));
+        let protocol = self.protocol;
+        let count_of = 2 * usize::from(N);
+        let client = self.client(who);
+        let answers = match protocol {
+            Protocol::Tcp => client.get(through, count_of),
+            Protocol::Udp => client.get_udp(through.into(), count_of),
+        };
         let expect = (1..=N).map(|number| (number.to_string(), 2)).collect();
         assert_eq!(count(&answers), expect, "{who:?} through {through}: {answers:?}");
         if who == Client::Outside {

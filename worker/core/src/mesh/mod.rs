@@ -14,7 +14,8 @@
 //!
 //! # Reading order
 //!
-//! [`MeshTable`] (input), [`Slices`] (address arithmetic), [`Objects`] and [`Op`] (output).
+//! [`MeshTable`] (input), [`Slices`] (address arithmetic), [`Objects`] and [`Op`] (output),
+//! [`Flows`] (what the kernel must forget of flows that have no end of their own).
 //!
 //! # Invariants
 //!
@@ -29,11 +30,13 @@
 //! Absent on purpose: I/O, interface names, marks and table numbers, which belong to the shell.
 
 mod address;
+mod flows;
 mod objects;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
+pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use table::{Backend, Error, MeshTable, Peer, Protocol, PublishedPort};

@@ -77,9 +77,11 @@ pub struct Peer {
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// TCP, the only one that the mesh carries so far.
+    /// TCP.
     #[default]
     Tcp,
+    /// UDP.
+    Udp,
 }
 
 impl Protocol {
@@ -87,6 +89,16 @@ impl Protocol {
     pub fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+
+    /// Whether a flow has no end that the kernel could see: what a client goes on sending from one port
+    /// belongs together for as long as it does.
+    pub fn is_endless(self) -> bool {
+        match self {
+            Self::Tcp => false,
+            Self::Udp => true,
         }
     }
 
@@ -94,6 +106,7 @@ impl Protocol {
     pub fn from_number(number: u8) -> Option<Self> {
         match number {
             6 => Some(Self::Tcp),
+            17 => Some(Self::Udp),
             _ => None,
         }
     }
@@ -103,6 +116,7 @@ impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp => f.write_str("tcp"),
+            Self::Udp => f.write_str("udp"),
         }
     }
 }
@@ -117,7 +131,7 @@ pub struct PublishedPort {
     pub protocol: Protocol,
     /// The service that publishes it.
     pub service_id: String,
-    /// The healthy tasks behind it; none means that connections are refused.
+    /// The healthy tasks behind it; none means that clients are refused.
     pub backends: Vec<Backend>,
 }
 

@@ -13,6 +13,10 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
     });
     let ports = ports.split_whitespace().map(|word| {
         let (published, backends) = word.split_once("->").expect("port->backends");
+        let (published, protocol) = match published.strip_suffix("/udp") {
+            Some(published) => (published, Protocol::Udp),
+            None => (published, Protocol::Tcp),
+        };
         let backends = backends.split(',').filter(|b| !b.is_empty()).map(|backend| {
             let (address, target_port) = backend.split_once(':').expect("address:port");
             let target_port = target_port.parse().unwrap();
@@ -20,7 +24,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
         });
         PublishedPort {
             published: published.parse().unwrap(),
-            protocol: Protocol::Tcp,
+            protocol,
             service_id: format!("service-{published}"),
             backends: backends.collect(),
         }
@@ -107,6 +111,13 @@ fn a_change_names_only_the_ports_that_changed() {
          add port 83/tcp -> reject",
     );
     check("nothing to do", &new, &new, "");
+    check(
+        "one number of two protocols is two ports",
+        &table(1, TWO, "80->10.192.4.1:8 80/udp->10.192.4.1:8"),
+        &table(1, TWO, "80->10.192.4.1:8 80/udp->10.192.4.1:8,10.192.8.1:8 81/udp->"),
+        "replace backends 80/udp -> 10.192.4.1:8 10.192.8.1:8
+         add port 81/udp -> reject",
+    );
 }
 
 #[test]
@@ -169,8 +180,12 @@ fn a_table_reads_with_defaults() {
     assert_eq!(table.pool.to_string(), "10.192.0.0/10");
     assert_eq!(table.slice_prefix, 22);
     assert_eq!(table.ports[0].protocol, Protocol::Tcp);
-    assert_eq!(Protocol::from_number(table.ports[0].protocol.number()), Some(Protocol::Tcp));
-    assert_eq!(Protocol::from_number(17), None);
+    for protocol in [Protocol::Tcp, Protocol::Udp] {
+        assert_eq!(Protocol::from_number(protocol.number()), Some(protocol));
+        let json = serde_json::to_string(&protocol).unwrap();
+        assert_eq!(json, format!("\"{protocol}\""), "names are the same everywhere");
+    }
+    assert_eq!(Protocol::from_number(1), None);
 }
 
 fn any_table() -> impl Strategy<Value = MeshTable> {
@@ -181,15 +196,16 @@ fn any_table() -> impl Strategy<Value = MeshTable> {
         address: Ipv4Addr::new(10, 192, 4, host),
         target_port,
     });
+    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
     let ports = proptest::collection::btree_map(
-        8080u16..8084,
+        (protocol, 8080u16..8083),
         proptest::collection::vec(backend, 0..4),
         0..4,
     );
     (proptest::collection::vec(peer, 0..7), ports).prop_map(|(peers, ports)| {
-        let ports = ports.into_iter().map(|(published, backends)| PublishedPort {
+        let ports = ports.into_iter().map(|((protocol, published), backends)| PublishedPort {
             published,
-            protocol: Protocol::Tcp,
+            protocol,
             service_id: format!("service-{published}"),
             backends,
         });

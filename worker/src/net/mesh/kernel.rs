@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use skep_worker_core::mesh::{MeshTable, Objects, PortKey, Slices};
 
+use super::flows::KernelFlows;
 use super::hold::{Hold, LoopbackListeners, hold};
 use super::layout::Layout;
 use super::links;
@@ -77,6 +78,7 @@ pub(super) struct Kernel {
     routes: Routes,
     rules: Rules,
     holds: BTreeMap<PortKey, Hold>,
+    flows: KernelFlows,
     lock: File,
 }
 
@@ -90,17 +92,19 @@ impl Kernel {
         sysctl::ensure_forwarding()?;
         links::ensure(&mut channel, &options, &slices)?;
         let layout = Layout::new(&options, slices.slice(options.self_number));
+        let mut rules = Rules::open(layout)?;
+        // What an earlier daemon published stays until the first table says otherwise.
+        let present = rules.observe()?;
         let mut kernel = Self {
             routes: Routes::open(&options)?,
-            rules: Rules::open(layout)?,
+            rules,
             holds: BTreeMap::new(),
+            flows: KernelFlows::new(&present, slices.pool()),
             options,
             slices,
             channel,
             lock,
         };
-        // What an earlier daemon published stays until the first table says otherwise.
-        let present = kernel.rules.observe()?;
         let mut changes = ListenerChanges::default();
         for key in present.ports.keys() {
             match hold(*key) {
@@ -184,6 +188,7 @@ impl Kernel {
             failures.extend(self.routes.change(op, devices).err());
         }
         self.rules.converge(wanted)?;
+        failures.extend(self.flows.converge(wanted, &mut self.channel).err());
         for op in is_routing(true) {
             failures.extend(self.routes.change(op, devices).err());
         }
@@ -231,7 +236,7 @@ fn remove_all(
 fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            Condition::PortHeld { service_id, port, program: holder_of(port.port) }
+            Condition::PortHeld { service_id, port, program: holder_of(port) }
         }
         _ => Condition::PortFailed { service_id, port, reason: error.to_string() },
     }

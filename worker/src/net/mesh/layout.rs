@@ -15,12 +15,13 @@
 //! right comment is the right rule.
 //!
 //! Both publishing chains go to the same chain of a port, so that outside and local clients take
-//! turns together. A port without backends answers with a TCP reset.
+//! turns together. A port without backends refuses: with a TCP reset, or as a host does where nothing
+//! listens.
 
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
-use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey};
+use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey, Protocol};
 
 use super::options::{BRIDGE, MarkField, Options, TABLE, TUNNEL};
 use crate::net::nft::expression as rule;
@@ -353,7 +354,10 @@ fn balance(key: PortKey, backends: &[Endpoint], batch: &mut Batch) {
     if backends.is_empty() {
         let rule = [
             rule::transport_protocol(key.protocol.number()).to_vec(),
-            vec![rule::reject_with_reset()],
+            vec![match key.protocol {
+                Protocol::Tcp => rule::reject_with_reset(),
+                Protocol::Udp => rule::reject_as_unreachable_ipv4(),
+            }],
         ];
         batch.add_rule(TABLE, &chain, &rule.concat(), "no healthy task");
         return;

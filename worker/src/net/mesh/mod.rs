@@ -1,6 +1,6 @@
 //! The routing mesh of one node: every published port of the cluster answers here.
 //!
-//! Connections are translated (DNAT) to healthy tasks anywhere in the cluster, in exact turns. The
+//! Connections and flows of datagrams are translated (DNAT) to healthy tasks anywhere in the cluster, in exact turns. The
 //! task sees an outside client's own address: the node that hosts it marks a connection that came
 //! through the tunnel with the number of the node that sent it, and routes the answers back there.
 //! Clients inside the cluster (nodes and tasks) are masqueraded.
@@ -21,13 +21,14 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `links`, `uplink`, `hold`, `loopback`.
+//! change), `flows`, `links`, `uplink`, `hold`, `loopback`, `datagrams`, `refusal`.
 //!
 //! # Invariants
 //!
 //! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
 //!   restarts takes over without disturbing a connection.
-//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table.
+//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table, and no flow of datagrams
+//!   goes to a task that the table does not name.
 //! - Nothing host-wide is changed but `ip_forward`; in other programs' tables only
 //!   `ip filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
 //!   br_netfilter.
@@ -36,6 +37,8 @@
 //! A published port costs the daemon three file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
+mod datagrams;
+mod flows;
 mod hold;
 mod kernel;
 mod layout;
@@ -43,6 +46,7 @@ pub(in crate::net) mod links;
 mod loopback;
 pub(in crate::net) mod options;
 mod program;
+mod refusal;
 mod routes;
 mod rules;
 mod uplink;

@@ -4,7 +4,9 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-/// The socket state `TCP_LISTEN` in `/proc/net/tcp`.
+use skep_worker_core::mesh::PortKey;
+
+/// The socket state `TCP_LISTEN` in `/proc/net/tcp`, which sockets of UDP never have.
 const LISTEN: &str = "0A";
 
 /// A command line in a message is cut to this length.
@@ -25,11 +27,11 @@ impl fmt::Display for Program {
     }
 }
 
-/// The program that holds TCP port `port` in the calling thread's network namespace.
+/// The program that holds `port` in the calling thread's network namespace.
 ///
 /// `None` where the kernel does not show it: a socket that is bound and does not listen is in no
 /// list, and a socket of the kernel itself belongs to no process.
-pub(super) fn holder_of(port: u16) -> Option<Program> {
+pub(super) fn holder_of(port: PortKey) -> Option<Program> {
     let inodes = socket_inodes(port);
     let mut processes: Vec<u32> = fs::read_dir("/proc")
         .ok()?
@@ -45,17 +47,18 @@ pub(super) fn holder_of(port: u16) -> Option<Program> {
 }
 
 /// Inodes of the sockets on a local port, those that listen first.
-fn socket_inodes(port: u16) -> Vec<u64> {
+fn socket_inodes(port: PortKey) -> Vec<u64> {
     let mut found = Vec::new();
-    for table in ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"] {
+    for family in ["", "6"] {
+        let table = format!("/proc/thread-self/net/{}{family}", port.protocol);
         let text = fs::read_to_string(table).unwrap_or_default();
-        found.extend(text.lines().skip(1).filter_map(|line| socket_of(line, port)));
+        found.extend(text.lines().skip(1).filter_map(|line| socket_of(line, port.port)));
     }
     found.sort_by_key(|(is_listening, _)| !is_listening);
     found.into_iter().map(|(_, inode)| inode).filter(|inode| *inode != 0).collect()
 }
 
-/// Whether the socket in a line of `/proc/net/tcp` listens, and its inode, if it is on `port`.
+/// Whether the socket in a line of `/proc/net/tcp` or `udp` listens, and its inode, if it is on `port`.
 fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
@@ -87,7 +90,9 @@ fn command_of(pid: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
+    use std::net::{TcpListener, UdpSocket};
+
+    use skep_worker_core::mesh::Protocol;
 
     use super::*;
 
@@ -103,8 +108,15 @@ mod tests {
     #[test]
     fn this_test_is_found_as_a_holder() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let program = holder_of(listener.local_addr().unwrap().port()).unwrap();
-        assert_eq!(program.pid, std::process::id());
-        assert!(program.command.contains("skep_worker"), "{program}");
+        let socket =
+            UdpSocket::bind("[::1]:0").or_else(|_| UdpSocket::bind("127.0.0.1:0")).unwrap();
+        for (protocol, address) in
+            [(Protocol::Tcp, listener.local_addr()), (Protocol::Udp, socket.local_addr())]
+        {
+            let key = PortKey { protocol, port: address.unwrap().port() };
+            let program = holder_of(key).unwrap();
+            assert_eq!(program.pid, std::process::id(), "{protocol}");
+            assert!(program.command.contains("skep_worker"), "{program}");
+        }
     }
 }

@@ -317,6 +317,14 @@ pub fn reject_with_reset() -> Expression {
     named("reject", &Attributes::new().be32(1, TCP_RESET).raw(2, &[0]))
 }
 
+/// `reject with icmp port-unreachable`.
+pub fn reject_as_unreachable_ipv4() -> Expression {
+    const ICMP_UNREACHABLE: u32 = 0;
+    const PORT_UNREACHABLE: u8 = 3;
+    let list = Attributes::new().be32(1, ICMP_UNREACHABLE);
+    named("reject", &list.raw(2, &[PORT_UNREACHABLE]))
+}
+
 /// `reject with icmpx port-unreachable`, in a table of both families.
 pub fn reject_as_unreachable() -> Expression {
     const ICMPX_UNREACHABLE: u32 = 2;
