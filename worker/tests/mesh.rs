@@ -2,6 +2,8 @@
 //!
 //! Needs root. Each test makes a lab of its own, whose kernel objects end with its processes.
 
+#[path = "mesh/associations.rs"]
+mod associations;
 #[path = "mesh/datagrams.rs"]
 mod datagrams;
 #[path = "mesh/helper.rs"]

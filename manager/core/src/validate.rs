@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol,
-    PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PublishMode,
+    ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
 };
 
 use crate::constraint;
@@ -285,11 +285,6 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
         warnings
             .push(format!("target port {port} is not published in host mode yet: only ingress is"));
     }
-    for port in spec.ports().iter().filter(|port| port.protocol == Some(PortProtocol::Sctp)) {
-        let port = port.target_port;
-        warnings
-            .push(format!("target port {port}/sctp is not published yet: only TCP and UDP are"));
-    }
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
         warnings.push(format!("MaxAttempts above {MAX_ATTEMPTS_COUNTED} counts as unlimited"));
@@ -471,7 +466,6 @@ mod tests {
             [
                 "TaskTemplate.Runtime is kept but has no effect yet",
                 "log driver syslog is not supported yet: output is kept in files on each node, as with json-file",
-                "target port 54/sctp is not published yet: only TCP and UDP are",
                 "MaxAttempts above 100 counts as unlimited",
             ]
         );

@@ -128,6 +128,7 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
     let protocol = match port.protocol.as_str() {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
+        "sctp" => Protocol::Sctp,
         _ => return None,
     };
     let backends = port.backends.iter().map(|backend| {

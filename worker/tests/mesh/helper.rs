@@ -17,6 +17,7 @@ use skep_worker::net::nft::{Batch, Hook, NftChannel};
 use skep_worker::net::{MarkField, Mesh, Options};
 use skep_worker_core::mesh::MeshTable;
 
+use crate::associations;
 use crate::machine::{ANSWER, HELPER};
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -91,6 +92,15 @@ pub(crate) enum Request {
     },
     Close {
         id: String,
+    },
+    /// Answers each INIT of SCTP with an INIT ACK.
+    ServeAssociations {
+        number: u32,
+    },
+    /// An INIT from each of so many ports: what the INIT ACKs say, or the kind of error.
+    Associate {
+        address: SocketAddrV4,
+        count: usize,
     },
     Write {
         path: String,
@@ -207,6 +217,15 @@ fn handle_datagrams(state: &mut State, request: Request) -> Result<Value, String
             Ok(Value::Null)
         }
         Request::UseUdp { id } => Ok(json!(or_kind(ask_udp(&state.sockets[&id])))),
+        Request::ServeAssociations { number } => {
+            let socket = associations::socket().map_err(text)?;
+            std::thread::spawn(move || associations::serve(&socket, number));
+            Ok(Value::Null)
+        }
+        Request::Associate { address, count } => {
+            let one = |_| or_kind(associations::ask(address));
+            Ok(json!((0..count).map(one).collect::<Vec<String>>()))
+        }
         other => handle_socket(state, other),
     }
 }

@@ -270,6 +270,7 @@ impl Lab {
         let answers = match protocol {
             Protocol::Tcp => client.get(through, count_of),
             Protocol::Udp => client.get_udp(through.into(), count_of),
+            Protocol::Sctp => panic!("clients of SCTP have tests of their own"),
         };
         let expect = (1..=N).map(|number| (number.to_string(), 2)).collect();
         assert_eq!(count(&answers), expect, "{who:?} through {through}: {answers:?}");

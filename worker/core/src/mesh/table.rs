@@ -82,6 +82,8 @@ pub enum Protocol {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP.
+    Sctp,
 }
 
 impl Protocol {
@@ -90,6 +92,7 @@ impl Protocol {
         match self {
             Self::Tcp => 6,
             Self::Udp => 17,
+            Self::Sctp => 132,
         }
     }
 
@@ -97,7 +100,7 @@ impl Protocol {
     /// belongs together for as long as it does.
     pub fn is_endless(self) -> bool {
         match self {
-            Self::Tcp => false,
+            Self::Tcp | Self::Sctp => false,
             Self::Udp => true,
         }
     }
@@ -107,6 +110,7 @@ impl Protocol {
         match number {
             6 => Some(Self::Tcp),
             17 => Some(Self::Udp),
+            132 => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -117,6 +121,7 @@ impl fmt::Display for Protocol {
         match self {
             Self::Tcp => f.write_str("tcp"),
             Self::Udp => f.write_str("udp"),
+            Self::Sctp => f.write_str("sctp"),
         }
     }
 }

@@ -180,7 +180,7 @@ fn a_table_reads_with_defaults() {
     assert_eq!(table.pool.to_string(), "10.192.0.0/10");
     assert_eq!(table.slice_prefix, 22);
     assert_eq!(table.ports[0].protocol, Protocol::Tcp);
-    for protocol in [Protocol::Tcp, Protocol::Udp] {
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
         assert_eq!(Protocol::from_number(protocol.number()), Some(protocol));
         let json = serde_json::to_string(&protocol).unwrap();
         assert_eq!(json, format!("\"{protocol}\""), "names are the same everywhere");
@@ -196,7 +196,7 @@ fn any_table() -> impl Strategy<Value = MeshTable> {
         address: Ipv4Addr::new(10, 192, 4, host),
         target_port,
     });
-    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp)];
+    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
     let ports = proptest::collection::btree_map(
         (protocol, 8080u16..8083),
         proptest::collection::vec(backend, 0..4),

@@ -9,8 +9,8 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6, TcpListener, UdpS
 use std::os::fd::OwnedFd;
 
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, bind,
-    listen, setsockopt, socket, sockopt,
+    AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6,
+    SockaddrLike, bind, listen, setsockopt, socket, sockopt,
 };
 use skep_worker_core::mesh::{PortKey, Protocol};
 
@@ -30,6 +30,8 @@ pub(super) enum LoopbackListeners {
     Streams(Vec<TcpListener>),
     /// Of UDP, on the same.
     Datagrams(Vec<UdpSocket>),
+    /// None: an association has addresses of its own in its messages, which no relay can stand for.
+    None,
 }
 
 /// Holds a port on all addresses and listens on the loopback addresses.
@@ -37,16 +39,28 @@ pub(super) fn hold(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
     match key.protocol {
         Protocol::Tcp => hold_streams(key),
         Protocol::Udp => hold_datagrams(key),
+        Protocol::Sctp => hold_associations(key),
     }
+}
+
+/// Fails with [`io::ErrorKind::Unsupported`] where the kernel has no SCTP: then no program of this
+/// node can take the port either.
+fn hold_associations(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+    let missing = |error: io::Error| match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) => io::ErrorKind::Unsupported.into(),
+        _ => error,
+    };
+    let holder = bound(Transport::Sctp, false, &any(key)).map_err(missing)?;
+    Ok((Hold { _socket: holder }, LoopbackListeners::None))
 }
 
 /// The holding socket is bound but does not listen. It allows the reuse of its address only until
 /// our own listeners are bound beside it; from then on it conflicts with everybody else's.
 fn hold_streams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
-    let holder = bound(SockType::Stream, true, &any(key))?;
-    let local = bound(SockType::Stream, true, &local(key))?;
+    let holder = bound(Transport::Stream, true, &any(key))?;
+    let local = bound(Transport::Stream, true, &local(key))?;
     let mut listeners = vec![listening(local)?];
-    match bound(SockType::Stream, true, &local6(key)).and_then(listening) {
+    match bound(Transport::Stream, true, &local6(key)).and_then(listening) {
         Ok(listener) => listeners.push(listener),
         Err(error) => tracing::debug!(port = %key, %error, "not served on the loopback of IPv6"),
     }
@@ -57,16 +71,16 @@ fn hold_streams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
 /// Sockets of UDP share an address where both allow its reuse, and many servers do: the holding socket
 /// must not allow it when it is bound, nor must any of ours in the end.
 fn hold_datagrams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
-    let holder = bound(SockType::Datagram, false, &any(key))?;
+    let holder = bound(Transport::Datagram, false, &any(key))?;
     // What comes in beside the rules, such as broadcasts, is read by nobody.
     setsockopt(&holder, sockopt::RcvBuf, &0)?;
     setsockopt(&holder, sockopt::ReuseAddr, &true)?;
-    let local = bound(SockType::Datagram, true, &local(key))?;
+    let local = bound(Transport::Datagram, true, &local(key))?;
     for socket in [&holder, &local] {
         setsockopt(socket, sockopt::ReuseAddr, &false)?;
     }
     let mut sockets = vec![UdpSocket::from(local)];
-    match bound(SockType::Datagram, false, &local6(key)) {
+    match bound(Transport::Datagram, false, &local6(key)) {
         Ok(socket) => sockets.push(UdpSocket::from(socket)),
         Err(error) => tracing::debug!(port = %key, %error, "not served on the loopback of IPv6"),
     }
@@ -85,10 +99,22 @@ fn local6(key: PortKey) -> SockaddrIn6 {
     SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::LOCALHOST, key.port, 0, 0))
 }
 
-fn bound(kind: SockType, is_shared: bool, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Stream,
+    Datagram,
+    Sctp,
+}
+
+fn bound(kind: Transport, is_shared: bool, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
     let family = address.family().unwrap_or(AddressFamily::Inet);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(family, kind, flags, None)?;
+    let (kind, protocol) = match kind {
+        Transport::Stream => (SockType::Stream, SockProtocol::Tcp),
+        Transport::Datagram => (SockType::Datagram, SockProtocol::Udp),
+        Transport::Sctp => (SockType::Stream, SockProtocol::Sctp),
+    };
+    let socket = socket(family, kind, flags, protocol)?;
     setsockopt(&socket, sockopt::ReuseAddr, &is_shared)?;
     if family == AddressFamily::Inet6 {
         setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
@@ -143,7 +169,7 @@ mod tests {
         let theirs = |address| SockaddrIn::from(SocketAddrV4::new(address, port));
         for address in addresses {
             for is_shared in [false, true] {
-                let error = bound(SockType::Datagram, is_shared, &theirs(address)).unwrap_err();
+                let error = bound(Transport::Datagram, is_shared, &theirs(address)).unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address} {is_shared}");
             }
         }
@@ -151,14 +177,14 @@ mod tests {
         if sockets.len() == 2 {
             for address in [Ipv6Addr::UNSPECIFIED, Ipv6Addr::LOCALHOST] {
                 let address = SockaddrIn6::from(SocketAddrV6::new(address, port, 0, 0));
-                let error = bound(SockType::Datagram, true, &address).unwrap_err();
+                let error = bound(Transport::Datagram, true, &address).unwrap_err();
                 assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
             }
         }
         drop((hold, loopback));
 
         // A server that shares its address with whoever asks for it has the port all the same.
-        let server = bound(SockType::Datagram, true, &theirs(addresses[2])).unwrap();
+        let server = bound(Transport::Datagram, true, &theirs(addresses[2])).unwrap();
         assert_eq!(super::hold(key).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(server);
         super::hold(key).unwrap();

@@ -6,7 +6,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use skep_worker_core::mesh::{MeshTable, Objects, PortKey, Slices};
+use skep_worker_core::mesh::{MeshTable, Objects, PortKey, Protocol, Slices};
 
 use super::flows::KernelFlows;
 use super::hold::{Hold, LoopbackListeners, hold};
@@ -35,7 +35,8 @@ pub enum Condition {
         /// The program, where the kernel shows it.
         program: Option<Program>,
     },
-    /// The port could not be taken for another reason, and is not served here.
+    /// The port could not be taken for another reason, and is not served here. On a kernel without SCTP
+    /// a port of it is served all the same to clients elsewhere, by tasks of nodes that have it.
     PortFailed {
         /// The service that publishes the port.
         service_id: String,
@@ -112,6 +113,7 @@ impl Kernel {
                     kernel.holds.insert(*key, hold);
                     changes.serve.push((*key, listeners));
                 }
+                Err(error) if is_without_sctp(*key, &error) => {}
                 Err(error) => tracing::warn!(port = %key, %error, "failed to hold the port again"),
             }
         }
@@ -166,7 +168,10 @@ impl Kernel {
                     changes.serve.push((key, listeners));
                 }
                 Err(error) => {
-                    wanted.ports.remove(&key);
+                    // A port that no program could take is served by the rules alone.
+                    if !is_without_sctp(key, &error) {
+                        wanted.ports.remove(&key);
+                    }
                     conditions.push(refused(published.service_id.clone(), key, &error));
                 }
             }
@@ -233,10 +238,18 @@ fn remove_all(
     removed.into_iter().collect()
 }
 
+fn is_without_sctp(port: PortKey, error: &io::Error) -> bool {
+    port.protocol == Protocol::Sctp && error.kind() == io::ErrorKind::Unsupported
+}
+
 fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
             Condition::PortHeld { service_id, port, program: holder_of(port) }
+        }
+        _ if is_without_sctp(port, error) => {
+            let reason = "this kernel has no SCTP (CONFIG_IP_SCTP; try: modprobe sctp)".to_owned();
+            Condition::PortFailed { service_id, port, reason }
         }
         _ => Condition::PortFailed { service_id, port, reason: error.to_string() },
     }

@@ -356,7 +356,7 @@ fn balance(key: PortKey, backends: &[Endpoint], batch: &mut Batch) {
             rule::transport_protocol(key.protocol.number()).to_vec(),
             vec![match key.protocol {
                 Protocol::Tcp => rule::reject_with_reset(),
-                Protocol::Udp => rule::reject_as_unreachable_ipv4(),
+                Protocol::Udp | Protocol::Sctp => rule::reject_as_unreachable_ipv4(),
             }],
         ];
         batch.add_rule(TABLE, &chain, &rule.concat(), "no healthy task");

@@ -68,6 +68,7 @@ impl Loopback {
                     });
                 }
             }
+            LoopbackListeners::None => {}
             LoopbackListeners::Datagrams(sockets) => {
                 let sockets = sockets.into_iter().map(UdpSocket::from_std);
                 for socket in sockets.filter_map(|result| result.map_err(failed).ok()) {

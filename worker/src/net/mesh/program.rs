@@ -4,7 +4,7 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use skep_worker_core::mesh::PortKey;
+use skep_worker_core::mesh::{PortKey, Protocol};
 
 /// The socket state `TCP_LISTEN` in `/proc/net/tcp`, which sockets of UDP never have.
 const LISTEN: &str = "0A";
@@ -49,6 +49,11 @@ pub(super) fn holder_of(port: PortKey) -> Option<Program> {
 /// Inodes of the sockets on a local port, those that listen first.
 fn socket_inodes(port: PortKey) -> Vec<u64> {
     let mut found = Vec::new();
+    if port.protocol == Protocol::Sctp {
+        let text = fs::read_to_string("/proc/thread-self/net/sctp/eps").unwrap_or_default();
+        let inodes = text.lines().skip(1).filter_map(|line| endpoint_of(line, port.port));
+        return inodes.filter(|inode| *inode != 0).collect();
+    }
     for family in ["", "6"] {
         let table = format!("/proc/thread-self/net/{}{family}", port.protocol);
         let text = fs::read_to_string(table).unwrap_or_default();
@@ -66,6 +71,13 @@ fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
         return None;
     }
     Some((*fields.get(3)? == LISTEN, fields.get(9)?.parse().ok()?))
+}
+
+/// The inode of the socket in a line of `/proc/net/sctp/eps`, if it is on `port`.
+fn endpoint_of(line: &str, port: u16) -> Option<u64> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let is_on_port = fields.get(5)?.parse() == Ok(port);
+    fields.get(7)?.parse().ok().filter(|_| is_on_port)
 }
 
 fn has_open(pid: u32, wanted: &str) -> bool {
@@ -92,8 +104,6 @@ fn command_of(pid: u32) -> String {
 mod tests {
     use std::net::{TcpListener, UdpSocket};
 
-    use skep_worker_core::mesh::Protocol;
-
     use super::*;
 
     #[test]
@@ -103,6 +113,12 @@ mod tests {
         assert_eq!(socket_of(line, 8080), Some((true, 123_456)));
         assert_eq!(socket_of(line, 8081), None);
         assert_eq!(socket_of("nonsense", 8080), None);
+
+        // The columns: ENDPT SOCK STY SST HBKT LPORT UID INODE LADDRS.
+        let line = "ffff8881 ffff8882 2   10  29   5000    0 123457 127.0.0.1 10.0.0.1 ";
+        assert_eq!(endpoint_of(line, 5000), Some(123_457));
+        assert_eq!(endpoint_of(line, 5001), None);
+        assert_eq!(endpoint_of("nonsense", 5000), None);
     }
 
     #[test]
