@@ -8,6 +8,8 @@ mod associations;
 mod datagrams;
 #[path = "mesh/helper.rs"]
 mod helper;
+#[path = "mesh/ipv6.rs"]
+mod ipv6;
 #[path = "mesh/lab.rs"]
 mod lab;
 #[path = "support/machine.rs"]

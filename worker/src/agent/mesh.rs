@@ -107,6 +107,7 @@ impl MeshState {
             pool: self.pool?,
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: peers.collect(),
+            ipv6: BTreeMap::new(),
             ports: ports.collect(),
         })
     }

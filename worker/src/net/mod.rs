@@ -27,6 +27,6 @@ pub mod thread;
 mod veth;
 
 pub use error::Error;
-pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program};
+pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program, host_has_ipv6};
 pub use network::{Attachment, NetworkOptions, Networks};
 pub use probe::probe;

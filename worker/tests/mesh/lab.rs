@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -64,6 +64,13 @@ impl Machine {
     #[track_caller]
     pub(crate) fn open_udp(&mut self, id: &str, address: SocketAddr) {
         self.ask(&Request::OpenUdp { id: id.into(), address, local: None });
+    }
+
+    /// The answers of `count` connections to an address of either IP version.
+    #[track_caller]
+    pub(crate) fn get_any(&mut self, address: SocketAddr, count: usize) -> Vec<String> {
+        let answers = self.ask(&Request::GetAny { address, count });
+        serde_json::from_value(answers).expect("texts")
     }
 
     /// Packets that came in by an interface.
@@ -127,12 +134,22 @@ pub(crate) struct Lab {
     pub(crate) version: u64,
     /// Of the ports that are published.
     pub(crate) protocol: Protocol,
+    /// The nodes with IPv6.
+    pub(crate) ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
     switch: Machine,
     run_dir: tempfile::TempDir,
 }
 
 pub(crate) fn underlay(number: u16) -> Ipv4Addr {
     Ipv4Addr::new(10, 98, 0, u8::try_from(number).expect("a small number"))
+}
+
+pub(crate) fn underlay6(number: u16) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 98, 0, 0, 0, 0, 0, number)
+}
+
+pub(crate) fn node_address6(number: u16, port: u16) -> SocketAddr {
+    SocketAddr::new(underlay6(number).into(), port)
 }
 
 pub(crate) fn node_address(number: u16, port: u16) -> SocketAddrV4 {
@@ -179,7 +196,8 @@ impl Lab {
         let nodes = nodes.collect();
         let run_dir = tempfile::tempdir().expect("a directory");
         let protocol = Protocol::Tcp;
-        Self { client, nodes, slices, version: 0, protocol, switch, run_dir }
+        let ipv6 = BTreeMap::new();
+        Self { client, nodes, slices, version: 0, protocol, ipv6, switch, run_dir }
     }
 
     pub(crate) fn run_dir(&self, number: u16) -> String {
@@ -192,6 +210,7 @@ impl Lab {
             underlay: underlay(number),
             run_dir: self.run_dir(number),
             pool: MeshTable::default_pool().to_string(),
+            ipv6: self.ipv6.contains_key(&number),
         }
     }
 
@@ -229,6 +248,7 @@ impl Lab {
             pool: MeshTable::default_pool(),
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: (1..=N).map(|number| Peer { number, underlay: underlay(number) }).collect(),
+            ipv6: self.ipv6.clone(),
             ports: ports.collect(),
         }
     }
@@ -328,4 +348,5 @@ fn plug(switch: &Machine, machine: &Machine, number: u16) {
     machine.ip("link set lo up");
     machine.ip(&format!("addr add {}/24 dev eth0", underlay(number)));
     machine.ip("link set eth0 up");
+    machine.ip(&format!("addr add {}/64 dev eth0 nodad", underlay6(number)));
 }

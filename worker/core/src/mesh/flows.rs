@@ -9,6 +9,7 @@ use std::net::IpAddr;
 
 use ipnet::Ipv4Net;
 
+use super::twin::pool_contains;
 use super::{Endpoint, Objects, PortKey, Protocol};
 use crate::network::Connection;
 
@@ -21,10 +22,12 @@ pub struct Flows {
 }
 
 impl Flows {
-    /// The flows that the ports of `objects` allow, to tasks with addresses of `pool`.
-    pub fn of(objects: &Objects, pool: Ipv4Net) -> Self {
+    /// The flows that the ports of `objects`, of both IP versions, allow: to tasks with addresses of
+    /// `pool` or their twins.
+    pub fn of(objects: [&Objects; 2], pool: Ipv4Net) -> Self {
         let (mut published, mut backends) = (BTreeSet::new(), BTreeSet::new());
-        for (key, endpoints) in objects.ports.iter().filter(|(key, _)| key.protocol.is_endless()) {
+        let ports = objects.into_iter().flat_map(|objects| &objects.ports);
+        for (key, endpoints) in ports.filter(|(key, _)| key.protocol.is_endless()) {
             published.insert(*key);
             backends.extend(endpoints.iter().map(|endpoint| (*key, *endpoint)));
         }
@@ -41,13 +44,9 @@ impl Flows {
         if flow.answers_from == flow.destination {
             return self.published.contains(&key) && own.contains(&flow.destination);
         }
-        match flow.answers_from {
-            IpAddr::V4(address) if self.pool.contains(&address) => {
-                let endpoint = Endpoint { address, port: flow.answers_from_port };
-                !self.backends.contains(&(key, endpoint))
-            }
-            _ => false, // Another program's translation.
-        }
+        let endpoint = Endpoint { address: flow.answers_from, port: flow.answers_from_port };
+        // What leads elsewhere is another program's translation.
+        pool_contains(self.pool, flow.answers_from) && !self.backends.contains(&(key, endpoint))
     }
 }
 
@@ -58,15 +57,17 @@ mod tests {
     #[test]
     fn a_flow_is_forgotten_when_its_port_or_backend_is_not_what_it_was() {
         let udp = |port| PortKey { protocol: Protocol::Udp, port };
-        let endpoint =
-            |last| Endpoint { address: std::net::Ipv4Addr::new(10, 192, 4, last), port: 53 };
+        let endpoint = |last| Endpoint { address: IpAddr::from([10, 192, 4, last]), port: 53 };
         let mut objects = Objects::default();
         objects.ports.insert(udp(5353), vec![endpoint(1), endpoint(2)]);
         objects.ports.insert(udp(5354), Vec::new());
         let tcp = PortKey { protocol: Protocol::Tcp, port: 80 };
         objects.ports.insert(tcp, vec![endpoint(1)]);
-        let own = BTreeSet::from(["10.98.0.1".parse().unwrap()]);
-        let flows = Flows::of(&objects, "10.192.0.0/10".parse().unwrap());
+        let own = BTreeSet::from(["10.98.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()]);
+        let address = "fd00:736b:6570:ffff::10.192.4.1".parse().unwrap();
+        let mut twins = Objects::default();
+        twins.ports.insert(udp(5353), vec![Endpoint { address, port: 53 }]);
+        let flows = Flows::of([&objects, &twins], "10.192.0.0/10".parse().unwrap());
         for (protocol, to, port, from, from_port, expect, name) in [
             (17, "10.98.0.1", 5353, "10.192.4.1", 53, false, "a backend"),
             (17, "10.98.0.1", 5353, "10.192.4.3", 53, true, "a backend that is gone"),
@@ -86,6 +87,18 @@ mod tests {
                 "from another node, as translated there",
             ),
             (17, "10.98.0.1", 5353, "172.17.0.2", 53, false, "another program's translation"),
+            (17, "2001:db8::1", 5353, "fd00:736b:6570:ffff::10.192.4.1", 53, false, "a twin"),
+            (
+                17,
+                "2001:db8::1",
+                5353,
+                "fd00:736b:6570:ffff::10.192.4.2",
+                53,
+                true,
+                "a twin that is gone",
+            ),
+            (17, "2001:db8::1", 5353, "2001:db8::1", 5353, true, "older than the port, of IPv6"),
+            (17, "2001:db8::1", 5353, "fd00:736b:6570:fffe::10.192.4.2", 53, false, "no twin"),
             (6, "10.98.0.1", 80, "10.192.4.3", 53, false, "TCP drains"),
             (47, "10.98.0.1", 0, "10.192.4.3", 0, false, "a protocol without ports"),
         ] {

@@ -1,8 +1,8 @@
 //! The input of the mesh: what a manager tells a node about the cluster's published ports.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,10 @@ pub struct MeshTable {
     /// All nodes of the cluster, the receiving one included. A node with several addresses has
     /// several entries; the tunnel uses the first.
     pub peers: Vec<Peer>,
+    /// The nodes that take part in IPv6, and their addresses there; those that are not listed serve IPv4
+    /// alone.
+    #[serde(default)]
+    pub ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
     /// All published ports of the cluster.
     pub ports: Vec<PublishedPort>,
 }
@@ -172,6 +176,7 @@ impl MeshTable {
         let slices = self.slices()?;
         slices.check_number(self.self_number)?;
         self.peers.iter().try_for_each(|peer| slices.check_number(peer.number))?;
+        self.ipv6.keys().try_for_each(|number| slices.check_number(*number))?;
 
         let mut seen = BTreeSet::new();
         for port in &self.ports {

@@ -25,7 +25,7 @@ pub(super) struct KernelFlows {
 
 impl KernelFlows {
     /// What the kernel has by the rules that were found there.
-    pub(super) fn new(present: &Objects, pool: Ipv4Net) -> Self {
+    pub(super) fn new(present: [&Objects; 2], pool: Ipv4Net) -> Self {
         let flows = Flows::of(present, pool);
         Self { pool, connections: None, flows, is_due: false }
     }
@@ -35,7 +35,7 @@ impl KernelFlows {
     /// rules are changed.
     pub(super) fn converge(
         &mut self,
-        wanted: &Objects,
+        wanted: [&Objects; 2],
         channel: &mut RouteChannel,
     ) -> Result<(), Error> {
         let flows = Flows::of(wanted, self.pool);

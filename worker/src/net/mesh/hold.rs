@@ -20,7 +20,7 @@ const LOOPBACK_BACKLOG: i32 = 1024;
 /// A published port that no other program can bind while this value lives.
 #[derive(Debug)]
 pub(super) struct Hold {
-    _socket: OwnedFd,
+    _sockets: Vec<OwnedFd>,
 }
 
 /// The sockets of one port for clients on the node itself that use loopback addresses.
@@ -50,41 +50,62 @@ fn hold_associations(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
         Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) => io::ErrorKind::Unsupported.into(),
         _ => error,
     };
-    let holder = bound(Transport::Sctp, false, &any(key)).map_err(missing)?;
-    Ok((Hold { _socket: holder }, LoopbackListeners::None))
+    let mut holders = vec![bound(Transport::Sctp, false, &any(key)).map_err(missing)?];
+    holders.extend(if_ipv6(bound(Transport::Sctp, false, &any6(key)))?);
+    Ok((Hold { _sockets: holders }, LoopbackListeners::None))
 }
 
-/// The holding socket is bound but does not listen. It allows the reuse of its address only until
-/// our own listeners are bound beside it; from then on it conflicts with everybody else's.
+/// The holding sockets, of each IP version one, are bound but do not listen. They allow the reuse of
+/// their addresses only until our own listeners are bound beside them; from then on they conflict with
+/// everybody else's.
 fn hold_streams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
-    let holder = bound(Transport::Stream, true, &any(key))?;
+    let mut holders = vec![bound(Transport::Stream, true, &any(key))?];
     let local = bound(Transport::Stream, true, &local(key))?;
     let mut listeners = vec![listening(local)?];
-    match bound(Transport::Stream, true, &local6(key)).and_then(listening) {
-        Ok(listener) => listeners.push(listener),
-        Err(error) => tracing::debug!(port = %key, %error, "not served on the loopback of IPv6"),
+    if let Some(holder) = if_ipv6(bound(Transport::Stream, true, &any6(key)))? {
+        holders.push(holder);
+        let local = if_ipv6(bound(Transport::Stream, true, &local6(key)))?;
+        listeners.extend(local.map(listening).transpose()?);
     }
-    setsockopt(&holder, sockopt::ReuseAddr, &false)?;
-    Ok((Hold { _socket: holder }, LoopbackListeners::Streams(listeners)))
+    for holder in &holders {
+        setsockopt(holder, sockopt::ReuseAddr, &false)?;
+    }
+    Ok((Hold { _sockets: holders }, LoopbackListeners::Streams(listeners)))
 }
 
-/// Sockets of UDP share an address where both allow its reuse, and many servers do: the holding socket
+/// Sockets of UDP share an address where both allow its reuse, and many servers do: a holding socket
 /// must not allow it when it is bound, nor must any of ours in the end.
 fn hold_datagrams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
     let holder = bound(Transport::Datagram, false, &any(key))?;
-    // What comes in beside the rules, such as broadcasts, is read by nobody.
-    setsockopt(&holder, sockopt::RcvBuf, &0)?;
     setsockopt(&holder, sockopt::ReuseAddr, &true)?;
-    let local = bound(Transport::Datagram, true, &local(key))?;
-    for socket in [&holder, &local] {
+    let mut sockets = vec![bound(Transport::Datagram, true, &local(key))?];
+    let mut holders = vec![holder];
+    if let Some(holder) = if_ipv6(bound(Transport::Datagram, false, &any6(key)))? {
+        setsockopt(&holder, sockopt::ReuseAddr, &true)?;
+        sockets.extend(if_ipv6(bound(Transport::Datagram, true, &local6(key)))?);
+        holders.push(holder);
+    }
+    for socket in holders.iter().chain(&sockets) {
         setsockopt(socket, sockopt::ReuseAddr, &false)?;
     }
-    let mut sockets = vec![UdpSocket::from(local)];
-    match bound(Transport::Datagram, false, &local6(key)) {
-        Ok(socket) => sockets.push(UdpSocket::from(socket)),
-        Err(error) => tracing::debug!(port = %key, %error, "not served on the loopback of IPv6"),
+    for holder in &holders {
+        // What comes in beside the rules, such as broadcasts, is read by nobody.
+        setsockopt(holder, sockopt::RcvBuf, &0)?;
     }
-    Ok((Hold { _socket: holder }, LoopbackListeners::Datagrams(sockets)))
+    let sockets = sockets.into_iter().map(UdpSocket::from).collect();
+    Ok((Hold { _sockets: holders }, LoopbackListeners::Datagrams(sockets)))
+}
+
+/// Nothing where the host has no IPv6, or no such address.
+fn if_ipv6(socket: io::Result<OwnedFd>) -> io::Result<Option<OwnedFd>> {
+    match socket {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(error),
+        Err(error) => {
+            tracing::debug!(%error, "a port is not held on IPv6");
+            Ok(None)
+        }
+    }
 }
 
 fn any(key: PortKey) -> SockaddrIn {
@@ -93,6 +114,10 @@ fn any(key: PortKey) -> SockaddrIn {
 
 fn local(key: PortKey) -> SockaddrIn {
     SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, key.port))
+}
+
+fn any6(key: PortKey) -> SockaddrIn6 {
+    SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, key.port, 0, 0))
 }
 
 fn local6(key: PortKey) -> SockaddrIn6 {
@@ -142,7 +167,7 @@ mod tests {
     fn a_held_port_is_refused_to_others_and_free_after() {
         let key = PortKey { protocol: Protocol::Tcp, port: free_port() };
         let (hold, loopback) = hold(key).unwrap();
-        for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]"] {
+        for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]", "[::1]"] {
             // `TcpListener::bind` sets SO_REUSEADDR, as most servers do.
             let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");

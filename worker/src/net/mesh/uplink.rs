@@ -5,24 +5,24 @@
 //! set, since a task that is a client of its own published port may be its own backend: the
 //! bridge must send the packet out where it came in.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::Ipv4Net;
 use netlink_packet_route::link::{
     InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use skep_worker_core::mesh::{Slices, interface_name};
+use skep_worker_core::mesh::{Slices, interface_name, twin, twin_net};
 
 use super::links;
 use super::options::{BRIDGE, Options};
-use crate::net::Error;
 use crate::net::namespace::Home;
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
 use crate::net::veth::Pair;
+use crate::net::{Error, sysctl};
 
 const LOOPBACK: &str = "lo";
 
@@ -78,10 +78,21 @@ impl Uplinks {
         let uplink = uplink.ok_or_else(gone)?;
         let address = Ipv4Net::new_assert(address, self.slices.slice_prefix());
         links::ensure_address(&mut inside, interface, uplink.index, address)?;
+        let has_ipv6 = links::carries_ipv6(&self.options, mtu);
+        if has_ipv6 {
+            self.home.within(&namespace, || sysctl::ensure_ipv6_at_once(interface))??;
+            links::ensure_address(&mut inside, interface, uplink.index, twin_net(address))?;
+        }
         set_up(&mut inside, &uplink, Some(mtu))?;
         let gateway = self.slices.bridge_address(number);
-        let message = RouteNetlinkMessage::NewRoute(default_route(gateway, uplink.index));
-        inside.change("set the default route of a container", Mode::Replace, message)
+        let mut gateways = vec![IpAddr::V4(gateway)];
+        if has_ipv6 {
+            gateways.push(twin(gateway).into());
+        }
+        gateways.into_iter().try_for_each(|gateway| {
+            let message = RouteNetlinkMessage::NewRoute(default_route(gateway, uplink.index));
+            inside.change("set the default route of a container", Mode::Replace, message)
+        })
     }
 
     /// Takes the uplink of a task away; fine where it has none.
@@ -130,14 +141,16 @@ fn set_up(channel: &mut RouteChannel, link: &Link, mtu: Option<u32>) -> Result<(
     channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))
 }
 
-fn default_route(gateway: Ipv4Addr, index: u32) -> RouteMessage {
+fn default_route(gateway: IpAddr, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = match gateway {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
     message.header.table = RouteHeader::RT_TABLE_MAIN;
     message.header.protocol = RouteProtocol::Static;
     message.header.scope = RouteScope::Universe;
     message.header.kind = RouteType::Unicast;
-    message.attributes =
-        vec![RouteAttribute::Gateway(RouteAddress::Inet(gateway)), RouteAttribute::Oif(index)];
+    message.attributes = vec![RouteAttribute::Gateway(gateway.into()), RouteAttribute::Oif(index)];
     message
 }
