@@ -14,6 +14,7 @@
 pub mod channel;
 pub mod conntrack;
 mod error;
+mod host;
 pub mod mesh;
 pub mod names;
 pub mod namespace;
@@ -27,6 +28,7 @@ pub mod thread;
 mod veth;
 
 pub use error::Error;
+pub use host::ipv6_addresses;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program, host_has_ipv6};
 pub use network::{Attachment, NetworkOptions, Networks};
 pub use probe::probe;
