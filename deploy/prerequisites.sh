@@ -26,6 +26,8 @@ need iptables command -v iptables-nft
 need curl command -v curl
 need ca-certificates [ -d /etc/ssl/certs ]
 need procps command -v ps
+# The long tests run beside a Docker Engine.
+[ "${SKEP_TEST_LONG-}" != 1 ] || need docker.io command -v dockerd
 
 [ -n "$missing" ] || exit 0
 if ! command -v apt-get >/dev/null; then

@@ -133,15 +133,9 @@ impl Lab {
     #[track_caller]
     pub fn import_whoami(&self) {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let archive = dir.path().join("whoami.tar");
-        let script =
-            Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/make-whoami-image.sh");
-        let mut command = Command::new(script);
-        command.arg(&archive);
-        run(command).ok();
-        let archive = archive.to_str().expect("temporary directories have plain names");
+        let archive = whoami_archive(dir.path());
         let change = "ENTRYPOINT [\"/whoami\"]";
-        self.node("n1").skep(&["image", "import", "--change", change, archive, WHOAMI]).ok();
+        self.node("n1").skep(&["image", "import", "--change", change, &archive, WHOAMI]).ok();
     }
 
     /// Every whoami that runs as a container's first process, on whichever node.
@@ -198,6 +192,18 @@ impl Lab {
             (is_so.then_some(()), output.to_string())
         });
     }
+}
+
+/// Compiles whoami, and packs its root file system into a file of the directory.
+#[track_caller]
+pub fn whoami_archive(dir: &Path) -> String {
+    let archive = dir.join("whoami.tar");
+    let script =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/examples/make-whoami-image.sh");
+    let mut command = Command::new(script);
+    command.arg(&archive);
+    run(command).ok();
+    archive.to_str().expect("temporary directories have plain names").to_owned()
 }
 
 /// A container of whoami that runs on this machine.

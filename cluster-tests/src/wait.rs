@@ -1,4 +1,4 @@
-//! Waiting for a condition, and the rule of what is skipped.
+//! Waiting for a condition, and the rules of what is skipped.
 
 use std::time::Duration;
 
@@ -40,5 +40,23 @@ pub fn is_root_or_skip() -> bool {
     let is_ci = std::env::var("CI").is_ok_and(|value| value == "true");
     assert!(!is_ci, "this test needs root, and CI=true allows no skip");
     eprintln!("skipped: needs root, since it makes namespaces; run it with sudo");
+    false
+}
+
+/// Whether the long tests were asked for: `make test-long`.
+pub fn is_long() -> bool {
+    std::env::var("SKEP_TEST_LONG").is_ok_and(|value| value == "1")
+}
+
+/// Tells whether this machine has a Docker Engine, which only the long tests install; prints that it has
+/// not, and panics where they were asked for.
+#[track_caller]
+pub fn has_docker_or_skip() -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    if std::env::split_paths(&path).any(|dir| dir.join("dockerd").exists()) {
+        return true;
+    }
+    assert!(!is_long(), "this test needs dockerd: deploy/prerequisites.sh installs it");
+    eprintln!("skipped: needs dockerd, which `make test-long` installs");
     false
 }

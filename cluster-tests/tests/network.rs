@@ -130,7 +130,8 @@ fn wait_until_the_stack_runs(lab: &Lab) {
 }
 
 fn names(lab: &Lab) -> Vec<String> {
-    let output = lab.node("n1").skep(&["network", "ls", "--format", "{{.Name}}"]).ok();
+    let list = ["network", "ls", "--filter", "scope=swarm", "--format", "{{.Name}}"];
+    let output = lab.node("n1").skep(&list).ok();
     output.stdout.lines().map(str::to_owned).collect()
 }
 

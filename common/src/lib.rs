@@ -1,7 +1,7 @@
 //! Domain values that every part of skep shares, without I/O, clocks or randomness of their own.
 //!
 //! Reading order: [`id`] and [`time`], then [`task_state`], then [`spec`] (what the user asks) and
-//! [`object`] (spec, bookkeeping and status together), then [`limits`].
+//! [`object`] (spec, bookkeeping and status together), then [`serving`] and [`limits`].
 //!
 //! Specs and objects are the product's one data model: their JSON form has Docker's field names,
 //! so that it serves the client, the Raft log and the Docker API alike. A field that skep does not
@@ -11,6 +11,8 @@ pub mod compose;
 pub mod id;
 pub mod limits;
 pub mod object;
+pub mod placeholder;
+pub mod serving;
 pub mod spec;
 pub mod task_state;
 pub mod template;

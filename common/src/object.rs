@@ -11,8 +11,8 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
 use crate::spec::{
-    ConfigSpec, Extra, NetworkSpec, NodeRole, NodeSpec, Platform, PortConfig, Resources,
-    SecretSpec, ServiceSpec, StackSpec, SwarmSpec, TaskSpec,
+    ConfigSpec, Extra, NetworkSpec, NodeRole, NodeSpec, Platform, PortConfig, PortProtocol,
+    Resources, SecretSpec, ServiceSpec, StackSpec, SwarmSpec, TaskSpec,
 };
 use crate::{
     ClusterId, ConfigId, ImageId, NetworkId, NodeId, SecretId, ServiceId, StackId, TaskId,
@@ -177,6 +177,39 @@ pub struct NodeStatus {
     /// Where the node listens at this address; 0 is the usual port.
     #[serde(skip_serializing_if = "is_zero")]
     pub port: u16,
+    /// Published ports that it cannot serve, as it last said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub port_conditions: Vec<PortCondition>,
+}
+
+/// A published port that a node cannot serve.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct PortCondition {
+    /// The service that publishes it.
+    #[serde(rename = "ServiceID")]
+    pub service_id: ServiceId,
+    /// The transport protocol.
+    pub protocol: PortProtocol,
+    /// The port on the node.
+    pub published_port: u16,
+    /// Why, and what to do: `is held by nginx (pid 812): stop it or publish another port`.
+    pub message: String,
+}
+
+/// What keeps a service from being reached as it should.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct ServiceCondition {
+    /// The node that said so.
+    #[serde(rename = "NodeID")]
+    pub node_id: NodeId,
+    /// The transport protocol.
+    pub protocol: PortProtocol,
+    /// The port on the node.
+    pub published_port: u16,
+    /// One sentence for people.
+    pub message: String,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
@@ -255,6 +288,9 @@ pub struct Service {
     /// `service rm` was asked: its tasks are stopped and deleted, then the service itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pending_delete: bool,
+    /// What keeps it from being reached; filled in by the manager that answers, never stored.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<ServiceCondition>,
 }
 
 /// An update's progress.
@@ -332,6 +368,10 @@ pub struct Task {
     /// A task with desired state `Ready` may run from this moment on (restart delay).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_after: Option<Timestamp>,
+    /// The ports that it publishes on its node in host mode; one without a number is given a free one
+    /// by the node.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub host_ports: Vec<PortConfig>,
 }
 
 impl Task {
@@ -397,6 +437,33 @@ pub struct TaskStatus {
     /// A running task whose health check fails gets no connection and is replaced.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unhealthy: bool,
+    /// The ports that its node publishes for it in host mode, while its container runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port_status: Option<PortStatus>,
+    /// Host names of the nodes that had not said that they balance to it no more when it was stopped:
+    /// connections that they gave it meanwhile may have been lost. Written by the leader alone.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unacknowledged: Vec<String>,
+}
+
+impl TaskStatus {
+    /// What people should know of it beside the state; empty where there is nothing.
+    pub fn remark(&self) -> String {
+        if self.unacknowledged.is_empty() {
+            return self.err.clone();
+        }
+        let nodes = self.unacknowledged.join(", ");
+        let stopped = format!("stopped without the acknowledgement of {nodes}");
+        if self.err.is_empty() { stopped } else { format!("{}; {stopped}", self.err) }
+    }
+}
+
+/// What a node publishes for one task alone.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct PortStatus {
+    /// The ports with their numbers on the node.
+    pub ports: Vec<PortConfig>,
 }
 
 /// A container's facts.

@@ -180,6 +180,7 @@ pub fn new_node(
             message: "joined, no session yet".into(),
             addr: address.ip().to_string(),
             port: address.port(),
+            port_conditions: Vec::new(),
         },
         manager_status: None,
         number: 0,

@@ -6,7 +6,7 @@ use std::io::BufRead as _;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
-use skep_common::spec::{Ipam, IpamConfig, NetworkSpec};
+use skep_common::spec::{Ipam, IpamConfig, NetworkSpec, Predefined};
 use skep_common::{Network, NetworkId, Service, Task};
 use skep_proto::{CreateNetworkRequest, RemoveNetworkRequest};
 
@@ -228,12 +228,26 @@ fn row(network: &Network, is_whole: bool) -> Value {
         "ID": if is_whole { &id } else { short_id(&id) },
         "Name": network.spec.name,
         "Driver": network.spec.driver.as_deref().unwrap_or("overlay"),
-        "Scope": "swarm",
+        "Scope": scope(network),
         "IPv6": network.spec.enable_ipv6.unwrap_or_default().to_string(),
         "Internal": network.spec.internal.unwrap_or_default().to_string(),
         "Labels": labels.collect::<Vec<_>>().join(","),
         "CreatedAt": network.meta.created_at,
     })
+}
+
+/// Where a network is: in the whole swarm, or on each node one of its own.
+pub(super) fn scope(network: &Network) -> &'static str {
+    if is_predefined(network) { "local" } else { "swarm" }
+}
+
+fn is_predefined(network: &Network) -> bool {
+    Predefined::ALL.iter().any(|one| one.id() == network.id)
+}
+
+/// Whether it is there without having been made.
+fn is_builtin(network: &Network) -> bool {
+    is_predefined(network) || network.spec.ingress.unwrap_or_default()
 }
 
 async fn ls(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
@@ -242,14 +256,14 @@ async fn ls(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let mut networks: Vec<Network> = client.list_all("network").await?;
     let used = used(client).await?;
     networks.retain(|network| {
-        let is_builtin = network.spec.ingress.unwrap_or_default();
+        let is_builtin = is_builtin(network);
         let is_dangling = !is_builtin && !used.contains(&network.id);
         filters.is_match("id", |id| network.id.to_string().starts_with(id))
             && filters.is_match("name", |name| network.spec.name.contains(name))
             && filters.is_match("driver", |driver| {
                 network.spec.driver.as_deref().unwrap_or("overlay") == driver
             })
-            && filters.is_match("scope", |scope| scope == "swarm")
+            && filters.is_match("scope", |word| word == scope(network))
             && filters.is_match("type", |kind| (kind == "builtin") == is_builtin)
             && filters.is_match("dangling", |word| (word == "true") == is_dangling)
             && filters.match_labels("label", network.spec.labels.as_ref())
@@ -306,7 +320,7 @@ async fn prune(args: &PruneArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let mut networks: Vec<Network> = client.list_all("network").await?;
     let used = used(client).await?;
     networks.retain(|network| {
-        !network.spec.ingress.unwrap_or_default()
+        !is_builtin(network)
             && !used.contains(&network.id)
             && filters.match_labels("label", network.spec.labels.as_ref())
     });

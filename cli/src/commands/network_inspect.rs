@@ -1,14 +1,18 @@
 //! The document of `network inspect`: the network in the shape of Docker's Engine, with who is where.
 //!
 //! Source: Docker Engine API v1.47, `Network`; moby `daemon/network.go`, `buildServiceAttachments`.
+//! `State` and `Withheld` (why a task gets no connections; empty where it does) are skep's own.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use skep_common::object::NetworkAttachment;
+use skep_common::serving::withheld;
+use skep_common::spec::PublishMode;
 use skep_common::{Network, Node, NodeId, Service, ServiceId, Task};
 
+use super::network::scope;
 use crate::client::Client;
 
 /// What a document is made of beside the network itself.
@@ -32,14 +36,18 @@ impl Facts {
         })
     }
 
-    /// The living tasks that are on a network.
+    /// The living tasks that are on a network; on the ingress network, those with an uplink.
     fn on<'a>(
         &'a self,
         network: &'a Network,
     ) -> impl Iterator<Item = (&'a Task, &'a NetworkAttachment)> {
         self.tasks.iter().filter_map(|task| {
             let mut attachments = task.networks_attachments.iter();
-            Some((task, attachments.find(|found| found.network_id == Some(network.id))?))
+            let is_meant = |found: &&NetworkAttachment| match is_ingress(network) {
+                true => found.ingress,
+                false => found.network_id == Some(network.id),
+            };
+            Some((task, attachments.find(is_meant)?))
         })
     }
 
@@ -48,6 +56,10 @@ impl Facts {
         let node = task.node_id.and_then(|node_id| self.nodes.get(&node_id));
         node.map(|node| (node.hostname().to_owned(), node.status.addr.clone())).unwrap_or_default()
     }
+}
+
+fn is_ingress(network: &Network) -> bool {
+    network.spec.ingress.unwrap_or_default()
 }
 
 /// `service.slot.task`, as the container is known on the network.
@@ -78,7 +90,7 @@ pub(super) fn document(network: &Network, facts: &Facts, is_verbose: bool) -> Va
         "Name": spec.name,
         "Id": network.id,
         "Created": network.meta.created_at,
-        "Scope": "swarm",
+        "Scope": scope(network),
         "Driver": spec.driver.as_deref().unwrap_or("overlay"),
         "EnableIPv6": spec.enable_ipv6.unwrap_or_default(),
         "IPAM": {"Driver": "default", "Options": null, "Config": subnets.collect::<Vec<_>>()},
@@ -113,11 +125,28 @@ fn containers(network: &Network, facts: &Facts) -> Value {
     Value::Object(entries.collect::<Map<_, _>>())
 }
 
-/// The nodes that have the network.
+/// The nodes that have the network: every node has the ingress network.
 fn peers(network: &Network, facts: &Facts) -> Value {
-    let hosts = facts.on(network).map(|(task, _)| facts.host(task));
-    let hosts: BTreeMap<String, String> = hosts.collect();
-    hosts.into_iter().map(|(name, address)| json!({"Name": name, "IP": address})).collect()
+    let mut nodes: BTreeMap<NodeId, &Node> = BTreeMap::new();
+    if is_ingress(network) {
+        nodes.extend(facts.nodes.iter().map(|(id, node)| (*id, node)));
+    }
+    let places = facts.on(network).filter_map(|(task, _)| task.node_id);
+    nodes.extend(places.filter_map(|id| Some((id, facts.nodes.get(&id)?))));
+    let mut peers: Vec<(&str, &str)> =
+        nodes.values().map(|node| (node.hostname(), node.status.addr.as_str())).collect();
+    peers.sort_unstable();
+    peers.into_iter().map(|(name, address)| json!({"Name": name, "IP": address})).collect()
+}
+
+/// Whether a service is on a network: by its spec, or on the ingress network by a published port.
+fn is_on(service: &Service, network: &Network) -> bool {
+    if is_ingress(network) {
+        let mut ports = service.endpoint.ports.iter();
+        return ports.any(|port| port.publish_mode.unwrap_or_default() == PublishMode::Ingress);
+    }
+    let target = network.id.to_string();
+    service.spec.networks().iter().any(|config| config.target == target)
 }
 
 /// The services on the network by name, each with its address and its tasks.
@@ -126,12 +155,10 @@ fn services(network: &Network, facts: &Facts) -> Value {
     for (task, attachment) in facts.on(network) {
         by_service.entry(task.service_id).or_default().push((task, attachment));
     }
-    let target = network.id.to_string();
     let mut services = Map::new();
     for service in facts.services.values() {
-        let is_on = service.spec.networks().iter().any(|config| config.target == target);
         let mut tasks = by_service.remove(&service.id).unwrap_or_default();
-        if !is_on && tasks.is_empty() {
+        if !is_on(service, network) && tasks.is_empty() {
             continue;
         }
         tasks.sort_by_key(|(task, _)| (task.slot, task.id));
@@ -142,11 +169,14 @@ fn services(network: &Network, facts: &Facts) -> Value {
             format!("Target: {}, Publish: {published}", port.target_port)
         });
         let tasks = tasks.into_iter().map(|(task, attachment)| {
+            let node = task.node_id.and_then(|node_id| facts.nodes.get(&node_id));
+            let withheld = withheld(task, node).map(|why| why.to_string());
             json!({
                 "Name": container_name(task),
                 "EndpointID": task.id,
                 "EndpointIP": attachment.address,
                 "State": task.status.state.to_string(),
+                "Withheld": withheld.unwrap_or_default(),
                 "Info": {"Host IP": facts.host(task).1},
             })
         });

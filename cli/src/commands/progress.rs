@@ -200,6 +200,8 @@ impl State {
         let prefix = if Self::is_rolling_back(service) { "rolling back update: " } else { "" };
         let overall = format!("{prefix}{n_running} out of {replicas} tasks");
         let mut lines = vec![("overall progress".to_owned(), overall)];
+        let conditions = service.conditions.iter();
+        lines.extend(conditions.map(|one| ("warning".to_owned(), one.message.clone())));
         if replicas > LINES_MAX {
             return lines;
         }

@@ -190,8 +190,10 @@ async fn services(args: &ServicesArgs, client: &Client, ui: &mut Ui) -> Result<(
         return Ok(ui.note(format_args!("Nothing found in stack: {}", args.stack))?);
     }
     let tasks: Vec<Task> = client.list(of_stack("task", &args.stack)).await?;
+    let notes = if args.quiet { Vec::new() } else { service::condition_notes(&services) };
     let rows = service::rows(services, &tasks);
-    Ok(ui.data(render(&service::VIEW, &rows, args.format.as_deref(), args.quiet)?)?)
+    ui.data(render(&service::VIEW, &rows, args.format.as_deref(), args.quiet)?)?;
+    service::show_notes(&notes, ui)
 }
 
 async fn rm(args: &RmArgs, client: &Client, ui: &mut Ui) -> Result<()> {

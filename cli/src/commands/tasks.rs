@@ -10,6 +10,7 @@ use skep_common::{Node, NodeId, Service, Task, Timestamp};
 use skep_proto::ListRequest;
 
 use super::filter::{self, Filter, Filters};
+use super::service;
 use crate::client::Client;
 use crate::format::human::{capitalize, duration, ellipsis, familiar_image, natural_order};
 use crate::format::{View, hidden, plain_cell, render, shown};
@@ -75,19 +76,23 @@ pub(crate) struct PsArgs {
 /// Tasks of services.
 pub(super) async fn service_ps(args: &PsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let mut missing = Vec::new();
-    let mut service_ids = Vec::new();
+    let mut services = Vec::new();
     for reference in &args.services {
         match client.get::<Service>("service", reference).await {
-            Ok(service) => service_ids.push(service.id.to_string()),
+            Ok(service) => services.push(service),
             Err(error) if crate::client::is_not_found(&error) => {
                 missing.push(format!("no such service: {reference}"));
             }
             Err(error) => return Err(error),
         }
     }
-    if !service_ids.is_empty() {
+    if !services.is_empty() {
+        let service_ids = services.iter().map(|service| service.id.to_string()).collect();
         let request = ListRequest { kind: "task".into(), service_ids, ..Default::default() };
         print(&args.list, client.list(request).await?, client, ui).await?;
+        if !args.list.quiet {
+            service::show_notes(&service::condition_notes(&services), ui)?;
+        }
     }
     if !missing.is_empty() {
         bail!(missing.join("\n"));
@@ -168,8 +173,8 @@ fn rows(
         let image = image.unwrap_or_default();
         let age = duration(now.since(task.status.timestamp)).to_lowercase();
         let error = match flags.no_trunc {
-            true => task.status.err.clone(),
-            false => ellipsis(&task.status.err, ERROR_LENGTH_MAX),
+            true => task.status.remark(),
+            false => ellipsis(&task.status.remark(), ERROR_LENGTH_MAX),
         };
         rows.push(json!({
             "ID": if flags.no_trunc { task.id.to_string() } else { task.id.short() },
@@ -189,11 +194,8 @@ fn rows(
 
 /// Ports that the task itself holds on its node: `*:8080->80/tcp`.
 fn host_ports(task: &Task) -> String {
-    let status = serde_json::to_value(&task.status).unwrap_or_default();
-    let ports: Vec<skep_common::spec::PortConfig> =
-        serde_json::from_value(status["PortStatus"]["Ports"].clone()).unwrap_or_default();
+    let ports = task.status.port_status.iter().flat_map(|status| &status.ports);
     let texts: Vec<String> = ports
-        .iter()
         .filter(|port| port.publish_mode == Some(PublishMode::Host))
         .map(|port| {
             let published = port.published_port.unwrap_or_default();

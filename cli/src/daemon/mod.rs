@@ -15,6 +15,7 @@ mod join;
 mod kernel;
 mod local_control;
 mod machine;
+mod metrics;
 mod node;
 mod options;
 mod record;
@@ -76,6 +77,7 @@ async fn serve(options: Options) -> Result<()> {
     let socket = options.socket();
     let listener = bind_unix(&socket).await?;
     let tasks = TaskSet::new();
+    let metrics_addr = options.metrics_addr;
     let machine = Machine::open(options, missing.warnings().to_vec()).await?;
     let routes = Routes::new(MachineServer::new(machine.clone())).add_service(
         ControlServer::new(machine.control())
@@ -88,6 +90,9 @@ async fn serve(options: Options) -> Result<()> {
             tracing::error!(error = %telemetry::Chain(&error), "the client socket is not served any more");
         }
     });
+    if let Some(address) = metrics_addr {
+        metrics::serve(address, machine.clone(), &tasks).await?;
+    }
     tracing::info!(socket = %socket.display(), version = env!("CARGO_PKG_VERSION"), "skep daemon is ready");
     tokio::select! {
         _ = terminate.recv() => {}

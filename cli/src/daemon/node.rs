@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use nix::ifaddrs::getifaddrs;
 use skep_common::NodeId;
 use skep_common::object::{EngineDescription, NodeDescription};
+use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_manager::control::ControlService;
 use skep_manager::{Manager, ManagerOptions};
@@ -18,8 +19,8 @@ use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
 use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
 use skep_worker::container::ContainerRuntime;
+use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
-use skep_worker::embedded::{Embedded, NodeFacts};
 use skep_worker::images::ImageStore;
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
@@ -70,7 +71,7 @@ impl Node {
         let managers = Managers::new(record.managers.clone());
         let underlay = underlay(&record.advertise_addr, options)?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
-        let uplink = Uplink::new(underlay);
+        let uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
         let images = Images::new(image_store, pool.clone(), tasks.clone()).await;
         let images = images.context("failed to list this node's images")?;
         let manager = match (subject.role, record.raft_id) {
@@ -117,7 +118,11 @@ impl Node {
     /// Serves the one port and starts the agent.
     pub(super) async fn serve(&self, options: &Options) -> Result<()> {
         let containers = ContainerRuntime::open(options.containers());
-        let facts = NodeFacts { node_id: self.node_id, hostname: options.hostname.clone() };
+        let facts = NodeFacts {
+            node_id: self.node_id,
+            hostname: options.hostname.clone(),
+            architecture: std::env::consts::ARCH.to_owned(),
+        };
         let containers = containers.context("failed to open the container runtime")?;
         let embedded = Embedded::new(containers, self.images.clone(), self.uplink.clone(), facts);
         let peer = PeerService::new(
@@ -154,6 +159,11 @@ impl Node {
 
     pub(super) fn control(&self) -> Option<ControlService> {
         self.manager.as_ref().map(|manager| manager.control())
+    }
+
+    /// What is counted of this node, as text for a collector.
+    pub(super) async fn metrics(&self) -> Result<String, skep_worker::net::Error> {
+        self.uplink.metrics().await
     }
 
     /// Stops; containers, rules and files stay.

@@ -1,6 +1,7 @@
 //! The daemon's settings: flags, then the TOML file, then defaults.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
@@ -28,6 +29,9 @@ pub(crate) struct DaemonArgs {
     /// Address that other nodes reach this one at, where `swarm init` and `swarm join` name none
     #[arg(long, value_name = "IP|INTERFACE[:PORT]")]
     advertise_addr: Option<String>,
+    /// Address at which metrics are served at /metrics, to whoever asks (default none)
+    #[arg(long, value_name = "IP:PORT")]
+    metrics_addr: Option<SocketAddr>,
     /// Cgroup below which containers get theirs (default /skep)
     #[arg(long, value_name = "PATH")]
     cgroup_parent: Option<String>,
@@ -44,6 +48,7 @@ struct File {
     run_dir: Option<PathBuf>,
     hostname: Option<String>,
     advertise_addr: Option<String>,
+    metrics_addr: Option<SocketAddr>,
     cgroup_parent: Option<String>,
     labels: BTreeMap<String, String>,
 }
@@ -55,6 +60,7 @@ pub(super) struct Options {
     pub(super) run_dir: PathBuf,
     pub(super) hostname: String,
     pub(super) advertise_addr: Option<String>,
+    pub(super) metrics_addr: Option<SocketAddr>,
     pub(super) cgroup_parent: String,
     pub(super) labels: BTreeMap<String, String>,
 }
@@ -82,6 +88,7 @@ impl Options {
             run_dir: args.run_dir.or(file.run_dir).unwrap_or_else(|| "/run/skep".into()),
             hostname,
             advertise_addr: args.advertise_addr.or(file.advertise_addr),
+            metrics_addr: args.metrics_addr.or(file.metrics_addr),
             cgroup_parent: cgroup_parent.unwrap_or_else(|| "/skep".into()),
             labels,
         })
@@ -95,6 +102,7 @@ impl Options {
             run_dir: directory.join("run"),
             hostname: "n1".to_owned(),
             advertise_addr: None,
+            metrics_addr: None,
             cgroup_parent: "/skep".to_owned(),
             labels: Default::default(),
         }

@@ -9,7 +9,7 @@ use super::fields::{Field, Section};
 use super::service::{STACK_LABEL, plain_pairs};
 use super::tree::{Key, Node, Value};
 use super::{Report, known};
-use crate::spec::{Ipam, IpamConfig, NetworkAttachmentConfig, NetworkSpec};
+use crate::spec::{Ipam, IpamConfig, NetworkAttachmentConfig, NetworkSpec, Predefined};
 
 /// The network of services that name none.
 const DEFAULT: &str = "default";
@@ -53,8 +53,12 @@ impl Networks {
         &mut self,
         service: &str,
         field: Option<&Field<'_>>,
+        mode: Option<&Field<'_>>,
         report: &mut Report,
     ) -> Vec<NetworkAttachmentConfig> {
+        if let Some(mode) = mode {
+            return predefined(field, mode, report).into_iter().collect();
+        }
         let wanted = match field {
             Some(field) => attachments(service, field, report),
             None => BTreeMap::from([(DEFAULT.to_owned(), Vec::new())]),
@@ -67,6 +71,11 @@ impl Networks {
                 report.error(at, format!("service {service} is on the network {key}, which the file does not have; {advice}"));
                 continue;
             };
+            self.used.insert(key);
+            if let Some(predefined) = Predefined::find(&declared.name) {
+                configs.push(attachment(predefined));
+                continue;
+            }
             let mut names = vec![service.to_owned()];
             names.extend(aliases.into_iter().filter(|alias| alias != service));
             configs.push(NetworkAttachmentConfig {
@@ -74,7 +83,6 @@ impl Networks {
                 aliases: Some(names),
                 driver_opts: None,
             });
-            self.used.insert(key);
         }
         configs.sort_by(|a, b| a.target.cmp(&b.target));
         configs
@@ -88,6 +96,29 @@ impl Networks {
         specs.sort_by(|a, b| a.name.cmp(&b.name));
         specs
     }
+}
+
+/// What `network_mode` says: the service is on one of the networks that nodes have by themselves.
+fn predefined(
+    networks: Option<&Field<'_>>,
+    mode: &Field<'_>,
+    report: &mut Report,
+) -> Option<NetworkAttachmentConfig> {
+    if networks.is_some() {
+        let advice = "remove one of them";
+        report.error(
+            mode.node.at,
+            format!("{} and networks cannot be combined; {advice}", mode.name),
+        );
+    }
+    let word = mode.word(&Predefined::ALL.map(Predefined::name), report)?;
+    Predefined::find(&word).map(attachment)
+}
+
+/// Nobody has a name on a network of the node's.
+fn attachment(predefined: Predefined) -> NetworkAttachmentConfig {
+    let target = predefined.name().to_owned();
+    NetworkAttachmentConfig { target, ..NetworkAttachmentConfig::default() }
 }
 
 /// A network of the stack with nothing said about it.

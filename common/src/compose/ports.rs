@@ -61,7 +61,7 @@ pub fn parse_short(text: &str) -> Result<ShortPorts, Error> {
     };
     let target = parse_range(target).ok_or_else(syntax)?;
     let published = match published {
-        None | Some("") => None,
+        None | Some("" | "0") => None, // Any free one.
         Some(published) => Some(parse_range(published).ok_or_else(syntax)?),
     };
     let pairs = pair(target, published).ok_or_else(|| Error::Ranges(text.to_owned()))?;
@@ -118,6 +118,7 @@ mod tests {
         for (text, expect) in [
             ("80", "-:80/tcp"),
             ("8080:80", "8080:80/tcp"),
+            ("0:80", "-:80/tcp"),
             ("8080:80/udp", "8080:80/udp"),
             ("53:53/SCTP", "53:53/sctp"),
             ("8000-8002:80", "8000:80/tcp 8001:80/tcp 8002:80/tcp"),

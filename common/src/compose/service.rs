@@ -57,7 +57,9 @@ pub(super) fn convert(
 
     let ports = section.get("ports").map(|field| published::convert(&field, report));
     let ports = ports.filter(|ports| !ports.is_empty());
-    let networks = networks.of_service(&key.name, section.get("networks").as_ref(), report);
+    let mode = section.get("network_mode");
+    let field = section.get("networks");
+    let networks = networks.of_service(&key.name, field.as_ref(), mode.as_ref(), report);
     let has_endpoint = ports.is_some() || deploy.endpoint_mode.is_some();
     ServiceSpec {
         name,

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{Extra, Labels};
+use crate::NetworkId;
 
 /// What users want of a network: the fields of Docker's network documents.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -91,4 +92,78 @@ pub struct NetworkAttachmentConfig {
     /// Kept and not acted on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub driver_opts: Option<BTreeMap<String, String>>,
+}
+
+/// A network that is on every node without being made: what a container has of its node's own network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Predefined {
+    /// An uplink, which every container has that is on no other network.
+    Bridge,
+    /// The node's own interfaces.
+    Host,
+    /// Nothing but a loopback.
+    None,
+}
+
+impl Predefined {
+    /// All of them, by name.
+    pub const ALL: [Self; 3] = [Self::Bridge, Self::Host, Self::None];
+
+    /// Its name, by which attachments name it as well.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::Host => "host",
+            Self::None => "none",
+        }
+    }
+
+    /// Its driver, in Docker's words.
+    pub const fn driver(self) -> &'static str {
+        match self {
+            Self::Bridge => "bridge",
+            Self::Host => "host",
+            Self::None => "null",
+        }
+    }
+
+    /// Its id, the same in every swarm.
+    pub fn id(self) -> NetworkId {
+        let mut bytes = [0; 16];
+        bytes[..self.name().len()].copy_from_slice(self.name().as_bytes());
+        NetworkId(u128::from_be_bytes(bytes))
+    }
+
+    /// The one with this name or id.
+    pub fn find(target: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|one| one.name() == target || one.id().to_string() == target)
+    }
+}
+
+/// Those of the predefined networks that attachments name.
+pub fn predefined(configs: &[NetworkAttachmentConfig]) -> impl Iterator<Item = Predefined> {
+    configs.iter().filter_map(|config| Predefined::find(&config.target))
+}
+
+/// Whether a container with these attachments has no way out of its own: its node's interfaces are its
+/// own, or it has none.
+pub fn is_without_uplink(configs: &[NetworkAttachmentConfig]) -> bool {
+    predefined(configs).any(|one| matches!(one, Predefined::Host | Predefined::None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn predefined_networks_are_found_by_name_and_by_id() {
+        for one in Predefined::ALL {
+            assert_eq!(Predefined::find(one.name()), Some(one));
+            assert_eq!(Predefined::find(&one.id().to_string()), Some(one));
+            assert!(one.name().parse::<NetworkId>().is_err(), "a name is no id");
+        }
+        assert_eq!(Predefined::find("ingress"), None);
+        let shorts = Predefined::ALL.map(|one| one.id().to_string()[..12].to_owned());
+        assert!(shorts[0] != shorts[1] && shorts[1] != shorts[2], "lists can tell them apart");
+    }
 }

@@ -1,7 +1,7 @@
 //! A small HTTP server that says which task answered: for examples, demonstrations and tests.
 //!
 //! One file and the standard library alone, so that `rustc` makes a static program of it:
-//! see `make-whoami-image.sh`. It listens on port 8080, or on `PORT`.
+//! see `make-whoami-image.sh`. It listens on port 8080, or on `PORT`, over IPv4 and IPv6.
 //!
 //! | request                                   | answer                                       |
 //! |-------------------------------------------|----------------------------------------------|
@@ -12,8 +12,7 @@
 //! | `GET /exit/CODE`                          | an answer; then the process exits with CODE  |
 //! | `GET /alloc/MIB`                          | after allocating and touching MIB mebibytes  |
 //! | any other `GET`                           | who answered, one `Name: value` per line     |
-//!
-//! A datagram to the same port of UDP is answered with the same lines, the datagram as the path.
+//! | a datagram (UDP)                          | the same in one datagram, which is its path  |
 //!
 //! `whoami healthcheck` asks `/health` on the loopback and exits with 0 or 1: a HEALTHCHECK for an
 //! image without a shell.
@@ -30,7 +29,7 @@
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::io::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::process;
@@ -115,19 +114,17 @@ fn healthcheck(port: u16) -> i32 {
     }
 }
 
-fn refused(port: u16, error: &io::Error) -> ! {
-    fail(&format!("cannot listen on port {port}: {error}"))
-}
-
-/// Listens on all addresses of both families, or of IPv4 where there is no IPv6.
 fn serve(port: u16) {
-    let all: [SocketAddr; 2] = [IpAddr::from(Ipv6Addr::UNSPECIFIED), Ipv4Addr::UNSPECIFIED.into()]
-        .map(|address| SocketAddr::new(address, port));
-    let listener = TcpListener::bind(all.as_slice()).unwrap_or_else(|error| refused(port, &error));
-    let datagrams = UdpSocket::bind(all.as_slice()).unwrap_or_else(|error| refused(port, &error));
-    let spawned =
-        thread::Builder::new().stack_size(STACK_LEN).spawn(move || serve_datagrams(&datagrams));
-    spawned.unwrap_or_else(|error| fail(&format!("cannot answer datagrams: {error}")));
+    // The second is for machines without IPv6.
+    let any = [(Ipv6Addr::UNSPECIFIED, port).into(), (Ipv4Addr::UNSPECIFIED, port).into()];
+    let any: &[SocketAddr] = &any;
+    let failed = |error: io::Error| format!("cannot listen on port {port}: {error}");
+    let listener = TcpListener::bind(any).unwrap_or_else(|error| fail(&failed(error)));
+    let socket = UdpSocket::bind(any).unwrap_or_else(|error| fail(&failed(error)));
+    let answer = move || answer_datagrams(&socket);
+    if let Err(error) = thread::Builder::new().stack_size(STACK_LEN).spawn(answer) {
+        fail(&format!("cannot answer datagrams: {error}"));
+    }
     handle_signals().unwrap_or_else(|error| fail(&format!("cannot handle signals: {error}")));
     println!("listening on port {port}");
     for stream in listener.incoming() {
@@ -144,20 +141,19 @@ fn serve(port: u16) {
     }
 }
 
-fn serve_datagrams(socket: &UdpSocket) {
-    let mut buffer = vec![0; 1 << 16];
+fn answer_datagrams(socket: &UdpSocket) {
+    let mut datagram = vec![0; CHUNK_LEN];
     loop {
-        // An answer that nobody waited for is reported to the next one that receives.
-        let Ok((length, client)) = socket.recv_from(&mut buffer) else { continue };
-        let _running = Running::begin();
-        let text = String::from_utf8_lossy(&buffer[..length]);
-        let answer = describe(&plain(client), &text);
-        let _ = socket.send_to(answer.as_bytes(), client);
+        // An error is that of an earlier answer whose client has gone.
+        if let Ok((len, client)) = socket.recv_from(&mut datagram) {
+            let text = String::from_utf8_lossy(&datagram[..len]);
+            let _ = socket.send_to(describe(&shown(client), &text).as_bytes(), client);
+        }
     }
 }
 
-/// An address of IPv4 as such, also where it came to a socket of both families.
-fn plain(client: SocketAddr) -> String {
+/// A client as it is named: one of IPv4 as such, also where it came to a socket of IPv6.
+fn shown(client: SocketAddr) -> String {
     SocketAddr::new(client.ip().to_canonical(), client.port()).to_string()
 }
 
@@ -240,7 +236,7 @@ fn serve_connection(stream: &TcpStream, first: Running) -> io::Result<()> {
     let mut first = Some(first);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(IDLE_MAX))?;
-    let client = plain(stream.peer_addr()?);
+    let client = shown(stream.peer_addr()?);
     let mut reader = BufReader::new(stream);
     while let Some(request) = read_request(&mut reader)? {
         let _running = first.take().unwrap_or_else(Running::begin);

@@ -19,10 +19,13 @@ use skep_common::{
 /// |---|---|
 /// | 1 | the first |
 /// | 2 | networks: references to them are checked |
-pub const FORMAT_LEVEL: u32 = 2;
+/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports |
+pub const FORMAT_LEVEL: u32 = 3;
 const FIRST_LEVEL: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
 pub(crate) const NETWORKS_LEVEL: u32 = 2;
+/// From this level on, objects say more of published ports.
+const PORTS_LEVEL: u32 = 3;
 
 /// A transaction.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,8 +42,27 @@ impl Command {
     /// A transaction of the lowest format level that it is understood at, so that managers of an earlier
     /// version go on in a swarm that does not use what is new.
     pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
-        let level = if actions.iter().any(is_of_networks) { NETWORKS_LEVEL } else { FIRST_LEVEL };
+        let level = if actions.iter().any(is_of_ports) {
+            PORTS_LEVEL
+        } else if actions.iter().any(is_of_networks) {
+            NETWORKS_LEVEL
+        } else {
+            FIRST_LEVEL
+        };
         Self { level, at, actions }
+    }
+}
+
+fn is_of_ports(action: &Action) -> bool {
+    match action {
+        Action::Put { object: Object::Task(task), .. } => {
+            !task.host_ports.is_empty() || task.status.port_status.is_some()
+        }
+        Action::PatchTask(patch) => {
+            patch.status.as_ref().is_some_and(|status| status.port_status.is_some())
+        }
+        Action::Put { object: Object::Node(node), .. } => !node.status.port_conditions.is_empty(),
+        Action::Put { .. } | Action::Delete { .. } | Action::ImageHolder { .. } => false,
     }
 }
 
@@ -63,6 +85,10 @@ fn is_of_networks(action: &Action) -> bool {
 }
 
 /// One change.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most changes of a large plan are patches of tasks: boxed, each would cost an allocation"
+)]
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Action {
     /// Creates or replaces an object. The store writes its `Meta`; a new node with number 0 is given

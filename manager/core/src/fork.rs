@@ -14,6 +14,7 @@ use skep_common::{
 };
 
 use crate::command::{Action, Command, Expect, TaskPatch};
+use crate::ports;
 use crate::store::State;
 
 /// A view and what a pass changed on it.
@@ -115,6 +116,7 @@ impl<'a> Fork<'a> {
             networks_attachments: Vec::new(),
             service_name: service.spec.name.clone(),
             start_after,
+            host_ports: ports::host_mode(&service.endpoint.ports),
         };
         // Orders it among its slot's tasks within this pass; the store writes the same.
         task.meta.created_at = self.now;

@@ -13,6 +13,7 @@ pub mod plan;
 
 pub mod allocator;
 pub mod assignments;
+pub mod conditions;
 pub mod constraint;
 pub mod endpoints;
 mod fork;

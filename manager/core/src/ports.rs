@@ -74,6 +74,18 @@ pub fn allocate(state: &State, service: &Service) -> Result<Vec<PortConfig>, Err
     Ok(ports)
 }
 
+/// The ports that each task publishes on its node itself, in a form in which equal ones are equal.
+pub fn host_mode(ports: &[PortConfig]) -> Vec<PortConfig> {
+    let host = ports.iter().filter(|port| !is_ingress(port)).map(|port| PortConfig {
+        protocol: Some(port.protocol.unwrap_or_default()),
+        published_port: number(port),
+        ..port.clone()
+    });
+    let mut host: Vec<PortConfig> = host.collect();
+    host.sort_by_key(|port| (port.protocol, port.published_port, port.target_port));
+    host
+}
+
 fn number(port: &PortConfig) -> Option<u16> {
     port.published_port.filter(|number| *number != 0)
 }
@@ -212,5 +224,19 @@ mod tests {
         let numbers: Vec<_> = allocate(&world.state, &service).unwrap();
         let numbers: Vec<_> = numbers.iter().map(|port| port.published_port.unwrap()).collect();
         assert_eq!(numbers, [30001, 30000]);
+    }
+
+    #[test]
+    fn equal_host_mode_ports_are_equal_however_they_are_written() {
+        let written = publishing(1, "81:80/host 9:9 0:7/host").spec;
+        let mut otherwise = publishing(1, "0:7/host 81:80/host 10:10").spec;
+        for port in otherwise.endpoint_spec.iter_mut().flat_map(|spec| &mut spec.ports).flatten() {
+            port.protocol = Some(PortProtocol::Tcp);
+            port.published_port = port.published_port.filter(|number| *number != 0);
+        }
+        let ports = host_mode(written.ports());
+        assert_eq!(ports, host_mode(otherwise.ports()));
+        let numbers: Vec<_> = ports.iter().map(|port| port.published_port).collect();
+        assert_eq!(numbers, [None, Some(81)]);
     }
 }

@@ -67,6 +67,7 @@ pub fn create(
         update_status: None,
         endpoint: skep_common::object::Endpoint::default(),
         pending_delete: false,
+        conditions: Vec::new(),
     };
     let mut expect = Expect::Absent;
     if let Some(old) = state.service_by_name(&service.spec.name) {

@@ -104,6 +104,7 @@ pub fn service(replicas: u64) -> Service {
         update_status: None,
         endpoint: skep_common::object::Endpoint::default(),
         pending_delete: false,
+        conditions: Vec::new(),
     }
 }
 
@@ -138,6 +139,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         networks_attachments: Vec::new(),
         service_name: service.spec.name.clone(),
         start_after: None,
+        host_ports: crate::ports::host_mode(&service.endpoint.ports),
     };
     task.status.applied_at = Some(NOW);
     if index != service.spec_version.index {

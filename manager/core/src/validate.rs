@@ -280,11 +280,6 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
         note("TaskTemplate.Resources.", &resources.extra);
     }
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
-    for port in spec.ports().iter().filter(|port| port.publish_mode == Some(PublishMode::Host)) {
-        let port = port.target_port;
-        warnings
-            .push(format!("target port {port} is not published in host mode yet: only ingress is"));
-    }
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
         warnings.push(format!("MaxAttempts above {MAX_ATTEMPTS_COUNTED} counts as unlimited"));

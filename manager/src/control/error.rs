@@ -83,9 +83,9 @@ fn network_code(error: &network::Error) -> Code {
         network::Error::Invalid(_) => Code::InvalidArgument,
         network::Error::NameTaken { .. } => Code::AlreadyExists,
         network::Error::NotFound { .. } => Code::NotFound,
-        network::Error::InUse { .. } | network::Error::Predefined { .. } => {
-            Code::FailedPrecondition
-        }
+        network::Error::InUse { .. }
+        | network::Error::Predefined { .. }
+        | network::Error::Reserved { .. } => Code::FailedPrecondition,
         network::Error::Exhausted(_) => Code::ResourceExhausted,
     }
 }

@@ -1,8 +1,9 @@
 //! From what a client writes to an object, and from an object to what a client may see.
 
 use skep_common::object::{JoinTokens, ManagerStatus};
+use skep_common::spec::Predefined;
 use skep_common::{Kind, NodeId, Object, ServiceId, Task, TaskId};
-use skep_manager_core::State;
+use skep_manager_core::{State, network};
 
 use super::error::{Error, kind_name};
 
@@ -30,6 +31,9 @@ fn find_id(state: &State, kind: Kind, reference: &str) -> Result<u128, Error> {
         && object(state, kind, id.0).is_some()
     {
         return Ok(id.0);
+    }
+    if let Some(one) = Predefined::find(reference).filter(|_| kind == Kind::Network) {
+        return Ok(one.id().0);
     }
     if let Some(id) = state.id_by_name(kind, reference) {
         return Ok(id);
@@ -68,13 +72,19 @@ fn ids(state: &State, kind: Kind) -> Box<dyn Iterator<Item = u128> + '_> {
         Kind::Task => Box::new(state.tasks().keys().map(|id| id.0)),
         Kind::Network => {
             let staying = state.networks().values().filter(|network| !network.pending_delete);
-            Box::new(staying.map(|network| network.id.0))
+            let predefined = Predefined::ALL.into_iter().map(|one| one.id().0);
+            Box::new(staying.map(|network| network.id.0).chain(predefined))
         }
         Kind::Secret => Box::new(state.secrets().keys().map(|id| id.0)),
         Kind::Config => Box::new(state.configs().keys().map(|id| id.0)),
         Kind::Stack => Box::new(state.stacks().keys().map(|id| id.0)),
         Kind::Image => Box::new(state.images().keys().map(|id| id.0)),
     }
+}
+
+/// The networks that every node has, which are not in the store.
+pub fn predefined() -> impl Iterator<Item = Object> {
+    network::predefined().into_iter().map(|network| Object::Network(Box::new(network)))
 }
 
 /// Whether clients must not see an object: a network whose removal was asked.
@@ -97,7 +107,10 @@ pub fn object(state: &State, kind: Kind, id: u128) -> Option<Object> {
         Kind::Node => of!(nodes, NodeId, Node),
         Kind::Service => of!(services, ServiceId, Service),
         Kind::Task => of!(tasks, TaskId, Task),
-        Kind::Network => of!(networks, skep_common::NetworkId, Network),
+        Kind::Network => {
+            let stored = of!(networks, skep_common::NetworkId, Network);
+            stored.or_else(|| predefined().find(|network| network.raw_id() == id))
+        }
         Kind::Secret => of!(secrets, skep_common::SecretId, Secret),
         Kind::Config => of!(configs, skep_common::ConfigId, Config),
         Kind::Stack => of!(stacks, skep_common::StackId, Stack),

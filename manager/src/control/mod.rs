@@ -18,6 +18,7 @@ mod watch;
 use std::sync::Arc;
 
 use skep_common::{Kind, NodeId, Object, ServiceId, Version};
+use skep_manager_core::conditions;
 use skep_manager_core::{Action, Command, Outcome, State};
 use skep_proto::control_server::Control;
 use skep_proto::*;
@@ -79,7 +80,10 @@ impl ControlService {
         Facts { leader: leadership.leader.map(|leader| leader.raft_id) }
     }
 
-    fn json(&self, object: Object) -> String {
+    fn json(&self, state: &State, mut object: Object) -> String {
+        if let Object::Service(service) = &mut object {
+            service.conditions = conditions::of_service(state, service.id);
+        }
         document(object, self.facts()).to_string()
     }
 
@@ -121,7 +125,9 @@ impl ControlService {
             let label = labels.and_then(|labels| labels.get("com.docker.stack.namespace"));
             request.stack.is_empty() || label.is_some_and(|label| *label == request.stack)
         };
-        let visible = state.objects().filter(|object| !lookup::is_hidden(object));
+        let stored = state.objects();
+        let visible =
+            stored.chain(lookup::predefined()).filter(|object| !lookup::is_hidden(object));
         for object in visible.filter(|object| object.kind() == kind) {
             let (wanted, key) = match &object {
                 Object::Node(node) => (true, format!("{} {}", node.hostname(), node.id)),
@@ -151,7 +157,7 @@ impl ControlService {
             }
         }
         objects.sort_by(|(left, _), (right, _)| left.cmp(right));
-        Ok(objects.into_iter().map(|(_, object)| self.json(object)).collect())
+        Ok(objects.into_iter().map(|(_, object)| self.json(&state, object)).collect())
     }
 
     async fn digests(&self) -> Result<Vec<ManagerDigest>, Error> {
@@ -205,7 +211,7 @@ impl Control for ControlService {
         let kind = kind_of(&request.kind)?;
         let state = self.read().await?;
         let object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
-        Ok(Response::new(Document { kind: request.kind, json: self.json(object) }))
+        Ok(Response::new(Document { kind: request.kind, json: self.json(&state, object) }))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {

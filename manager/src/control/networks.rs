@@ -1,12 +1,12 @@
 //! `network create` and `rm`. What is allowed and what follows is decided in the core.
 
 use skep_common::spec::NetworkSpec;
-use skep_common::{Kind, NetworkId};
+use skep_common::{Kind, NetworkId, Object};
 use skep_manager_core::{Refusal, network};
 use skep_proto::CreateNetworkResponse;
 
 use super::error::Error;
-use super::{ControlService, parse_id};
+use super::{ControlService, lookup, parse_id};
 
 pub(super) async fn create(
     control: &ControlService,
@@ -29,10 +29,11 @@ pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Err
     let network_id = NetworkId(parse_id(Kind::Network, id)?);
     loop {
         let state = control.read().await?;
-        let network = state.network(network_id).filter(|network| !network.pending_delete);
-        let network =
-            network.ok_or_else(|| Error::NotFound { kind: "network", reference: id.to_owned() })?;
-        let Some(action) = network::remove(&state, network)? else { return Ok(()) };
+        let network = match lookup::object(&state, Kind::Network, network_id.0) {
+            Some(Object::Network(network)) => network,
+            _ => return Err(Error::NotFound { kind: "network", reference: id.to_owned() }),
+        };
+        let Some(action) = network::remove(&state, &network)? else { return Ok(()) };
         match control.write(vec![action]).await {
             // A service came onto it meanwhile: the next view names it.
             Err(Error::Refused(Refusal::OutOfSequence { .. } | Refusal::NetworkInUse { .. })) => {}

@@ -1,10 +1,11 @@
 //! `Watch`: the objects as they are, then every change as it is applied.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use skep_common::limits::QUEUE_LENGTH;
-use skep_common::{Kind, Object};
-use skep_manager_core::{Change, State};
+use skep_common::object::ServiceCondition;
+use skep_common::{Kind, Object, ServiceId};
+use skep_manager_core::{Change, State, conditions};
 use skep_proto::watch_event::Action as EventAction;
 use skep_proto::{WatchEvent, WatchRequest};
 use tokio::sync::mpsc;
@@ -62,6 +63,7 @@ async fn run(control: &ControlService, selection: &Selection, events: &Events) -
     };
     let mut known = BTreeSet::new();
     send_all(control, selection, events, &state, &mut known, EventAction::Initial).await?;
+    let mut conditions = conditions::by_service(&state);
     let version = state.version().index;
     let synced = EventAction::Synced.into();
     events.send(Ok(WatchEvent { action: synced, version, ..WatchEvent::default() })).await?;
@@ -80,12 +82,30 @@ async fn run(control: &ControlService, selection: &Selection, events: &Events) -
             for (kind, id) in before.difference(&known).copied().collect::<Vec<_>>() {
                 send_removed(events, kind, id, &commit.state).await?;
             }
+            conditions = conditions::by_service(&commit.state);
             continue;
         }
         for change in &commit.changes {
             send_change(control, selection, events, &commit.state, change, &mut known).await?;
         }
+        if commit.changes.iter().any(|change| change.kind == Kind::Node) {
+            let before = std::mem::replace(&mut conditions, conditions::by_service(&commit.state));
+            for change in changed_conditions(&before, &conditions) {
+                send_change(control, selection, events, &commit.state, &change, &mut known).await?;
+            }
+        }
     }
+}
+
+type Conditions = BTreeMap<ServiceId, Vec<ServiceCondition>>;
+
+/// A service's document tells what nodes say of it, so it changes with them.
+fn changed_conditions(before: &Conditions, after: &Conditions) -> Vec<Change> {
+    let ids: BTreeSet<&ServiceId> = before.keys().chain(after.keys()).collect();
+    let changed = ids.into_iter().filter(|id| before.get(id) != after.get(id));
+    let change =
+        |id: &ServiceId| Change { kind: Kind::Service, id: id.0, service_id: None, node_id: None };
+    changed.map(change).collect()
 }
 
 async fn send_all(
@@ -140,7 +160,7 @@ async fn send_object(
         action: action.into(),
         kind: kind_name(object.kind()).to_owned(),
         id: skep_common::TaskId(object.raw_id()).to_string(),
-        json: control.json(object),
+        json: control.json(state, object),
         version: state.version().index,
     };
     events.send(Ok(event)).await
@@ -162,5 +182,32 @@ fn service_of(object: &Object) -> Option<skep_common::ServiceId> {
         Object::Service(service) => Some(service.id),
         Object::Task(task) => Some(task.service_id),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skep_common::NodeId;
+    use skep_common::spec::PortProtocol;
+
+    use super::*;
+
+    #[test]
+    fn a_service_changes_with_what_nodes_say_of_it() {
+        let condition = |message: &str| ServiceCondition {
+            node_id: NodeId(1),
+            protocol: PortProtocol::Tcp,
+            published_port: 80,
+            message: message.to_owned(),
+        };
+        let said = |services: &[(u128, &str)]| -> Conditions {
+            let services = services.iter();
+            services.map(|(id, message)| (ServiceId(*id), vec![condition(message)])).collect()
+        };
+        let before = said(&[(1, "nginx"), (2, "nginx"), (3, "nginx")]);
+        let after = said(&[(2, "apache"), (3, "nginx"), (4, "nginx")]);
+        let changed = changed_conditions(&before, &after);
+        assert_eq!(changed.iter().map(|change| change.id).collect::<Vec<_>>(), [1, 2, 4]);
+        assert!(changed.iter().all(|change| change.kind == Kind::Service));
     }
 }

@@ -100,6 +100,8 @@ struct Leader {
     sessions: Sessions,
     /// Reported and not committed yet; only the newest counts.
     reported: BTreeMap<TaskId, TaskStatus>,
+    /// Tasks that were told to stop without the acknowledgement of these nodes, until that is stored.
+    missed: BTreeMap<TaskId, Vec<String>>,
     queued: VecDeque<Vec<Action>>,
     in_flight: Option<(InFlight, Carried)>,
     deadline: Option<Timestamp>,
@@ -129,6 +131,7 @@ impl Leader {
             rng: StdRng::from_rng(&mut rand::rng()),
             not_in_balancer: BTreeSet::new(),
             reported: BTreeMap::new(),
+            missed: BTreeMap::new(),
             queued: VecDeque::new(),
             in_flight: None,
             deadline: None,
@@ -272,6 +275,7 @@ impl Leader {
         }
         let mut known = task.status.clone();
         known.applied_at = status.applied_at;
+        known.unacknowledged.clone_from(&status.unacknowledged); // Not for a node to say.
         if status.state >= known.state && status != known {
             self.reported.insert(task_id, status);
         }
@@ -316,6 +320,7 @@ impl Leader {
                 actions.extend(image::unused(&self.state));
             }
         }
+        self.note_missed();
         let statuses = std::mem::take(&mut self.reported);
         actions.extend(statuses.iter().map(|(task_id, status)| {
             Action::PatchTask(TaskPatch { status: Some(status.clone()), ..TaskPatch::of(*task_id) })
@@ -323,6 +328,25 @@ impl Leader {
         carried.statuses = statuses;
         if !actions.is_empty() {
             self.propose(Command::new(now, actions), carried);
+        }
+    }
+
+    /// Puts the nodes that were not waited for into the statuses that are about to be stored, where a
+    /// node's report would take them out, and has them stored where they are not yet.
+    fn note_missed(&mut self) {
+        let (state, reported) = (&self.state, &mut self.reported);
+        self.missed.retain(|task_id, names| {
+            let Some(task) = state.task(*task_id) else { return false };
+            let is_stored = task.status.unacknowledged == *names;
+            if !is_stored {
+                reported.entry(*task_id).or_insert_with(|| task.status.clone());
+            }
+            !is_stored
+        });
+        for (task_id, status) in reported {
+            let stored = || state.task(*task_id).map(|task| task.status.unacknowledged.clone());
+            let missed = self.missed.get(task_id).cloned();
+            status.unacknowledged = missed.or_else(stored).unwrap_or_default();
         }
     }
 
@@ -397,7 +421,21 @@ impl Leader {
         self.drain.update(&self.state, &self.not_in_balancer, now);
         self.sessions.skip_unconcerned(&mut self.drain);
         let held_back = self.drain.held_back(&self.state, now);
+        for (task_id, nodes) in self.drain.take_missed(&self.state) {
+            let names: Vec<String> = nodes.iter().map(|id| self.name_of(*id)).collect();
+            let nodes = names.join(", ");
+            tracing::warn!(task.id = %task_id, nodes, "a task is stopped without the acknowledgement of nodes that may still balance to it");
+            self.missed.insert(task_id, names);
+        }
         self.sessions.dispatch(&self.state, &mut self.drain, held_back, now);
+    }
+}
+
+impl Leader {
+    /// A node's name for people.
+    fn name_of(&self, node_id: NodeId) -> String {
+        let node = self.state.node(node_id).filter(|node| !node.hostname().is_empty());
+        node.map_or_else(|| node_id.to_string(), |node| node.hostname().to_owned())
     }
 }
 

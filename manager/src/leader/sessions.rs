@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use skep_common::limits::HEARTBEAT_PERIOD;
-use skep_common::object::NodeDescription;
+use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
 use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
-use skep_manager_core::endpoints::networks::{Endpoint, NetworkChanges, NetworkService, Settings};
+use skep_manager_core::endpoints::networks::{
+    Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
+};
 use skep_manager_core::endpoints::{self, Drain, NodeTable};
 use skep_manager_core::{Action, Expect, State};
 use skep_proto::dispatcher_message::Message;
@@ -31,7 +33,8 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     told_managers: Vec<String>,
-    conditions: Vec<PortCondition>,
+    /// Ports that the node cannot serve, once it said so in this session.
+    conditions: Option<Vec<object::PortCondition>>,
     /// Digests of the images that the node said it holds.
     images: BTreeSet<String>,
     is_dirty: bool,
@@ -128,7 +131,7 @@ impl Sessions {
             stream: Stream::default(),
             told_table: None,
             told_managers,
-            conditions: Vec::new(),
+            conditions: None,
             images: hello.image_digests.iter().cloned().collect(),
             is_dirty: true,
             description,
@@ -146,6 +149,9 @@ impl Sessions {
             changed.description = Some(session.description.clone());
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
+            if let Some(conditions) = &session.conditions {
+                changed.status.port_conditions.clone_from(conditions);
+            }
             let expect = Expect::Version(node.meta.version);
             (changed != **node)
                 .then(|| Action::Put { object: Object::Node(Box::new(changed)), expect })
@@ -189,14 +195,17 @@ impl Sessions {
         is_news.then_some(Action::ImageHolder { digest, node_id, holds }).into_iter().collect()
     }
 
-    /// Notes which ports a node cannot serve; told once, when it changes.
+    /// Notes which ports a node cannot serve; the store has it with the next pass.
     pub(super) fn note_conditions(&mut self, node_id: NodeId, conditions: Vec<PortCondition>) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
-        if session.conditions != conditions {
-            for condition in &conditions {
-                tracing::warn!(node.id = %node_id, condition = condition.message, "a node cannot serve a port");
-            }
-            session.conditions = conditions;
+        let mut read: Vec<object::PortCondition> =
+            conditions.iter().filter_map(port_condition).collect();
+        read.sort();
+        let known = session.conditions.replace(read.clone()).unwrap_or_default();
+        for condition in read.iter().filter(|condition| !known.contains(condition)) {
+            let (port, protocol) = (condition.published_port, condition.protocol.name());
+            let message = &condition.message;
+            tracing::warn!(node.id = %node_id, "port {port}/{protocol} of a node {message}");
         }
     }
 
@@ -276,6 +285,17 @@ impl Sessions {
             }
         }
     }
+}
+
+/// A condition as the store has it; one that cannot be read is of no use to anybody.
+fn port_condition(condition: &PortCondition) -> Option<object::PortCondition> {
+    let protocols = [PortProtocol::Tcp, PortProtocol::Udp, PortProtocol::Sctp];
+    Some(object::PortCondition {
+        service_id: condition.service_id.parse().ok()?,
+        protocol: protocols.into_iter().find(|known| known.name() == condition.protocol)?,
+        published_port: u16::try_from(condition.port).ok()?,
+        message: condition.message.clone(),
+    })
 }
 
 /// Corrects the store where it says something else than the node about what the node holds.
@@ -403,6 +423,7 @@ fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
         protocol: id.0.name().to_owned(),
         published: id.1.into(),
         service_id: port.service_id.to_string(),
+        service: port.service.clone(),
         backends: port.backends.iter().map(backend).collect(),
     }
 }
@@ -438,6 +459,7 @@ fn endpoint(task_id: TaskId, endpoint: &Endpoint) -> NetworkEndpoint {
         addresses: endpoint.addresses.iter().map(ToString::to_string).collect(),
         node_number: endpoint.node_number.into(),
         serving: endpoint.serving,
+        hostname: endpoint.hostname.clone().unwrap_or_default(),
     }
 }
 
@@ -447,6 +469,15 @@ fn network_service(service_id: ServiceId, entry: &NetworkService) -> skep_proto:
         name: entry.name.clone(),
         aliases: entry.aliases.clone(),
         virtual_ips: entry.virtual_ips.iter().map(ToString::to_string).collect(),
+        ports: entry.ports.iter().map(named_port).collect(),
+    }
+}
+
+fn named_port(port: &NamedPort) -> skep_proto::NamedPort {
+    skep_proto::NamedPort {
+        name: port.name.clone(),
+        protocol: port.protocol.name().to_owned(),
+        target_port: port.target_port.into(),
     }
 }
 

@@ -3,7 +3,7 @@
 //! # Reading order
 //!
 //! [`mesh`] (which kernel objects make every published port answer here, and how to get from one set of
-//! them to the next), [`network`] (the same for overlay networks), [`dns`] (what names mean in a
+//! them to the next), [`accounting`] (what was counted of its connections), [`network`] (the same for overlay networks), [`dns`] (what names mean in a
 //! container), [`image`] (names, digests and documents of images), [`oci`] (the runtime specification of
 //! a container, with Docker's defaults), [`health`] (what the results of health checks mean). They do not
 //! depend on each other, but that [`network`] has Ethernet addresses from [`mesh`], and [`dns`] reads the
@@ -15,6 +15,8 @@
 //! - Nothing here touches the machine: `skep_worker` has the shell file of the same noun.
 
 pub mod mesh;
+
+pub mod accounting;
 
 pub mod network;
 

@@ -13,10 +13,14 @@ use skep_runtime::telemetry::Chain;
 use skep_worker_core::mesh::MeshTable;
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
 
-/// How often a table in force is applied again: other programs flush chains, and free ports that they
-/// held.
+/// How often a table in force is applied again: other programs flush chains.
 const REPAIR_PERIOD: Duration = Duration::from_secs(10);
+
+/// How often ports that other programs hold are tried again: the kernel tells nobody that a port is
+/// free.
+const CONDITION_PERIOD: Duration = Duration::from_secs(1);
 
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
@@ -28,6 +32,12 @@ pub trait Balancers: Send + fmt::Debug + 'static {
         table: &MeshTable,
         networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// Whether what stood in the way of a port has changed since. Asked each second as long as something
+    /// does, so it must look at nothing else.
+    async fn has_other_conditions(&mut self) -> bool {
+        false
+    }
 }
 
 /// A table version that is in force.
@@ -43,11 +53,14 @@ pub(super) struct Applied {
 #[derive(Debug)]
 pub(super) struct BalancerHandle {
     newest: watch::Sender<Newest>,
+    in_force: watch::Receiver<u64>,
 }
 
 /// What is to be applied, and the session that it is for.
 #[derive(Debug, Clone, Default)]
 struct Newest {
+    /// Counts what was handed over since the start.
+    number: u64,
     session: u64,
     table: Option<MeshTable>,
     networks: Arc<NetworkTables>,
@@ -60,36 +73,65 @@ impl BalancerHandle {
         tasks: &TaskSet,
     ) -> Self {
         let (newest, tables) = watch::channel(Newest::default());
+        let (number, in_force) = watch::channel(0);
         // Not cut off in the middle: a mesh that is just being started must be known to whoever
         // removes it after the node's stop. It ends with the handle.
-        tasks.spawn_to_end("balancers", run(balancers, tables, applied));
-        Self { newest }
+        tasks.spawn_to_end("balancers", run(balancers, tables, number, applied));
+        Self { newest, in_force }
     }
 
+    /// Hands a table over; returns its number, for [`Self::in_force`].
     pub(super) fn apply(
         &self,
         session: u64,
         table: Option<MeshTable>,
         networks: Arc<NetworkTables>,
-    ) {
-        self.newest.send_replace(Newest { session, table, networks });
+    ) -> u64 {
+        let mut number = 0;
+        self.newest.send_modify(|newest| {
+            number = newest.number + 1;
+            *newest = Newest { number, session, table, networks };
+        });
+        number
+    }
+
+    /// The number of the table that is in force, or of a later one.
+    pub(super) fn in_force(&self) -> watch::Receiver<u64> {
+        self.in_force.clone()
     }
 }
 
 async fn run(
     mut balancers: Option<Box<dyn Balancers>>,
     mut tables: watch::Receiver<Newest>,
+    in_force: watch::Sender<u64>,
     applied: mpsc::Sender<Applied>,
 ) {
     let mut last_error = None;
-    let mut acknowledged = None;
+    let mut acknowledged: Option<(u64, u64, Vec<PortCondition>)> = None;
+    let mut repair_at = Instant::now() + REPAIR_PERIOD;
     loop {
+        let has_conditions = acknowledged.as_ref().is_some_and(|(.., found)| !found.is_empty());
+        let look_at = Instant::now() + CONDITION_PERIOD;
+        let wake_at = if has_conditions { look_at.min(repair_at) } else { repair_at };
         tokio::select! {
             changed = tables.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(REPAIR_PERIOD) => {}
+            () = tokio::time::sleep_until(wake_at) => {
+                let is_news = match &mut balancers {
+                    Some(balancers) if has_conditions => balancers.has_other_conditions().await,
+                    _ => false,
+                };
+                if !is_news && wake_at < repair_at {
+                    continue;
+                }
+            }
         }
-        let Newest { session, table, networks } = tables.borrow_and_update().clone();
-        let Some(table) = table else { continue };
+        repair_at = Instant::now() + REPAIR_PERIOD;
+        let Newest { number, session, table, networks } = tables.borrow_and_update().clone();
+        let Some(table) = table else {
+            in_force.send_replace(number); // Nothing is balanced yet.
+            continue;
+        };
         let result = match &mut balancers {
             Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
@@ -97,6 +139,7 @@ async fn run(
         match result {
             Ok(conditions) => {
                 last_error = None;
+                in_force.send_replace(number);
                 let news = (session, table.version, conditions.clone());
                 if acknowledged.replace(news.clone()).as_ref() == Some(&news) {
                     continue; // It was in force already.
@@ -217,5 +260,45 @@ mod tests {
         assert_eq!((first.session, first.version), (7, 2), "the first is in force in part only");
         assert_eq!(*calls.lock().unwrap(), [(1, 1), (2, 2)]);
         assert!(applied.try_recv().is_err());
+    }
+
+    /// Balancers with a port that another program holds until the test says otherwise.
+    #[derive(Debug)]
+    struct Hindered(Arc<watch::Sender<bool>>, Arc<Mutex<usize>>);
+
+    #[tonic::async_trait]
+    impl Balancers for Hindered {
+        async fn apply(
+            &mut self,
+            _: &MeshTable,
+            _: &Arc<NetworkTables>,
+        ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
+            *self.1.lock().unwrap() += 1;
+            let is_held = *self.0.borrow();
+            Ok(is_held.then(PortCondition::default).into_iter().collect())
+        }
+
+        async fn has_other_conditions(&mut self) -> bool {
+            !*self.0.borrow()
+        }
+    }
+
+    #[tokio::test]
+    async fn a_port_that_becomes_free_is_taken_and_said_long_before_the_next_repair() {
+        let tasks = TaskSet::new();
+        let (held, n_applied) = (Arc::new(watch::Sender::new(true)), Arc::default());
+        let (sender, mut applied) = mpsc::channel(8);
+        let hindered = Box::new(Hindered(Arc::clone(&held), Arc::clone(&n_applied)));
+        let handle = BalancerHandle::start(Some(hindered), sender, &tasks);
+        let table = serde_json::json!({"version": 1, "self_number": 1, "peers": [], "ports": []});
+        handle.apply(1, serde_json::from_value(table).ok(), Arc::default());
+        assert_eq!(applied.recv().await.unwrap().conditions.len(), 1);
+        held.send_replace(false);
+        let freed = Instant::now();
+        assert_eq!(applied.recv().await.unwrap().conditions, []);
+        assert!(freed.elapsed() < REPAIR_PERIOD / 2, "{:?}", freed.elapsed());
+        assert_eq!(*n_applied.lock().unwrap(), 2, "a port that is held is no reason to apply");
+        drop(handle);
+        tasks.shutdown().await;
     }
 }

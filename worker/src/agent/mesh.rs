@@ -8,10 +8,12 @@ use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
+use skep_common::spec::PortProtocol;
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort};
 use skep_worker_core::network::NetworkTables;
 
+use super::host_ports::HostPorts;
 use super::networks::NetworkState;
 
 /// The table as received, and what is locally known to be dead.
@@ -25,6 +27,8 @@ pub(super) struct MeshState {
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     dead: BTreeSet<String>,
     networks: NetworkState,
+    /// What this node publishes besides.
+    pub(super) host: HostPorts,
 }
 
 impl MeshState {
@@ -109,6 +113,12 @@ impl MeshState {
                 port.backends.iter().filter(|backend| !self.dead.contains(&backend.task_id));
             PublishedPort { backends: alive.cloned().collect(), ..port.clone() }
         });
+        // A port of the mesh outranks one of this node, which comes when the other has gone.
+        let is_free =
+            |port: &PublishedPort| !self.ports.contains_key(&(port.protocol, port.published));
+        let host = self.host.published().filter(is_free);
+        let host: BTreeMap<(Protocol, u16), PublishedPort> =
+            host.map(|port| ((port.protocol, port.published), port)).collect();
         Some(MeshTable {
             version: self.version,
             self_number: self.number,
@@ -116,8 +126,16 @@ impl MeshState {
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: peers.collect(),
             ipv6: self.ipv6.clone(),
-            ports: ports.collect(),
+            ports: ports.chain(host.into_values()).collect(),
         })
+    }
+
+    /// The ports of the mesh, which no port of this node alone can have.
+    pub(super) fn ingress_ports(&self) -> BTreeSet<(PortProtocol, u16)> {
+        let known = [PortProtocol::Tcp, PortProtocol::Udp, PortProtocol::Sctp];
+        let named = |name: &str| known.into_iter().find(|known| known.name() == name);
+        let keys = self.ports.keys();
+        keys.filter_map(|(protocol, port)| Some((named(&protocol.to_string())?, *port))).collect()
     }
 }
 
@@ -133,13 +151,18 @@ impl MeshState {
     }
 }
 
+/// The protocol of that name, where the mesh carries it.
+pub(super) fn protocol(name: &str) -> Option<Protocol> {
+    match name {
+        "tcp" => Some(Protocol::Tcp),
+        "udp" => Some(Protocol::Udp),
+        "sctp" => Some(Protocol::Sctp),
+        _ => None,
+    }
+}
+
 fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
-    let protocol = match port.protocol.as_str() {
-        "tcp" => Protocol::Tcp,
-        "udp" => Protocol::Udp,
-        "sctp" => Protocol::Sctp,
-        _ => return None,
-    };
+    let protocol = protocol(&port.protocol)?;
     let backends = port.backends.iter().map(|backend| {
         Some(Backend {
             task_id: backend.task_id.clone(),
@@ -151,6 +174,7 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
         published: u16::try_from(port.published).ok()?,
         protocol,
         service_id: port.service_id.clone(),
+        service: port.service.clone(),
         backends: backends.collect::<Option<_>>()?,
     })
 }
@@ -170,6 +194,7 @@ mod tests {
             protocol: "tcp".into(),
             published,
             service_id: "s".into(),
+            service: "web".into(),
             backends: tasks.iter().map(backend).collect(),
         }
     }

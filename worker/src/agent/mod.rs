@@ -9,7 +9,7 @@
 //! The agent is one loop that owns its state. It goes on alone when no manager answers: containers run
 //! on, health checks and balancing go on.
 //!
-//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `images`, `task_store`.
+//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `host_ports`, `images`, `task_store`.
 //!
 //! # Invariants
 //!
@@ -19,6 +19,7 @@
 //! - Every status is reported again in a new session: the leader that took it may be gone.
 
 mod balancers;
+mod host_ports;
 mod images;
 mod mesh;
 mod networks;
@@ -35,7 +36,8 @@ use std::sync::Arc;
 use ipnet::Ipv4Net;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_common::object::{NodeDescription, TaskStatus};
-use skep_common::{Task, TaskId};
+use skep_common::spec::PortProtocol;
+use skep_common::{Task, TaskId, TaskState};
 use skep_proto::agent_message::Message;
 use skep_proto::{AgentMessage, Assignments, Hello, TaskReport, TaskStatusReport, Welcome};
 use skep_runtime::TaskSet;
@@ -276,6 +278,7 @@ impl Agent {
         self.sequence = assignments.results_in;
         if let Some(update) = assignments.mesh {
             self.mesh.update(update);
+            self.settle_host_ports(&[]);
             self.apply_tables();
         }
         self.note_images_in_use(&tasks);
@@ -299,17 +302,59 @@ impl Agent {
         Ok(())
     }
 
-    fn apply_tables(&self) {
-        self.balancers.apply(self.session, self.mesh.table(), self.mesh.networks());
+    fn apply_tables(&self) -> u64 {
+        self.balancers.apply(self.session, self.mesh.table(), self.mesh.networks())
+    }
+
+    /// Takes a task that is to end out of what this node alone publishes; returns the table to wait for.
+    fn withdraw_host_ports(&mut self, task_id: TaskId) -> u64 {
+        if self.mesh.host.withdraw(task_id) { self.apply_tables() } else { 0 }
+    }
+
+    /// Publishes what a task that runs has in host mode; whether that is new.
+    fn publish_host_ports(&mut self, task_id: TaskId, status: &TaskStatus) -> bool {
+        let Some(held) = self.held.get(&task_id) else { return false };
+        let assigned = held.assigned.borrow();
+        host_ports::runs(status)
+            && !assigned.is_ending()
+            && self.mesh.host.publish(&assigned.task, held.status.port_status.as_ref(), &mut Kernel)
+    }
+
+    /// Gives ports that this node numbers another number where theirs is not to be had, by the mesh's
+    /// table or for another program.
+    fn settle_host_ports(&mut self, conditions: &[skep_proto::PortCondition]) {
+        let mut taken = self.mesh.ingress_ports();
+        let refused = |(protocol, port): (PortProtocol, u16)| {
+            let is_it = |one: &skep_proto::PortCondition| {
+                one.port == u32::from(port) && one.protocol == protocol.name()
+            };
+            conditions.iter().any(is_it)
+        };
+        taken.extend(self.mesh.host.numbers().filter(|key| refused(*key)));
+        let changed = self.mesh.host.settle(&taken, &mut Kernel);
+        for task_id in &changed {
+            let Some(held) = self.held.get_mut(task_id) else { continue };
+            held.status.port_status = self.mesh.host.status(*task_id);
+            self.unsent.insert(*task_id);
+            self.remember(*task_id);
+        }
+        if !changed.is_empty() {
+            self.apply_tables();
+        }
     }
 
     fn assign(&mut self, task: Task) {
         let task_id = task.id;
-        if let Some(held) = self.held.get_mut(&task_id) {
+        if let Some(held) = self.held.get(&task_id) {
             let is_removed = held.assigned.borrow().removed;
             if !is_removed && *held.assigned.borrow().task != task {
-                held.assigned.send_replace(Assigned { task: Arc::new(task), removed: false });
-                self.remember(task_id);
+                let withdrawn_by = match task.desired_state > TaskState::Running {
+                    true => self.withdraw_host_ports(task_id),
+                    false => 0,
+                };
+                self.change_assigned(task_id, withdrawn_by, |assigned| {
+                    assigned.task = Arc::new(task);
+                });
             }
             return;
         }
@@ -320,32 +365,56 @@ impl Agent {
     }
 
     fn remove(&mut self, task_id: TaskId) {
-        if let Some(held) = self.held.get(&task_id) {
-            held.assigned.send_modify(|assigned| assigned.removed = true);
-            self.remember(task_id);
-        }
+        let withdrawn_by = self.withdraw_host_ports(task_id);
+        self.change_assigned(task_id, withdrawn_by, |assigned| assigned.removed = true);
+    }
+
+    fn change_assigned(
+        &self,
+        task_id: TaskId,
+        withdrawn_by: u64,
+        change: impl FnOnce(&mut Assigned),
+    ) {
+        let Some(held) = self.held.get(&task_id) else { return };
+        held.assigned.send_modify(|assigned| {
+            assigned.withdrawn_by = assigned.withdrawn_by.max(withdrawn_by);
+            change(assigned);
+        });
+        self.remember(task_id);
     }
 
     fn run_task(&mut self, record: Remembered, found: Option<Found>) {
         let task_id = record.task.id;
-        let (sender, assigned) =
-            watch::channel(Assigned { task: Arc::new(record.task), removed: record.removed });
+        let (sender, assigned) = watch::channel(Assigned {
+            task: Arc::new(record.task),
+            removed: record.removed,
+            withdrawn_by: 0,
+        });
         let runner = Runner::new(
             assigned,
             Arc::clone(&self.executor),
             self.reports.clone(),
+            self.balancers.in_force(),
             record.status.clone(),
         );
+        let status = record.status.clone();
         self.held.insert(task_id, Held { assigned: sender, status: record.status });
+        if matches!(found, Some(Found::Started(_))) {
+            self.publish_host_ports(task_id, &status);
+        }
         self.tasks.spawn("task", runner.run(found));
     }
 
     fn handle_report(&mut self, report: Report) {
         match report {
-            Report::Status(task_id, status) => {
-                if status.state.is_terminal() && self.mesh.withdraw(task_id) {
+            Report::Status(task_id, mut status) => {
+                let has_ended = status.state.is_terminal();
+                let is_withdrawn =
+                    has_ended && (self.mesh.withdraw(task_id) | self.mesh.host.withdraw(task_id));
+                if self.publish_host_ports(task_id, &status) || is_withdrawn {
                     self.apply_tables();
                 }
+                status.port_status = self.mesh.host.status(task_id);
                 if let Some(held) = self.held.get_mut(&task_id) {
                     held.status = status;
                     self.unsent.insert(task_id);
@@ -377,6 +446,7 @@ impl Agent {
         if applied.session != self.session {
             return;
         }
+        self.settle_host_ports(&applied.conditions);
         self.unsent_mesh = Some(skep_proto::MeshApplied {
             version: applied.version,
             conditions: applied.conditions,
@@ -428,6 +498,15 @@ impl Agent {
         if send(Message::Report(report)).is_some() {
             self.unsent.clear();
         }
+    }
+}
+
+/// The node's own kernel.
+struct Kernel;
+
+impl host_ports::FreePorts for Kernel {
+    fn free_port(&mut self, protocol: PortProtocol) -> Option<u16> {
+        crate::net::free_port(protocol).ok()
     }
 }
 

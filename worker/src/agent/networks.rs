@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use skep_common::{NetworkId, ServiceId, TaskId};
 use skep_proto::{NetworkEndpoint, NetworkService, NetworkSettings, NetworkUpdate};
-use skep_worker_core::network::{EndpointEntry, NetworkTable, ServiceEntry};
+use skep_worker_core::network::{EndpointEntry, NamedPort, NetworkTable, ServiceEntry};
 
 type Tables = BTreeMap<NetworkId, Arc<NetworkTable>>;
 
@@ -130,6 +130,7 @@ fn endpoint(message: &NetworkEndpoint) -> Option<(TaskId, EndpointEntry)> {
     let entry = EndpointEntry {
         service_id: message.service_id.parse().ok()?,
         name: message.name.clone(),
+        hostname: Some(message.hostname.clone()).filter(|hostname| !hostname.is_empty()),
         addresses: addresses(&message.addresses)?,
         node_number: u16::try_from(message.node_number).ok()?,
         serving: message.serving,
@@ -138,10 +139,15 @@ fn endpoint(message: &NetworkEndpoint) -> Option<(TaskId, EndpointEntry)> {
 }
 
 fn service(message: &NetworkService) -> Option<(ServiceId, ServiceEntry)> {
+    let ports = message.ports.iter().filter_map(|port| {
+        let target_port = u16::try_from(port.target_port).ok()?;
+        Some(NamedPort { name: port.name.clone(), protocol: port.protocol.clone(), target_port })
+    });
     let entry = ServiceEntry {
         name: message.name.clone(),
         aliases: message.aliases.clone(),
         virtual_ips: addresses(&message.virtual_ips)?,
+        ports: ports.collect(),
     };
     Some((message.service_id.parse().ok()?, entry))
 }
@@ -164,12 +170,17 @@ mod tests {
             addresses: vec![format!("10.0.1.{task}")],
             node_number: 1,
             serving,
+            hostname: format!("host-{task}"),
         }
     }
 
     fn update(network: u128, whole: bool, endpoints: Vec<NetworkEndpoint>) -> NetworkUpdate {
         let id = NetworkId(network).to_string();
         NetworkUpdate { id, whole, endpoints, ..NetworkUpdate::default() }
+    }
+
+    fn named(name: &str, target_port: u32) -> skep_proto::NamedPort {
+        skep_proto::NamedPort { name: name.into(), protocol: "tcp".into(), target_port }
     }
 
     /// Which endpoints there are, with `!` in front of those that do not serve.
@@ -197,6 +208,7 @@ mod tests {
             name: "web".into(),
             aliases: vec!["www".into()],
             virtual_ips: vec!["10.0.1.2/24".into()],
+            ports: vec![named("http", 80), named("none", 65_536)],
         };
         let whole = NetworkUpdate {
             settings: Some(settings),
@@ -207,10 +219,11 @@ mod tests {
         assert_eq!(endpoints(&state, 1), "web.3 !web.4");
         let table = Arc::clone(&state.tables()[&NetworkId(1)]);
         assert_eq!((table.vni, table.mtu, table.subnets.len()), (20480, None, 1));
-        assert_eq!(
-            table.services[&ServiceId(7)].virtual_ips,
-            ["10.0.1.2".parse::<IpAddr>().unwrap()]
-        );
+        let service = &table.services[&ServiceId(7)];
+        assert_eq!(service.virtual_ips, ["10.0.1.2".parse::<IpAddr>().unwrap()]);
+        let http = NamedPort { name: "http".into(), protocol: "tcp".into(), target_port: 80 };
+        assert_eq!(service.ports, [http], "an unreadable port is left out");
+        assert_eq!(table.endpoints[&TaskId(3)].hostname.as_deref(), Some("host-3"));
 
         let unreadable = NetworkEndpoint { addresses: vec!["x".into()], ..endpoint(9, true) };
         let change = NetworkUpdate {

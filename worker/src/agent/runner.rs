@@ -16,6 +16,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::object::TaskStatus;
 use skep_common::{Task, TaskId, TaskState};
 use skep_runtime::clock;
@@ -30,10 +31,12 @@ pub(super) struct Assigned {
     pub(super) task: Arc<Task>,
     /// Managers have forgotten the task.
     pub(super) removed: bool,
+    /// The number of the table that must be in force before the task is stopped: it is not in it.
+    pub(super) withdrawn_by: u64,
 }
 
 impl Assigned {
-    fn is_ending(&self) -> bool {
+    pub(super) fn is_ending(&self) -> bool {
         self.removed || self.task.desired_state > TaskState::Running
     }
 
@@ -57,6 +60,8 @@ pub(super) struct Runner {
     assigned: watch::Receiver<Assigned>,
     executor: Arc<dyn Executor>,
     reports: mpsc::Sender<Report>,
+    /// The number of the table that the kernel has.
+    in_force: watch::Receiver<u64>,
     task_id: TaskId,
     status: TaskStatus,
     was_unhealthy: bool,
@@ -85,11 +90,12 @@ impl Runner {
         assigned: watch::Receiver<Assigned>,
         executor: Arc<dyn Executor>,
         reports: mpsc::Sender<Report>,
+        in_force: watch::Receiver<u64>,
         status: TaskStatus,
     ) -> Self {
         let task_id = assigned.borrow().task.id;
         let was_unhealthy = status.unhealthy;
-        Self { assigned, executor, reports, task_id, status, was_unhealthy }
+        Self { assigned, executor, reports, in_force, task_id, status, was_unhealthy }
     }
 
     /// Runs the task. `found` is its container, where one outlived the last daemon.
@@ -148,8 +154,13 @@ impl Runner {
         let container = executor.start(&task).await;
         let container =
             container.map_err(|error| Ending::error(TaskState::Failed, "starting", error))?;
+        let started = clock::monotonic();
         self.status.container_status = Some(container);
-        Ok(clock::monotonic())
+        if !task.host_ports.is_empty() {
+            // It is published from here on, also while its first check has not passed.
+            self.report(TaskState::Starting, "started").await;
+        }
+        Ok(started)
     }
 
     /// Watches a started container to its end. `started` is absent for one that was found running.
@@ -205,6 +216,7 @@ impl Runner {
         task: &Task,
         exit: std::pin::Pin<&mut (impl Future<Output = Exit> + Send)>,
     ) -> Ending {
+        self.until_withdrawn().await;
         if let Err(error) = self.executor.stop(task).await {
             tracing::warn!(task.id = %self.task_id, %error, "failed to stop a container");
         }
@@ -212,6 +224,16 @@ impl Runner {
         let state = if self.was_unhealthy { TaskState::Failed } else { TaskState::Shutdown };
         let err = if self.was_unhealthy { "unhealthy container".into() } else { String::new() };
         Ending { err, exit: Some(exit), ..Ending::new(state, "shutdown") }
+    }
+
+    /// Returns when this node's kernel sends nothing new to the task, or it took too long.
+    async fn until_withdrawn(&self) {
+        let withdrawn_by = self.assigned.borrow().withdrawn_by;
+        let mut in_force = self.in_force.clone();
+        let withdrawn = in_force.wait_for(|number| *number >= withdrawn_by);
+        if tokio::time::timeout(DRAIN_ACK_WAIT, withdrawn).await.is_err() {
+            tracing::warn!(task.id = %self.task_id, "stopping a task that may still be sent connections");
+        }
     }
 
     /// The container ended by itself.

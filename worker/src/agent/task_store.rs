@@ -116,6 +116,7 @@ mod tests {
             networks_attachments: Vec::new(),
             service_name: "web".into(),
             start_after: None,
+            host_ports: Vec::new(),
         };
         Remembered { task, status: TaskStatus::default(), removed: false }
     }

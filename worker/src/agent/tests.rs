@@ -4,20 +4,22 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use skep_common::object::{ContainerStatus, NodeDescription, TaskStatus};
-use skep_common::spec::{NodeRole, TaskSpec};
+use skep_common::object::{ContainerStatus, NetworkAttachment, NodeDescription, TaskStatus};
+use skep_common::spec::{NodeRole, PortConfig, PortProtocol, PublishMode, TaskSpec};
 use skep_common::{ClusterId, Meta, NodeId, ServiceId, Task, TaskId, TaskState, Version};
 use skep_proto::agent_message::Message as FromAgent;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::dispatcher_server::{Dispatcher, DispatcherServer};
 use skep_proto::{
-    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse,
-    RegisterImageRequest, RegisterImageResponse, Welcome,
+    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, MeshUpdate,
+    PortCondition, RegisterImageRequest, RegisterImageResponse, Welcome,
 };
 use skep_runtime::identity::{Authority, Credentials, Csr};
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
 use skep_runtime::{TaskSet, clock};
 use skep_worker_core::health::HealthCheck;
+use skep_worker_core::mesh::MeshTable;
+use skep_worker_core::network::NetworkTables;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
@@ -25,7 +27,7 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::images::tests::{import, until_stored};
-use super::{Agent, AgentOptions, Images, Managers};
+use super::{Agent, AgentOptions, Balancers, Images, Managers};
 use crate::executor::{Error, Executor, Exit, Found};
 use crate::images::ImageStore;
 
@@ -222,6 +224,31 @@ struct Stage {
     address: String,
     directory: tempfile::TempDir,
     images: Option<Images>,
+    has_mesh: bool,
+}
+
+/// Balancers that note which ports lead where, beside the calls of the executor.
+#[derive(Debug)]
+struct NotedTables(Arc<Puppets>);
+
+#[tonic::async_trait]
+impl Balancers for NotedTables {
+    async fn apply(
+        &mut self,
+        table: &MeshTable,
+        _: &Arc<NetworkTables>,
+    ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
+        let ports = table.ports.iter().map(|port| {
+            let backend = &port.backends[0];
+            format!("{}->{}:{}", port.published, backend.address, backend.target_port)
+        });
+        let text = format!("table {}", ports.collect::<Vec<_>>().join(" "));
+        let mut calls = self.0.calls.lock().unwrap();
+        if calls.iter().rev().find(|call| call.starts_with("table")) != Some(&text) {
+            calls.push(text);
+        }
+        Ok(Vec::new())
+    }
 }
 
 impl Stage {
@@ -254,7 +281,7 @@ impl Stage {
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);
-        Self { sessions, puppets, tasks, pool, address, directory, images: None }
+        Self { sessions, puppets, tasks, pool, address, directory, images: None, has_mesh: false }
     }
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
@@ -264,7 +291,7 @@ impl Stage {
             tasks_dir: self.directory.path().join("tasks"),
             executor,
             images: self.images.clone(),
-            balancers: None,
+            balancers: self.has_mesh.then(|| Box::new(NotedTables(self.puppets.clone())) as _),
             managers: Managers::new(vec![self.address.clone()]),
             pool: self.pool.clone(),
             tasks: tasks.clone(),
@@ -281,7 +308,7 @@ impl Stage {
     }
 }
 
-fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {
+pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {
     Task {
         id: TaskId(id),
         meta: Meta::default(),
@@ -295,6 +322,7 @@ fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {
         networks_attachments: Vec::new(),
         service_name: service_name.into(),
         start_after: None,
+        host_ports: Vec::new(),
     }
 }
 
@@ -485,5 +513,48 @@ async fn a_tasks_image_is_kept_until_its_container_is_erased() {
     session.assign(1, &[], &[TaskId(1)]).await;
     until_stored(&store, &[]).await;
     assert_eq!(stage.puppets.calls().last().unwrap(), "remove 1");
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn host_mode_ports_lead_to_a_task_from_its_start_until_before_its_stop() {
+    let mut stage = Stage::without_agent(Puppets { has_check: true, ..Puppets::default() }).await;
+    stage.has_mesh = true;
+    stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    let mesh = MeshUpdate { version: 1, whole: true, ..MeshUpdate::default() };
+    let assignments = Assignments { results_in: 1, mesh: Some(mesh), ..Assignments::default() };
+    session.send(Message::Assignments(assignments)).await;
+
+    let mut web = task(1, "web", TaskState::Running);
+    web.networks_attachments = vec![NetworkAttachment::uplink([10, 192, 4, 1].into(), 22)];
+    let port = |published_port, target_port| PortConfig {
+        protocol: Some(PortProtocol::Tcp),
+        target_port,
+        published_port,
+        publish_mode: Some(PublishMode::Host),
+        name: None,
+    };
+    web.host_ports = vec![port(Some(8080), 80), port(None, 81)];
+    session.assign(1, &[web.clone()], &[]).await;
+    let has_ports = |status: &TaskStatus| status.port_status.is_some();
+    let status = session.until(TaskId(1), has_ports).await;
+    assert_eq!(status.state, TaskState::Starting, "its check has not passed");
+    let ports = status.port_status.unwrap().ports;
+    let chosen = ports[1].published_port.unwrap();
+    assert_eq!((ports[0].published_port, ports[1].target_port), (Some(8080), 81));
+    stage.puppets.healthy.send_replace(true);
+    let running = session.until(TaskId(1), reached(TaskState::Running)).await;
+    assert_eq!(running.port_status.unwrap().ports, ports);
+
+    let stopped = Task { desired_state: TaskState::Shutdown, ..web };
+    session.assign(2, &[stopped], &[]).await;
+    let ended = session.until(TaskId(1), |status| status.state.is_terminal()).await;
+    assert_eq!(ended.port_status, None);
+    let table = format!("table 8080->10.192.4.1:80 {chosen}->10.192.4.1:81");
+    let made = stage.puppets.calls();
+    let made: Vec<&str> = made.iter().map(String::as_str).collect();
+    assert!(made.ends_with(&["start 1", &table, "table ", "stop 1"]), "{made:?}");
     stage.tasks.shutdown().await;
 }

@@ -5,16 +5,14 @@ use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
-use serde_json::json;
 use skep_common::Task;
 use skep_common::object::NetworkAttachment;
-use skep_common::spec::{ContainerSpec, DnsConfig, LogDriver, LogRotation};
-use skep_common::template::Template;
+use skep_common::placeholder::{self, NodeFacts};
+use skep_common::spec::{ContainerSpec, DnsConfig, LogDriver, LogRotation, Predefined, predefined};
 use skep_worker_core::dns::Scope;
 use skep_worker_core::image::{Digest, ImageConfig};
 use skep_worker_core::oci::{self, from_common::container_input};
 
-use super::NodeFacts;
 use crate::container::ContainerConfig;
 use crate::executor::Error;
 use crate::net::names::RESOLVER;
@@ -22,6 +20,9 @@ use crate::net::names::RESOLVER;
 /// Where the host's resolvers are listed; the second, where the first names but a local forwarder,
 /// which a container cannot reach (systemd-resolved).
 const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+
+/// The host's own names.
+const ETC_HOSTS: &str = "/etc/hosts";
 
 /// The option that says how many dots a name has that is asked as it is before domains are searched.
 const NDOTS: &str = "ndots:";
@@ -46,14 +47,26 @@ pub(super) fn container(
     expand(&mut spec, task, facts)?;
     let mut input = container_input(&spec, task.spec.resources.as_ref());
     input.labels.extend(swarm_labels(task, facts));
+    input.host_network = on_host_network(task);
+    if input.host_network {
+        input.hostname.get_or_insert_with(|| facts.hostname.clone());
+    }
     let log = task.spec.log_driver.as_ref().map_or(Ok(LogRotation::default()), LogDriver::rotation);
     let log = log.map_err(|error| Error::of(&error))?;
-    let etc_hosts = etc_hosts(task, &spec, input.hostname.as_deref());
+    let etc_hosts = match input.host_network {
+        true => with_hosts(std::fs::read_to_string(ETC_HOSTS).unwrap_or_default(), &spec),
+        false => etc_hosts(task, &spec, input.hostname.as_deref()),
+    };
     let [first, second] = RESOLV_CONF.map(|path| std::fs::read_to_string(path).unwrap_or_default());
     let dns = spec.dns_config.clone().unwrap_or_default();
     let host = if dns.is_empty() { first.clone() } else { laid_over(&first, &dns) };
     let names = scope(task);
-    let etc_resolv_conf = if names.is_some() { ask_us(&host) } else { resolv_conf(&host, &second) };
+    let etc_resolv_conf = match (&names, input.host_network) {
+        (Some(_), _) => ask_us(&host),
+        // It reaches what the host reaches, also resolvers on its loopback.
+        (None, true) => host,
+        (None, false) => resolv_conf(&host, &second),
+    };
     let image = oci::ImageConfig {
         entrypoint: Some(image.entrypoint.clone()),
         cmd: Some(image.cmd.clone()),
@@ -77,35 +90,15 @@ pub(super) fn container(
 /// Replaces templates where Swarm does: host name and environment.
 /// Source: SwarmKit `template/expand.go`.
 fn expand(spec: &mut ContainerSpec, task: &Task, facts: &NodeFacts) -> Result<(), Error> {
-    let context = json!({
-        "Service": {
-            "ID": task.service_id.to_string(),
-            "Name": task.service_name,
-            "Labels": {},
-        },
-        "Node": {
-            "ID": facts.node_id.to_string(),
-            "Hostname": facts.hostname,
-            "Platform": { "OS": "linux", "Architecture": std::env::consts::ARCH },
-        },
-        "Task": {
-            "ID": task.id.to_string(),
-            "Name": format!("{}.{}", task.name(), task.id),
-            "Slot": task.slot,
-        },
-    });
-    let render = |text: &str| -> Result<String, Error> {
-        if !text.contains("{{") {
-            return Ok(text.to_owned());
-        }
-        let rendered = Template::parse(text).and_then(|template| template.render(&context));
-        rendered.map_err(|error| Error(format!("template {text:?} cannot be expanded: {error}")))
+    let expanded = |text: &str| -> Result<String, Error> {
+        let expanded = placeholder::expand(text, task, facts);
+        expanded.map_err(|error| Error(format!("template {text:?} cannot be expanded: {error}")))
     };
     if let Some(hostname) = &mut spec.hostname {
-        *hostname = render(hostname)?;
+        *hostname = expanded(hostname)?;
     }
     for variable in spec.env.iter_mut().flatten() {
-        *variable = render(variable)?;
+        *variable = expanded(variable)?;
     }
     Ok(())
 }
@@ -217,18 +210,32 @@ pub(super) fn host_resolvers() -> Vec<IpAddr> {
 }
 
 fn etc_hosts(task: &Task, spec: &ContainerSpec, hostname: Option<&str>) -> String {
-    let mut text =
-        String::from("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n");
-    for line in spec.hosts.iter().flatten() {
-        text.push_str(line);
-        text.push('\n');
-    }
+    let local = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n";
+    let mut text = with_hosts(local.to_owned(), spec);
     if let Some(address) = own_address(&task.networks_attachments) {
         let short = task.id.short();
         let own = hostname.unwrap_or(&short);
         writeln!(text, "{address}\t{own}").expect("a string takes what it is given");
     }
     text
+}
+
+fn with_hosts(mut text: String, spec: &ContainerSpec) -> String {
+    for line in spec.hosts.iter().flatten() {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text
+}
+
+/// Whether a task's container has its node's network instead of one of its own.
+pub(super) fn on_host_network(task: &Task) -> bool {
+    is_on(task, Predefined::Host)
+}
+
+/// Whether a task is on one of the networks that nodes have by themselves.
+pub(super) fn is_on(task: &Task, network: Predefined) -> bool {
+    predefined(task.spec.networks.as_deref().unwrap_or_default()).any(|one| one == network)
 }
 
 /// What a container takes its own name for: its first network's address, its uplink's where it is on

@@ -15,8 +15,9 @@ use std::time::Duration;
 
 use skep_common::limits::defaults;
 use skep_common::object::ContainerStatus;
+use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{HealthConfig, Nanos};
-use skep_common::{NodeId, Task, TaskId};
+use skep_common::{Task, TaskId};
 use skep_worker_core::health::HealthCheck;
 use skep_worker_core::image::{Digest, Healthcheck, ImageConfig};
 use skep_worker_core::oci::signal;
@@ -27,15 +28,6 @@ use crate::executor::{Error, Executor, Exit, Found};
 use crate::net::names::{self as sockets_of_names, NameSockets};
 use names::Names;
 use uplink::Uplink;
-
-/// What the templates of a service may ask of this node.
-#[derive(Debug, Clone)]
-pub struct NodeFacts {
-    /// Its id.
-    pub node_id: NodeId,
-    /// Its host name.
-    pub hostname: String,
-}
 
 /// Runs tasks as containers of this machine; clones are the same.
 #[derive(Debug, Clone)]
@@ -62,7 +54,7 @@ impl Embedded {
         uplink: Uplink,
         facts: NodeFacts,
     ) -> Self {
-        let names = Names::new(uplink.tables());
+        let names = Names::new(uplink.directory());
         let created = Mutex::default();
         Self { inner: Arc::new(Inner { containers, images, uplink, names, facts, created }) }
     }

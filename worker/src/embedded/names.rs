@@ -6,6 +6,8 @@
 //! - No question is answered or passed on before this daemon knows all networks of its container: until then
 //!   it waits, as it waited in the socket while no daemon ran.
 //! - Each question has a task of its own, so that a slow resolver keeps nobody else waiting.
+//! - A question reads a directory that is ready. Who takes over tables makes the next one of them, of the
+//!   networks that changed alone, while questions are answered from the last.
 //!
 //! Questions that nobody here can answer are asked from the node, also where a service names its resolvers.
 
@@ -21,7 +23,6 @@ use skep_worker_core::dns::{
     Answer, Directory, Received, Request, Scope, Transport, answer, answers, cut, is_failure,
     with_id,
 };
-use skep_worker_core::network::NetworkTables;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
@@ -59,8 +60,7 @@ pub(super) struct Names {
 /// What is known of all networks.
 #[derive(Debug)]
 struct View {
-    tables: watch::Receiver<Arc<NetworkTables>>,
-    directory: Mutex<Arc<Directory>>,
+    directory: watch::Receiver<Arc<Directory>>,
     forwarded: Semaphore,
 }
 
@@ -75,12 +75,8 @@ impl Drop for Server {
 }
 
 impl Names {
-    pub(super) fn new(tables: watch::Receiver<Arc<NetworkTables>>) -> Self {
-        let view = Arc::new(View {
-            tables,
-            directory: Mutex::default(),
-            forwarded: Semaphore::new(FORWARDED_MAX),
-        });
+    pub(super) fn new(directory: watch::Receiver<Arc<Directory>>) -> Self {
+        let view = Arc::new(View { directory, forwarded: Semaphore::new(FORWARDED_MAX) });
         Self { view, servers: Mutex::default() }
     }
 
@@ -115,16 +111,9 @@ impl Names {
 impl View {
     /// The directory, once it has all networks of a scope; `None` where the node ends first.
     async fn directory_for(&self, scope: &Scope) -> Option<Arc<Directory>> {
-        let has_all = |tables: &Arc<NetworkTables>| tables.have(scope.networks.iter().copied());
-        self.tables.clone().wait_for(has_all).await.ok()?;
-        let mut directory = self.directory.lock().expect("nothing panics while it holds it");
-        // Read under the lock: nobody goes back to older tables.
-        let tables = Arc::clone(&self.tables.borrow());
-        if !directory.is_of(&tables) {
-            *directory = Arc::new(directory.follow(&tables));
-        }
-        // A network that is gone by now is on its way out, and so is this container.
-        directory.knows(scope).then(|| Arc::clone(&directory))
+        let mut directory = self.directory.clone();
+        let known = directory.wait_for(|directory| directory.knows(scope)).await.ok()?;
+        Some(Arc::clone(&known))
     }
 }
 
@@ -292,7 +281,7 @@ mod tests {
     use std::net::{TcpListener as StdListener, UdpSocket as StdSocket};
 
     use skep_common::{NetworkId, ServiceId};
-    use skep_worker_core::network::{NetworkTable, ServiceEntry};
+    use skep_worker_core::network::{NetworkTable, NetworkTables, ServiceEntry};
 
     use super::*;
 
@@ -310,7 +299,7 @@ mod tests {
         message
     }
 
-    fn tables(service: &str, address: Ipv4Addr) -> Arc<NetworkTables> {
+    fn tables(service: &str, address: Ipv4Addr) -> NetworkTables {
         let mut table = NetworkTable { name: "front".into(), ..NetworkTable::default() };
         table.subnets = vec!["10.0.1.0/24".parse().unwrap()];
         let entry = ServiceEntry {
@@ -320,7 +309,11 @@ mod tests {
         };
         table.services.insert(ServiceId(1), entry);
         let networks = [(NetworkId(1), Arc::new(table))].into();
-        Arc::new(NetworkTables { networks, ..NetworkTables::default() })
+        NetworkTables { networks, ..NetworkTables::default() }
+    }
+
+    fn directory(service: &str, address: Ipv4Addr) -> Arc<Directory> {
+        Arc::new(Directory::default().follow(&tables(service, address)))
     }
 
     /// A resolver that answers each question by `reply`; gives its address.
@@ -368,17 +361,37 @@ mod tests {
         let n_bytes = timeout(PATIENCE, client.recv(&mut buffer)).await.unwrap().unwrap();
         assert_eq!(id_of(&buffer[..n_bytes]), 9);
 
-        publish.send_replace(tables("web", Ipv4Addr::new(10, 0, 1, 2)));
+        publish.send_replace(directory("web", Ipv4Addr::new(10, 0, 1, 2)));
         let n_bytes = timeout(PATIENCE, client.recv(&mut buffer)).await.unwrap().unwrap();
         assert_eq!(id_of(&buffer[..n_bytes]), 7);
         assert_eq!(buffer[n_bytes - 4..n_bytes], [10, 0, 1, 2]);
         let reply = timeout(PATIENCE, read_message(&mut stream)).await.unwrap().unwrap();
         assert_eq!((id_of(&reply), &reply[reply.len() - 4..]), (8, &[10, 0, 1, 2][..]));
 
-        publish.send_replace(tables("web", Ipv4Addr::new(10, 0, 1, 3)));
+        publish.send_replace(directory("web", Ipv4Addr::new(10, 0, 1, 3)));
         client.send_to(&question(10, "web"), at).await.unwrap();
         let n_bytes = timeout(PATIENCE, client.recv(&mut buffer)).await.unwrap().unwrap();
         assert_eq!(buffer[n_bytes - 4..n_bytes], [10, 0, 1, 3], "the newest tables count");
+    }
+
+    #[tokio::test]
+    async fn a_question_is_answered_while_the_next_directory_is_made() {
+        let (publish, published) = watch::channel(directory("web", Ipv4Addr::new(10, 0, 1, 2)));
+        let names = Names::new(published);
+        let scope = Scope { networks: vec![NetworkId(1)], ..Scope::default() };
+        let resolver = Resolver { view: Arc::clone(&names.view), scope };
+        let ask = || async {
+            let message = question(7, "web");
+            let reply = resolver.reply(&message, Transport::Udp).await;
+            reply.unwrap().last().copied()
+        };
+        // One who takes over a change of this network and of another, and is not done with it.
+        let mut changed = tables("web", Ipv4Addr::new(10, 0, 1, 3));
+        changed.networks.insert(NetworkId(2), Arc::default());
+        let next = publish.borrow().follow(&changed);
+        assert_eq!(ask().await, Some(2), "it neither waits nor makes it");
+        publish.send_replace(Arc::new(next));
+        assert_eq!(ask().await, Some(3));
     }
 
     #[tokio::test]

@@ -8,16 +8,22 @@ use std::time::Duration;
 
 use ipnet::Ipv4Net;
 use skep_common::object::NetworkAttachment;
+use skep_common::spec::Predefined;
 use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
+use skep_worker_core::dns::Directory;
 use skep_worker_core::mesh::MeshTable;
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
+use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
-use crate::net::{Attachment, Condition, Mesh, NetworkOptions, Networks, Options, host_has_ipv6};
+use crate::net::loopback;
+use crate::net::{
+    Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, host_has_ipv6,
+};
 
 /// Where the mesh's tunnel ends on this node.
 #[derive(Debug, Clone)]
@@ -37,8 +43,11 @@ const TABLE_WAIT: Duration = Duration::from_secs(30);
 #[derive(Debug, Clone)]
 pub struct Uplink {
     underlay: Underlay,
+    is_counting: bool,
     started: Arc<watch::Sender<Option<Started>>>,
     tables: Arc<watch::Sender<Arc<NetworkTables>>>,
+    /// The names of the same networks.
+    directory: Arc<watch::Sender<Arc<Directory>>>,
     /// First processes of containers that an earlier daemon left, until the mesh starts.
     found: Arc<Mutex<BTreeMap<TaskId, u32>>>,
 }
@@ -47,6 +56,8 @@ pub struct Uplink {
 struct Started {
     mesh: Mesh,
     networks: Networks,
+    /// Where connections are counted.
+    accounting: Option<Accounting>,
 }
 
 impl Uplink {
@@ -54,15 +65,57 @@ impl Uplink {
     pub fn new(underlay: Underlay) -> Self {
         Self {
             underlay,
+            is_counting: false,
             started: Arc::new(watch::Sender::new(None)),
             tables: Arc::default(),
+            directory: Arc::default(),
             found: Arc::default(),
         }
+    }
+
+    /// Whether connections through published ports are to be counted, which costs each packet a little.
+    #[must_use]
+    pub fn counting(self, is_counting: bool) -> Self {
+        Self { is_counting, ..self }
+    }
+
+    /// What was counted, as text for a collector; empty where nothing is.
+    pub async fn metrics(&self) -> Result<String, crate::net::Error> {
+        let started = self.started.borrow().clone();
+        match started.and_then(|started| started.accounting) {
+            Some(accounting) => accounting.text().await,
+            None => Ok(String::new()),
+        }
+    }
+
+    /// Begins to count, or removes what an earlier daemon counted by. Ports are served in any case.
+    async fn account(&self, pool: Ipv4Net) -> Option<Accounting> {
+        let accounting = match self.is_counting {
+            true => Accounting::start(pool).await.map(Some),
+            false => Accounting::remove().await.map(|()| None),
+        };
+        accounting.unwrap_or_else(|error| {
+            tracing::warn!(error = %Chain(&error), "connections are not counted");
+            None
+        })
     }
 
     /// The networks of this node as its leader last told them.
     pub fn tables(&self) -> watch::Receiver<Arc<NetworkTables>> {
         self.tables.subscribe()
+    }
+
+    /// What names of these networks mean.
+    pub(super) fn directory(&self) -> watch::Receiver<Arc<Directory>> {
+        self.directory.subscribe()
+    }
+
+    /// Takes over the leader's tables. What changed of names is made here, so that no question waits for it.
+    fn take(&self, networks: &Arc<NetworkTables>) {
+        log_changes(&self.tables.borrow(), networks);
+        let directory = self.directory.borrow().follow(networks);
+        self.directory.send_replace(Arc::new(directory));
+        self.tables.send_replace(Arc::clone(networks));
     }
 
     /// Notes the containers that an earlier daemon left.
@@ -80,7 +133,7 @@ impl Uplink {
         let (attachments, uplink) = attachments(&task.networks_attachments)?;
         let address = task.ingress_address();
         if attachments.is_empty() && address.is_none() {
-            return Ok(());
+            return self.isolate(task, pid).await;
         }
         let mut started = self.started.subscribe();
         let started = started.wait_for(Option::is_some).await;
@@ -101,6 +154,15 @@ impl Uplink {
         Ok(())
     }
 
+    /// A container that is connected to nothing has its loopback, where it has no network of others.
+    async fn isolate(&self, task: &Task, pid: i32) -> Result<(), Error> {
+        if !config::is_on(task, Predefined::None) {
+            return Ok(());
+        }
+        let raised = loopback::raise(&task.id.to_string(), pid.cast_unsigned()).await;
+        raised.map_err(|error| Error::of(&error))
+    }
+
     /// Returns when the tables name all networks of the attachments.
     async fn tables_of(&self, attachments: &[Attachment]) -> Result<(), Error> {
         let mut tables = self.tables.subscribe();
@@ -117,7 +179,7 @@ impl Uplink {
     pub(super) async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
         self.found().remove(&task_id);
         let started = self.started.borrow().clone();
-        let Some(Started { mesh, networks }) = started else { return Ok(()) };
+        let Some(Started { mesh, networks, .. }) = started else { return Ok(()) };
         let id = task_id.to_string();
         let (uplink, networks) = tokio::join!(mesh.detach(&id), networks.detach(task_id));
         uplink.and(networks).map_err(|error| Error::of(&error))
@@ -127,7 +189,10 @@ impl Uplink {
     pub async fn teardown(&self) {
         let started = self.started.borrow().clone();
         let removed = match started {
-            Some(Started { mesh, networks }) => [networks.teardown().await, mesh.teardown().await],
+            Some(Started { mesh, networks, .. }) => {
+                let uncounted = Accounting::remove().await;
+                [networks.teardown().await, mesh.teardown().await.and(uncounted)]
+            }
             None => return Self::remove(&self.underlay.run_dir).await,
         };
         for error in removed.into_iter().filter_map(Result::err) {
@@ -139,7 +204,7 @@ impl Uplink {
     pub async fn remove(run_dir: &Path) {
         // The mesh's lock says that no other daemon is at work here.
         let removed = match Mesh::remove(run_dir).await {
-            Ok(()) => Networks::remove(run_dir).await,
+            Ok(()) => Networks::remove(run_dir).await.and(Accounting::remove().await),
             Err(error) => Err(error),
         };
         if let Err(error) = removed {
@@ -181,9 +246,20 @@ impl Uplink {
                 return Err(error);
             }
         };
-        let started = Started { mesh, networks };
+        let accounting = self.account(table.pool).await;
+        let started = Started { mesh, networks, accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
+    }
+}
+
+fn log_changes(old: &NetworkTables, new: &NetworkTables) {
+    for (id, table) in &new.networks {
+        if old.networks.get(id).is_some_and(|old| Arc::ptr_eq(old, table)) {
+            continue;
+        }
+        let serving = || table.endpoints.values().filter(|endpoint| endpoint.serving).count();
+        tracing::debug!(network = table.name, serving = serving(), "a network's table changes");
     }
 }
 
@@ -212,8 +288,13 @@ impl Balancers for Uplink {
         table: &MeshTable,
         networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
-        self.tables.send_replace(Arc::clone(networks));
+        self.take(networks);
         let started = self.started(table).await?;
+        if let Some(accounting) = &started.accounting
+            && let Err(error) = accounting.learn(table, skep_runtime::clock::now()).await
+        {
+            tracing::warn!(error = %Chain(&error), "what was counted may be of other tasks");
+        }
         // A failure of the one must not keep the other from changing.
         let (applied, connected) =
             tokio::join!(started.mesh.apply(table), started.networks.apply());
@@ -221,20 +302,58 @@ impl Balancers for Uplink {
         connected?;
         Ok(applied.conditions.iter().map(port_condition).collect())
     }
+
+    async fn has_other_conditions(&mut self) -> bool {
+        let started = self.started.borrow().clone();
+        match started {
+            // A failure is told when the table is applied.
+            Some(Started { mesh, .. }) => mesh.has_other_conditions().await.unwrap_or(true),
+            None => false,
+        }
+    }
 }
 
 fn port_condition(condition: &Condition) -> PortCondition {
-    let port = match condition {
-        Condition::PortHeld { port, .. } | Condition::PortFailed { port, .. } => port,
-    };
-    PortCondition { port: port.port.into(), message: condition.to_string() }
+    let port = condition.port();
+    PortCondition {
+        port: port.port.into(),
+        protocol: port.protocol.to_string(),
+        service_id: condition.service_id().to_owned(),
+        message: condition.advice(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use skep_common::NetworkId;
+    use skep_common::{NetworkId, ServiceId};
+    use skep_worker_core::dns::{Answer, Kind, Question, Scope, answer};
+    use skep_worker_core::network::{NetworkTable, ServiceEntry};
 
     use super::*;
+
+    #[test]
+    fn names_are_ready_when_the_tables_are_taken_over() {
+        let underlay = Underlay {
+            address: Ipv4Addr::LOCALHOST,
+            interface: "lo".into(),
+            run_dir: PathBuf::new(),
+        };
+        let uplink = Uplink::new(underlay);
+        let directory = uplink.directory();
+        let address = Ipv4Addr::new(10, 0, 1, 2);
+        let web = ServiceEntry {
+            name: "web".into(),
+            virtual_ips: vec![address.into()],
+            ..ServiceEntry::default()
+        };
+        let table = NetworkTable { services: [(ServiceId(7), web)].into(), ..Default::default() };
+        let networks = [(NetworkId(1), Arc::new(table))].into();
+        uplink.take(&Arc::new(NetworkTables { networks, ..NetworkTables::default() }));
+        let question = Question { name: "web".into(), kind: Kind::A, reversed: None };
+        let scope = Scope { networks: vec![NetworkId(1)], ..Scope::default() };
+        let answer = answer(&question, &scope, &directory.borrow(), 0);
+        assert!(matches!(answer, Answer::Addresses { addresses, .. } if addresses == [address]));
+    }
 
     #[test]
     fn overlays_come_in_their_order_and_the_uplink_last() {

@@ -1,7 +1,8 @@
 //! Network effects of a node: everything here changes the kernel's state.
 //!
 //! [`mesh`] is the routing mesh: published ports, the tunnel between nodes, and the uplinks of
-//! tasks. [`network`] has the overlay networks, [`names`] where containers ask for names. [`nft`] and [`conntrack`] speak nfnetlink,
+//! tasks. [`network`] has the overlay networks, [`names`] where containers ask for names, [`loopback`] all that a container without networks has. [`nft`] and [`conntrack`] speak nfnetlink,
+//! tasks. [`accounting`] counts what goes through it. [`network`] has the overlay networks, [`names`] where containers ask for names. [`nft`] and [`conntrack`] speak nfnetlink,
 //! [`rtnetlink`] routing netlink, all over [`channel`]; no external program and no C library is
 //! involved. [`thread`] holds the dedicated threads on which all of that blocks, [`namespace`] how
 //! they enter other namespaces.
@@ -11,10 +12,13 @@
 //! - No tokio worker ever changes its network namespace, and none waits on a netlink socket.
 //! - What to do is decided in `skep_worker_core`; this module observes, asks there, and acts.
 
+pub mod accounting;
 pub mod channel;
 pub mod conntrack;
 mod error;
+mod free_port;
 mod host;
+pub mod loopback;
 pub mod mesh;
 pub mod names;
 pub mod namespace;
@@ -27,7 +31,9 @@ pub mod sysctl;
 pub mod thread;
 mod veth;
 
+pub use accounting::Accounting;
 pub use error::Error;
+pub use free_port::free_port;
 pub use host::ipv6_addresses;
 pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program, host_has_ipv6};
 pub use network::{Attachment, NetworkOptions, Networks};

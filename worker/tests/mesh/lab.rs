@@ -240,6 +240,7 @@ impl Lab {
             published: *published,
             protocol: self.protocol,
             service_id: format!("service-{published}"),
+            service: String::new(),
             backends: nodes.iter().map(|node| self.backend(*node)).collect(),
         });
         MeshTable {
@@ -346,6 +347,9 @@ fn plug(switch: &Machine, machine: &Machine, number: u16) {
     switch.ip(&format!("link add p{number} type veth peer name eth0 netns {pid}"));
     switch.ip(&format!("link set p{number} master br0 up"));
     machine.ip("link set lo up");
+    // An address of the link that is usable at once, instead of the kernel's own.
+    machine.ip("link set eth0 addrgenmode none");
+    machine.ip(&format!("addr add fe80::{number}/64 dev eth0 nodad"));
     machine.ip(&format!("addr add {}/24 dev eth0", underlay(number)));
     machine.ip("link set eth0 up");
     machine.ip(&format!("addr add {}/64 dev eth0 nodad", underlay6(number)));

@@ -232,6 +232,7 @@ fn table(network: Network) -> (NetworkId, Arc<NetworkTable>) {
         let entry = EndpointEntry {
             service_id,
             name: format!("web.{}", endpoint.task),
+            hostname: None,
             addresses: endpoint.addresses,
             node_number: endpoint.node,
             serving: endpoint.serving,
@@ -239,7 +240,7 @@ fn table(network: Network) -> (NetworkId, Arc<NetworkTable>) {
         (TaskId(endpoint.task), entry)
     });
     let service =
-        ServiceEntry { name: "web".into(), aliases: Vec::new(), virtual_ips: network.vips };
+        ServiceEntry { name: "web".into(), virtual_ips: network.vips, ..ServiceEntry::default() };
     let table = NetworkTable {
         name: format!("network-{}", network.id),
         vni: network.vni,

@@ -11,7 +11,7 @@ use skep_common::{Service, ServiceId, Task, TaskState};
 use super::super::filter::{self, Filter, Filters};
 use crate::client::Client;
 use crate::format::human::{familiar_image, natural_order};
-use crate::format::{View, plain_cell, render, shown};
+use crate::format::{View, hidden, plain_cell, render, shown};
 use crate::ui::Ui;
 
 /// Columns of a list of services.
@@ -23,6 +23,7 @@ pub(in super::super) const VIEW: View = View {
         shown("REPLICAS", "Replicas"),
         shown("IMAGE", "Image"),
         shown("PORTS", "Ports"),
+        hidden("CONDITIONS", "Conditions"),
     ],
     cell: plain_cell,
 };
@@ -51,7 +52,23 @@ pub(super) async fn run(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<(
             && filters.match_labels("label", service.spec.labels.as_ref())
     });
     let tasks: Vec<Task> = client.list_all("task").await?;
-    Ok(ui.data(render(&VIEW, &rows(services, &tasks), args.format.as_deref(), args.quiet)?)?)
+    let conditions = if args.quiet { Vec::new() } else { condition_notes(&services) };
+    ui.data(render(&VIEW, &rows(services, &tasks), args.format.as_deref(), args.quiet)?)?;
+    show_notes(&conditions, ui)
+}
+
+/// What keeps services from being reached, a line each.
+pub(in super::super) fn condition_notes(services: &[Service]) -> Vec<String> {
+    let notes = services.iter().flat_map(|service| {
+        let name = &service.spec.name;
+        service.conditions.iter().map(move |one| format!("WARNING: {name}: {}", one.message))
+    });
+    notes.collect()
+}
+
+/// Shows them beside the list, which is data.
+pub(in super::super) fn show_notes(notes: &[String], ui: &mut Ui) -> Result<()> {
+    notes.iter().try_for_each(|note| Ok(ui.note(note)?))
 }
 
 /// A row per service, by name.
@@ -66,6 +83,8 @@ pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<
     }
     let row = |service: &Service| {
         let running = running.get(&service.id).copied().unwrap_or_default();
+        let messages: Vec<&str> =
+            service.conditions.iter().map(|one| one.message.as_str()).collect();
         json!({
             "ID": service.id.short(),
             "Name": service.spec.name,
@@ -73,6 +92,7 @@ pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<
             "Replicas": replicas(service, running),
             "Image": familiar_image(&service.spec.container().image),
             "Ports": ports(&service.endpoint.ports),
+            "Conditions": messages.join("; "),
         })
     };
     services.iter().map(row).collect()

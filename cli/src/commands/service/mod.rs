@@ -1,6 +1,7 @@
 //! `skep service`. Wording and flags: docker/cli `cli/command/service`.
 
 mod create;
+mod endpoints;
 pub(super) mod flags;
 mod inspect;
 mod list;
@@ -19,13 +20,15 @@ use super::progress::{self, Waiting};
 use crate::client::Client;
 use crate::ui::Ui;
 
-pub(super) use list::{VIEW, rows};
+pub(super) use list::{VIEW, condition_notes, rows, show_notes};
 
 /// Manage Swarm services
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Create a new service
     Create(Box<create::CreateArgs>),
+    /// List where the tasks of a service are reached, and whether connections go there
+    Endpoints(endpoints::EndpointsArgs),
     /// Display detailed information on one or more services
     Inspect(inspect::InspectArgs),
     /// Fetch the logs of a service or task
@@ -49,6 +52,7 @@ pub(crate) enum Command {
 pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
     match command {
         Command::Create(args) => create::run(&args, client, ui).await,
+        Command::Endpoints(args) => endpoints::run(&args, client, ui).await,
         Command::Inspect(args) => inspect::run(&args, client, ui).await,
         Command::Logs(args) => logs::run(&args, client, ui).await,
         Command::Ls(args) => list::run(&args, client, ui).await,

@@ -42,6 +42,10 @@ pub(super) fn pretty(service: &Service, now: Timestamp) -> String {
     let mode = spec.endpoint_spec.as_ref().and_then(|endpoint| endpoint.mode.as_deref());
     line(&mut out, format_args!("Endpoint Mode:\t{}", mode.unwrap_or("vip")));
     write_ports(&mut out, service);
+    if !service.conditions.is_empty() {
+        out.push_str("Conditions:\n");
+        service.conditions.iter().for_each(|one| line(&mut out, format_args!(" {}", one.message)));
+    }
     write_health(&mut out, container.healthcheck.as_ref());
     out
 }

@@ -10,7 +10,7 @@ use clap::Args;
 use skep_common::compose::units::capability;
 use skep_common::spec::{
     ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, PortConfig,
-    ServiceSpec, TaskSpec, Ulimit,
+    Predefined, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_common::{Network, Service};
 use skep_proto::UpdateServiceRequest;
@@ -247,7 +247,13 @@ fn change_constraints(args: &UpdateArgs, task: &mut TaskSpec) {
     change_words(&mut placement.constraints, &args.constraint_add, &args.constraint_rm);
 }
 
-/// Networks to be on and to leave, by their ids: specs have ids where people have names.
+/// How specs name a network: by its id, or by the name of one that every node has.
+fn target(network: &Network) -> String {
+    let predefined = Predefined::ALL.into_iter().find(|one| one.id() == network.id);
+    predefined.map_or_else(|| network.id.to_string(), |one| one.name().to_owned())
+}
+
+/// Networks to be on and to leave, as specs name them.
 #[derive(Debug, Default)]
 struct Networks {
     add: Vec<NetworkAttachmentConfig>,
@@ -259,12 +265,12 @@ impl Networks {
         let mut networks = Self::default();
         for config in &args.network_add {
             let network: Network = client.get("network", &config.target).await?;
-            let target = network.id.to_string();
+            let target = target(&network);
             networks.add.push(NetworkAttachmentConfig { target, ..config.clone() });
         }
         for reference in &args.network_rm {
             let network: Network = client.get("network", reference).await?;
-            networks.remove.push(network.id.to_string());
+            networks.remove.push(target(&network));
         }
         Ok(networks)
     }
@@ -503,6 +509,23 @@ mod tests {
             (_, Value::Null) => out.push(format!("{path}=")),
             (_, b) => out.push(format!("{path}={b}")),
         }
+    }
+
+    #[test]
+    fn networks_that_every_node_has_are_named_by_name() {
+        let network = |id| Network {
+            id,
+            meta: skep_common::Meta::default(),
+            spec: skep_common::spec::NetworkSpec::default(),
+            vni: 0,
+            subnets: Vec::new(),
+            pending_delete: false,
+        };
+        for one in Predefined::ALL {
+            assert_eq!(target(&network(one.id())), one.name());
+        }
+        let made = skep_common::NetworkId(9);
+        assert_eq!(target(&network(made)), made.to_string());
     }
 
     #[test]

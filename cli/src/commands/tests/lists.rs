@@ -103,6 +103,34 @@ fn cluster() -> Daemon {
     daemon
 }
 
+#[tokio::test]
+async fn what_keeps_a_service_from_being_reached_is_said_beside_the_lists() {
+    let daemon = Daemon::start();
+    let message = "port 80/tcp on n1 is held by nginx (pid 8): stop it or publish another port";
+    let service = json!({
+        "ID": "asv0000000000000000000000", "SpecVersion": {"Index": 1},
+        "Spec": {
+            "Name": "web", "Labels": {"com.docker.stack.namespace": "shop"},
+            "TaskTemplate": {"ContainerSpec": {"Image": "web:1"}},
+        },
+        "Conditions": [
+            {"NodeID": N1, "Protocol": "tcp", "PublishedPort": 80, "Message": message},
+        ],
+    });
+    daemon.hold("service", [meta(service, "2023-11-14T22:00:00Z")]);
+    for command in ["service ls", "service ps web", "stack services shop"] {
+        let (code, out, err) = run(&daemon, command).await;
+        assert_eq!((code, err), (0, format!("WARNING: web: {message}\n")), "{command}: {out}");
+        assert!(!out.contains("held"), "{command}: a list is data: {out}");
+        let (code, _, err) = run(&daemon, &format!("{command} -q")).await;
+        assert_eq!((code, err.as_str()), (0, ""), "{command}");
+    }
+    let (_, out, _) = run(&daemon, "service ls --format '{{.Conditions}}'").await;
+    assert_eq!(out, format!("{message}\n"));
+    let (_, out, _) = run(&daemon, "service inspect --pretty web").await;
+    assert!(out.contains(&format!("Conditions:\n {message}\n")), "{out}");
+}
+
 #[track_caller]
 fn check((code, out, err): (u8, String, String), expect: &str) {
     assert_eq!((code, err.as_str()), (0, ""), "{out}");
@@ -172,7 +200,7 @@ asv000000000   web       replicated   1/2        web:1     *:8080->80/tcp
     );
     check(
         run(&daemon, "service ls --format json").await,
-        "{\"ID\":\"asv000000000\",\"Image\":\"web:1\",\"Mode\":\"replicated\",\"Name\":\"web\",\"Ports\":\"*:8080->80/tcp\",\"Replicas\":\"1/2\"}\n",
+        "{\"Conditions\":\"\",\"ID\":\"asv000000000\",\"Image\":\"web:1\",\"Mode\":\"replicated\",\"Name\":\"web\",\"Ports\":\"*:8080->80/tcp\",\"Replicas\":\"1/2\"}\n",
     );
     check(run(&daemon, "service ls -q --filter name=x").await, "");
     check(

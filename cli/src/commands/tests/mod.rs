@@ -1,6 +1,7 @@
 //! Commands against a daemon in this process, over a unix socket.
 
 mod daemon;
+mod endpoints;
 mod lists;
 mod services;
 

@@ -8,7 +8,8 @@
 //!
 //! - A backend is running, healthy, wanted, and on a node that is not silent.
 //! - A task that was in the table is told to stop when every node with a live session acknowledged a
-//!   table without it, and in any case [`DRAIN_ACK_WAIT`] after it was taken out.
+//!   table without it, and in any case [`DRAIN_ACK_WAIT`] after it was taken out. The nodes that were not
+//!   waited for any longer are named.
 //! - Tables differ in version exactly where they differ. A node that is told nothing of a version has it.
 
 pub mod networks;
@@ -20,7 +21,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
-use skep_common::object::NodeState;
+use skep_common::serving::withheld;
 use skep_common::spec::{PortProtocol, PublishMode};
 use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
@@ -50,6 +51,8 @@ pub struct Peer {
 pub struct Port {
     /// The service that publishes it.
     pub service_id: ServiceId,
+    /// Its name.
+    pub service: String,
     /// The port that its containers listen on.
     pub target_port: u16,
     /// Addresses of the tasks behind it; none means that connections are refused.
@@ -83,6 +86,7 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
         for (port, published) in ingress {
             let entry = Port {
                 service_id: service.id,
+                service: service.spec.name.clone(),
                 target_port: port.target_port,
                 backends: backends.clone(),
             };
@@ -93,14 +97,9 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
 }
 
 fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) -> bool {
-    let is_alive = |node_id: &NodeId| {
-        !not_in_balancer.contains(node_id)
-            && state.node(*node_id).is_some_and(|node| node.status.state != NodeState::Down)
-    };
-    task.status.state == TaskState::Running
-        && !task.status.unhealthy
-        && task.desired_state <= TaskState::Running
-        && task.node_id.as_ref().is_some_and(is_alive)
+    let is_silent = task.node_id.is_some_and(|node_id| not_in_balancer.contains(&node_id));
+    let node = task.node_id.and_then(|node_id| state.node(node_id));
+    !is_silent && withheld(task, node.map(|node| &**node)).is_none()
 }
 
 /// What makes one table of another.
@@ -234,6 +233,10 @@ impl Progress {
     }
 }
 
+fn is_to_stop(state: &State, task_id: TaskId) -> bool {
+    state.task(task_id).is_some_and(|task| task.desired_state > TaskState::Running)
+}
+
 /// The newest table, and the tasks that wait until nodes have it.
 #[derive(Debug)]
 pub struct Drain {
@@ -245,6 +248,9 @@ pub struct Drain {
     not_in_balancer: BTreeSet<NodeId>,
     /// Tasks that were taken out: by which version, when.
     withdrawn: BTreeMap<TaskId, (u64, Timestamp)>,
+    /// Tasks that nobody waits for any longer although nodes may still balance to them, by the version
+    /// that took them out.
+    overdue: BTreeMap<TaskId, u64>,
     /// The nodes with a live session.
     sessions: BTreeMap<NodeId, Progress>,
 }
@@ -270,6 +276,7 @@ impl Drain {
             state: state.clone(),
             not_in_balancer: not_in_balancer.clone(),
             withdrawn: stopping.map(|task| (task.id, (1, now))).collect(),
+            overdue: BTreeMap::new(),
             sessions: BTreeMap::new(),
         }
     }
@@ -316,6 +323,7 @@ impl Drain {
                 self.withdrawn.insert(*task_id, (self.version, now));
             }
             self.withdrawn.retain(|task_id, _| !serving.contains(task_id));
+            self.overdue.retain(|task_id, _| !serving.contains(task_id));
         }
         if are_ports_changed {
             self.table = Arc::new(new);
@@ -324,6 +332,7 @@ impl Drain {
             state.task(*task_id).is_some_and(|task| !task.status.state.is_terminal())
         };
         self.withdrawn.retain(|task_id, _| is_stoppable(task_id));
+        self.overdue.retain(|task_id, _| is_stoppable(task_id));
         self.state = state.clone();
         self.not_in_balancer.clone_from(not_in_balancer);
         is_changed
@@ -362,14 +371,42 @@ impl Drain {
 
     /// Tasks that are to stop but whose node must not be told yet.
     pub fn held_back(&mut self, state: &State, now: Timestamp) -> BTreeSet<TaskId> {
-        let progress = self.sessions.values().map(|progress| progress.version());
-        let oldest = progress.min().unwrap_or(u64::MAX);
-        self.withdrawn
-            .retain(|_, (version, at)| oldest < *version && now < at.after(DRAIN_ACK_WAIT));
-        let is_stopping = |task_id: &&TaskId| {
-            state.task(**task_id).is_some_and(|task| task.desired_state > TaskState::Running)
-        };
+        let oldest = self.oldest();
+        let overdue = &mut self.overdue;
+        self.withdrawn.retain(|task_id, (version, at)| {
+            let is_in_time = now < at.after(DRAIN_ACK_WAIT);
+            if oldest < *version && !is_in_time {
+                overdue.insert(*task_id, *version);
+            }
+            oldest < *version && is_in_time
+        });
+        let is_stopping = |task_id: &&TaskId| is_to_stop(state, **task_id);
         self.withdrawn.keys().filter(is_stopping).copied().collect()
+    }
+
+    /// Tasks that are told to stop now without the acknowledgement of some nodes, and those nodes. Each
+    /// is given once.
+    pub fn take_missed(&mut self, state: &State) -> BTreeMap<TaskId, Vec<NodeId>> {
+        let oldest = self.oldest();
+        let sessions = &self.sessions;
+        let mut missed = BTreeMap::new();
+        self.overdue.retain(|task_id, version| {
+            if oldest >= *version {
+                return false;
+            }
+            if !is_to_stop(state, *task_id) {
+                return true;
+            }
+            let late = sessions.iter().filter(|(_, progress)| progress.version() < *version);
+            missed.insert(*task_id, late.map(|(node_id, _)| *node_id).collect());
+            false
+        });
+        missed
+    }
+
+    /// The version that every node with a live session has.
+    fn oldest(&self) -> u64 {
+        self.sessions.values().map(|progress| progress.version()).min().unwrap_or(u64::MAX)
     }
 
     /// When waiting for acknowledgements ends.

@@ -17,7 +17,9 @@ use std::sync::Arc;
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
-use skep_common::{Network, NetworkId, NodeId, Service, ServiceId, Task, TaskId};
+use skep_common::placeholder::{self, NodeFacts};
+use skep_common::spec::PortProtocol;
+use skep_common::{Network, NetworkId, Node, NodeId, Service, ServiceId, Task, TaskId};
 
 use super::is_serving;
 use crate::network;
@@ -45,6 +47,8 @@ pub struct Endpoint {
     pub service_id: ServiceId,
     /// Of its container: `service.slot.task`.
     pub name: String,
+    /// The host name that its service asks for.
+    pub hostname: Option<String>,
     /// IPv4, and IPv6 where the network has it.
     pub addresses: Vec<IpAddr>,
     /// The number of its node.
@@ -62,6 +66,19 @@ pub struct NetworkService {
     pub aliases: Vec<String>,
     /// None: its names mean the serving tasks.
     pub virtual_ips: Vec<IpAddr>,
+    /// Published ports that have a name.
+    pub ports: Vec<NamedPort>,
+}
+
+/// A published port that has a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedPort {
+    /// Its name.
+    pub name: String,
+    /// Its protocol.
+    pub protocol: PortProtocol,
+    /// The port that containers listen on.
+    pub target_port: u16,
 }
 
 /// One network.
@@ -338,6 +355,12 @@ fn settings(network: &Network) -> Settings {
 
 /// A service as each of its networks has it.
 fn on_networks(service: &Service) -> BTreeMap<NetworkId, NetworkService> {
+    let named = service.endpoint.ports.iter().filter_map(|port| {
+        let name = port.name.clone().filter(|name| !name.is_empty())?;
+        let protocol = port.protocol.unwrap_or_default();
+        Some(NamedPort { name, protocol, target_port: port.target_port })
+    });
+    let ports: Vec<NamedPort> = named.collect();
     let configs = service.spec.networks().iter();
     let entries = configs.filter_map(|config| {
         let network_id: NetworkId = config.target.parse().ok()?;
@@ -347,6 +370,7 @@ fn on_networks(service: &Service) -> BTreeMap<NetworkId, NetworkService> {
             name: service.spec.name.clone(),
             aliases: config.aliases.clone().unwrap_or_default(),
             virtual_ips: of_network.map(|vip| vip.addr.addr()).collect(),
+            ports: ports.clone(),
         };
         Some((network_id, entry))
     });
@@ -365,11 +389,13 @@ fn endpoints(
     };
     let serving = is_serving(state, silent, task);
     let name = format!("{}.{}", task.name(), task.id);
+    let hostname = hostname(task, node);
     let endpoints = task.networks_attachments.iter().filter_map(|place| {
         let v6 = place.ipv6.map(|net| IpAddr::V6(net.addr()));
         let endpoint = Endpoint {
             service_id: task.service_id,
             name: name.clone(),
+            hostname: hostname.clone(),
             addresses: std::iter::once(IpAddr::V4(place.address)).chain(v6).collect(),
             node_number: node.number,
             serving,
@@ -377,4 +403,17 @@ fn endpoints(
         Some(((node.id, place.network_id?), endpoint))
     });
     endpoints.collect()
+}
+
+/// The host name that a task's container has on its node, where its service asks for one.
+fn hostname(task: &Task, node: &Node) -> Option<String> {
+    let spec = task.spec.container_spec.as_ref()?;
+    let asked = spec.hostname.as_ref().filter(|hostname| !hostname.is_empty())?;
+    let facts = node.description.as_ref().map(|description| NodeFacts {
+        node_id: node.id,
+        hostname: description.hostname.clone(),
+        architecture: description.platform.architecture.clone(),
+    });
+    // Where it cannot be filled in there is no container either.
+    placeholder::expand(asked, task, &facts?).ok()
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use skep_common::Service;
+use skep_common::object::NodeState;
 use skep_common::spec::PortConfig;
 
 use super::*;
@@ -126,6 +127,54 @@ fn a_stop_waits_two_seconds_at_most() {
     let just_before = NOW.after(DRAIN_ACK_WAIT - Duration::from_millis(1));
     assert_eq!(drain.held_back(&world.state, just_before), [tasks[0]].into());
     assert_eq!(drain.held_back(&world.state, NOW.after(DRAIN_ACK_WAIT)), nothing());
+}
+
+/// Node 2 has a session and says nothing.
+#[test]
+fn nodes_that_are_not_waited_for_any_longer_are_named() {
+    let (mut world, tasks) = running();
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.session_opened(node_id);
+        drain.acknowledge(node_id, 1);
+    }
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    let mut status = world.state.task(tasks[1]).unwrap().status.clone();
+    status.unhealthy = true;
+    let patch = TaskPatch { status: Some(status), ..TaskPatch::of(tasks[1]) };
+    world.apply(vec![Action::PatchTask(patch)]);
+    drain.update(&world.state, &nobody(), NOW);
+    drain.acknowledge(NodeId(1), 2);
+    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
+    assert_eq!(drain.take_missed(&world.state), BTreeMap::new(), "it is still waited for");
+    let late = NOW.after(DRAIN_ACK_WAIT);
+    assert_eq!(drain.held_back(&world.state, late), nothing());
+    assert_eq!(drain.take_missed(&world.state), [(tasks[0], vec![NodeId(2)])].into());
+    assert_eq!(drain.take_missed(&world.state), BTreeMap::new(), "once");
+
+    desire(&mut world, tasks[1], TaskState::Shutdown);
+    drain.update(&world.state, &nobody(), late);
+    assert_eq!(drain.held_back(&world.state, late), nothing(), "it was taken out long ago");
+    assert_eq!(drain.take_missed(&world.state), [(tasks[1], vec![NodeId(2)])].into());
+}
+
+#[test]
+fn a_late_acknowledgement_of_a_task_that_goes_on_counts() {
+    let (mut world, tasks) = running();
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    drain.session_opened(NodeId(2));
+    let mut status = world.state.task(tasks[0]).unwrap().status.clone();
+    status.unhealthy = true;
+    let patch = TaskPatch { status: Some(status), ..TaskPatch::of(tasks[0]) };
+    world.apply(vec![Action::PatchTask(patch)]);
+    drain.update(&world.state, &nobody(), NOW);
+    let late = NOW.after(DRAIN_ACK_WAIT);
+    assert_eq!(drain.held_back(&world.state, late), nothing());
+    drain.acknowledge(NodeId(2), drain.version());
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    drain.update(&world.state, &nobody(), late);
+    assert_eq!(drain.held_back(&world.state, late), nothing());
+    assert_eq!(drain.take_missed(&world.state), BTreeMap::new());
 }
 
 #[test]

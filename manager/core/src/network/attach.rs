@@ -5,14 +5,16 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv6Net};
 use skep_common::object::NetworkAttachment;
-use skep_common::spec::{NetworkAttachmentConfig, ServiceSpec, TaskSpec};
+use skep_common::spec::{
+    self, NetworkAttachmentConfig, Predefined, ServiceSpec, TaskSpec, is_without_uplink,
+};
 use skep_common::{Network, NetworkId, Service, Task};
 
-use super::Error;
 use super::addresses::{self, Cursors};
+use super::{Error, predefined};
 use crate::store::State;
 
-/// The networks that a stored spec names. Names instead of ids are of a time when networks had no
+/// The overlay networks that a stored spec names. Other names instead of ids are of a time when networks had no
 /// effect, and have none: the next update of the service resolves them.
 pub fn targets(spec: &ServiceSpec) -> impl Iterator<Item = NetworkId> {
     spec.networks().iter().filter_map(|config| config.target.parse().ok())
@@ -25,8 +27,16 @@ pub fn resolve(state: &State, spec: &mut ServiceSpec) -> Result<(), Error> {
     }
     let mut configs = spec.networks().to_vec();
     spec.networks = None; // Tasks are made of the template: it is to have them.
-    let mut found: Vec<&Arc<Network>> = Vec::new();
+    let (mut found, mut found_predefined): (Vec<&Arc<Network>>, Vec<_>) = Default::default();
     for config in &mut configs {
+        if let Some(one) = Predefined::find(&config.target) {
+            predefined::normalize(config, one);
+            if found_predefined.contains(&one) {
+                return Err(named_twice(one.name()));
+            }
+            found_predefined.push(one);
+            continue;
+        }
         let network = find(state, &config.target)?;
         config.target = network.id.to_string();
         check_aliases(config, network)?;
@@ -34,7 +44,7 @@ pub fn resolve(state: &State, spec: &mut ServiceSpec) -> Result<(), Error> {
         found.push(network);
     }
     spec.task_template.networks = Some(configs);
-    Ok(())
+    predefined::check(spec)
 }
 
 fn find<'a>(state: &'a State, target: &str) -> Result<&'a Arc<Network>, Error> {
@@ -72,7 +82,7 @@ fn check_beside(found: &[&Arc<Network>], network: &Network) -> Result<(), Error>
     let name = &network.spec.name;
     for other in found {
         if other.id == network.id {
-            return Err(Error::Invalid(format!("network {name} is named twice: name it once")));
+            return Err(named_twice(name));
         }
         for (own, its) in network.subnets.iter().zip(&other.subnets) {
             let (own, its) = (own.subnet, its.subnet);
@@ -85,6 +95,10 @@ fn check_beside(found: &[&Arc<Network>], network: &Network) -> Result<(), Error>
         }
     }
     Ok(())
+}
+
+fn named_twice(name: &str) -> Error {
+    Error::Invalid(format!("network {name} is named twice: name it once"))
 }
 
 /// A network that a task is to be on.
@@ -109,26 +123,35 @@ pub(crate) fn wanted_by(state: &State, spec: &TaskSpec) -> Result<Vec<Wanted>, S
     Ok(wanted)
 }
 
-/// Whether tasks of a service reach beyond their networks, or are reached from beyond.
+/// Whether tasks of a service reach beyond their networks, or are reached from beyond. `configs` are the
+/// networks as their spec names them.
 pub fn needs_uplink<'a>(
     service: Option<&Service>,
+    configs: &[NetworkAttachmentConfig],
     mut networks: impl Iterator<Item = &'a Network>,
 ) -> bool {
+    if is_without_uplink(configs) {
+        return false;
+    }
     let is_published = service.is_some_and(|service| !service.endpoint.ports.is_empty());
     let Some(first) = networks.next() else { return true };
     let leads_out = |network: &Network| !network.spec.internal.unwrap_or_default();
-    is_published || leads_out(first) || networks.any(leads_out)
+    let is_on_bridge = spec::predefined(configs).any(|one| one == Predefined::Bridge);
+    is_on_bridge || is_published || leads_out(first) || networks.any(leads_out)
 }
 
 /// Whether a placed task has an address of its node's slice. One without attachments is of a time
 /// before they were written down.
 pub(crate) fn has_uplink(task: &Task) -> bool {
-    task.networks_attachments.is_empty() || task.ingress_address().is_some()
+    let configs = task.spec.networks.as_deref().unwrap_or_default();
+    let is_unwritten = task.networks_attachments.is_empty() && !is_without_uplink(configs);
+    is_unwritten || task.ingress_address().is_some()
 }
 
 /// As [`needs_uplink`], for a task.
-pub(crate) fn wants_uplink(service: Option<&Service>, wanted: &[Wanted]) -> bool {
-    needs_uplink(service, wanted.iter().map(|wanted| &*wanted.network))
+pub(crate) fn wants_uplink(service: Option<&Service>, spec: &TaskSpec, wanted: &[Wanted]) -> bool {
+    let configs = spec.networks.as_deref().unwrap_or_default();
+    needs_uplink(service, configs, wanted.iter().map(|wanted| &*wanted.network))
 }
 
 /// A place on each network; an error is the reason for the task to wait.

@@ -5,7 +5,7 @@
 //! of it (addresses, the kernel's objects on their nodes) was made of it.
 //!
 //! Reading order: this file, `spec` (what is refused, which subnets a network gets), `addresses`
-//! (which address is next), `virtual_ip`.
+//! (which address is next), `virtual_ip`, `predefined` (networks that are not made).
 //!
 //! Source: SwarmKit `manager/controlapi/network.go`, docker `daemon/cluster/networks.go`. Differs from
 //! SwarmKit: a network whose last tasks are still stopping can be removed, and its name is free at
@@ -13,6 +13,7 @@
 
 mod addresses;
 mod attach;
+mod predefined;
 mod spec;
 #[cfg(test)]
 mod tests;
@@ -21,7 +22,7 @@ mod virtual_ip;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use skep_common::spec::{NetworkSpec, ServiceSpec};
+use skep_common::spec::{NetworkSpec, Predefined, ServiceSpec};
 use skep_common::{Meta, Network, NetworkId, Object, TaskState};
 
 use crate::command::{Action, Expect};
@@ -30,6 +31,7 @@ use crate::store::{AddressOwner, State};
 pub(crate) use addresses::Cursors;
 pub(crate) use attach::{Wanted, attach, has_uplink, wanted_by, wants_uplink};
 pub use attach::{needs_uplink, resolve, targets};
+pub use predefined::documents as predefined;
 pub(crate) use spec::mtu;
 pub use spec::{DEFAULT_POOL, DEFAULT_SUBNET_SIZE, parse_pools, pools};
 pub(crate) use virtual_ip::is_incomplete;
@@ -66,7 +68,13 @@ pub enum Error {
         /// A service on it.
         service: String,
     },
-    /// The routing mesh needs it.
+    /// Every node has it.
+    #[error("operation is not permitted on predefined {name} network")]
+    Reserved {
+        /// Its name.
+        name: String,
+    },
+    /// The routing mesh needs it, or every node has it.
     #[error("{name} is a pre-defined network and cannot be removed")]
     Predefined {
         /// Its name.
@@ -84,6 +92,9 @@ pub fn create(
     spec: NetworkSpec,
 ) -> Result<(NetworkId, Action), Error> {
     spec::check(&spec)?;
+    if Predefined::find(&spec.name).is_some() {
+        return Err(Error::Reserved { name: spec.name });
+    }
     if state.network_by_name(&spec.name).is_some() {
         return Err(Error::NameTaken { name: spec.name });
     }
@@ -105,7 +116,8 @@ pub fn remove(state: &State, network: &Network) -> Result<Option<Action>, Error>
         return Ok(None);
     }
     let name = || network.spec.name.clone();
-    if network.spec.ingress.unwrap_or_default() {
+    let is_predefined = Predefined::ALL.iter().any(|one| one.id() == network.id);
+    if is_predefined || network.spec.ingress.unwrap_or_default() {
         return Err(Error::Predefined { name: name() });
     }
     if let Some(service) = user(state, network.id) {

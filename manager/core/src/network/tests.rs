@@ -227,7 +227,8 @@ fn a_service_is_refused_on_networks_that_it_cannot_be_on() {
     make(&mut world, "wide", subnet("10.1.0.0/16"));
     make(&mut world, "narrow", subnet("10.1.2.0/24"));
     for (networks, expect) in [
-        (vec!["none"], "network none not found"),
+        (vec!["nowhere"], "network nowhere not found"),
+        (vec!["bridge", "bridge"], "network bridge is named twice: name it once"),
         (vec!["wide", "wide"], "network wide is named twice: name it once"),
         (
             vec!["wide", "narrow"],
@@ -473,4 +474,72 @@ fn services_on(world: &World, node_id: NodeId, network_id: NetworkId) -> Vec<Ser
     let drain = Drain::new(&world.state, &BTreeSet::new(), NOW);
     let table = drain.of_node(node_id);
     table.networks[&network_id].services.keys().copied().collect()
+}
+
+#[test]
+fn nodes_know_host_names_as_containers_have_them_and_ports_by_name() {
+    for (asked, expect) in [
+        (None, None),
+        (Some(""), None),
+        (Some("db"), Some("db")),
+        (Some("{{.Node.Hostname}}-{{.Task.Slot}}"), Some("n1-1")),
+        (Some("{{.Nobody}}"), None),
+    ] {
+        let mut world = world();
+        let front = make(&mut world, "front", json!({}));
+        let mut spec = service_spec("api", 1, &["front"]);
+        spec.task_template.container_spec.as_mut().unwrap().hostname = asked.map(str::to_owned);
+        spec.task_template.placement =
+            Some(serde_json::from_value(json!({"Constraints": ["node.hostname==n1"]})).unwrap());
+        let port = |name: &str| json!({"Name": name, "TargetPort": 80});
+        spec.endpoint_spec = Some(
+            serde_json::from_value(json!({"Ports": [port("http"), {"TargetPort": 81}]})).unwrap(),
+        );
+        start(&mut world, 8, spec);
+        let table = Drain::new(&world.state, &BTreeSet::new(), NOW).of_node(NodeId(1));
+        let table = &table.networks[&front.id];
+        let hosts: Vec<_> = table.endpoints.values().map(|one| one.hostname.as_deref()).collect();
+        assert_eq!(hosts, [expect], "{asked:?}");
+        let ports: Vec<_> = table.services.values().flat_map(|service| &service.ports).collect();
+        let [http] = &ports[..] else { panic!("{ports:?}") };
+        assert_eq!(
+            (http.name.as_str(), http.protocol.name(), http.target_port),
+            ("http", "tcp", 80)
+        );
+    }
+}
+
+#[test]
+fn what_every_node_has_is_neither_made_nor_removed_and_costs_no_address() {
+    for one in predefined() {
+        let mut world = world();
+        let name = one.spec.name.as_str();
+        let text = format!("operation is not permitted on predefined {name} network");
+        assert_eq!(refusal(&world, name, json!({})), text);
+        let text = format!("{name} is a pre-defined network and cannot be removed");
+        assert_eq!(remove(&world.state, &one).unwrap_err().to_string(), text);
+        let by_id = one.id.to_string();
+        let api = start(&mut world, 8, service_spec("api", 1, &[&by_id]));
+        assert_eq!(api.spec.networks()[0].target, name, "stored by name");
+        assert_eq!(api.endpoint.virtual_ips, []);
+        let [task] = &tasks(&world, api.id)[..] else { panic!("one task") };
+        assert_eq!(task.status.state, TaskState::Assigned, "{}", task.status.err);
+        let has_uplink = task.networks_attachments.iter().any(|place| place.ingress);
+        assert_eq!(
+            (task.networks_attachments.len(), has_uplink),
+            match name {
+                "bridge" => (1, true),
+                _ => (0, false),
+            }
+        );
+        assert_eq!(has_uplink, super::has_uplink(task));
+    }
+    let mut world = world();
+    make(&mut world, "back", json!({"Internal": true}));
+    let api = start(&mut world, 8, service_spec("api", 1, &["back", "bridge"]));
+    let [task] = &tasks(&world, api.id)[..] else { panic!("one task") };
+    assert!(task.ingress_address().is_some(), "the bridge leads out of internal networks");
+    let (service, networks) = (service_spec("web2", 1, &["host", "back"]), "host");
+    let error = service::create(&world.state, ServiceId(9), service).unwrap_err().to_string();
+    assert!(error.contains(networks) && error.contains("name it alone"), "{error}");
 }

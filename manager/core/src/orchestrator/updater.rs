@@ -362,15 +362,17 @@ fn late(scope: &Scope<'_, '_>, task: &Task) -> String {
 
 /// Whether a task needs no replacement to be what the service's spec says.
 ///
-/// Published ports are not part of it, as long as the task has an uplink: they are balanced outside of
-/// the container. Differs from
+/// Ports of the routing mesh are not part of it, as long as the task has an uplink: they are balanced
+/// outside of the container. Those in host mode are: the scheduler chose the node by them. Differs from
 /// SwarmKit, which replaces all tasks for a port (moby#41364).
 pub(super) fn is_clean(state: &State, service: &Service, task: &Task) -> bool {
     if task.spec_version == service.spec_version {
         return true;
     }
     let (wanted, made) = (&service.spec.task_template, &task.spec);
-    if !is_same_but_placement(wanted, made) || lacks_uplink(state, service, task) {
+    let has_its_ports = task.host_ports == ports::host_mode(&service.endpoint.ports);
+    if !is_same_but_placement(wanted, made) || !has_its_ports || lacks_uplink(state, service, task)
+    {
         return false;
     }
     if wanted.placement == made.placement {
@@ -387,7 +389,11 @@ fn lacks_uplink(state: &State, service: &Service, task: &Task) -> bool {
     let networks = network::targets(&service.spec).filter_map(|id| state.network(id));
     is_attached
         && task.ingress_address().is_none()
-        && network::needs_uplink(Some(service), networks.map(|network| &**network))
+        && network::needs_uplink(
+            Some(service),
+            service.spec.networks(),
+            networks.map(|network| &**network),
+        )
 }
 
 fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {

@@ -40,10 +40,10 @@ impl Requirement {
             )
             .map_err(|error| error.to_string())?,
             platforms: placement.platforms.unwrap_or_default(),
-            ports: index::host_ports(state, task),
+            ports: index::host_ports(task),
             replicas_max: placement.max_replicas.unwrap_or(0),
             pinned_image: None,
-            has_uplink: network::wants_uplink(service, &networks),
+            has_uplink: network::wants_uplink(service, &task.spec, &networks),
             networks,
         })
     }

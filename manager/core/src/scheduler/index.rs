@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
 use skep_common::object::NodeState;
-use skep_common::spec::{Availability, PortProtocol, PublishMode, Resources, TaskSpec};
+use skep_common::spec::{Availability, PortProtocol, Resources, TaskSpec};
 use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{FAILURE_WINDOW, GroupKey};
@@ -209,7 +209,7 @@ impl Index {
 
     /// Takes over a task as it is, or notes that it is gone.
     pub(crate) fn sync_task(&mut self, state: &State, task_id: TaskId) {
-        let new = state.task(task_id).and_then(|task| self.charge_of(state, task));
+        let new = state.task(task_id).and_then(|task| self.charge_of(task));
         if self.charges.get(&task_id) == new.as_ref() {
             return;
         }
@@ -223,7 +223,7 @@ impl Index {
         }
     }
 
-    fn charge_of(&mut self, state: &State, task: &Task) -> Option<Charge> {
+    fn charge_of(&mut self, task: &Task) -> Option<Charge> {
         let key = (task.service_id, task.spec_version);
         let Some(node_id) = task.node_id else {
             let is_waiting = is_live(task) && task.status.state < TaskState::Assigned;
@@ -242,7 +242,7 @@ impl Index {
                 amounts: Amounts::reserved_by(&task.spec),
                 is_active: is_live(task),
                 has_uplink: network::has_uplink(task),
-                ports: host_ports(state, task),
+                ports: host_ports(task),
             }),
         }
     }
@@ -319,16 +319,12 @@ fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: &K) {
     }
 }
 
-/// The ports that a task takes on its node itself: those its service publishes in host mode.
-pub(super) fn host_ports(state: &State, task: &Task) -> Ports {
-    let Some(service) = state.service(task.service_id) else { return Ports::new() };
-    let ports = service.endpoint.ports.iter();
-    let host = ports.filter(|port| port.publish_mode == Some(PublishMode::Host));
-    let numbered = host.filter_map(|port| {
-        let published = port.published_port.filter(|published| *published != 0)?;
-        Some((port.protocol.unwrap_or_default(), published))
-    });
-    numbered.collect()
+/// The ports that a task takes on its node itself. One that the node numbers takes none from others.
+pub(super) fn host_ports(task: &Task) -> Ports {
+    let ports = task.host_ports.iter();
+    ports
+        .filter_map(|port| Some((port.protocol.unwrap_or_default(), port.published_port?)))
+        .collect()
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 use skep_common::object::Image;
 use skep_common::spec::{
-    ContainerSpec, Placement, Platform, PortConfig, PublishMode, ResourceRequirements, Resources,
+    ContainerSpec, EndpointSpec, Placement, Platform, PortConfig, PublishMode,
+    ResourceRequirements, Resources,
 };
 use skep_common::{ImageId, NodeId, Object, Service, TaskId, TaskState};
 
@@ -89,6 +90,20 @@ fn tasks_go_to_the_node_that_ranks_first() {
         let mut world = World::new(nodes, service_with(replicas, needs), tasks);
         world.expect_step(name, expect);
     }
+}
+
+#[test]
+fn a_task_is_replaced_for_another_host_port_and_keeps_its_own_until_it_has_ended() {
+    let mut world = World::new("1", service_with(1, "host=80"), "1@1:running");
+    let mut changed = service_with(1, "host=81");
+    let ports = Some(changed.endpoint.ports.clone());
+    changed.spec.endpoint_spec = Some(EndpointSpec { ports, ..EndpointSpec::default() });
+    world.replace(Object::Service(Box::new(changed)));
+    world.expect_step("another port", "!1 +1@1>ready web=updating");
+    let mut other = service_with(1, "host=80");
+    (other.id, other.spec.name) = (skep_common::ServiceId(9), "other".to_owned());
+    world.put(vec![Object::Service(Box::new(other))]);
+    world.expect_step("the port that is left is not free yet", "+1@-");
 }
 
 #[test]

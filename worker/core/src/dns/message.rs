@@ -5,15 +5,18 @@
 use std::net::IpAddr;
 
 use hickory_proto::op::{Edns, Message, Metadata, OpCode, Query, ResponseCode};
-use hickory_proto::rr::rdata::{A, AAAA, PTR};
+use hickory_proto::rr::rdata::{A, AAAA, PTR, SRV};
 use hickory_proto::rr::{DNSClass, Name, RData, Record, RecordType};
 
-use super::{Answer, Kind, Question};
+use super::{Answer, Kind, Location, Question};
 
 const HEADER_BYTES: usize = 12;
 
 /// What a datagram may have where its sender does not say (RFC 1035, 4.2.1).
 const DATAGRAM_BYTES: u16 = 512;
+
+/// What fits in one datagram, whatever its receiver would take: 65535 without the headers of IPv4 and UDP.
+const DATAGRAM_BYTES_MAX: u16 = 65_507;
 
 /// What we take in one datagram. Nothing on the way has a smaller one: the way is the loopback.
 const PAYLOAD_BYTES: u16 = 4096;
@@ -82,7 +85,8 @@ impl Request {
         if query.query_class != DNSClass::IN {
             return wrong(ResponseCode::NotImp);
         }
-        let question = Question { name: plain(&query.name), kind: kind(query) };
+        let reversed = query.name.parse_arpa_name().ok();
+        let question = Question { name: plain(&query.name), kind: kind(query), reversed };
         let request = Self { message, question, transport };
         if request.message.edns.as_ref().is_some_and(|edns| edns.version() > 0) {
             return Received::Wrong(request.encode(&request.head(ResponseCode::BADVERS)));
@@ -101,26 +105,23 @@ impl Request {
             Answer::Forward => return None,
             Answer::Refuse => ResponseCode::Refused,
             Answer::Unknown => ResponseCode::NXDomain,
-            Answer::Addresses { .. } | Answer::Name(_) => ResponseCode::NoError,
+            Answer::Addresses { .. } | Answer::Name(_) | Answer::Locations(_) => {
+                ResponseCode::NoError
+            }
         };
         let mut reply = self.head(code);
         let owner = &reply.queries[0].name;
         match answer {
             Answer::Addresses { addresses, ttl } => {
-                let record = |address: &IpAddr| {
-                    let data = match address {
-                        IpAddr::V4(address) => RData::A(A(*address)),
-                        IpAddr::V6(address) => RData::AAAA(AAAA(*address)),
-                    };
-                    Record::from_rdata(owner.clone(), *ttl, data)
-                };
+                let record = |address: &IpAddr| address_record(owner, *address, *ttl);
                 reply.answers = addresses.iter().map(record).collect();
             }
             Answer::Name(name) => {
-                // A network's name may be none that a message can hold.
-                let name = Name::from_ascii(format!("{name}.")).ok();
                 let record = |name| Record::from_rdata(owner.clone(), 0, RData::PTR(PTR(name)));
-                reply.answers = name.map(record).into_iter().collect();
+                reply.answers = absolute(name).map(record).into_iter().collect();
+            }
+            Answer::Locations(places) => {
+                (reply.answers, reply.additionals) = location_records(owner, places);
             }
             Answer::Unknown | Answer::Forward | Answer::Refuse => {}
         }
@@ -137,7 +138,7 @@ impl Request {
     pub fn limit(&self) -> usize {
         let asked = self.message.edns.as_ref().map_or(DATAGRAM_BYTES, Edns::max_payload);
         match self.transport {
-            Transport::Udp => asked.max(DATAGRAM_BYTES).into(),
+            Transport::Udp => asked.clamp(DATAGRAM_BYTES, DATAGRAM_BYTES_MAX).into(),
             Transport::Tcp => u16::MAX.into(),
         }
     }
@@ -162,20 +163,26 @@ impl Request {
     ///
     /// Measured and not computed: the encoder stops to abbreviate names after some.
     fn shorten(&self, reply: &mut Message) {
-        let fits = |records: &[Record]| {
+        let fits = |records: &[Record], additionals: &[Record]| {
             let mut part = self.head(reply.metadata.response_code);
             part.answers = records.to_vec();
+            part.additionals = additionals.to_vec();
             let bytes = self.encode(&part);
             // The encoder marks what it cut itself, at the size of the largest message.
             bytes.len() <= self.limit() && bytes[2] & TRUNCATED == 0
         };
-        if fits(&reply.answers) {
+        if fits(&reply.answers, &reply.additionals) {
+            return;
+        }
+        // Nobody asked for these: a reply without them is whole.
+        reply.additionals.clear();
+        if fits(&reply.answers, &[]) {
             return;
         }
         let (mut fitting, mut too_many) = (0, reply.answers.len());
         while fitting + 1 < too_many {
             let middle = fitting.midpoint(too_many);
-            if fits(&reply.answers[..middle]) {
+            if fits(&reply.answers[..middle], &[]) {
                 fitting = middle;
             } else {
                 too_many = middle;
@@ -210,17 +217,40 @@ fn plain(name: &Name) -> String {
     name.iter().map(label).collect::<Vec<_>>().join(".")
 }
 
+/// A name of ours as messages have it; a network's name may be none that a message can hold.
+fn absolute(name: &str) -> Option<Name> {
+    Name::from_ascii(format!("{name}.")).ok()
+}
+
+fn address_record(owner: &Name, address: IpAddr, ttl: u32) -> Record {
+    let data = match address {
+        IpAddr::V4(address) => RData::A(A(address)),
+        IpAddr::V6(address) => RData::AAAA(AAAA(address)),
+    };
+    Record::from_rdata(owner.clone(), ttl, data)
+}
+
+/// Where tasks answer, and the addresses of their names.
+fn location_records(owner: &Name, places: &[Location]) -> (Vec<Record>, Vec<Record>) {
+    let (mut locations, mut addresses) = (Vec::new(), Vec::new());
+    for place in places {
+        let Some(target) = absolute(&place.target) else { continue };
+        addresses
+            .extend(place.addresses.iter().map(|address| address_record(&target, *address, 0)));
+        // All alike: no priority, no weight.
+        let data = RData::SRV(SRV::new(0, 0, place.port, target));
+        locations.push(Record::from_rdata(owner.clone(), 0, data));
+    }
+    (locations, addresses)
+}
+
 #[expect(clippy::wildcard_enum_match_arm, reason = "there are a hundred types of records")]
 fn kind(query: &Query) -> Kind {
     match query.query_type {
         RecordType::A => Kind::A,
         RecordType::AAAA => Kind::Aaaa,
-        RecordType::PTR => match query.name.parse_arpa_name() {
-            Ok(network) if network.prefix_len() == network.max_prefix_len() => {
-                Kind::Ptr(network.addr())
-            }
-            _ => Kind::Other,
-        },
+        RecordType::PTR => Kind::Ptr,
+        RecordType::SRV => Kind::Srv,
         _ => Kind::Other,
     }
 }

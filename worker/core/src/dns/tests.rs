@@ -9,7 +9,7 @@ use hickory_proto::rr::{DNSClass, Name, RData, RecordType};
 use skep_common::{NetworkId, ServiceId, TaskId};
 
 use super::*;
-use crate::network::{EndpointEntry, NetworkTable, NetworkTables, ServiceEntry};
+use crate::network::{EndpointEntry, NamedPort, NetworkTable, NetworkTables, ServiceEntry};
 
 const FRONT: NetworkId = NetworkId(1);
 const BACK: NetworkId = NetworkId(2);
@@ -29,6 +29,7 @@ fn service(name: &str, aliases: &[&str], virtual_ips: &[&str]) -> ServiceEntry {
         name: name.into(),
         aliases: aliases.iter().map(ToString::to_string).collect(),
         virtual_ips: addresses(virtual_ips),
+        ports: Vec::new(),
     }
 }
 
@@ -36,32 +37,47 @@ fn endpoint(service: u128, name: &str, serving: bool, own: &[&str]) -> EndpointE
     EndpointEntry {
         service_id: ServiceId(service),
         name: name.into(),
+        hostname: None,
         addresses: addresses(own),
         node_number: 1,
         serving,
     }
 }
 
-/// `front`: `web` with addresses of both families and the alias `www`; `db`, dnsrr, of whose tasks one
-/// does not serve; `idle`, dnsrr, without tasks; `www2` with the alias `www` too. `back`: another `db`.
+/// `front`: `web` with addresses of both families, the alias `www`, the port `Http` and two hosts in its
+/// second slot, and others whose hosts are named like it; `db`, dnsrr, of whose tasks one does not serve; `idle`, dnsrr, without tasks; `www2` with the alias `www` too. `back`: another `db`.
 fn directory(internal: bool) -> Directory {
+    let http = NamedPort { name: "Http".into(), protocol: "tcp".into(), target_port: 8080 };
+    let web = service("web", &["www"], &["10.0.1.2", "fd00:1::2"]);
+    let named = |name: &str, serving, own: &str| EndpointEntry {
+        hostname: Some("Host-2".into()),
+        ..endpoint(1, name, serving, &[own])
+    };
+    let named_like = |hostname: &str, own: &str| EndpointEntry {
+        hostname: Some(hostname.into()),
+        ..endpoint(9, "other.1", false, &[own])
+    };
     let front = NetworkTable {
         name: "Front".into(),
         internal,
         subnets: vec!["10.0.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
         services: BTreeMap::from([
-            (ServiceId(1), service("web", &["www"], &["10.0.1.2", "fd00:1::2"])),
+            (ServiceId(1), ServiceEntry { ports: vec![http], ..web }),
             (ServiceId(2), service("db", &["Store"], &[])),
             (ServiceId(3), service("idle", &[], &[])),
             (ServiceId(4), service("www2", &["www"], &["10.0.1.3"])),
         ]),
         endpoints: BTreeMap::from([
             (TaskId(11), endpoint(1, "web.1.11", true, &["10.0.1.11", "fd00:1::11"])),
-            (TaskId(12), endpoint(1, "web.2.12", false, &["10.0.1.12"])),
+            (TaskId(12), named(&format!("web.2.{}", TaskId(12)), false, "10.0.1.12")),
+            (TaskId(13), named(&format!("web.2.{}", TaskId(13)), true, "10.0.1.13")),
+            (TaskId(14), endpoint(1, &format!("web.3.{}", TaskId(14)), false, &["10.0.1.14"])),
             (TaskId(21), endpoint(2, "db.1.21", true, &["10.0.1.21"])),
             (SECOND, endpoint(2, "db.2.22", true, &["10.0.1.22"])),
             (TaskId(23), endpoint(2, "db.3.23", true, &["10.0.1.23"])),
             (TaskId(24), endpoint(2, "db.4.24", false, &["10.0.1.24"])),
+            (TaskId(25), named_like("Web", "10.0.1.25")),
+            (TaskId(26), named_like("tasks.www", "10.0.1.26")),
         ]),
         ..NetworkTable::default()
     };
@@ -73,7 +89,7 @@ fn directory(internal: bool) -> Directory {
         ..NetworkTable::default()
     };
     let networks = BTreeMap::from([(FRONT, Arc::new(front)), (BACK, Arc::new(back))]);
-    Directory::default().follow(&Arc::new(NetworkTables { networks, ..Default::default() }))
+    Directory::default().follow(&NetworkTables { networks, ..Default::default() })
 }
 
 /// The words of an answer.
@@ -85,6 +101,10 @@ fn words(answer: &Answer) -> String {
             format!("{} {ttl}s", texts.join(" "))
         }
         Answer::Name(name) => name.clone(),
+        Answer::Locations(places) => {
+            let text = |place: &Location| format!("{}:{}", place.target, place.port);
+            places.iter().map(text).collect::<Vec<_>>().join(" ")
+        }
         Answer::Unknown => "unknown".into(),
         Answer::Forward => "forward".into(),
         Answer::Refuse => "refuse".into(),
@@ -92,11 +112,13 @@ fn words(answer: &Answer) -> String {
 }
 
 fn ask(scope: &Scope, directory: &Directory, name: &str, kind: Kind, turn: u32) -> String {
-    words(&answer(&Question { name: name.into(), kind }, scope, directory, turn))
+    words(&answer(&Question { name: name.into(), kind, reversed: None }, scope, directory, turn))
 }
 
-fn ptr(text: &str) -> Kind {
-    Kind::Ptr(address(text))
+/// Asks something of addresses.
+fn ask_reversed(scope: &Scope, directory: &Directory, net: &str, kind: Kind) -> String {
+    let reversed = Some(net.parse().unwrap());
+    words(&answer(&Question { name: "x.arpa".into(), kind, reversed }, scope, directory, 0))
 }
 
 fn scope(networks: &[NetworkId]) -> Scope {
@@ -117,7 +139,7 @@ fn names_mean_what_the_networks_of_the_container_say() {
         ("a family it has not", &front, "www2", Kind::Aaaa, "empty"),
         ("another kind", &front, "web", Kind::Other, "empty"),
         ("an alias of two services", &front, "www", Kind::A, "10.0.1.2 10.0.1.3 5s"),
-        ("serving tasks", &front, "tasks.web", Kind::A, "10.0.1.11 0s"),
+        ("serving tasks", &front, "tasks.web", Kind::A, "10.0.1.11 10.0.1.13 0s"),
         ("of an alias", &front, "tasks.www.front", Kind::Aaaa, "fd00:1::11 0s"),
         ("dnsrr", &front, "db", Kind::A, "10.0.1.21 10.0.1.22 10.0.1.23 0s"),
         ("dnsrr by alias", &front, "store", Kind::A, "10.0.1.21 10.0.1.22 10.0.1.23 0s"),
@@ -125,19 +147,72 @@ fn names_mean_what_the_networks_of_the_container_say() {
         ("no tasks", &front, "tasks.idle", Kind::A, "empty"),
         ("a container", &front, "db.2.22", Kind::A, "10.0.1.22 0s"),
         ("one that does not serve", &front, "db.4.24.front", Kind::A, "10.0.1.24 0s"),
-        ("its host name", &front, &short, Kind::A, "10.0.1.22 0s"),
+        ("its short id", &front, &short, Kind::A, "10.0.1.22 0s"),
+        ("its host name", &front, "host-2", Kind::A, "10.0.1.12 10.0.1.13 0s"),
+        ("the task of a slot", &front, "web.2", Kind::A, "10.0.1.13 0s"),
+        ("one that is starting", &front, "web.3.front", Kind::A, "10.0.1.14 0s"),
+        ("a slot without a task", &front, "web.4", Kind::A, "forward"),
         ("the first network", &both, "db", Kind::A, "10.0.1.21 10.0.1.22 10.0.1.23 0s"),
         ("decides", &back_first, "db", Kind::A, "10.0.2.5 5s"),
         ("unless one is named", &both, "db.back", Kind::A, "10.0.2.5 5s"),
         ("a network it is not on", &none, "web", Kind::A, "forward"),
         ("a foreign name", &front, "example.com", Kind::A, "forward"),
         ("of any kind", &front, "example.com", Kind::Other, "forward"),
-        ("a task's address", &front, "x", ptr("10.0.1.12"), "web.2.12.Front"),
-        ("its other one", &front, "x", ptr("fd00:1::11"), "web.1.11.Front"),
-        ("a service's", &front, "x", ptr("10.0.1.2"), "web.Front"),
-        ("nobody's", &front, "x", ptr("10.0.1.99"), "unknown"),
-        ("another network's", &front, "x", ptr("10.0.2.5"), "forward"),
-        ("a foreign one", &front, "x", ptr("192.0.2.1"), "forward"),
+    ] {
+        assert_eq!(ask(scope, &directory, name, kind, 0), expect, "{what}: {name}");
+    }
+}
+
+#[test]
+fn addresses_are_named_and_not_asked_of_others() {
+    let (directory, front) = (directory(false), scope(&[FRONT]));
+    let web_2 = format!("web.2.{}.Front", TaskId(12));
+    for (what, net, kind, expect) in [
+        ("a task's address", "10.0.1.12/32", Kind::Ptr, web_2.as_str()),
+        ("its other one", "fd00:1::11/128", Kind::Ptr, "web.1.11.Front"),
+        ("a service's", "10.0.1.2/32", Kind::Ptr, "web.Front"),
+        ("nobody's", "10.0.1.99/32", Kind::Ptr, "unknown"),
+        ("another network's", "10.0.2.5/32", Kind::Ptr, "forward"),
+        ("a foreign one", "192.0.2.1/32", Kind::Ptr, "forward"),
+        ("another kind", "10.0.1.12/32", Kind::A, "empty"),
+        ("any kind", "fd00:1::11/128", Kind::Other, "empty"),
+        ("nobody's, another kind", "10.0.1.99/32", Kind::Srv, "unknown"),
+        ("the whole network", "10.0.1.0/24", Kind::Other, "empty"),
+        ("a part of it", "fd00:1::/96", Kind::Ptr, "empty"),
+        ("more than it", "10.0.0.0/16", Kind::Other, "forward"),
+        ("another kind, a foreign one", "192.0.2.1/32", Kind::A, "forward"),
+    ] {
+        assert_eq!(ask_reversed(&front, &directory, net, kind), expect, "{what}: {net}");
+    }
+}
+
+#[test]
+fn serving_tasks_are_located_by_port() {
+    let (directory, front, both) = (directory(false), scope(&[FRONT]), scope(&[BACK, FRONT]));
+    let web_2 = format!("web.2.{}.Front", TaskId(13));
+    let both_tasks = |port: u16| format!("web.1.11.Front:{port} {web_2}:{port}");
+    let (any, http) = (both_tasks(80), both_tasks(8080));
+    for (what, scope, name, kind, expect) in [
+        ("a port by number", &front, "_80._tcp.web", Kind::Srv, any.as_str()),
+        ("by its name", &front, "_http._tcp.web", Kind::Srv, &http),
+        ("of an alias, one of whose services has it", &front, "_http._tcp.www", Kind::Srv, &http),
+        ("with the network", &front, "_80._udp.web.front", Kind::Srv, &any),
+        (
+            "dnsrr",
+            &front,
+            "_1._tcp.db",
+            Kind::Srv,
+            "db.1.21.Front:1 db.3.23.Front:1 db.2.22.Front:1",
+        ),
+        ("nobody serves", &front, "_80._tcp.idle", Kind::Srv, ""),
+        ("a name that it has not", &front, "_smtp._tcp.web", Kind::Srv, "unknown"),
+        ("another protocol's", &front, "_http._udp.web", Kind::Srv, "unknown"),
+        ("no protocol", &front, "_80._icmp.web", Kind::Srv, "unknown"),
+        ("no port", &front, "_0._tcp.web", Kind::Srv, "unknown"),
+        ("another kind", &front, "_80._tcp.web", Kind::A, "empty"),
+        ("the first network that has it", &both, "_80._tcp.web", Kind::Srv, &any),
+        ("a service's name alone", &front, "web", Kind::Srv, "empty"),
+        ("a foreign service", &front, "_ldap._tcp.example.com", Kind::Srv, "forward"),
     ] {
         assert_eq!(ask(scope, &directory, name, kind, 0), expect, "{what}: {name}");
     }
@@ -158,7 +233,6 @@ fn what_must_stay_inside_is_not_forwarded() {
     let with_ndots = Scope { dotless_is_local: true, ..front.clone() };
     for (what, scope, directory, name, kind, expect) in [
         ("internal", &front, &closed, "example.com", Kind::A, "refuse"),
-        ("internal, by address", &front, &closed, "x", ptr("192.0.2.1"), "refuse"),
         ("internal, its own", &front, &closed, "web", Kind::A, "10.0.1.2 5s"),
         ("no network at all", &Scope::default(), &closed, "example.com", Kind::A, "forward"),
         ("without a dot", &front, &open, "printer", Kind::A, "forward"),
@@ -167,6 +241,7 @@ fn what_must_stay_inside_is_not_forwarded() {
     ] {
         assert_eq!(ask(scope, directory, name, kind, 0), expect, "{what}");
     }
+    assert_eq!(ask_reversed(&front, &closed, "192.0.2.1/32", Kind::Ptr), "refuse");
 }
 
 #[test]
@@ -176,14 +251,11 @@ fn a_directory_follows_its_tables() {
     assert!(directory.knows(&known) && !Directory::default().knows(&known));
     assert!(Directory::default().knows(&Scope::default()), "on no network");
 
-    let mut tables = NetworkTables::clone(&directory.tables);
+    let mut tables = directory.tables();
     let front = Arc::make_mut(tables.networks.get_mut(&FRONT).unwrap());
-    front.services.remove(&ServiceId(1));
-    let tables = Arc::new(tables);
-    assert!(!directory.is_of(&tables));
+    front.services.remove(&ServiceId(3));
     let next = directory.follow(&tables);
-    assert!(next.is_of(&tables));
-    assert_eq!(ask(&known, &next, "web", Kind::A, 0), "forward");
+    assert_eq!(ask(&known, &next, "idle", Kind::A, 0), "forward");
     assert!(Arc::ptr_eq(&next.networks[&BACK], &directory.networks[&BACK]), "it did not change");
 }
 
@@ -215,14 +287,23 @@ fn questions_are_read_as_clients_write_them() {
     for (name, kind, expect_name, expect) in [
         ("WEB.", RecordType::A, "web", Kind::A),
         ("_x.web.", RecordType::AAAA, "_x.web", Kind::Aaaa),
-        ("2.1.0.10.in-addr.arpa.", RecordType::PTR, "2.1.0.10.in-addr.arpa", ptr("10.0.1.2")),
-        ("1.0.10.in-addr.arpa.", RecordType::PTR, "1.0.10.in-addr.arpa", Kind::Other),
         ("web\\.front.", RecordType::A, "web\\.front", Kind::A),
         ("web.", RecordType::HTTPS, "web", Kind::Other),
+        ("_80._tcp.Web.", RecordType::SRV, "_80._tcp.web", Kind::Srv),
+        ("web.", RecordType::PTR, "web", Kind::Ptr),
     ] {
         let request = read(&message(name, kind), Transport::Udp);
-        let question = Question { name: expect_name.into(), kind: expect };
+        let question = Question { name: expect_name.into(), kind: expect, reversed: None };
         assert_eq!(request.question(), &question, "{name}");
+    }
+    for (name, kind, expect, net) in [
+        ("2.1.0.10.in-addr.arpa.", RecordType::PTR, Kind::Ptr, "10.0.1.2/32"),
+        ("1.0.10.in-addr.arpa.", RecordType::A, Kind::A, "10.0.1.0/24"),
+        ("1.0.0.0.0.0.d.f.ip6.arpa.", RecordType::SOA, Kind::Other, "fd00:1::/32"),
+    ] {
+        let request = read(&message(name, kind), Transport::Udp);
+        let Question { kind, reversed, .. } = request.question();
+        assert_eq!((*kind, *reversed), (expect, net.parse().ok()), "{name}");
     }
 }
 
@@ -273,6 +354,9 @@ fn replies_have_the_size_that_is_asked_for() {
         assert_eq!((reply.answers.len(), reply.truncation), (expect, is_cut), "{what}");
         assert_eq!(reply.edns.is_some(), message.edns.is_some(), "{what}");
     }
+    let mut boundless = plain.clone();
+    boundless.edns.insert(Edns::new()).set_max_payload(u16::MAX);
+    assert_eq!(read(&boundless, Transport::Udp).limit(), 65_507, "no datagram has more");
     // A long name, more often than the encoder abbreviates it.
     let many = |count: u32| {
         let addresses = (0..count).map(|n| IpAddr::from(n.to_be_bytes())).collect();
@@ -288,6 +372,32 @@ fn replies_have_the_size_that_is_asked_for() {
         let reply = decode(Some(bytes));
         assert!(reply.answers.len() > 120 && reply.answers.len() < count as usize);
         assert_eq!((reply.truncation, reply.edns.is_some()), (is_cut, true));
+    }
+}
+
+#[test]
+fn places_come_with_their_addresses_where_there_is_room() {
+    let places = |count: u8| {
+        let place = |n: u8| Location {
+            target: format!("web.{n}.front"),
+            port: 80,
+            addresses: vec![IpAddr::from([10, 0, 1, n]), address("fd00:1::1")],
+        };
+        Answer::Locations((0..count).map(place).collect())
+    };
+    let asked = read(&message("_80._tcp.web.", RecordType::SRV), Transport::Udp);
+    let reply = decode(asked.reply(&places(2)));
+    let RData::SRV(first) = &reply.answers[0].data else { panic!("{:?}", reply.answers) };
+    assert_eq!((first.port, first.target.to_ascii().as_str()), (80, "web.0.front."));
+    assert_eq!((first.priority, first.weight, reply.answers[0].ttl), (0, 0, 0));
+    let owners: Vec<String> = reply.additionals.iter().map(|one| one.name.to_ascii()).collect();
+    assert_eq!(owners, ["web.0.front.", "web.0.front.", "web.1.front.", "web.1.front."]);
+    for (count, expect, is_cut) in [(8, 8, false), (40, 15, true)] {
+        let bytes = asked.reply(&places(count)).unwrap();
+        assert!(bytes.len() <= 512);
+        let reply = decode(Some(bytes));
+        let counts = (reply.answers.len(), reply.additionals.len(), reply.truncation);
+        assert_eq!(counts, (expect, 0, is_cut), "{count} places");
     }
 }
 

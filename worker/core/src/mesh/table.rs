@@ -140,6 +140,9 @@ pub struct PublishedPort {
     pub protocol: Protocol,
     /// The service that publishes it.
     pub service_id: String,
+    /// Its name, for people; empty where its manager does not say it.
+    #[serde(default)]
+    pub service: String,
     /// The healthy tasks behind it; none means that clients are refused.
     pub backends: Vec<Backend>,
 }

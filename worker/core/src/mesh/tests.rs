@@ -27,6 +27,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
             published: published.parse().unwrap(),
             protocol,
             service_id: format!("service-{published}"),
+            service: String::new(),
             backends: backends.collect(),
         }
     });
@@ -254,6 +255,7 @@ fn any_table() -> impl Strategy<Value = MeshTable> {
             published,
             protocol,
             service_id: format!("service-{published}"),
+            service: String::new(),
             backends,
         });
         MeshTable { peers, ipv6, ports: ports.collect(), ..table(1, "", "") }

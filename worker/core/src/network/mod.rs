@@ -4,8 +4,8 @@
 //! Managers send [`NetworkTables`]: for each network that this node has tasks on, its endpoints on all
 //! nodes and its services. They are translated into two kinds of kernel objects, each with the
 //! operations between two sets of them: [`Reach`] (the tunnel of a network: where tasks of other nodes
-//! are) and [`Vips`] (the rules in each container: which backends a service's address stands for). The
-//! shell (`skep_worker::net::network`) observes the kernel, plans with `diff`, and acts.
+//! are) and [`Vips`] (the rules in each container: which backends a service's address stands for), which a
+//! [`Balance`] derives for all containers of a network. The shell (`skep_worker::net::network`) observes the kernel, plans with `diff`, and acts.
 //!
 //! # Invariants
 //!
@@ -21,5 +21,5 @@ mod tests;
 mod vips;
 
 pub use reach::{Reach, ReachOp};
-pub use table::{EndpointEntry, NetworkTable, NetworkTables, ServiceEntry};
-pub use vips::{Connection, Peers, VipOp, Vips};
+pub use table::{EndpointEntry, NamedPort, NetworkTable, NetworkTables, ServiceEntry};
+pub use vips::{Balance, Connection, Peers, VipOp, Vips, in_turn};

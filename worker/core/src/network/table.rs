@@ -57,6 +57,8 @@ pub struct EndpointEntry {
     pub service_id: ServiceId,
     /// The name of its container: `service.slot.task`.
     pub name: String,
+    /// The host name that its service asks for.
+    pub hostname: Option<String>,
     /// Its IPv4 address, and its IPv6 address where the network has that.
     pub addresses: Vec<IpAddr>,
     /// The node that it is on.
@@ -84,4 +86,17 @@ pub struct ServiceEntry {
     pub aliases: Vec<String>,
     /// Addresses that stand for its serving tasks; without one its names mean these tasks' addresses.
     pub virtual_ips: Vec<IpAddr>,
+    /// Published ports that have a name.
+    pub ports: Vec<NamedPort>,
+}
+
+/// A published port that has a name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedPort {
+    /// Its name.
+    pub name: String,
+    /// `tcp`, `udp` or `sctp`.
+    pub protocol: String,
+    /// The port that containers listen on.
+    pub target_port: u16,
 }

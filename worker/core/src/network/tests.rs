@@ -17,6 +17,7 @@ fn network(endpoints: &str, vips: &str) -> NetworkTable {
         let entry = EndpointEntry {
             service_id: ServiceId(1),
             name: format!("web.{n}"),
+            hostname: None,
             addresses: addresses.map(|address| address.parse().unwrap()).collect(),
             node_number: node.parse().unwrap(),
             serving,
@@ -25,8 +26,8 @@ fn network(endpoints: &str, vips: &str) -> NetworkTable {
     });
     let service = ServiceEntry {
         name: "web".into(),
-        aliases: Vec::new(),
         virtual_ips: vips.split_whitespace().map(|vip| vip.parse().unwrap()).collect(),
+        ..ServiceEntry::default()
     };
     NetworkTable {
         name: "front".into(),
@@ -77,7 +78,7 @@ fn a_tunnel_knows_the_tasks_of_other_nodes_and_no_others() {
 
 #[test]
 fn a_virtual_address_stands_for_the_serving_tasks_of_its_family() {
-    let vips = |endpoints, addresses| Vips::of([&network(endpoints, addresses)], 0);
+    let vips = |endpoints, addresses| Vips::of(&network(endpoints, addresses), &Vips::default());
     let old = vips("10.0.1.4@2 10.0.1.3,fd00:1::3@1 !10.0.1.5@1", "10.0.1.2 fd00:1::2");
     check(
         "all are new",
@@ -99,17 +100,16 @@ fn a_virtual_address_stands_for_the_serving_tasks_of_its_family() {
 #[test]
 fn containers_begin_their_turns_at_different_backends() {
     let table = network("10.0.1.3@1 10.0.1.4@1 10.0.1.5@1", "10.0.1.2");
-    let first = |task_id| {
-        let vips = Vips::of([&table], task_id);
-        vips.0.values().next().unwrap()[0].to_string()
-    };
+    let vips = Vips::of(&table, &Vips::default());
+    let backends = &vips.0.values().next().unwrap();
+    let first = |task_id| in_turn(backends, task_id)[0].to_string();
     assert_eq!([3, 4, 5].map(first), ["10.0.1.3", "10.0.1.4", "10.0.1.5"]);
-    assert!(Vips::of([&network("", "10.0.1.2")], 7).0.values().all(Vec::is_empty));
+    assert_eq!(in_turn(&[], 7), [] as [IpAddr; 0]);
 }
 
 #[test]
 fn connections_end_with_their_endpoint_and_datagrams_move_on_before() {
-    let peers = Peers::of([&network("10.0.1.3@1 !10.0.1.4@1", "10.0.1.2")]);
+    let peers = Peers::of(&network("10.0.1.3@1 !10.0.1.4@1", "10.0.1.2"));
     let connection = |protocol, destination: &str, answers_from: &str| Connection {
         protocol,
         destination: destination.parse().unwrap(),
@@ -135,7 +135,7 @@ fn connections_end_with_their_endpoint_and_datagrams_move_on_before() {
             "{name}"
         );
     }
-    let of = |endpoints| Peers::of([&network(endpoints, "")]);
+    let of = |endpoints| Peers::of(&network(endpoints, ""));
     for (name, old, new, has_lost) in [
         ("one more", "10.0.1.3@1", "10.0.1.3@1 10.0.1.4@1", false),
         ("begins to serve", "!10.0.1.3@1", "10.0.1.3@1", false),
@@ -165,7 +165,7 @@ fn datagrams_to_one_service_move_on_when_an_address_passes_to_another() {
             answers_from_port,
         })
     };
-    let of_web = Peers::of([&web]);
+    let of_web = Peers::of(&web);
     assert!(!is_stale(&of_web, 17, "10.0.1.2", "10.0.1.3"));
 
     // A task of web has ended, and one of db has its address in the same table.
@@ -173,7 +173,7 @@ fn datagrams_to_one_service_move_on_when_an_address_passes_to_another() {
     both.services.insert(ServiceId(2), db("10.0.1.9"));
     let ended = both.endpoints.remove(&TaskId(0)).unwrap();
     both.endpoints.insert(TaskId(7), EndpointEntry { service_id: ServiceId(2), ..ended });
-    let of_both = Peers::of([&both]);
+    let of_both = Peers::of(&both);
     assert!(of_web.has_lost(&of_both));
     assert!(!of_both.has_lost(&of_both));
     for (name, protocol, destination, answers_from, expect) in [
@@ -188,16 +188,34 @@ fn datagrams_to_one_service_move_on_when_an_address_passes_to_another() {
 
     // All of web has gone, its virtual address too.
     both.services.remove(&ServiceId(1));
-    assert!(of_both.has_lost(&Peers::of([&both])));
-    assert!(is_stale(&Peers::of([&both]), 17, "10.0.1.2", "10.0.1.3"));
+    assert!(of_both.has_lost(&Peers::of(&both)));
+    assert!(is_stale(&Peers::of(&both), 17, "10.0.1.2", "10.0.1.3"));
 
     // Its tasks stay, and its virtual address is another service's.
     let mut other = web.clone();
     other.services = BTreeMap::from([(ServiceId(2), db("10.0.1.2"))]);
-    let of_other = Peers::of([&other]);
+    let of_other = Peers::of(&other);
     assert!(of_web.has_lost(&of_other));
     assert!(is_stale(&of_other, 17, "10.0.1.2", "10.0.1.3"));
     assert!(!is_stale(&of_other, 6, "10.0.1.2", "10.0.1.3"), "established TCP is left alone");
+}
+
+#[test]
+fn a_container_forgets_what_was_lost_since_its_own_table() {
+    let step = |before: &Balance, endpoints| Balance::of(&network(endpoints, "10.0.1.2"), before);
+    let first = step(&Balance::default(), "10.0.1.3@1 10.0.1.4@1");
+    let more = step(&first, "10.0.1.3@1 10.0.1.4@1 10.0.1.5@1");
+    assert!(!more.has_lost_since(&first), "one more");
+    let fewer = step(&more, "10.0.1.3@1 10.0.1.4@1");
+    let same = step(&fewer, "10.0.1.3@1 10.0.1.4@1");
+    for before in [&first, &more] {
+        assert!(fewer.has_lost_since(before) && same.has_lost_since(before));
+    }
+    assert!(!same.has_lost_since(&fewer) && !same.has_lost_since(&same));
+    let [of_more, of_same] =
+        [&more, &same].map(|balance| balance.vips.0.values().next().unwrap().clone());
+    assert_eq!(of_more.len(), 3);
+    assert!(std::sync::Arc::ptr_eq(&of_same, fewer.vips.0.values().next().unwrap()), "shared");
 }
 
 fn any_network() -> impl Strategy<Value = NetworkTable> {
@@ -208,8 +226,15 @@ fn any_network() -> impl Strategy<Value = NetworkTable> {
                 let mut addresses = vec![IpAddr::from([10, 0, 1, host])];
                 addresses
                     .extend(has_ipv6.then(|| format!("fd00:1::{host}").parse::<IpAddr>().unwrap()));
-                let (service_id, name) = (ServiceId(1), String::new());
-                (TaskId(id), EndpointEntry { service_id, name, addresses, node_number, serving })
+                let endpoint = EndpointEntry {
+                    service_id: ServiceId(1),
+                    name: String::new(),
+                    hostname: None,
+                    addresses,
+                    node_number,
+                    serving,
+                };
+                (TaskId(id), endpoint)
             };
         let endpoints = endpoints.into_iter().map(entry).collect();
         NetworkTable { endpoints, ..network("", "10.0.1.2 fd00:1::2") }
@@ -218,7 +243,7 @@ fn any_network() -> impl Strategy<Value = NetworkTable> {
 
 proptest! {
     #[test]
-    fn plans_lead_to_what_they_promise(old in any_network(), new in any_network(), id: u128) {
+    fn plans_lead_to_what_they_promise(old in any_network(), new in any_network()) {
         let mut reach = Reach::of(&tables(), &old);
         let wanted = Reach::of(&tables(), &new);
         for op in reach.diff(&wanted) {
@@ -226,8 +251,8 @@ proptest! {
         }
         prop_assert_eq!(&reach, &wanted);
 
-        let mut vips = Vips::of([&old], id);
-        let wanted = Vips::of([&new], id);
+        let mut vips = Vips::of(&old, &Vips::default());
+        let wanted = Vips::of(&new, &vips);
         for op in vips.diff(&wanted) {
             if let VipOp::Add(vip, backends) | VipOp::Replace(vip, backends) = &op {
                 prop_assert_ne!(vips.0.get(vip), Some(backends), "{} rewrites what is there", op);

@@ -1,25 +1,29 @@
-//! Virtual addresses of services as a container must know them, and which of its connections must end.
+//! Virtual addresses of services as containers must know them, and which of their connections must end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use skep_common::ServiceId;
 
 use super::NetworkTable;
 
-/// The virtual addresses in one container, each with its backends in the order of their turns.
+/// Virtual addresses, each with its backends in ascending order; [`in_turn`] says where a container begins.
+///
+/// Lists are shared: all containers of a network have the same ones, and a list that did not change is the
+/// same allocation as before.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Vips(pub BTreeMap<IpAddr, Vec<IpAddr>>);
+pub struct Vips(pub BTreeMap<IpAddr, Arc<[IpAddr]>>);
 
 /// One change of one virtual address.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum VipOp {
     /// Translates an address.
-    Add(IpAddr, Vec<IpAddr>),
+    Add(IpAddr, Arc<[IpAddr]>),
     /// Gives an address other backends, and starts its turns again.
-    Replace(IpAddr, Vec<IpAddr>),
+    Replace(IpAddr, Arc<[IpAddr]>),
     /// Translates an address no longer.
     Delete(IpAddr),
 }
@@ -27,8 +31,8 @@ pub enum VipOp {
 impl fmt::Display for VipOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (verb, address, backends) = match self {
-            Self::Add(address, backends) => ("add", address, backends.as_slice()),
-            Self::Replace(address, backends) => ("replace", address, backends.as_slice()),
+            Self::Add(address, backends) => ("add", address, backends),
+            Self::Replace(address, backends) => ("replace", address, backends),
             Self::Delete(address) => return write!(f, "delete vip {address}"),
         };
         write!(f, "{verb} vip {address} ->")?;
@@ -40,31 +44,33 @@ impl fmt::Display for VipOp {
 }
 
 impl Vips {
-    /// The virtual addresses of all services on `networks`, as the container of task `task_id` must
-    /// know them.
-    ///
-    /// Every container begins its turns at another backend: a hundred clients that connect once each
-    /// must not all reach the first.
-    pub fn of<'a>(networks: impl IntoIterator<Item = &'a NetworkTable>, task_id: u128) -> Self {
+    /// The virtual addresses of all services on a network. Lists that are as in `before` are those.
+    pub fn of(network: &NetworkTable, before: &Self) -> Self {
+        let mut serving: BTreeMap<ServiceId, BTreeSet<IpAddr>> = BTreeMap::new();
+        for endpoint in network.endpoints.values().filter(|endpoint| endpoint.serving) {
+            serving.entry(endpoint.service_id).or_default().extend(&endpoint.addresses);
+        }
+        let none = BTreeSet::new();
         let mut vips = BTreeMap::new();
-        for network in networks {
-            for (service_id, service) in &network.services {
-                let serving = network
-                    .endpoints
-                    .values()
-                    .filter(|endpoint| endpoint.serving && endpoint.service_id == *service_id);
-                let addresses: BTreeSet<IpAddr> =
-                    serving.flat_map(|endpoint| endpoint.addresses.iter().copied()).collect();
-                for vip in &service.virtual_ips {
-                    let is_same_family = |address: &&IpAddr| address.is_ipv4() == vip.is_ipv4();
-                    let mut backends: Vec<IpAddr> =
-                        addresses.iter().filter(is_same_family).copied().collect();
-                    rotate(&mut backends, task_id);
-                    vips.insert(*vip, backends);
-                }
+        for (service_id, service) in &network.services {
+            let addresses = serving.get(service_id).unwrap_or(&none);
+            for vip in &service.virtual_ips {
+                let is_same_family = |address: &&IpAddr| address.is_ipv4() == vip.is_ipv4();
+                let backends = || addresses.iter().filter(is_same_family).copied();
+                let list = match before.0.get(vip) {
+                    Some(before) if before.iter().copied().eq(backends()) => Arc::clone(before),
+                    _ => backends().collect(),
+                };
+                vips.insert(*vip, list);
             }
         }
         Self(vips)
+    }
+
+    /// The virtual addresses of several networks, whose subnets do not overlap.
+    pub fn union<'a>(all: impl IntoIterator<Item = &'a Self>) -> Self {
+        let entries = all.into_iter().flat_map(|vips| &vips.0);
+        Self(entries.map(|(vip, backends)| (*vip, Arc::clone(backends))).collect())
     }
 
     /// The operations that turn `self` into `wanted`. An address whose backends are the same is named
@@ -74,9 +80,9 @@ impl Vips {
         let mut ops: Vec<VipOp> = gone.map(|vip| VipOp::Delete(*vip)).collect();
         for (vip, backends) in &wanted.0 {
             match self.0.get(vip) {
-                Some(present) if present == backends => {}
-                Some(_) => ops.push(VipOp::Replace(*vip, backends.clone())),
-                None => ops.push(VipOp::Add(*vip, backends.clone())),
+                Some(present) if Arc::ptr_eq(present, backends) || present == backends => {}
+                Some(_) => ops.push(VipOp::Replace(*vip, Arc::clone(backends))),
+                None => ops.push(VipOp::Add(*vip, Arc::clone(backends))),
             }
         }
         ops
@@ -86,21 +92,27 @@ impl Vips {
     pub fn apply(&mut self, op: &VipOp) {
         match op {
             VipOp::Add(vip, backends) | VipOp::Replace(vip, backends) => {
-                self.0.insert(*vip, backends.clone());
+                self.0.insert(*vip, Arc::clone(backends));
             }
             VipOp::Delete(vip) => drop(self.0.remove(vip)),
         }
     }
 }
 
-fn rotate(backends: &mut [IpAddr], task_id: u128) {
-    if let Ok(count) = u128::try_from(backends.len())
+/// The backends in the order of their turns in the container of a task.
+///
+/// Every container begins at another: a hundred clients that connect once each must not all reach the
+/// first.
+pub fn in_turn(backends: &[IpAddr], task_id: u128) -> Vec<IpAddr> {
+    let mut turns = backends.to_vec();
+    if let Ok(count) = u128::try_from(turns.len())
         && count > 1
     {
         // The low bits of an id that is drawn at random.
         let by = usize::try_from(task_id % count).expect("less than the number of backends");
-        backends.rotate_left(by);
+        turns.rotate_left(by);
     }
+    turns
 }
 
 /// A connection that the kernel of a container keeps track of.
@@ -118,7 +130,42 @@ pub struct Connection {
     pub answers_from_port: u16,
 }
 
-/// What a container's connections are judged by.
+/// What a network means for the containers on it, derived once for all of them.
+#[derive(Debug, Clone, Default)]
+pub struct Balance {
+    /// The network's virtual addresses.
+    pub vips: Vips,
+    peers: Peers,
+    /// Counts from the first table of the network.
+    number: u64,
+    /// The first number whose containers have no connections to forget.
+    nothing_lost_since: u64,
+}
+
+impl Balance {
+    /// What a table means, which follows on `before`.
+    pub fn of(network: &NetworkTable, before: &Self) -> Self {
+        let peers = Peers::of(network);
+        let number = before.number + 1;
+        let nothing_lost_since = match before.peers.has_lost(&peers) {
+            true => number,
+            false => before.nothing_lost_since,
+        };
+        Self { vips: Vips::of(network, &before.vips), peers, number, nothing_lost_since }
+    }
+
+    /// Whether a container that has the rules of `before` may have connections that it must forget.
+    pub fn has_lost_since(&self, before: &Self) -> bool {
+        before.number < self.nothing_lost_since
+    }
+
+    /// Whether the kernel must forget a connection of a container on the network; see [`Peers::is_stale`].
+    pub fn is_stale(&self, connection: &Connection) -> bool {
+        self.peers.is_stale(connection)
+    }
+}
+
+/// What connections of a network's containers are judged by.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Peers {
     subnets: Vec<IpNet>,
@@ -129,19 +176,16 @@ pub struct Peers {
 }
 
 impl Peers {
-    /// The endpoints of the container's networks.
-    pub fn of<'a>(networks: impl IntoIterator<Item = &'a NetworkTable>) -> Self {
-        let mut peers = Self::default();
-        for network in networks {
-            peers.subnets.extend(&network.subnets);
-            for (service_id, service) in &network.services {
-                let vips = service.virtual_ips.iter();
-                peers.virtual_ips.extend(vips.map(|vip| (*vip, *service_id)));
-            }
-            for endpoint in network.endpoints.values() {
-                let of = (endpoint.service_id, endpoint.serving);
-                peers.endpoints.extend(endpoint.addresses.iter().map(|address| (*address, of)));
-            }
+    /// The endpoints and services of a network.
+    pub fn of(network: &NetworkTable) -> Self {
+        let mut peers = Self { subnets: network.subnets.clone(), ..Self::default() };
+        for (service_id, service) in &network.services {
+            let vips = service.virtual_ips.iter();
+            peers.virtual_ips.extend(vips.map(|vip| (*vip, *service_id)));
+        }
+        for endpoint in network.endpoints.values() {
+            let of = (endpoint.service_id, endpoint.serving);
+            peers.endpoints.extend(endpoint.addresses.iter().map(|address| (*address, of)));
         }
         peers
     }

@@ -41,6 +41,7 @@ pub fn container_input(
         shm_bytes: None,
         mounts: Vec::new(),
         limits: limits(resources),
+        host_network: false,
         labels: text_map(spec.labels.as_ref()),
     }
 }
@@ -110,6 +111,7 @@ mod tests {
             shm_bytes: None,
             mounts: Vec::new(),
             limits: Limits { nano_cpus: 500_000_000, memory_bytes: 64, pids: 9 },
+            host_network: false,
             labels: BTreeMap::from([("l".into(), "1".into())]),
         };
         assert_eq!(container_input(&spec, Some(&resources)), expect);

@@ -76,6 +76,8 @@ pub struct ContainerInput {
     pub mounts: Vec<MountInput>,
     /// Resource limits of the whole container.
     pub limits: Limits,
+    /// Whether it has its host's network instead of one of its own.
+    pub host_network: bool,
     /// Labels of the container.
     pub labels: BTreeMap<String, String>,
 }

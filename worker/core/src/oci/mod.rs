@@ -43,6 +43,9 @@ pub use user::ResolvedUser;
 /// Why no specification can be made of an input.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
+    /// The container is on the host's network, whose parameters are not its own.
+    #[error("sysctl {0:?} not allowed in host network namespace")]
+    SysctlOfHost(String),
     /// Neither the image nor the service says what to run.
     #[error("no command specified")]
     NoCommand,

@@ -55,7 +55,7 @@ pub fn build(input: &SpecInput, user: &ResolvedUser, host: &HostFacts) -> Result
         .set_hostname(Some(hostname.clone()))
         .set_mounts(Some(mounts::all(input, &host.cgroup)))
         .set_process(Some(build_process(input, user, &capabilities, &hostname)?))
-        .set_linux(Some(build_linux(input, &capabilities, host)))
+        .set_linux(Some(build_linux(input, &capabilities, host)?))
         .set_annotations(Some(container.labels.clone().into_iter().collect()));
     Ok(spec)
 }
@@ -175,14 +175,16 @@ fn rlimit_kind(name: &str) -> Result<PosixRlimitType, Error> {
     })
 }
 
-fn build_linux(input: &SpecInput, capabilities: &Set, host: &HostFacts) -> Linux {
+fn build_linux(input: &SpecInput, capabilities: &Set, host: &HostFacts) -> Result<Linux, Error> {
     let mut kinds = vec![
         LinuxNamespaceType::Mount,
-        LinuxNamespaceType::Network,
         LinuxNamespaceType::Uts,
         LinuxNamespaceType::Pid,
         LinuxNamespaceType::Ipc,
     ];
+    if !input.container.host_network {
+        kinds.insert(1, LinuxNamespaceType::Network);
+    }
     let mut readonly: Vec<String> = READONLY_PATHS.map(String::from).to_vec();
     match host.cgroup {
         // As in Docker, a cgroup namespace comes with v2 only.
@@ -196,9 +198,6 @@ fn build_linux(input: &SpecInput, capabilities: &Set, host: &HostFacts) -> Linux
     });
     let mut masked: Vec<String> = MASKED_PATHS.map(String::from).to_vec();
     masked.extend(host.masked_paths.iter().cloned());
-    let mut sysctls: HashMap<String, String> =
-        DEFAULT_SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned())).into();
-    sysctls.extend(input.container.sysctls.clone());
 
     let mut linux = Linux::default();
     linux
@@ -206,10 +205,24 @@ fn build_linux(input: &SpecInput, capabilities: &Set, host: &HostFacts) -> Linux
         .set_namespaces(Some(namespaces.collect()))
         .set_masked_paths(Some(masked))
         .set_readonly_paths(Some(readonly))
-        .set_sysctl(Some(sysctls))
+        .set_sysctl(Some(sysctls(&input.container)?))
         .set_resources(Some(resources(&input.container.limits, host)))
         .set_seccomp(Some(seccomp::default_profile(host.arch, capabilities)));
-    linux
+    Ok(linux)
+}
+
+/// Parameters of the container's namespaces; those of networks are the host's where it has none of its own.
+fn sysctls(container: &ContainerInput) -> Result<HashMap<String, String>, Error> {
+    let asked = container.sysctls.clone();
+    if !container.host_network {
+        let default = DEFAULT_SYSCTLS.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        return Ok(default.into_iter().chain(asked).collect());
+    }
+    let is_of_network = |name: &&String| name.starts_with("net.") || name.starts_with("net/");
+    match asked.keys().find(is_of_network) {
+        Some(name) => Err(Error::SysctlOfHost(name.clone())),
+        None => Ok(asked.into_iter().collect()),
+    }
 }
 
 fn resources(limits: &Limits, host: &HostFacts) -> LinuxResources {

@@ -192,8 +192,32 @@ fn what_cannot_be_built_is_refused_by_name() {
             ContainerInput { capability_add: vec!["FLY".into()], ..ContainerInput::default() },
             Error::UnknownCapability("FLY".into()),
         ),
+        (
+            ContainerInput {
+                host_network: true,
+                sysctls: [("net.ipv4.ip_forward".into(), "1".into())].into(),
+                ..ContainerInput::default()
+            },
+            Error::SysctlOfHost("net.ipv4.ip_forward".into()),
+        ),
     ] {
         assert_eq!(build(&input(container), &root(), &host_v1()), Err(expect));
+    }
+}
+
+#[test]
+fn a_container_on_the_hosts_network_has_none_of_its_own_and_leaves_its_parameters_alone() {
+    for (host_network, expect) in [(false, true), (true, false)] {
+        let sysctls = [("kernel.msgmax".into(), "1".into())].into();
+        let container = ContainerInput { host_network, sysctls, ..ContainerInput::default() };
+        let spec = build(&input(container), &root(), &host_v1()).unwrap();
+        let linux = spec.linux().as_ref().unwrap();
+        let mut namespaces = linux.namespaces().as_ref().unwrap().iter();
+        let has_network = namespaces.any(|one| one.typ() == LinuxNamespaceType::Network);
+        assert_eq!(has_network, expect);
+        let sysctls = linux.sysctl().as_ref().unwrap();
+        assert_eq!(sysctls.contains_key("net.ipv4.ping_group_range"), expect);
+        assert_eq!(sysctls["kernel.msgmax"], "1");
     }
 }
 

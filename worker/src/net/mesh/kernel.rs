@@ -48,19 +48,43 @@ pub enum Condition {
     },
 }
 
+impl Condition {
+    /// The port.
+    pub fn port(&self) -> PortKey {
+        match self {
+            Self::PortHeld { port, .. } | Self::PortFailed { port, .. } => *port,
+        }
+    }
+
+    /// The service that publishes it.
+    pub fn service_id(&self) -> &str {
+        match self {
+            Self::PortHeld { service_id, .. } | Self::PortFailed { service_id, .. } => service_id,
+        }
+    }
+
+    /// What is the matter with the port, and what to do: the end of a sentence about it.
+    pub fn advice(&self) -> String {
+        match self {
+            Self::PortHeld { .. } => {
+                format!("{}: stop it or publish another port", self.reason())
+            }
+            Self::PortFailed { .. } => self.reason(),
+        }
+    }
+
+    fn reason(&self) -> String {
+        match self {
+            Self::PortHeld { program: Some(program), .. } => format!("is held by {program}"),
+            Self::PortHeld { program: None, .. } => "is held by another program".to_owned(),
+            Self::PortFailed { reason, .. } => format!("could not be taken: {reason}"),
+        }
+    }
+}
+
 impl std::fmt::Display for Condition {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::PortHeld { port, program: Some(program), .. } => {
-                write!(f, "port {port} is held by {program}")
-            }
-            Self::PortHeld { port, program: None, .. } => {
-                write!(f, "port {port} is held by another program")
-            }
-            Self::PortFailed { port, reason, .. } => {
-                write!(f, "port {port} could not be taken: {reason}")
-            }
-        }
+        write!(f, "port {} {}", self.port(), self.reason())
     }
 }
 
@@ -82,6 +106,8 @@ pub(super) struct Kernel {
     rules: Rules,
     holds: BTreeMap<PortKey, Hold>,
     flows: KernelFlows,
+    /// Ports that the last table could not be given.
+    conditions: Vec<Condition>,
     lock: File,
 }
 
@@ -107,6 +133,7 @@ impl Kernel {
             rules,
             holds: BTreeMap::new(),
             flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
+            conditions: Vec::new(),
             options,
             slices,
             channel,
@@ -148,6 +175,7 @@ impl Kernel {
         let mut wanted = Objects::of(table).map_err(invalid)?;
         let mut twin = Objects::twin_of(table).map_err(invalid)?;
         let conditions = self.take_ports(table, &mut wanted, changes);
+        self.conditions.clone_from(&conditions);
         if let Some(twin) = &mut twin {
             twin.ports.retain(|key, _| wanted.ports.contains_key(key));
         }
@@ -158,6 +186,15 @@ impl Kernel {
         changes.withdraw.extend(withdrawn.copied());
         self.holds.retain(|key, _| published.contains(key));
         Ok(conditions)
+    }
+
+    /// Whether a port of [`Self::conditions`] is free, or another program has it: the table must be
+    /// applied again. Costs nothing where there are none.
+    pub(super) fn has_other_conditions(&self) -> bool {
+        self.conditions.iter().any(|condition| match condition {
+            Condition::PortHeld { program: Some(program), .. } => !program.holds_still(),
+            _ => hold(condition.port()).is_ok(),
+        })
     }
 
     /// Holds every port that is not held yet; takes those that others have out of `wanted`.

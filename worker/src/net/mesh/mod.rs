@@ -132,6 +132,12 @@ impl Mesh {
         Ok(Applied { version, conditions: result.await?? })
     }
 
+    /// Whether a port that another program had is free, or has another holder, since the last
+    /// [`Mesh::apply`]: applying the table again then changes what is served or said.
+    pub async fn has_other_conditions(&self) -> Result<bool, Error> {
+        self.kernel.run(|kernel| kernel.has_other_conditions()).await
+    }
+
     /// Gives the container of a task its uplink, called `interface` in there, with an address of the
     /// node's slice, and the default route by it. Fine if it has it already.
     pub async fn attach(

@@ -19,6 +19,15 @@ pub struct Program {
     pub pid: u32,
     /// Its command line, or its name where it shows none.
     pub command: String,
+    /// Its socket's number on this node.
+    pub socket: u64,
+}
+
+impl Program {
+    /// Whether it still has that socket.
+    pub(super) fn holds_still(&self) -> bool {
+        has_open(self.pid, &link_of(self.socket))
+    }
 }
 
 impl fmt::Display for Program {
@@ -27,12 +36,15 @@ impl fmt::Display for Program {
     }
 }
 
-/// The program that holds `port` in the calling thread's network namespace.
+/// The program that holds a port in the calling thread's network namespace.
 ///
 /// `None` where the kernel does not show it: a socket that is bound and does not listen is in no
 /// list, and a socket of the kernel itself belongs to no process.
 pub(super) fn holder_of(port: PortKey) -> Option<Program> {
     let inodes = socket_inodes(port);
+    if inodes.is_empty() {
+        return None;
+    }
     let mut processes: Vec<u32> = fs::read_dir("/proc")
         .ok()?
         .flatten()
@@ -40,9 +52,9 @@ pub(super) fn holder_of(port: PortKey) -> Option<Program> {
         .collect();
     processes.sort_unstable();
     inodes.iter().find_map(|inode| {
-        let wanted = format!("socket:[{inode}]");
+        let wanted = link_of(*inode);
         let pid = processes.iter().copied().find(|pid| has_open(*pid, &wanted))?;
-        Some(Program { pid, command: command_of(pid) })
+        Some(Program { pid, command: command_of(pid), socket: *inode })
     })
 }
 
@@ -63,7 +75,7 @@ fn socket_inodes(port: PortKey) -> Vec<u64> {
     found.into_iter().map(|(_, inode)| inode).filter(|inode| *inode != 0).collect()
 }
 
-/// Whether the socket in a line of `/proc/net/tcp` or `udp` listens, and its inode, if it is on `port`.
+/// Whether the socket in a line of `/proc/net/tcp`, or of a table of that form, listens, and its inode, if it is on `port`.
 fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let (_, local_port) = fields.get(1)?.rsplit_once(':')?;
@@ -78,6 +90,10 @@ fn endpoint_of(line: &str, port: u16) -> Option<u64> {
     let fields: Vec<&str> = line.split_whitespace().collect();
     let is_on_port = fields.get(5)?.parse() == Ok(port);
     fields.get(7)?.parse().ok().filter(|_| is_on_port)
+}
+
+fn link_of(socket: u64) -> String {
+    format!("socket:[{socket}]")
 }
 
 fn has_open(pid: u32, wanted: &str) -> bool {
@@ -126,13 +142,16 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket =
             UdpSocket::bind("[::1]:0").or_else(|_| UdpSocket::bind("127.0.0.1:0")).unwrap();
-        for (protocol, address) in
-            [(Protocol::Tcp, listener.local_addr()), (Protocol::Udp, socket.local_addr())]
-        {
-            let key = PortKey { protocol, port: address.unwrap().port() };
-            let program = holder_of(key).unwrap();
+        let holder = |protocol, address: std::io::Result<std::net::SocketAddr>| {
+            let program = holder_of(PortKey { protocol, port: address.unwrap().port() }).unwrap();
             assert_eq!(program.pid, std::process::id(), "{protocol}");
             assert!(program.command.contains("skep_worker"), "{program}");
-        }
+            program
+        };
+        holder(Protocol::Udp, socket.local_addr());
+        let program = holder(Protocol::Tcp, listener.local_addr());
+        assert!(program.holds_still());
+        drop(listener);
+        assert!(!program.holds_still());
     }
 }

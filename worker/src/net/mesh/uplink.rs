@@ -4,16 +4,21 @@
 //! All calls are idempotent. The node's end carries the task id as its alias. It has hairpin mode
 //! set, since a task that is a client of its own published port may be its own backend: the
 //! bridge must send the packet out where it came in.
+//!
+//! What a container sends from the uplink's address leaves by the uplink, wherever else a route leads:
+//! an overlay network of the container may have the client's address in its subnet, and would swallow
+//! the answers. The kernel's check of reverse paths looks by the same rule.
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::link::{
     InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use skep_worker_core::mesh::{Slices, interface_name, twin, twin_net};
 
@@ -25,6 +30,10 @@ use crate::net::veth::Pair;
 use crate::net::{Error, sysctl};
 
 const LOOPBACK: &str = "lo";
+
+/// The routes of what is sent from the uplink's address, in a container. No other rule is in there.
+const TABLE: u8 = 100;
+const RULE_PRIORITY: u32 = 100;
 
 /// The uplinks of the tasks on this node. Lives on a dedicated thread, which enters containers.
 #[derive(Debug)]
@@ -84,15 +93,14 @@ impl Uplinks {
             links::ensure_address(&mut inside, interface, uplink.index, twin_net(address))?;
         }
         set_up(&mut inside, &uplink, Some(mtu))?;
-        let gateway = self.slices.bridge_address(number);
-        let mut gateways = vec![IpAddr::V4(gateway)];
+        let (slice, gateway) = (self.slices.slice(number), self.slices.bridge_address(number));
+        let (address, index) = (address.addr(), uplink.index);
+        ensure_ways(&mut inside, index, slice.into(), gateway.into(), address.into())?;
         if has_ipv6 {
-            gateways.push(twin(gateway).into());
+            let (slice, gateway, address) = (twin_net(slice), twin(gateway), twin(address));
+            ensure_ways(&mut inside, index, slice.into(), gateway.into(), address.into())?;
         }
-        gateways.into_iter().try_for_each(|gateway| {
-            let message = RouteNetlinkMessage::NewRoute(default_route(gateway, uplink.index));
-            inside.change("set the default route of a container", Mode::Replace, message)
-        })
+        Ok(())
     }
 
     /// Takes the uplink of a task away; fine where it has none.
@@ -141,16 +149,76 @@ fn set_up(channel: &mut RouteChannel, link: &Link, mtu: Option<u32>) -> Result<(
     channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))
 }
 
-fn default_route(gateway: IpAddr, index: u32) -> RouteMessage {
-    let mut message = RouteMessage::default();
-    message.header.address_family = match gateway {
+/// The ways out of one IP version: to anywhere by the gateway, and for what the uplink's address sends
+/// by the uplink alone.
+fn ensure_ways(
+    inside: &mut RouteChannel,
+    index: u32,
+    slice: IpNet,
+    gateway: IpAddr,
+    address: IpAddr,
+) -> Result<(), Error> {
+    let anywhere: IpNet = match slice {
+        IpNet::V4(_) => Ipv4Net::default().into(),
+        IpNet::V6(_) => Ipv6Net::default().into(),
+    };
+    let beside = route(TABLE, slice, None, index);
+    let [out, answers] = [RouteHeader::RT_TABLE_MAIN, TABLE]
+        .map(|table| route(table, anywhere, Some(gateway), index));
+    for route in [out, beside, answers] {
+        let message = RouteNetlinkMessage::NewRoute(route);
+        inside.change("set a route of a container", Mode::Replace, message)?;
+    }
+    ensure_answers_by_uplink(inside, address)
+}
+
+fn family_of(address: IpAddr) -> AddressFamily {
+    match address {
         IpAddr::V4(_) => AddressFamily::Inet,
         IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn ensure_answers_by_uplink(inside: &mut RouteChannel, address: IpAddr) -> Result<(), Error> {
+    let whole_address = IpNet::from(address).prefix_len();
+    let mut wanted = RuleMessage::default();
+    wanted.header.family = family_of(address);
+    wanted.header.src_len = whole_address;
+    wanted.header.table = TABLE;
+    wanted.header.action = RuleAction::ToTable;
+    wanted.attributes =
+        vec![RuleAttribute::Source(address), RuleAttribute::Priority(RULE_PRIORITY)];
+    let mut query = RuleMessage::default();
+    query.header.family = family_of(address);
+    let query = RouteNetlinkMessage::GetRule(query);
+    let present = inside.dump("list the routing rules of a container", query)?;
+    let is_wanted = |message: &RouteNetlinkMessage| match message {
+        RouteNetlinkMessage::NewRule(rule) => {
+            rule.header.table == TABLE
+                && wanted.attributes.iter().all(|a| rule.attributes.contains(a))
+        }
+        _ => false,
     };
-    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    if present.iter().any(is_wanted) {
+        return Ok(());
+    }
+    let message = RouteNetlinkMessage::NewRule(wanted);
+    inside.change("set the routing rule of a container", Mode::Create, message)
+}
+
+fn route(table: u8, to: IpNet, gateway: Option<IpAddr>, index: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family_of(to.addr());
+    message.header.destination_prefix_length = to.prefix_len();
+    message.header.table = table;
     message.header.protocol = RouteProtocol::Static;
-    message.header.scope = RouteScope::Universe;
+    message.header.scope = if gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
     message.header.kind = RouteType::Unicast;
-    message.attributes = vec![RouteAttribute::Gateway(gateway.into()), RouteAttribute::Oif(index)];
+    if to.prefix_len() > 0 {
+        message.attributes.push(RouteAttribute::Destination(to.network().into()));
+    }
+    let gateway = gateway.map(|gateway| RouteAttribute::Gateway(gateway.into()));
+    message.attributes.extend(gateway);
+    message.attributes.push(RouteAttribute::Oif(index));
     message
 }

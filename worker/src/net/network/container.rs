@@ -1,11 +1,11 @@
 //! A container that is on networks: the rules in it, and the connections it must forget.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::sync::Arc;
 
 use skep_common::{NetworkId, TaskId};
-use skep_worker_core::network::{NetworkTable, NetworkTables, Peers, Vips};
+use skep_worker_core::network::{Balance, Vips};
 
 use super::rules::Rules;
 use crate::net::Error;
@@ -15,12 +15,11 @@ use crate::net::namespace::Home;
 /// A container of this node.
 #[derive(Debug)]
 pub(super) struct Container {
-    task_id: TaskId,
     networks: BTreeSet<NetworkId>,
     rules: Rules,
     connections: Conntrack,
-    /// What is in force, once something is: the tables, and the endpoints in them.
-    in_force: Option<(Vec<Arc<NetworkTable>>, Peers)>,
+    /// What is in force, once something is, of each of its networks.
+    in_force: Option<BTreeMap<NetworkId, Arc<Balance>>>,
 }
 
 impl Container {
@@ -31,41 +30,49 @@ impl Container {
         task_id: TaskId,
         networks: BTreeSet<NetworkId>,
     ) -> Result<Self, Error> {
-        let (rules, connections) = home.within(namespace, || (Rules::open(), Conntrack::open()))?;
-        Ok(Self { task_id, networks, rules: rules?, connections: connections?, in_force: None })
+        let open = || (Rules::open(task_id.0), Conntrack::open());
+        let (rules, connections) = home.within(namespace, open)?;
+        Ok(Self { networks, rules: rules?, connections: connections?, in_force: None })
     }
 
-    /// Brings the rules to those of the tables; looks at the kernel also where nothing changed, if
+    /// Brings the rules to those of its networks; looks at the kernel also where nothing changed, if
     /// `is_repair`.
     pub(super) fn converge(
         &mut self,
-        tables: &NetworkTables,
+        balances: &BTreeMap<NetworkId, Arc<Balance>>,
         is_repair: bool,
     ) -> Result<(), Error> {
         // A network that is no longer in the tables has gone with its last endpoint.
-        let known = self.networks.iter().filter_map(|id| tables.networks.get(id).cloned());
-        let known: Vec<Arc<NetworkTable>> = known.collect();
-        if !is_repair
-            && let Some((in_force, _)) = &self.in_force
-            && in_force.len() == known.len()
-            && in_force.iter().zip(&known).all(|(one, other)| Arc::ptr_eq(one, other))
-        {
+        let known = self.networks.iter().filter_map(|id| Some((*id, balances.get(id)?.clone())));
+        let known: BTreeMap<NetworkId, Arc<Balance>> = known.collect();
+        let before = self.in_force.take();
+        let is_same = |before: &BTreeMap<_, Arc<Balance>>| {
+            before.len() == known.len()
+                && known
+                    .iter()
+                    .all(|(id, now)| before.get(id).is_some_and(|before| Arc::ptr_eq(before, now)))
+        };
+        if !is_repair && before.as_ref().is_some_and(is_same) {
+            self.in_force = before;
             return Ok(());
         }
-        let networks = || known.iter().map(Arc::as_ref);
-        self.rules.converge(&Vips::of(networks(), self.task_id.0))?;
-        let peers = Peers::of(networks());
+        self.rules.converge(&Vips::union(known.values().map(|balance| &balance.vips)))?;
+        let has_lost = |before: BTreeMap<_, Arc<Balance>>| {
+            known
+                .iter()
+                .any(|(id, now)| before.get(id).is_none_or(|before| now.has_lost_since(before)))
+        };
         // Only then: what is forgotten is judged by the new rules.
-        if self.in_force.as_ref().is_none_or(|(_, before)| before.has_lost(&peers)) {
-            self.forget_stale(&peers)?;
+        if before.is_none_or(has_lost) {
+            self.forget_stale(&known)?;
         }
-        self.in_force = Some((known, peers));
+        self.in_force = Some(known);
         Ok(())
     }
 
-    fn forget_stale(&mut self, peers: &Peers) -> Result<(), Error> {
+    fn forget_stale(&mut self, known: &BTreeMap<NetworkId, Arc<Balance>>) -> Result<(), Error> {
         for entry in self.connections.list()? {
-            if peers.is_stale(&entry.connection) {
+            if known.values().any(|balance| balance.is_stale(&entry.connection)) {
                 self.connections.delete(&entry)?;
             }
         }

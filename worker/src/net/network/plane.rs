@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use skep_common::{NetworkId, TaskId};
-use skep_worker_core::network::{NetworkTable, NetworkTables};
+use skep_worker_core::network::{Balance, NetworkTable, NetworkTables};
 use tokio::sync::watch;
 
 use super::container::Container;
@@ -30,6 +30,8 @@ pub(super) struct Plane {
     tables: watch::Receiver<Arc<NetworkTables>>,
     /// The tables that were applied last, whole.
     in_force: Option<Arc<NetworkTables>>,
+    /// What each table means for containers.
+    balances: BTreeMap<NetworkId, (Arc<NetworkTable>, Arc<Balance>)>,
     segments: BTreeMap<NetworkId, Segment>,
     containers: BTreeMap<TaskId, Container>,
 }
@@ -45,8 +47,9 @@ impl Plane {
         let home = Home::here()?;
         let segments = find_segments(&home, &options.run_dir)?;
         let host = RouteChannel::open()?;
-        let containers = BTreeMap::new();
-        let mut plane = Self { options, home, host, tables, in_force: None, segments, containers };
+        let (balances, containers) = (BTreeMap::new(), BTreeMap::new());
+        let mut plane =
+            Self { options, home, host, tables, in_force: None, balances, segments, containers };
         let mut networks: BTreeMap<TaskId, BTreeSet<NetworkId>> = BTreeMap::new();
         for (network_id, segment) in &mut plane.segments {
             for task_id in segment.ports()?.iter().filter_map(|alias| alias.parse().ok()) {
@@ -79,7 +82,8 @@ impl Plane {
     /// changing; the first is returned.
     pub(super) fn apply(&mut self) -> Result<(), Error> {
         let tables = self.tables.borrow().clone();
-        let mut failures = Vec::new();
+        // First, since a network that was made since may have the number of one that is gone.
+        let mut failures: Vec<Error> = self.remove_dropped(&tables).err().into_iter().collect();
         let before = self.in_force.take();
         let is_repair = before.as_ref().is_none_or(|before| Arc::ptr_eq(before, &tables));
         let is_moved = before.as_ref().is_none_or(|before| before.peers != tables.peers);
@@ -92,10 +96,10 @@ impl Plane {
             }
             failures.extend(self.converge(*network_id, table, &tables).err());
         }
+        let balances = self.balances(&tables);
         for container in self.containers.values_mut() {
-            failures.extend(container.converge(&tables, is_repair).err());
+            failures.extend(container.converge(&balances, is_repair).err());
         }
-        failures.extend(self.remove_dropped(&tables).err());
         if failures.is_empty() {
             self.in_force = Some(tables);
         }
@@ -127,7 +131,7 @@ impl Plane {
         }
         let networks = attachments.iter().map(|attachment| attachment.network_id).collect();
         let mut container = Container::open(&self.home, &namespace, task_id, networks)?;
-        container.converge(&tables, true)?;
+        container.converge(&self.balances(&tables), true)?;
         self.containers.insert(task_id, container);
         Ok(())
     }
@@ -177,6 +181,19 @@ impl Plane {
         let segment = self.segments.get_mut(&network_id);
         let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
         segment.converge((&self.home, &mut self.host), &self.options, settings, tables, table)
+    }
+
+    /// What the tables mean for containers; derived anew only where they changed.
+    fn balances(&mut self, tables: &NetworkTables) -> BTreeMap<NetworkId, Arc<Balance>> {
+        self.balances.retain(|network_id, _| tables.networks.contains_key(network_id));
+        let derived = tables.networks.iter().map(|(network_id, table)| {
+            let known = self.balances.entry(*network_id).or_default();
+            if !Arc::ptr_eq(&known.0, table) {
+                *known = (Arc::clone(table), Arc::new(Balance::of(table, &known.1)));
+            }
+            (*network_id, Arc::clone(&known.1))
+        });
+        derived.collect()
     }
 
     fn settings(&mut self, table: &NetworkTable) -> Result<Settings, Error> {

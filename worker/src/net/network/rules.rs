@@ -14,7 +14,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use skep_worker_core::network::{VipOp, Vips};
+use skep_worker_core::network::{VipOp, Vips, in_turn};
 
 use crate::net::Error;
 use crate::net::nft::expression as rule;
@@ -47,6 +47,8 @@ const ATTEMPTS: u32 = 10;
 #[derive(Debug)]
 pub(super) struct Rules {
     channel: NftChannel,
+    /// Whose container it is: decides where turns begin.
+    task_id: u128,
     /// The last observation, and the generation that it is true for; the addresses are `None` where the
     /// table is missing or damaged.
     observed: Option<(u32, Option<Vips>)>,
@@ -54,8 +56,8 @@ pub(super) struct Rules {
 
 impl Rules {
     /// Opens the rules in the namespace of the calling thread.
-    pub(super) fn open() -> Result<Self, Error> {
-        Ok(Self { channel: NftChannel::open_of(Family::Inet)?, observed: None })
+    pub(super) fn open(task_id: u128) -> Result<Self, Error> {
+        Ok(Self { channel: NftChannel::open_of(Family::Inet)?, task_id, observed: None })
     }
 
     /// Brings the rules to those of `wanted`.
@@ -66,7 +68,7 @@ impl Rules {
                 Some((known, present)) if known == generation => present,
                 _ => self.observe()?,
             };
-            let batch = plan(present.as_ref(), wanted);
+            let batch = self.plan(present.as_ref(), wanted);
             if batch.is_empty() {
                 self.observed = Some((generation, present));
                 return Ok(());
@@ -84,6 +86,20 @@ impl Rules {
             }
         }
         Err(Error::Contended { attempts: ATTEMPTS })
+    }
+
+    fn plan(&self, present: Option<&Vips>, wanted: &Vips) -> Batch {
+        let mut batch = Batch::of(Family::Inet);
+        let nothing = Vips::default();
+        let present = present.unwrap_or_else(|| {
+            build(&mut batch);
+            &nothing
+        });
+        for op in present.diff(wanted) {
+            tracing::debug!(%op, "container rules");
+            change(&op, self.task_id, &mut batch);
+        }
+        batch
     }
 
     /// What the kernel has of ours. `None` means that it is not as we build it.
@@ -118,7 +134,7 @@ impl Rules {
                 }
                 let rules = rules.remove(&name).unwrap_or_default();
                 let Some(backends) = self.read_backends(vip, &rules)? else { return Ok(None) };
-                vips.0.insert(vip, backends);
+                vips.0.insert(vip, backends.into());
             }
         }
         Ok(chains.is_empty().then_some(vips))
@@ -147,7 +163,7 @@ impl Rules {
                 let numgen = turns.expression("numgen").unwrap_or_default();
                 let modulus = nft::find(numgen, NFTA_NG_MODULUS).and_then(nft::be32);
                 let (Some(map), Some(modulus)) = (map, modulus) else { return Ok(None) };
-                let backends = in_turns(self.channel.elements(TABLE, map)?);
+                let backends = read_turns(self.channel.elements(TABLE, map)?);
                 let is_right = |list: &Vec<IpAddr>| {
                     usize::try_from(modulus) == Ok(list.len())
                         && list.iter().all(|address| address.is_ipv4() == vip.is_ipv4())
@@ -157,20 +173,6 @@ impl Rules {
             _ => Ok(None),
         }
     }
-}
-
-fn plan(present: Option<&Vips>, wanted: &Vips) -> Batch {
-    let mut batch = Batch::of(Family::Inet);
-    let nothing = Vips::default();
-    let present = present.unwrap_or_else(|| {
-        build(&mut batch);
-        &nothing
-    });
-    for op in present.diff(wanted) {
-        tracing::debug!(%op, "container rules");
-        change(&op, &mut batch);
-    }
-    batch
 }
 
 /// Adds the table with what is always there.
@@ -196,17 +198,17 @@ fn build(batch: &mut Batch) {
     }
 }
 
-fn change(op: &VipOp, batch: &mut Batch) {
+fn change(op: &VipOp, task_id: u128, batch: &mut Batch) {
     match op {
         VipOp::Add(vip, backends) => {
             let chain = chain_name(*vip);
             batch.add_chain(TABLE, &chain, None);
-            balance(*vip, backends, batch);
+            balance(*vip, &in_turn(backends, task_id), batch);
             batch.add_elements(TABLE, map_of(*vip), &[Element::goto(bytes(*vip), &chain)]);
         }
         VipOp::Replace(vip, backends) => {
             batch.flush_chain(TABLE, &chain_name(*vip));
-            balance(*vip, backends, batch);
+            balance(*vip, &in_turn(backends, task_id), batch);
         }
         VipOp::Delete(vip) => {
             batch.delete_elements(TABLE, map_of(*vip), &[Element::key(bytes(*vip))]);
@@ -269,13 +271,15 @@ fn read_address(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// The backends in the order of their turns, if these are 0, 1, 2, …
-fn in_turns(elements: Vec<ElementRecord>) -> Option<Vec<IpAddr>> {
+/// The backends in ascending order, if their turns are 0, 1, 2, …
+fn read_turns(elements: Vec<ElementRecord>) -> Option<Vec<IpAddr>> {
     let mut turns = BTreeMap::new();
     for element in elements {
         let turn = u32::from_ne_bytes(*element.key.first_chunk()?);
         turns.insert(turn, read_address(&element.data?)?);
     }
     let is_gapless = turns.keys().copied().eq((0u32..).take(turns.len()));
-    is_gapless.then(|| turns.into_values().collect())
+    let mut backends: Vec<IpAddr> = turns.into_values().collect();
+    backends.sort_unstable();
+    is_gapless.then_some(backends)
 }

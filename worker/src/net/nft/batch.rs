@@ -236,6 +236,16 @@ impl Batch {
         self.push(NFT_MSG_NEWSET, NLM_F_CREATE | NLM_F_EXCL, label, body);
     }
 
+    /// Adds a set that rules put elements into, `size` at most, each with what the rule keeps of it.
+    pub fn add_dynamic_set(&mut self, table: &str, set: &str, kind: &SetKind, size: u32) {
+        self.n_maps += 1;
+        let size = Attributes::new().be32(NFTA_SET_DESC_SIZE, size);
+        let body = set_body(table, set, kind, NFT_SET_EVAL, self.n_maps);
+        let label = format!("add set {table} {set}");
+        let body = body.nested(NFTA_SET_DESC, &size);
+        self.push(NFT_MSG_NEWSET, NLM_F_CREATE | NLM_F_EXCL, label, body);
+    }
+
     /// Adds an anonymous, constant map, which lives and dies with the one rule that uses it.
     ///
     /// Returns the name and id that the rule refers to it by, within this batch.

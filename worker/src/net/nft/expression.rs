@@ -5,7 +5,7 @@
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::attribute::Attributes;
 use super::uapi::{
@@ -32,9 +32,17 @@ const CT_STATE: u32 = 0;
 const CT_DIRECTION: u32 = 1;
 const CT_STATUS: u32 = 2;
 const CT_MARK: u32 = 3;
+const CT_PROTOCOL: u32 = 10;
+const CT_PROTO_SRC: u32 = 11;
+const CT_PROTO_DST: u32 = 12;
 const CT_ZONE: u32 = 17;
+const CT_SRC_IP: u32 = 19;
+/// `NF_CT_STATE_BIT(IP_CT_RELATED)`.
+const CT_STATE_RELATED: u32 = 1 << 2;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
 const CT_STATE_NEW: u32 = 1 << 3;
+/// `IPS_ASSURED`: the handshake was completed.
+const CT_STATUS_ASSURED: u32 = 1 << 2;
 /// `IPS_DST_NAT`.
 const CT_STATUS_DNAT: u32 = 1 << 5;
 const DIRECTION_ORIGINAL: u8 = 0;
@@ -86,6 +94,11 @@ fn meta(key: u32) -> Expression {
 
 fn connection(key: u32) -> Expression {
     named("ct", &Attributes::new().be32(2, key).be32(1, REGISTER))
+}
+
+/// A part of a connection's addresses in one direction.
+fn connection_of(register: u32, key: u32, direction: u8) -> Expression {
+    named("ct", &Attributes::new().be32(2, key).be32(1, register).raw(3, &[direction]))
 }
 
 fn payload(register: u32, base: u32, offset: u32, length: u32) -> Expression {
@@ -253,6 +266,71 @@ pub fn connection_is_published(is_published: bool) -> [Expression; 3] {
 /// `ct direction reply`.
 pub fn connection_is_reply() -> [Expression; 2] {
     [connection(CT_DIRECTION), compare(true, &[DIRECTION_REPLY])]
+}
+
+/// `ct direction original`.
+pub fn connection_is_original() -> [Expression; 2] {
+    [connection(CT_DIRECTION), compare(true, &[DIRECTION_ORIGINAL])]
+}
+
+/// `ct reply ip saddr NETWORK`: whoever answers is in there.
+pub fn connection_is_answered_from(network: Ipv4Net) -> [Expression; 3] {
+    [
+        connection_of(REGISTER, CT_SRC_IP, DIRECTION_REPLY),
+        bitwise(&network.netmask().octets(), &[0; 4]),
+        compare(true, &network.network().octets()),
+    ]
+}
+
+/// `add @SET { ct reply ip saddr . ct reply proto-src . ct original proto-dst . ct protocol counter }`.
+pub fn count_connection_in(set: &str) -> [Expression; 5] {
+    const OPERATION_ADD: u32 = 0;
+    let counter = Attributes::new().text(NFTA_EXPR_NAME, "counter");
+    let list = Attributes::new().text(1, set).be32(3, OPERATION_ADD).be32(4, REGISTER);
+    [
+        connection_of(REGISTER, CT_SRC_IP, DIRECTION_REPLY),
+        connection_of(REGISTER_SECOND, CT_PROTO_SRC, DIRECTION_REPLY),
+        connection_of(REGISTER_SECOND + 1, CT_PROTO_DST, DIRECTION_ORIGINAL),
+        connection_of(REGISTER_SECOND + 2, CT_PROTOCOL, DIRECTION_ORIGINAL),
+        named("dynset", &list.nested(7, &counter)),
+    ]
+}
+
+/// `tcp flags rst`, of a connection whose handshake was not completed.
+pub fn connection_is_refused() -> [Expression; 8] {
+    const TCP: u8 = 6;
+    const RST: u8 = 1 << 2;
+    let [protocol, is_tcp] = transport_protocol(TCP);
+    let assured = CT_STATUS_ASSURED.to_ne_bytes();
+    [
+        protocol,
+        is_tcp,
+        payload(REGISTER, TRANSPORT_HEADER, 13, 1),
+        bitwise(&[RST], &[0]),
+        compare(true, &[RST]),
+        connection(CT_STATUS),
+        bitwise(&assured, &[0; 4]),
+        compare(true, &[0; 4]),
+    ]
+}
+
+/// `ct state related icmp type destination-unreachable icmp code != frag-needed`.
+pub fn connection_is_unreachable() -> [Expression; 9] {
+    const ICMP: u8 = 1;
+    const DESTINATION_UNREACHABLE: u8 = 3;
+    const FRAGMENTATION_NEEDED: u8 = 4;
+    let [protocol, is_icmp] = transport_protocol(ICMP);
+    [
+        protocol,
+        is_icmp,
+        connection(CT_STATE),
+        bitwise(&CT_STATE_RELATED.to_ne_bytes(), &[0; 4]),
+        compare(false, &[0; 4]),
+        payload(REGISTER, TRANSPORT_HEADER, 0, 1),
+        compare(true, &[DESTINATION_UNREACHABLE]),
+        payload(REGISTER, TRANSPORT_HEADER, 1, 1),
+        compare(false, &[FRAGMENTATION_NEEDED]),
+    ]
 }
 
 /// `meta l4proto . th dport vmap @MAP`.

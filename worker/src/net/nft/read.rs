@@ -119,6 +119,33 @@ impl ElementRecord {
     }
 }
 
+/// An element of a set as the kernel lists it, with its counter.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CountRecord {
+    /// Its key.
+    pub key: Vec<u8>,
+    /// Packets that matched it.
+    pub packets: u64,
+    /// Their bytes, with their IP headers.
+    pub bytes: u64,
+}
+
+impl CountRecord {
+    /// The elements with a counter in one message of a dump.
+    pub(super) fn read_all(body: &[u8]) -> Vec<Self> {
+        let list = find(body, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+        attributes(list).filter_map(|(_, element)| Self::read(element)).collect()
+    }
+
+    fn read(element: &[u8]) -> Option<Self> {
+        let key = find(find(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?.to_vec();
+        let counter = find(find(element, NFTA_SET_ELEM_EXPR)?, NFTA_EXPR_DATA)?;
+        let number = |kind| find(counter, kind).and_then(be64);
+        let (packets, bytes) = (number(NFTA_COUNTER_PACKETS)?, number(NFTA_COUNTER_BYTES)?);
+        Some(Self { key, packets, bytes })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,0 +1,162 @@
+//! What operators are shown of a real swarm's networks: who is where, and who was not waited for.
+
+#![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use skep_cluster_tests::{
+    Lab, LabOptions, LoadOptions, SETTLES_WITHIN, is_root_or_skip, skep_binary, wait_until,
+};
+
+const WEB: &str = "web";
+const N_TASKS: usize = 2;
+
+#[test]
+fn operators_see_who_is_where() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Some(daemon_with_metrics(dir.path()));
+    let lab = Lab::start(LabOptions { managers: 1, workers: 2, daemon, ..LabOptions::default() });
+    lab.import_whoami();
+    lab.node("n1").skep(&["network", "create", "front"]).ok();
+    lab.node("n1").create_whoami(
+        WEB,
+        &[
+            "--replicas",
+            "2",
+            "--publish",
+            "8080:8080",
+            "--network",
+            "front",
+            "--constraint",
+            "node.hostname!=n3",
+        ],
+    );
+    lab.wait_until_settled("n1", WEB, N_TASKS);
+    step("endpoints");
+    endpoints_are_listed(&lab);
+    step("counts");
+    connections_are_counted_by_task(&lab);
+    step("a node that does not acknowledge");
+    a_node_that_does_not_acknowledge_is_named(&lab);
+    lab.down();
+}
+
+/// A program that runs the daemon with one flag more.
+fn daemon_with_metrics(dir: &Path) -> PathBuf {
+    let path = dir.join("skep");
+    let program = skep_binary();
+    let text =
+        format!("#!/bin/sh\nexec {} \"$@\" --metrics-addr 0.0.0.0:9323\n", program.display());
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path
+}
+
+fn step(name: &str) {
+    eprintln!("-- {name}");
+}
+
+fn endpoints(lab: &Lab) -> Vec<Value> {
+    lab.node("n1").skep(&["service", "endpoints", "--format", "json", WEB]).ok().json_lines()
+}
+
+fn endpoints_are_listed(lab: &Lab) {
+    let rows = wait_until(SETTLES_WITHIN, "both tasks are in the balancer", || {
+        let rows = endpoints(lab);
+        let is_so = rows.len() == N_TASKS && rows.iter().all(|row| row["InBalancer"] == "yes");
+        (is_so.then(|| rows.clone()), format!("{rows:#?}"))
+    });
+    let inspect = ["network", "inspect", "--verbose", "front"];
+    let network = lab.node("n1").skep(&inspect).ok().json()[0].clone();
+    for (row, task) in rows.iter().zip(network["Services"][WEB]["Tasks"].as_array().unwrap()) {
+        let node = row["Node"].as_str().unwrap();
+        assert_eq!(task["Info"]["Host IP"], lab.node(node).address().to_string());
+        assert_eq!(row["Networks"], format!("front={}", task["EndpointIP"].as_str().unwrap()));
+        assert!(row["Ingress"].as_str().unwrap().starts_with("10."), "{row}");
+    }
+}
+
+/// The values of a metric on a node, by the text of their labels.
+fn metric(lab: &Lab, node: &str, name: &str) -> BTreeMap<String, u64> {
+    let page =
+        lab.node(node).exec(&["curl", "-sS", "--max-time", "10", "http://127.0.0.1:9323/metrics"]);
+    let page = page.ok().stdout;
+    let values = page.lines().filter_map(|line| {
+        let (labels, value) = line.strip_prefix(name)?.strip_prefix('{')?.split_once("} ")?;
+        Some((labels.to_owned(), value.parse().unwrap()))
+    });
+    values.collect()
+}
+
+/// n3 has no task: what it gives away is counted there, and nowhere else.
+fn connections_are_counted_by_task(lab: &Lab) {
+    const N_REQUESTS: u64 = 40;
+    let connections = "skep_ingress_connections_total";
+    let before = metric(lab, "n3", connections);
+    assert_eq!(before.values().copied().collect::<Vec<u64>>(), [0, 0], "{before:?}");
+    let url = format!("http://{}:8080/", lab.node("n3").address());
+    let options = LoadOptions { requests: Some(N_REQUESTS), ..LoadOptions::to([url]) };
+    lab.load("client", &options).finish().assert_none_failed();
+    let counted = metric(lab, "n3", connections);
+    assert_eq!(counted.values().copied().collect::<Vec<u64>>(), [20, 20], "{counted:?}");
+    for labels in counted.keys() {
+        assert!(labels.starts_with("service=\"web\",task="), "{labels}");
+        assert!(labels.contains("port=\"8080\",protocol=\"tcp\""), "{labels}");
+    }
+    for node in ["n1", "n2"] {
+        assert_eq!(metric(lab, node, connections).values().sum::<u64>(), 0, "{node}");
+    }
+    let bytes = metric(lab, "n3", "skep_ingress_bytes_total");
+    assert_eq!(bytes.len(), 4, "{bytes:?}");
+    // An answer of whoami is longer than its request; a handshake alone takes 20 * 3 * 40 bytes.
+    let of = |direction: &str| -> u64 {
+        bytes.iter().filter(|(labels, _)| labels.contains(direction)).map(|(_, n)| n).sum()
+    };
+    assert!(of("direction=\"in\"") > 40 * 3 * 40, "{bytes:?}");
+    assert!(of("direction=\"out\"") > 40 * 3 * 40, "{bytes:?}");
+    assert_eq!(metric(lab, "n3", "skep_ingress_failures_total").values().sum::<u64>(), 0);
+    refusals_are_counted(lab);
+}
+
+/// A task that nobody listens in refuses connections: whoami listens on 8080, not on 81.
+fn refusals_are_counted(lab: &Lab) {
+    let n1 = lab.node("n1");
+    n1.create_whoami("deaf", &["--publish", "8081:81", "--constraint", "node.hostname==n1"]);
+    lab.wait_until_settled("n1", "deaf", 1);
+    let failures = || -> u64 {
+        let all = metric(lab, "n3", "skep_ingress_failures_total");
+        all.iter().filter(|(labels, _)| labels.contains("deaf")).map(|(_, n)| n).sum()
+    };
+    let url = format!("http://{}:8081/", lab.node("n3").address());
+    wait_until(SETTLES_WITHIN, "a refused connection is counted", || {
+        let refused = lab.client().exec(&["curl", "-sS", "--max-time", "10", &url]);
+        ((failures() > 0).then_some(()), refused.to_string())
+    });
+    let before = failures();
+    lab.client().exec(&["curl", "-sS", "--max-time", "10", &url]).err();
+    assert_eq!(failures(), before + 1);
+    n1.skep(&["service", "rm", "deaf"]).ok();
+}
+
+/// n3 has no task of the service, but balances to it as every node does.
+fn a_node_that_does_not_acknowledge_is_named(lab: &Lab) {
+    lab.node("n3").signal_daemon("STOP");
+    lab.node("n1").skep(&["service", "update", "--detach", "--force", WEB]).ok();
+    let expect = "\"stopped without the acknowledgement of n3\"";
+    lab.node("n1").wait_for_tasks(WEB, "the first stopped task says who was missing", |tasks| {
+        tasks.iter().any(|task| task.state() == "Shutdown" && task.error == expect).then_some(())
+    });
+    let log = lab.node("n1").log();
+    let said = "a task is stopped without the acknowledgement of nodes";
+    assert!(log.lines().any(|line| line.contains(said) && line.contains("n3")), "{log}");
+    lab.node("n3").signal_daemon("CONT");
+    lab.wait_for_node("n1", "n3", "Ready");
+    lab.wait_until_settled("n1", WEB, N_TASKS);
+}

@@ -1,0 +1,191 @@
+//! Counts connections through published ports, in the kernel, by task.
+//!
+//! The node that a client reaches counts: there its connection is translated, and there all of its
+//! packets pass, both ways. All of this is one nftables table of its own beside the mesh's, which
+//! is there only while someone may ask for the counts.
+//!
+//! ```text
+//! answers      prerouting -140  answers of tasks: their bytes, and refusals
+//! connections  postrouting  99  each connection once: NAT chains see its first packet alone
+//! requests     postrouting  98  packets to tasks: their bytes; unreachable tasks
+//! ```
+//!
+//! Each chain adds to a set by the connection's own addresses ([`Key`]), so that no rule depends on
+//! which tasks there are. A set is per-processor counters behind one hash: no lock is shared.
+//!
+//! # Invariants
+//!
+//! - Nothing is read but when the counts are asked for.
+//! - A daemon that starts counts anew, as counters of a process do: who had an address before it
+//!   is not known.
+
+use std::collections::BTreeMap;
+
+use ipnet::Ipv4Net;
+use skep_common::Timestamp;
+use skep_worker_core::accounting::{Counts, Key, Owners};
+use skep_worker_core::mesh::MeshTable;
+
+use super::Error;
+use super::nft::expression as rule;
+use super::nft::{Batch, CommitError, Element, Expression, Hook, NftChannel, SetKind, Value};
+use super::thread::KernelThread;
+
+const TABLE: &str = "skep-accounting";
+const CONNECTIONS: &str = "connections";
+const FAILURES: &str = "failures";
+const REQUESTS: &str = "requests";
+const ANSWERS: &str = "answers";
+const SETS: [&str; 4] = [CONNECTIONS, FAILURES, REQUESTS, ANSWERS];
+
+/// Backends of published ports that are counted; a connection to more of them is not, but served.
+const KEYS_MAX: u32 = 1 << 16;
+const KEY_LENGTH: u32 = 16;
+/// `ipv4_addr . inet_service . inet_service . inet_proto` as `nft` numbers types.
+const KEY_TYPE: u32 = 7 << 18 | 13 << 12 | 13 << 6 | 12;
+
+const PREROUTING: u32 = 0;
+const POSTROUTING: u32 = 4;
+
+/// The counts of this node. Clones share them.
+#[derive(Debug, Clone)]
+pub struct Accounting {
+    kernel: std::sync::Arc<KernelThread<Kernel>>,
+}
+
+#[derive(Debug)]
+struct Kernel {
+    channel: NftChannel,
+    owners: Owners,
+}
+
+impl Accounting {
+    /// Begins to count connections to tasks with addresses of `pool`, in the network namespace of the
+    /// calling thread.
+    ///
+    /// Must be called within a Tokio runtime.
+    pub async fn start(pool: Ipv4Net) -> Result<Self, Error> {
+        let start = move || {
+            let mut channel = NftChannel::open()?;
+            commit(&mut channel, &layout(pool))?;
+            Ok((Kernel { channel, owners: Owners::default() }, ()))
+        };
+        let (kernel, ()) = KernelThread::start("skep-accounting", start).await?;
+        Ok(Self { kernel: std::sync::Arc::new(kernel) })
+    }
+
+    /// Takes over which task has which address.
+    pub async fn learn(&self, table: &MeshTable, now: Timestamp) -> Result<(), Error> {
+        let table = table.clone();
+        self.kernel.run(move |kernel| kernel.learn(&table, now)).await?
+    }
+
+    /// What was counted so far, as text for a collector.
+    pub async fn text(&self) -> Result<String, Error> {
+        self.kernel.run(Kernel::text).await?
+    }
+
+    /// Removes what counts from this node; fine if there is nothing.
+    pub async fn remove() -> Result<(), Error> {
+        let remove = || {
+            let mut batch = Batch::new();
+            batch.add_table(TABLE); // Deleting a table needs it to exist.
+            batch.delete_table(TABLE);
+            Ok(((), commit(&mut NftChannel::open()?, &batch)?))
+        };
+        KernelThread::start("skep-accounting", remove).await.map(drop)
+    }
+}
+
+impl Kernel {
+    fn learn(&mut self, table: &MeshTable, now: Timestamp) -> Result<(), Error> {
+        let stale = self.owners.learn(table, now);
+        if stale.is_empty() {
+            return Ok(());
+        }
+        let mut batch = Batch::new();
+        for set in SETS {
+            let present = self.channel.counts(TABLE, set)?;
+            let stale = stale.iter().map(|key| key.to_bytes().to_vec());
+            let counted = stale.filter(|key| present.iter().any(|count| count.key == *key));
+            let elements: Vec<Element> = counted.map(Element::key).collect();
+            batch.delete_elements(TABLE, set, &elements);
+        }
+        if batch.is_empty() { Ok(()) } else { commit(&mut self.channel, &batch) }
+    }
+
+    fn text(&mut self) -> Result<String, Error> {
+        let mut all: BTreeMap<Key, Counts> = BTreeMap::new();
+        for set in SETS {
+            for count in self.channel.counts(TABLE, set)? {
+                let Some(key) = Key::from_bytes(&count.key) else { continue };
+                let counts = all.entry(key).or_default();
+                match set {
+                    CONNECTIONS => counts.connections = count.packets,
+                    FAILURES => counts.failures = count.packets,
+                    REQUESTS => counts.received_bytes = count.bytes,
+                    _ => counts.sent_bytes = count.bytes,
+                }
+            }
+        }
+        Ok(self.owners.render(&all))
+    }
+}
+
+fn commit(channel: &mut NftChannel, batch: &Batch) -> Result<(), Error> {
+    match channel.commit(batch, None) {
+        Ok(()) => Ok(()),
+        Err(CommitError::Refused(error)) => Err(error),
+        Err(CommitError::Outdated) => unreachable!("the batch names no generation"),
+    }
+}
+
+/// The table, without a count.
+fn layout(pool: Ipv4Net) -> Batch {
+    let mut batch = Batch::new();
+    batch.add_table(TABLE);
+    batch.delete_table(TABLE);
+    batch.add_table(TABLE);
+    let kind = SetKind {
+        key_type: KEY_TYPE,
+        key_length: KEY_LENGTH,
+        is_host_order: false,
+        value: Value::None,
+    };
+    for set in SETS {
+        batch.add_dynamic_set(TABLE, set, &kind, KEYS_MAX);
+    }
+    let original = rule::connection_is_original().to_vec();
+    let reply = rule::connection_is_reply().to_vec();
+    let published = [
+        rule::connection_is_published(true).to_vec(),
+        rule::connection_is_answered_from(pool).to_vec(),
+    ]
+    .concat();
+    let mut chain = |name, kind, number, priority, rules: &[(Vec<Expression>, &str)]| {
+        batch.add_chain(
+            TABLE,
+            name,
+            Some(&Hook { kind, number, priority, drops_by_default: false }),
+        );
+        for (matches, set) in rules {
+            let count = rule::count_connection_in(set).to_vec();
+            batch.add_rule(TABLE, name, &[matches.clone(), count].concat(), set);
+        }
+    };
+    let refused = [rule::connection_is_refused().to_vec(), reply.clone(), published.clone()];
+    let unreachable = [rule::connection_is_unreachable().to_vec(), published.clone()];
+    let answers = [reply, published.clone()].concat();
+    let requests = [original, published.clone()].concat();
+    let responses = [(refused.concat(), FAILURES), (answers, ANSWERS)];
+    chain("answers", "filter", PREROUTING, -140, &responses);
+    chain(
+        "requests",
+        "filter",
+        POSTROUTING,
+        98,
+        &[(unreachable.concat(), FAILURES), (requests, REQUESTS)],
+    );
+    chain("connections", "nat", POSTROUTING, 99, &[(published, CONNECTIONS)]);
+    batch
+}
