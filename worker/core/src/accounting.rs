@@ -180,6 +180,7 @@ mod tests {
             pool: MeshTable::default_pool(),
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: Vec::new(),
+            ipv6: BTreeMap::new(),
             ports: vec![PublishedPort {
                 published: 8080,
                 protocol: Protocol::Tcp,
