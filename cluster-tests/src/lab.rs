@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sched::{CloneFlags, setns};
 use serde_json::Value;
 
 use crate::command::{Output, run, skep};
@@ -108,6 +109,21 @@ impl Lab {
     /// The outside client, which is no node of the swarm.
     pub fn client(&self) -> Node<'_> {
         self.node("client")
+    }
+
+    /// Runs something on a thread of its own in the outside client's network.
+    pub fn in_network_of_client<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        let record = format!("/run/skep-lab/{}/client/init.json", self.name);
+        let record = fs::read(record).expect("the lab's client has a record");
+        let record: Value = serde_json::from_slice(&record).expect("a record is JSON");
+        let namespace = File::open(format!("/proc/{}/ns/net", record["Pid"]));
+        let namespace = namespace.expect("the lab's client runs");
+        let run = move || {
+            setns(&namespace, CloneFlags::CLONE_NEWNET).expect("tests of labs run as root");
+            work()
+        };
+        let done = std::thread::scope(|scope| scope.spawn(run).join());
+        done.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 
     /// Ends nodes as if their power went, in the same instant.

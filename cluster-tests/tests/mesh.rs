@@ -7,13 +7,11 @@
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use nix::sched::{CloneFlags, setns};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket, sockopt,
 };
@@ -230,7 +228,7 @@ fn one_client_port_through_two_nodes(lab: &Lab) {
     let from = SocketAddrV4::new(lab.client().address(), 20_000);
     let to = |node: &str| SocketAddrV4::new(lab.node(node).address(), PORT);
     let (first, second) = (to("n1"), to("n2"));
-    in_network_of_client(lab, move || {
+    lab.in_network_of_client(move || {
         let mut held = connect_from(from, first);
         let held_task = hostname(&ask(&mut held));
         let others: Vec<String> = (0..N_TASKS)
@@ -243,21 +241,6 @@ fn one_client_port_through_two_nodes(lab: &Lab) {
             .collect();
         assert!(others.contains(&held_task), "{held_task} is none of {others:?}");
     });
-}
-
-/// Runs something on a thread of its own in the outside client's network.
-fn in_network_of_client(lab: &Lab, work: impl FnOnce() + Send) {
-    let record = fs::read(format!("/run/skep-lab/{}/client/init.json", lab.name())).unwrap();
-    let record: serde_json::Value = serde_json::from_slice(&record).unwrap();
-    let namespace = File::open(format!("/proc/{}/ns/net", record["Pid"])).unwrap();
-    let run = move || {
-        setns(&namespace, CloneFlags::CLONE_NEWNET).unwrap();
-        work();
-    };
-    let done = std::thread::scope(|scope| scope.spawn(run).join());
-    if let Err(panic) = done {
-        std::panic::resume_unwind(panic);
-    }
 }
 
 /// Connects from an address that another connection may have, too.

@@ -4,8 +4,8 @@
 //! Managers write everything but [`TaskStatus`] from `Accepted` on, [`NodeDescription`] and the
 //! container's facts, which the node's agent reports.
 
-use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
@@ -143,6 +143,9 @@ pub struct NodeDescription {
     pub resources: Resources,
     /// Labels set by its own configuration: `engine.labels.X`.
     pub engine: EngineDescription,
+    /// Its IPv6 addresses, where it has IPv6: published ports answer there, too.
+    #[serde(rename = "IPv6Addresses", skip_serializing_if = "Option::is_none")]
+    pub ipv6_addresses: Option<BTreeSet<Ipv6Addr>>,
     /// Kept and not acted on yet: TLSInfo, CSIInfo, ….
     #[serde(flatten)]
     pub extra: Extra,

@@ -2,8 +2,14 @@
 //!
 //! Needs root. Each test makes a lab of its own, whose kernel objects end with its processes.
 
+#[path = "mesh/associations.rs"]
+mod associations;
+#[path = "mesh/datagrams.rs"]
+mod datagrams;
 #[path = "mesh/helper.rs"]
 mod helper;
+#[path = "mesh/ipv6.rs"]
+mod ipv6;
 #[path = "mesh/lab.rs"]
 mod lab;
 #[path = "support/machine.rs"]

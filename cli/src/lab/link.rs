@@ -10,13 +10,14 @@
 //! - Deleting one end of a cable deletes both, at once; nothing waits for a namespace to end.
 
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsRawFd;
 use std::pin::pin;
 
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
 use futures::future::{Either, select};
+use netlink_packet_route::address::AddressHeaderFlags;
 use netlink_packet_route::link::{InfoData, InfoVeth};
 use netlink_packet_route::route::{RouteAddress, RouteAttribute};
 use nix::libc;
@@ -103,7 +104,12 @@ pub(super) fn plug_in(
     .with_context(|| format!("lay the cable of {member}"))?;
     within(Some(into), async |handle| {
         set_up(&handle, "lo").await?;
-        set_address(&handle, CARD, address).await
+        set_address(&handle, CARD, address).await?;
+        if skep_worker::net::host_has_ipv6() {
+            add_ipv6(&handle, CARD, address).await
+        } else {
+            Ok(())
+        }
     })
     .with_context(|| format!("set the address of {member}"))
 }
@@ -206,6 +212,18 @@ async fn set_address(handle: &Handle, link: &str, address: Ipv4Addr) -> Result<(
         .await
         .context("add an address")?;
     set_up(handle, link).await
+}
+
+/// Adds the IPv6 address that belongs to a member's other one: `fd00::10.77.0.1` to 10.77.0.1.
+async fn add_ipv6(handle: &Handle, link: &str, of: Ipv4Addr) -> Result<()> {
+    const PREFIX_LENGTH: u8 = 64;
+    let prefix = u128::from(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, 0));
+    let address = Ipv6Addr::from(prefix | u128::from(u32::from(of)));
+    let index = index_of(handle, link).await?.with_context(|| format!("no interface {link}"))?;
+    let mut add = handle.address().add(index, IpAddr::V6(address), PREFIX_LENGTH);
+    // Nobody else has it: usable at once.
+    add.message_mut().header.flags = AddressHeaderFlags::Nodad;
+    add.execute().await.context("add an IPv6 address")
 }
 
 async fn set_up(handle: &Handle, link: &str) -> Result<()> {

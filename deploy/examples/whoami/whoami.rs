@@ -12,7 +12,7 @@
 //! | `GET /exit/CODE`                          | an answer; then the process exits with CODE  |
 //! | `GET /alloc/MIB`                          | after allocating and touching MIB mebibytes  |
 //! | any other `GET`                           | who answered, one `Name: value` per line     |
-//! | a datagram (UDP)                          | the same, in one datagram                    |
+//! | a datagram (UDP)                          | the same in one datagram, which is its path  |
 //!
 //! `whoami healthcheck` asks `/health` on the loopback and exits with 0 or 1: a HEALTHCHECK for an
 //! image without a shell.
@@ -142,10 +142,12 @@ fn serve(port: u16) {
 }
 
 fn answer_datagrams(socket: &UdpSocket) {
+    let mut datagram = vec![0; CHUNK_LEN];
     loop {
         // An error is that of an earlier answer whose client has gone.
-        if let Ok((_, client)) = socket.recv_from(&mut []) {
-            let _ = socket.send_to(describe(&shown(client), "udp").as_bytes(), client);
+        if let Ok((len, client)) = socket.recv_from(&mut datagram) {
+            let text = String::from_utf8_lossy(&datagram[..len]);
+            let _ = socket.send_to(describe(&shown(client), &text).as_bytes(), client);
         }
     }
 }

@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol,
-    PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PublishMode,
+    ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
 };
 
 use crate::constraint;
@@ -280,12 +280,6 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
         note("TaskTemplate.Resources.", &resources.extra);
     }
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
-    for port in
-        spec.ports().iter().filter(|port| port.protocol.unwrap_or_default() != PortProtocol::Tcp)
-    {
-        let (port, protocol) = (port.target_port, port.protocol.unwrap_or_default().name());
-        warnings.push(format!("target port {port}/{protocol} is not published yet: only TCP is"));
-    }
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
         warnings.push(format!("MaxAttempts above {MAX_ATTEMPTS_COUNTED} counts as unlimited"));
@@ -458,14 +452,15 @@ mod tests {
                 "Networks": [{"Target": "front"}],
                 "RestartPolicy": {"MaxAttempts": 1000},
             },
-            "EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp"}]},
+            "EndpointSpec": {"Ports": [
+                {"TargetPort": 53, "Protocol": "udp"}, {"TargetPort": 54, "Protocol": "sctp"},
+            ]},
         }));
         assert_eq!(
             warnings(&given),
             [
                 "TaskTemplate.Runtime is kept but has no effect yet",
                 "log driver syslog is not supported yet: output is kept in files on each node, as with json-file",
-                "target port 53/udp is not published yet: only TCP is",
                 "MaxAttempts above 100 counts as unlimited",
             ]
         );

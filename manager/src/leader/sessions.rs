@@ -395,9 +395,11 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
         protocol: protocol.name().to_owned(),
         published: (*published).into(),
     };
-    let peer = |(number, address): (&u16, &std::net::Ipv4Addr)| MeshPeer {
+    let peer = |(number, peer): (&u16, &endpoints::Peer)| MeshPeer {
         number: (*number).into(),
-        underlay: address.to_string(),
+        underlay: peer.underlay.to_string(),
+        has_ipv6: peer.ipv6.is_some(),
+        ipv6: peer.ipv6.iter().flatten().map(ToString::to_string).collect(),
     };
     MeshUpdate {
         version,

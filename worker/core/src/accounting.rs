@@ -4,17 +4,19 @@
 //! ([`Key`]). [`Owners`] knows which task that is. Both forget: an address that goes to another task
 //! must not bring its counts along, and a task that is gone is told of for [`RETENTION`] more.
 //!
+//! Connections by IPv6 are not counted.
+//!
 //! Units: connections, refused connections, and bytes of IP packets. Format: Prometheus' text
 //! exposition format 0.0.4.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::time::Duration;
 
 use skep_common::Timestamp;
 
-use crate::mesh::{Endpoint, MeshTable, Protocol};
+use crate::mesh::{MeshTable, Protocol};
 
 /// How long a task that left the table is told of: its last connections end meanwhile, and collectors come
 /// once a minute.
@@ -24,7 +26,7 @@ pub const RETENTION: Duration = Duration::from_secs(600);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
     /// The task's address and port.
-    pub endpoint: Endpoint,
+    pub endpoint: SocketAddrV4,
     /// The published port.
     pub published: u16,
     /// The transport protocol.
@@ -34,8 +36,8 @@ pub struct Key {
 impl Key {
     /// The key as the kernel has it: each part fills 4 bytes.
     pub fn to_bytes(self) -> [u8; 16] {
-        let [a, b, c, d] = self.endpoint.address.octets();
-        let [port_high, port_low] = self.endpoint.port.to_be_bytes();
+        let [a, b, c, d] = self.endpoint.ip().octets();
+        let [port_high, port_low] = self.endpoint.port().to_be_bytes();
         let [high, low] = self.published.to_be_bytes();
         let protocol = self.protocol.number();
         [a, b, c, d, port_high, port_low, 0, 0, high, low, 0, 0, protocol, 0, 0, 0]
@@ -47,7 +49,7 @@ impl Key {
             *bytes.first_chunk::<16>()?;
         let port = u16::from_be_bytes([port_high, port_low]);
         Some(Self {
-            endpoint: Endpoint { address: Ipv4Addr::new(a, b, c, d), port },
+            endpoint: SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), port),
             published: u16::from_be_bytes([high, low]),
             protocol: Protocol::from_number(protocol)?,
         })
@@ -91,7 +93,7 @@ impl Owners {
         for port in &table.ports {
             let service = if port.service.is_empty() { &port.service_id } else { &port.service };
             for backend in &port.backends {
-                let endpoint = Endpoint { address: backend.address, port: backend.target_port };
+                let endpoint = SocketAddrV4::new(backend.address, backend.target_port);
                 let key = Key { endpoint, published: port.published, protocol: port.protocol };
                 let task_id = backend.task_id.clone();
                 let owner = Owner { service: service.clone(), task_id, gone_at: None };
@@ -178,6 +180,7 @@ mod tests {
             pool: MeshTable::default_pool(),
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: Vec::new(),
+            ipv6: BTreeMap::new(),
             ports: vec![PublishedPort {
                 published: 8080,
                 protocol: Protocol::Tcp,
@@ -189,7 +192,7 @@ mod tests {
     }
 
     fn key(last: u8) -> Key {
-        let endpoint = Endpoint { address: Ipv4Addr::new(10, 192, 4, last), port: 80 };
+        let endpoint = SocketAddrV4::new(Ipv4Addr::new(10, 192, 4, last), 80);
         Key { endpoint, published: 8080, protocol: Protocol::Tcp }
     }
 

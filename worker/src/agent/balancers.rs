@@ -246,6 +246,7 @@ mod tests {
                 pool: MeshTable::default_pool(),
                 slice_prefix: MeshTable::default_slice_prefix(),
                 peers: Vec::new(),
+                ipv6: std::collections::BTreeMap::new(),
                 ports: Vec::new(),
             };
             let networks = NetworkTables { version, ..NetworkTables::default() };

@@ -3,7 +3,7 @@
 //! Tasks of this node that have ended leave the local balancer at once, before the leader knows.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
@@ -25,6 +25,7 @@ pub(super) struct MeshState {
     number: u16,
     pool: Option<Ipv4Net>,
     peers: BTreeMap<u16, Ipv4Addr>,
+    ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     /// Those of which only the node's own backends count, where it has some.
     local_ports: BTreeSet<(Protocol, u16)>,
@@ -47,6 +48,7 @@ impl MeshState {
         self.networks.update(update.whole, update.networks, &update.removed_networks);
         if update.whole {
             self.peers.clear();
+            self.ipv6.clear();
             self.ports.clear();
             self.local_ports.clear();
         }
@@ -55,12 +57,18 @@ impl MeshState {
             match (u16::try_from(peer.number), peer.underlay.parse()) {
                 (Ok(number), Ok(underlay)) => {
                     self.peers.insert(number, underlay);
+                    self.ipv6.remove(&number);
+                    if peer.has_ipv6 {
+                        let addresses = peer.ipv6.iter().filter_map(|text| text.parse().ok());
+                        self.ipv6.insert(number, addresses.collect());
+                    }
                 }
                 _ => tracing::warn!(?peer, "ignoring a peer with an unreadable address"),
             }
         }
         for number in update.removed_peers {
             self.peers.retain(|known, _| u32::from(*known) != number);
+            self.ipv6.retain(|known, _| u32::from(*known) != number);
         }
         for update in update.ports {
             match published_port(&update) {
@@ -134,6 +142,7 @@ impl MeshState {
             pool,
             slice_prefix,
             peers: peers.collect(),
+            ipv6: self.ipv6.clone(),
             ports: ports.chain(host.into_values()).collect(),
         })
     }
@@ -163,6 +172,8 @@ impl MeshState {
 pub(super) fn protocol(name: &str) -> Option<Protocol> {
     match name {
         "tcp" => Some(Protocol::Tcp),
+        "udp" => Some(Protocol::Udp),
+        "sctp" => Some(Protocol::Sctp),
         _ => None,
     }
 }
@@ -217,7 +228,12 @@ mod tests {
         let mut state = MeshState::default();
         assert_eq!(state.table(), None);
         state.place(3, "10.192.0.0/10".parse().unwrap());
-        let peers = vec![MeshPeer { number: 1, underlay: "10.77.0.1".into() }];
+        let peers = vec![MeshPeer {
+            number: 1,
+            underlay: "10.77.0.1".into(),
+            has_ipv6: true,
+            ipv6: vec!["2001:db8::1".into(), "nonsense".into()],
+        }];
         let whole = |ports| MeshUpdate {
             version: 1,
             whole: true,
@@ -227,6 +243,9 @@ mod tests {
         };
         state.update(whole(vec![port(80, &[1, 2]), port(81, &[3])]));
         assert_eq!(backends(&state, 80), ["10.192.4.1", "10.192.4.2"]);
+        let address = "2001:db8::1".parse().unwrap();
+        let ipv6 = |state: &MeshState| state.table().unwrap().ipv6;
+        assert_eq!(ipv6(&state), BTreeMap::from([(1, BTreeSet::from([address]))]));
         assert!(state.withdraw(TaskId(1)));
         assert!(!state.withdraw(TaskId(9)));
         assert_eq!(backends(&state, 80), ["10.192.4.2"]);
@@ -254,6 +273,9 @@ mod tests {
             "a withdrawn task is forgotten"
         );
         assert_eq!(state.table().unwrap().version, 4);
+        let without = MeshPeer { has_ipv6: false, ..peers[0].clone() };
+        state.update(MeshUpdate { version: 5, peers: vec![without], ..MeshUpdate::default() });
+        assert_eq!(ipv6(&state), BTreeMap::new(), "it serves IPv4 alone now");
     }
 
     #[test]

@@ -21,7 +21,9 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
-use crate::net::{Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
+use crate::net::{
+    Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, host_has_ipv6,
+};
 
 /// Where the mesh's tunnel ends on this node.
 #[derive(Debug, Clone)]
@@ -230,6 +232,8 @@ impl Uplink {
         let mut options = Options::new(table.self_number, address, interface.clone(), &run_dir);
         options.pool = table.pool;
         options.slice_prefix = table.slice_prefix;
+        // Not as the table says: the first one may come before its managers know what this node has.
+        options.ipv6 = host_has_ipv6();
         let vxlan_port = options.vxlan_port;
         let mesh = Mesh::start(options).await?;
         // From here on this is the only daemon of the node: the mesh holds its lock.

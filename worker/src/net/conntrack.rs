@@ -21,6 +21,7 @@ const HEADER_LENGTH: usize = 4;
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
 const CTA_ID: u16 = 12;
+const CTA_ZONE: u16 = 18;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
@@ -28,6 +29,8 @@ const CTA_IP_V4_DST: u16 = 2;
 const CTA_IP_V6_SRC: u16 = 3;
 const CTA_IP_V6_DST: u16 = 4;
 const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
+const CTA_PROTO_DST_PORT: u16 = 3;
 
 /// An entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,9 +38,11 @@ pub struct Entry {
     /// What decides about it.
     pub connection: Connection,
     family: u8,
-    /// What names it to the kernel: its first direction, and its id.
+    /// What names it to the kernel: its first direction, its id, and its zone where it has one in both
+    /// directions (that of one direction is part of it).
     original: Vec<u8>,
     id: Vec<u8>,
+    zone: Option<Vec<u8>>,
 }
 
 impl Entry {
@@ -46,14 +51,23 @@ impl Entry {
         let body = payload.get(HEADER_LENGTH..)?;
         let original = find(body, CTA_TUPLE_ORIG)?;
         let protocol = find(find(original, CTA_TUPLE_PROTO)?, CTA_PROTO_NUM)?;
+        let reply = find(body, CTA_TUPLE_REPLY)?;
         let connection = Connection {
             protocol: *protocol.first()?,
             destination: address(original, CTA_IP_V4_DST, CTA_IP_V6_DST)?,
-            answers_from: address(find(body, CTA_TUPLE_REPLY)?, CTA_IP_V4_SRC, CTA_IP_V6_SRC)?,
+            destination_port: port(original, CTA_PROTO_DST_PORT),
+            answers_from: address(reply, CTA_IP_V4_SRC, CTA_IP_V6_SRC)?,
+            answers_from_port: port(reply, CTA_PROTO_SRC_PORT),
         };
         let id = find(body, CTA_ID)?.to_vec();
-        Some(Self { connection, family, original: original.to_vec(), id })
+        let zone = find(body, CTA_ZONE).map(<[u8]>::to_vec);
+        Some(Self { connection, family, original: original.to_vec(), id, zone })
     }
+}
+
+fn port(tuple: &[u8], side: u16) -> u16 {
+    let bytes = find(tuple, CTA_TUPLE_PROTO).and_then(|protocol| find(protocol, side));
+    bytes.and_then(|bytes| bytes.first_chunk()).map_or(0, |bytes| u16::from_be_bytes(*bytes))
 }
 
 fn address(tuple: &[u8], ipv4: u16, ipv6: u16) -> Option<IpAddr> {
@@ -91,7 +105,12 @@ impl Conntrack {
     pub fn delete(&mut self, entry: &Entry) -> Result<(), Error> {
         let mut body = vec![entry.family, 0, 0, 0];
         let list = Attributes::new().raw(CTA_TUPLE_ORIG | NESTED, &entry.original);
-        body.extend(list.raw(CTA_ID, &entry.id).as_bytes());
+        let list = list.raw(CTA_ID, &entry.id);
+        let list = match &entry.zone {
+            Some(zone) => list.raw(CTA_ZONE, zone),
+            None => list,
+        };
+        body.extend(list.as_bytes());
         match self.channel.request(SUBSYSTEM << 8 | DELETE, NLM_F_REQUEST | NLM_F_ACK, &body) {
             Ok(_) => Ok(()),
             Err(refusal) if refusal.errno() == Some(libc::ENOENT) => Ok(()),
@@ -110,6 +129,8 @@ mod tests {
             let (from, to) = if v4 { (1, 2) } else { (3, 4) };
             let ip = Attributes::new().raw(from, source).raw(to, destination);
             let protocol = Attributes::new().raw(CTA_PROTO_NUM, &[17]);
+            let protocol = protocol.raw(CTA_PROTO_SRC_PORT, &[0, 53]);
+            let protocol = protocol.raw(CTA_PROTO_DST_PORT, &[4, 0]);
             Attributes::new().nested(CTA_TUPLE_IP, &ip).nested(CTA_TUPLE_PROTO, &protocol)
         };
         let message = |original: &Attributes, reply: &Attributes| {
@@ -123,7 +144,9 @@ mod tests {
         let expect = Connection {
             protocol: 17,
             destination: "10.0.1.2".parse().unwrap(),
+            destination_port: 1024,
             answers_from: "10.0.1.4".parse().unwrap(),
+            answers_from_port: 53,
         };
         assert_eq!(entry.connection, expect);
         assert_eq!(entry.original, original.as_bytes());

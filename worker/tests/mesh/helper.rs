@@ -6,17 +6,18 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use nix::sys::socket as sys;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use skep_worker::net::nft::{Batch, Hook, NftChannel};
+use skep_worker::net::nft::{Batch, Family, Hook, NftChannel};
 use skep_worker::net::{MarkField, Mesh, Options};
 use skep_worker_core::mesh::MeshTable;
 
+use crate::associations;
 use crate::machine::{ANSWER, HELPER};
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -30,6 +31,7 @@ pub(crate) enum Request {
         underlay: Ipv4Addr,
         run_dir: String,
         pool: String,
+        ipv6: bool,
     },
     Apply(MeshTable),
     Attach {
@@ -45,7 +47,7 @@ pub(crate) enum Request {
     Remove {
         run_dir: String,
     },
-    /// Serves HTTP on a port of all addresses.
+    /// Serves HTTP on a port of all addresses, and answers datagrams on the same.
     Serve {
         name: String,
         port: u16,
@@ -54,9 +56,33 @@ pub(crate) enum Request {
     Listen {
         port: u16,
     },
+    /// The same of UDP.
+    ListenUdp {
+        port: u16,
+    },
+    /// One datagram each, from a socket of its own: the answers, or the kind of error.
+    GetUdp {
+        address: SocketAddr,
+        count: usize,
+    },
+    /// A socket that sends from one port all the time.
+    OpenUdp {
+        id: String,
+        address: SocketAddr,
+        local: Option<SocketAddr>,
+    },
+    /// A datagram from it: the answer, or the kind of error.
+    UseUdp {
+        id: String,
+    },
     /// One connection each: the answers, or the kind of error.
     Get {
         address: SocketAddrV4,
+        count: usize,
+    },
+    /// The same to an address of either IP version.
+    GetAny {
+        address: SocketAddr,
         count: usize,
     },
     /// One connection from a given local port, kept open.
@@ -73,16 +99,37 @@ pub(crate) enum Request {
     Close {
         id: String,
     },
+    /// Answers each INIT of SCTP with an INIT ACK.
+    ServeAssociations {
+        number: u32,
+    },
+    /// An INIT from each of so many ports: what the INIT ACKs say, or the kind of error.
+    Associate {
+        address: SocketAddrV4,
+        count: usize,
+    },
     Write {
         path: String,
         text: String,
     },
     /// Chains of the nftables, as `table chain`.
     Chains,
+    /// Those of IPv6.
+    ChainsOfIpv6,
     /// The generation of the nftables: how often anyone changed any rule.
     Generation,
     /// A chain such as iptables-nft makes, with the policy to drop what is forwarded.
     DropForwarded,
+    /// The same of IPv6.
+    DropForwardedIpv6,
+    /// Says on its network that it is a router of IPv6.
+    Advertise {
+        interface: u32,
+    },
+    /// The length of a large answer.
+    GetLarge {
+        address: SocketAddr,
+    },
     /// Deletes one rule, or one table.
     Damage {
         table: String,
@@ -95,6 +142,7 @@ struct State {
     mesh: Option<Mesh>,
     connections: BTreeMap<String, TcpStream>,
     listeners: Vec<TcpListener>,
+    sockets: BTreeMap<String, UdpSocket>,
 }
 
 /// Runs the helper if this process is one.
@@ -133,9 +181,10 @@ fn text(error: impl std::error::Error) -> String {
 
 async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
     match request {
-        Request::Start { number, underlay, run_dir, pool } => {
+        Request::Start { number, underlay, run_dir, pool, ipv6 } => {
             let mut options = Options::new(number, underlay, "eth0", run_dir);
             options.pool = pool.parse().expect("a pool");
+            options.ipv6 = ipv6;
             // A field of marks is the node's own affair: another one on each.
             options.marks = MarkField::at(10 * (u32::from(number) - 1)).map_err(text)?;
             if let Some(mesh) = state.mesh.take() {
@@ -167,15 +216,59 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             Mesh::remove(run_dir.as_ref()).await.map_err(text)?;
             Ok(Value::Null)
         }
-        other => tokio::task::block_in_place(|| handle_socket(state, other)),
+        other => tokio::task::block_in_place(|| handle_datagrams(state, other)),
+    }
+}
+
+fn handle_datagrams(state: &mut State, request: Request) -> Result<Value, String> {
+    match request {
+        Request::ListenUdp { port } => {
+            let socket = UdpSocket::bind(("0.0.0.0", port)).map_err(text)?;
+            state.sockets.insert(format!("listen-{port}"), socket);
+            Ok(Value::Null)
+        }
+        Request::GetUdp { address, count } => {
+            let one = |_| udp_to(address, None).and_then(|socket| ask_udp(&socket));
+            Ok(json!((0..count).map(one).map(or_kind).collect::<Vec<String>>()))
+        }
+        Request::OpenUdp { id, address, local } => {
+            state.sockets.insert(id, udp_to(address, local).map_err(text)?);
+            Ok(Value::Null)
+        }
+        Request::UseUdp { id } => Ok(json!(or_kind(ask_udp(&state.sockets[&id])))),
+        Request::GetAny { address, count } => {
+            let one = |_| get(&connect_any(address)?, "/");
+            Ok(json!((0..count).map(one).map(or_kind).collect::<Vec<String>>()))
+        }
+        Request::Advertise { interface } => {
+            advertise(interface).map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::GetLarge { address } => {
+            let body = connect_any(address).and_then(|stream| get(&stream, "/large"));
+            Ok(json!(body.map_err(text)?.len()))
+        }
+        Request::ServeAssociations { number } => {
+            let socket = associations::socket().map_err(text)?;
+            std::thread::spawn(move || associations::serve(&socket, number));
+            Ok(Value::Null)
+        }
+        Request::Associate { address, count } => {
+            let one = |_| or_kind(associations::ask(address));
+            Ok(json!((0..count).map(one).collect::<Vec<String>>()))
+        }
+        other => handle_socket(state, other),
     }
 }
 
 fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
     match request {
         Request::Serve { name, port } => {
-            let listener = TcpListener::bind(("0.0.0.0", port)).map_err(text)?;
+            let listener = TcpListener::bind(("::", port)).map_err(text)?;
+            let socket = UdpSocket::bind(("::", port)).map_err(text)?;
+            let of_datagrams = name.clone();
             std::thread::spawn(move || serve(&listener, &name));
+            std::thread::spawn(move || serve_datagrams(&socket, &of_datagrams));
             Ok(Value::Null)
         }
         Request::Listen { port } => {
@@ -209,21 +302,19 @@ fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
             std::fs::write(path, value).map_err(text)?;
             Ok(Value::Null)
         }
-        Request::Chains => {
-            let chains = NftChannel::open().map_err(text)?.chains().map_err(text)?;
-            let names = chains.iter().map(|chain| format!("{} {}", chain.table, chain.name));
-            Ok(json!(names.collect::<Vec<_>>()))
-        }
+        other => handle_rules(other),
+    }
+}
+
+fn handle_rules(request: Request) -> Result<Value, String> {
+    match request {
+        Request::Chains => chains(Family::Ipv4),
+        Request::ChainsOfIpv6 => chains(Family::Ipv6),
         Request::Generation => {
             Ok(json!(NftChannel::open().map_err(text)?.generation().map_err(text)?))
         }
-        Request::DropForwarded => {
-            let mut batch = Batch::new();
-            batch.add_table("filter");
-            let hook = Hook { kind: "filter", number: 2, priority: 0, drops_by_default: true };
-            batch.add_chain("filter", "FORWARD", Some(&hook));
-            commit(&batch)
-        }
+        Request::DropForwarded => drop_forwarded(Family::Ipv4),
+        Request::DropForwardedIpv6 => drop_forwarded(Family::Ipv6),
         Request::Damage { table, chain } => {
             let mut batch = Batch::new();
             match chain {
@@ -232,8 +323,22 @@ fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
             }
             commit(&batch)
         }
-        other => panic!("not a request about sockets: {other:?}"),
+        other => panic!("not a request about sockets or rules: {other:?}"),
     }
+}
+
+fn chains(family: Family) -> Result<Value, String> {
+    let chains = NftChannel::open_of(family).map_err(text)?.chains().map_err(text)?;
+    let names = chains.iter().map(|chain| format!("{} {}", chain.table, chain.name));
+    Ok(json!(names.collect::<Vec<_>>()))
+}
+
+fn drop_forwarded(family: Family) -> Result<Value, String> {
+    let mut batch = Batch::of(family);
+    batch.add_table("filter");
+    let hook = Hook { kind: "filter", number: 2, priority: 0, drops_by_default: true };
+    batch.add_chain("filter", "FORWARD", Some(&hook));
+    commit(&batch)
 }
 
 fn commit(batch: &Batch) -> Result<Value, String> {
@@ -259,6 +364,57 @@ fn connect(address: SocketAddrV4, local: Option<SocketAddrV4>) -> std::io::Resul
     };
     stream.set_read_timeout(Some(PATIENCE))?;
     Ok(stream)
+}
+
+/// A router advertisement (RFC 4861, section 4.2).
+fn advertise(interface: u32) -> std::io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    const ROUTER_ADVERTISEMENT: u8 = 134;
+    const LIFETIME: [u8; 2] = 1800u16.to_be_bytes();
+    let (family, raw) = (sys::AddressFamily::Inet6, sys::SockType::Raw);
+    let icmp = Some(sys::SockProtocol::IcmpV6);
+    let socket: OwnedFd = sys::socket(family, raw, sys::SockFlag::SOCK_CLOEXEC, icmp)?;
+    sys::setsockopt(&socket, sys::sockopt::Ipv6MulticastHops, &255)?;
+    let message =
+        [ROUTER_ADVERTISEMENT, 0, 0, 0, 64, 0, LIFETIME[0], LIFETIME[1], 0, 0, 0, 0, 0, 0, 0, 0];
+    let all_nodes = std::net::Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+    let to = std::net::SocketAddrV6::new(all_nodes, 0, 0, interface);
+    sys::sendto(socket.as_raw_fd(), &message, &sys::SockaddrIn6::from(to), sys::MsgFlags::empty())?;
+    Ok(())
+}
+
+fn connect_any(address: SocketAddr) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+fn or_kind(answer: std::io::Result<String>) -> String {
+    answer.unwrap_or_else(|error| format!("{:?}", error.kind()))
+}
+
+fn udp_to(address: SocketAddr, local: Option<SocketAddr>) -> std::io::Result<UdpSocket> {
+    let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(local.unwrap_or_else(|| any.parse().expect("an address")))?;
+    socket.connect(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+fn ask_udp(socket: &UdpSocket) -> std::io::Result<String> {
+    socket.send(b"who")?;
+    let mut buffer = [0; 100];
+    let length = socket.recv(&mut buffer)?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Answers with the server's name and the client's address.
+fn serve_datagrams(socket: &UdpSocket, name: &str) {
+    let mut buffer = [0; 2000];
+    while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+        let answer = format!("{name} {}", from.ip().to_canonical());
+        drop(socket.send_to(answer.as_bytes(), from));
+    }
 }
 
 /// One HTTP request on a connection that stays open.
@@ -298,7 +454,7 @@ fn serve(listener: &TcpListener, name: &str) {
 }
 
 fn serve_one(stream: &TcpStream, name: &str) -> std::io::Result<()> {
-    let client = stream.peer_addr()?.ip();
+    let client = stream.peer_addr()?.ip().to_canonical();
     let mut reader = BufReader::new(stream);
     loop {
         let mut path = None;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader};
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -45,6 +45,32 @@ impl Machine {
     pub(crate) fn use_connection(&mut self, id: &str, path: &str) -> String {
         let answer = self.ask(&Request::Use { id: id.into(), path: path.into() });
         answer.as_str().expect("a text").to_owned()
+    }
+
+    /// The answers of `count` sockets that send one datagram each.
+    #[track_caller]
+    pub(crate) fn get_udp(&mut self, address: SocketAddr, count: usize) -> Vec<String> {
+        let answers = self.ask(&Request::GetUdp { address, count });
+        serde_json::from_value(answers).expect("texts")
+    }
+
+    /// The answer to one more datagram of a socket that sends from one port.
+    #[track_caller]
+    pub(crate) fn use_udp(&mut self, id: &str) -> String {
+        let answer = self.ask(&Request::UseUdp { id: id.into() });
+        answer.as_str().expect("a text").to_owned()
+    }
+
+    #[track_caller]
+    pub(crate) fn open_udp(&mut self, id: &str, address: SocketAddr) {
+        self.ask(&Request::OpenUdp { id: id.into(), address, local: None });
+    }
+
+    /// The answers of `count` connections to an address of either IP version.
+    #[track_caller]
+    pub(crate) fn get_any(&mut self, address: SocketAddr, count: usize) -> Vec<String> {
+        let answers = self.ask(&Request::GetAny { address, count });
+        serde_json::from_value(answers).expect("texts")
     }
 
     /// Packets that came in by an interface.
@@ -106,12 +132,24 @@ pub(crate) struct Lab {
     pub(crate) nodes: Vec<Node>,
     pub(crate) slices: Slices,
     pub(crate) version: u64,
+    /// Of the ports that are published.
+    pub(crate) protocol: Protocol,
+    /// The nodes with IPv6.
+    pub(crate) ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
     switch: Machine,
     run_dir: tempfile::TempDir,
 }
 
 pub(crate) fn underlay(number: u16) -> Ipv4Addr {
     Ipv4Addr::new(10, 98, 0, u8::try_from(number).expect("a small number"))
+}
+
+pub(crate) fn underlay6(number: u16) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 98, 0, 0, 0, 0, 0, number)
+}
+
+pub(crate) fn node_address6(number: u16, port: u16) -> SocketAddr {
+    SocketAddr::new(underlay6(number).into(), port)
 }
 
 pub(crate) fn node_address(number: u16, port: u16) -> SocketAddrV4 {
@@ -157,7 +195,9 @@ impl Lab {
         });
         let nodes = nodes.collect();
         let run_dir = tempfile::tempdir().expect("a directory");
-        Self { client, nodes, slices, version: 0, switch, run_dir }
+        let protocol = Protocol::Tcp;
+        let ipv6 = BTreeMap::new();
+        Self { client, nodes, slices, version: 0, protocol, ipv6, switch, run_dir }
     }
 
     pub(crate) fn run_dir(&self, number: u16) -> String {
@@ -170,6 +210,7 @@ impl Lab {
             underlay: underlay(number),
             run_dir: self.run_dir(number),
             pool: MeshTable::default_pool().to_string(),
+            ipv6: self.ipv6.contains_key(&number),
         }
     }
 
@@ -197,7 +238,7 @@ impl Lab {
     pub(crate) fn table(&self, number: u16, ports: &[(u16, &[u16])]) -> MeshTable {
         let ports = ports.iter().map(|(published, nodes)| PublishedPort {
             published: *published,
-            protocol: Protocol::Tcp,
+            protocol: self.protocol,
             service_id: format!("service-{published}"),
             service: String::new(),
             backends: nodes.iter().map(|node| self.backend(*node)).collect(),
@@ -208,6 +249,7 @@ impl Lab {
             pool: MeshTable::default_pool(),
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: (1..=N).map(|number| Peer { number, underlay: underlay(number) }).collect(),
+            ipv6: self.ipv6.clone(),
             ports: ports.collect(),
         }
     }
@@ -243,7 +285,14 @@ impl Lab {
     /// Asserts that the clients' connections through a node take exact turns over all tasks.
     #[track_caller]
     pub(crate) fn assert_turns(&mut self, who: Client, through: SocketAddrV4) {
-        let answers = self.client(who).get(through, 2 * usize::from(N));
+        let protocol = self.protocol;
+        let count_of = 2 * usize::from(N);
+        let client = self.client(who);
+        let answers = match protocol {
+            Protocol::Tcp => client.get(through, count_of),
+            Protocol::Udp => client.get_udp(through.into(), count_of),
+            Protocol::Sctp => panic!("clients of SCTP have tests of their own"),
+        };
         let expect = (1..=N).map(|number| (number.to_string(), 2)).collect();
         assert_eq!(count(&answers), expect, "{who:?} through {through}: {answers:?}");
         if who == Client::Outside {
@@ -298,6 +347,10 @@ fn plug(switch: &Machine, machine: &Machine, number: u16) {
     switch.ip(&format!("link add p{number} type veth peer name eth0 netns {pid}"));
     switch.ip(&format!("link set p{number} master br0 up"));
     machine.ip("link set lo up");
+    // An address of the link that is usable at once, instead of the kernel's own.
+    machine.ip("link set eth0 addrgenmode none");
+    machine.ip(&format!("addr add fe80::{number}/64 dev eth0 nodad"));
     machine.ip(&format!("addr add {}/24 dev eth0", underlay(number)));
     machine.ip("link set eth0 up");
+    machine.ip(&format!("addr add {}/64 dev eth0 nodad", underlay6(number)));
 }

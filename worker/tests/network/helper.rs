@@ -188,6 +188,7 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
                 pool: MeshTable::default_pool(),
                 slice_prefix: MeshTable::default_slice_prefix(),
                 peers: peers.iter().map(|(n, a)| Peer { number: *n, underlay: *a }).collect(),
+                ipv6: BTreeMap::new(),
                 ports: Vec::new(),
             };
             state.mesh.as_ref().expect("started").apply(&mesh).await.map_err(text)?;

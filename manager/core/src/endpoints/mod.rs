@@ -17,7 +17,7 @@ pub mod networks;
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
@@ -31,10 +31,19 @@ use networks::{NetworkChanges, NetworkTable, NetworkTables};
 /// What a node must know to serve every published port.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Table {
-    /// Underlay addresses of all nodes, by node number.
-    pub peers: BTreeMap<u16, Ipv4Addr>,
+    /// All nodes, by node number.
+    pub peers: BTreeMap<u16, Peer>,
     /// Published ports.
     pub ports: BTreeMap<(PortProtocol, u16), Port>,
+}
+
+/// How a node is reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Its underlay address.
+    pub underlay: Ipv4Addr,
+    /// Its IPv6 addresses; `None` where it serves IPv4 alone.
+    pub ipv6: Option<BTreeSet<Ipv6Addr>>,
 }
 
 /// A port that answers on every node.
@@ -57,8 +66,10 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
     let mut table = Table::default();
     for node in state.nodes().values() {
         // An address that is not IPv4 has no part in the mesh.
-        if let Ok(address) = node.status.addr.parse() {
-            table.peers.insert(node.number, address);
+        if let Ok(underlay) = node.status.addr.parse() {
+            let description = node.description.as_ref();
+            let ipv6 = description.and_then(|description| description.ipv6_addresses.clone());
+            table.peers.insert(node.number, Peer { underlay, ipv6 });
         }
     }
     for service in state.services().values() {
@@ -98,8 +109,8 @@ fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) ->
 /// What makes one table of another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TableChanges {
-    /// New peers, and those with another address.
-    pub peers: BTreeMap<u16, Ipv4Addr>,
+    /// New peers, and those with other addresses.
+    pub peers: BTreeMap<u16, Peer>,
     /// Peers that are gone.
     pub removed_peers: Vec<u16>,
     /// New or changed ports, each whole.
@@ -110,10 +121,10 @@ pub struct TableChanges {
 
 /// What makes `new` of `old`.
 pub fn diff(old: &Table, new: &Table) -> TableChanges {
-    let peers = new.peers.iter().filter(|(number, address)| old.peers.get(number) != Some(address));
+    let peers = new.peers.iter().filter(|(number, peer)| old.peers.get(number) != Some(peer));
     let ports = new.ports.iter().filter(|(key, port)| old.ports.get(key) != Some(port));
     TableChanges {
-        peers: peers.map(|(number, address)| (*number, *address)).collect(),
+        peers: peers.map(|(number, peer)| (*number, peer.clone())).collect(),
         removed_peers: old.peers.keys().filter(|n| !new.peers.contains_key(n)).copied().collect(),
         ports: ports.map(|(key, port)| (*key, port.clone())).collect(),
         removed_ports: old
@@ -134,7 +145,7 @@ impl Table {
         for key in &changes.removed_ports {
             self.ports.remove(key);
         }
-        self.peers.extend(&changes.peers);
+        self.peers.extend(changes.peers.clone());
         self.ports.extend(changes.ports.clone());
     }
 

@@ -73,6 +73,26 @@ fn a_backend_is_running_healthy_wanted_and_on_a_living_node() {
 }
 
 #[test]
+fn a_node_with_ipv6_is_a_peer_with_its_addresses() {
+    let (mut world, _) = running();
+    let before = table(&world.state, &nobody());
+    assert!(before.peers.values().all(|peer| peer.ipv6.is_none()), "IPv4 alone");
+    let mut node = parse_node("1");
+    let addresses = BTreeSet::from(["2001:db8::1".parse().unwrap()]);
+    let description = node.description.get_or_insert_default();
+    description.ipv6_addresses = Some(addresses.clone());
+    let number = node.number;
+    world.replace(skep_common::Object::Node(Box::new(node)));
+    let after = table(&world.state, &nobody());
+    assert_eq!(after.peers[&number].ipv6, Some(addresses));
+    let changes = diff(&before, &after);
+    assert_eq!(changes.peers.keys().copied().collect::<Vec<_>>(), [number]);
+    let mut told = before;
+    told.apply(&changes);
+    assert_eq!(told, after);
+}
+
+#[test]
 fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
     let (mut world, tasks) = running();
     let mut drain = Drain::new(&world.state, &nobody(), NOW);

@@ -74,6 +74,13 @@ impl Slices {
         Ipv4Net::new_assert(Ipv4Addr::from(base), self.slice_prefix)
     }
 
+    /// The node whose slice has `address`, if there is one.
+    pub fn number_of(&self, address: Ipv4Addr) -> Option<u16> {
+        let offset = u32::from(address).checked_sub(u32::from(self.pool.network()))?;
+        let number = u16::try_from(offset >> (32 - u32::from(self.slice_prefix))).ok()?;
+        self.check_number(number).is_ok().then_some(number)
+    }
+
     /// The address of node `number`'s bridge, the default gateway of its tasks: the last usable
     /// address of its slice.
     pub fn bridge_address(&self, number: u16) -> Ipv4Addr {

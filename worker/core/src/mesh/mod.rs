@@ -14,7 +14,8 @@
 //!
 //! # Reading order
 //!
-//! [`MeshTable`] (input), [`Slices`] (address arithmetic), [`Objects`] and [`Op`] (output).
+//! [`MeshTable`] (input), [`Slices`] and [`twin`] (address arithmetic), [`Objects`] and [`Op`] (output),
+//! [`Flows`] (what the kernel must forget of flows that have no end of their own).
 //!
 //! # Invariants
 //!
@@ -29,13 +30,17 @@
 //! Absent on purpose: I/O, interface names, marks and table numbers, which belong to the shell.
 
 mod address;
+mod flows;
 mod objects;
 mod policy;
 mod table;
 #[cfg(test)]
 mod tests;
+mod twin;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
+pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;
 pub use table::{Backend, Error, MeshTable, Peer, Protocol, PublishedPort};
+pub use twin::{of_twin, twin, twin_net};

@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-use super::{Error, Mac, MeshTable, Protocol};
+use super::{Backend, Error, Mac, MeshTable, Protocol, twin, twin_net};
 
 /// A published port on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -27,14 +27,14 @@ impl fmt::Display for PortKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Endpoint {
     /// The task's address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The port that it listens on.
     pub port: u16,
 }
 
 impl fmt::Display for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.address, self.port)
+        std::net::SocketAddr::new(self.address, self.port).fmt(f)
     }
 }
 
@@ -62,22 +62,22 @@ pub struct RouteKey {
     /// The table it stands in.
     pub table: RouteTable,
     /// What it leads to.
-    pub destination: Ipv4Net,
+    pub destination: IpNet,
 }
 
-/// All kernel objects of the mesh that depend on the table, wanted or observed.
+/// All kernel objects of the mesh that depend on the table, wanted or observed, of one IP version.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Objects {
     /// Permanent neighbour entries of the tunnel: peer's tunnel address to Ethernet address.
-    pub neighbours: BTreeMap<Ipv4Addr, Mac>,
+    pub neighbours: BTreeMap<IpAddr, Mac>,
     /// Forwarding entries of the tunnel: peer's Ethernet address to underlay address.
     pub forwarding: BTreeMap<Mac, Ipv4Addr>,
     /// Routes through the tunnel, with the next hop where there is one.
-    pub routes: BTreeMap<RouteKey, Option<Ipv4Addr>>,
+    pub routes: BTreeMap<RouteKey, Option<IpAddr>>,
     /// Peers whose mark on an answer selects their way back.
     pub return_rules: BTreeSet<u16>,
-    /// Every underlay address of every node.
-    pub node_addresses: BTreeSet<Ipv4Addr>,
+    /// Every address of every node.
+    pub node_addresses: BTreeSet<IpAddr>,
     /// Peers that are recognised by Ethernet address: conntrack zone and mark.
     pub peers: BTreeMap<u16, Mac>,
     /// Published ports and their backends, ascending and without repetition.
@@ -88,17 +88,17 @@ pub struct Objects {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
     /// Adds or replaces a permanent neighbour entry of the tunnel.
-    SetNeighbour(Ipv4Addr, Mac),
+    SetNeighbour(IpAddr, Mac),
     /// Adds or replaces a forwarding entry of the tunnel.
     SetForwarding(Mac, Ipv4Addr),
     /// Adds or replaces a route.
-    SetRoute(RouteKey, Option<Ipv4Addr>),
+    SetRoute(RouteKey, Option<IpAddr>),
     /// Adds the rule that sends a peer's marked answers to its table.
     AddReturnRule(u16),
     /// Adds an address to the cluster's node addresses.
-    AddNodeAddress(Ipv4Addr),
+    AddNodeAddress(IpAddr),
     /// Removes an address from them.
-    DeleteNodeAddress(Ipv4Addr),
+    DeleteNodeAddress(IpAddr),
     /// Recognises a peer by the Ethernet address of its tunnel.
     AddPeer(u16, Mac),
     /// Forgets a peer.
@@ -116,7 +116,7 @@ pub enum Op {
     /// Deletes a forwarding entry.
     DeleteForwarding(Mac),
     /// Deletes a neighbour entry.
-    DeleteNeighbour(Ipv4Addr),
+    DeleteNeighbour(IpAddr),
 }
 
 impl Op {
@@ -203,38 +203,89 @@ pub fn diff(old: &MeshTable, new: &MeshTable) -> Result<Vec<Op>, Error> {
 }
 
 impl Objects {
-    /// The objects that `table` asks for.
+    /// The objects of IPv4 that `table` asks for.
     pub fn of(table: &MeshTable) -> Result<Self, Error> {
         table.validate()?;
         let mut objects = Self::default();
         let slices = table.slices()?;
         for peer in &table.peers {
-            objects.node_addresses.insert(peer.underlay);
+            objects.node_addresses.insert(peer.underlay.into());
             if peer.number == table.self_number || objects.peers.contains_key(&peer.number) {
                 continue; // A further address of a node that stands in the tables already.
             }
             let (mac, tunnel) = (Mac::tunnel(peer.number), slices.tunnel_address(peer.number));
-            objects.peers.insert(peer.number, mac);
-            objects.neighbours.insert(tunnel, mac);
             objects.forwarding.insert(mac, peer.underlay);
-            objects.return_rules.insert(peer.number);
-            let way_back = RouteTable::WayBack(peer.number);
-            for (table, destination, via) in [
-                (RouteTable::Main, Ipv4Net::from(tunnel), None),
-                (RouteTable::Main, slices.slice(peer.number), Some(tunnel)),
-                (way_back, Ipv4Net::default(), Some(tunnel)),
-            ] {
-                objects.routes.insert(RouteKey { table, destination }, via);
-            }
+            objects.add_peer(
+                peer.number,
+                tunnel.into(),
+                [
+                    Ipv4Net::from(tunnel).into(),
+                    slices.slice(peer.number).into(),
+                    Ipv4Net::default().into(),
+                ],
+            );
         }
+        objects.add_ports(table, |backend| Some(backend.address.into()));
+        Ok(objects)
+    }
+
+    /// The objects of IPv6 that `table` asks for: the twins of those of IPv4, as far as nodes have IPv6.
+    ///
+    /// `None` if this node has no IPv6. The tunnel's forwarding is by Ethernet addresses and the same for both.
+    pub fn twin_of(table: &MeshTable) -> Result<Option<Self>, Error> {
+        table.validate()?;
+        let mut objects = Self::default();
+        let slices = table.slices()?;
+        if !table.ipv6.contains_key(&table.self_number) {
+            return Ok(None);
+        }
+        let has_ipv6 = |number: &u16| table.ipv6.contains_key(number);
+        let addresses = table.ipv6.values().flatten();
+        objects.node_addresses = addresses.map(|address| IpAddr::V6(*address)).collect();
+        let peers = table.peers.iter().map(|peer| peer.number).filter(has_ipv6);
+        for number in peers.filter(|number| *number != table.self_number) {
+            let tunnel = slices.tunnel_address(number);
+            objects.add_peer(
+                number,
+                twin(tunnel).into(),
+                [
+                    twin_net(tunnel.into()).into(),
+                    twin_net(slices.slice(number)).into(),
+                    Ipv6Net::default().into(),
+                ],
+            );
+        }
+        objects.add_ports(table, |backend| {
+            let number = slices.number_of(backend.address).filter(has_ipv6);
+            number.map(|_| twin(backend.address).into())
+        });
+        Ok(Some(objects))
+    }
+
+    /// A peer and the ways to its end of the tunnel, through that to its slice, and back to its clients.
+    fn add_peer(&mut self, number: u16, tunnel: IpAddr, [end, slice, anywhere]: [IpNet; 3]) {
+        let mac = Mac::tunnel(number);
+        self.peers.insert(number, mac);
+        self.neighbours.insert(tunnel, mac);
+        self.return_rules.insert(number);
+        for (table, destination, via) in [
+            (RouteTable::Main, end, None),
+            (RouteTable::Main, slice, Some(tunnel)),
+            (RouteTable::WayBack(number), anywhere, Some(tunnel)),
+        ] {
+            self.routes.insert(RouteKey { table, destination }, via);
+        }
+    }
+
+    /// The ports with those backends that have an address.
+    fn add_ports(&mut self, table: &MeshTable, address: impl Fn(&Backend) -> Option<IpAddr>) {
         for port in &table.ports {
             let endpoint =
-                |b: &super::Backend| Endpoint { address: b.address, port: b.target_port };
-            let backends: BTreeSet<Endpoint> = port.backends.iter().map(endpoint).collect();
+                |b: &Backend| Some(Endpoint { address: address(b)?, port: b.target_port });
+            let backends: BTreeSet<Endpoint> = port.backends.iter().filter_map(endpoint).collect();
             let key = PortKey { protocol: port.protocol, port: port.published };
-            objects.ports.insert(key, backends.into_iter().collect());
+            self.ports.insert(key, backends.into_iter().collect());
         }
-        Ok(objects)
     }
 
     /// The operations that turn `self` into `wanted`, in the order that they must be carried out.
@@ -290,7 +341,7 @@ impl Objects {
         ops.extend(routes.map(|(key, _)| Op::DeleteRoute(*key)));
         let macs = self.forwarding.keys().filter(|mac| !wanted.forwarding.contains_key(mac));
         ops.extend(macs.map(|mac| Op::DeleteForwarding(*mac)));
-        let gone = |address: &&Ipv4Addr| !wanted.neighbours.contains_key(address);
+        let gone = |address: &&IpAddr| !wanted.neighbours.contains_key(address);
         let addresses = self.neighbours.keys().filter(gone);
         ops.extend(addresses.map(|address| Op::DeleteNeighbour(*address)));
     }

@@ -1,8 +1,8 @@
 //! The input of the mesh: what a manager tells a node about the cluster's published ports.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,10 @@ pub struct MeshTable {
     /// All nodes of the cluster, the receiving one included. A node with several addresses has
     /// several entries; the tunnel uses the first.
     pub peers: Vec<Peer>,
+    /// The nodes that take part in IPv6, and their addresses there; those that are not listed serve IPv4
+    /// alone.
+    #[serde(default)]
+    pub ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
     /// All published ports of the cluster.
     pub ports: Vec<PublishedPort>,
 }
@@ -77,9 +81,13 @@ pub struct Peer {
 )]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
-    /// TCP, the only one that the mesh carries so far.
+    /// TCP.
     #[default]
     Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
 }
 
 impl Protocol {
@@ -87,6 +95,17 @@ impl Protocol {
     pub fn number(self) -> u8 {
         match self {
             Self::Tcp => 6,
+            Self::Udp => 17,
+            Self::Sctp => 132,
+        }
+    }
+
+    /// Whether a flow has no end that the kernel could see: what a client goes on sending from one port
+    /// belongs together for as long as it does.
+    pub fn is_endless(self) -> bool {
+        match self {
+            Self::Tcp | Self::Sctp => false,
+            Self::Udp => true,
         }
     }
 
@@ -94,6 +113,8 @@ impl Protocol {
     pub fn from_number(number: u8) -> Option<Self> {
         match number {
             6 => Some(Self::Tcp),
+            17 => Some(Self::Udp),
+            132 => Some(Self::Sctp),
             _ => None,
         }
     }
@@ -103,6 +124,8 @@ impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp => f.write_str("tcp"),
+            Self::Udp => f.write_str("udp"),
+            Self::Sctp => f.write_str("sctp"),
         }
     }
 }
@@ -120,7 +143,7 @@ pub struct PublishedPort {
     /// Its name, for people; empty where its manager does not say it.
     #[serde(default)]
     pub service: String,
-    /// The healthy tasks behind it; none means that connections are refused.
+    /// The healthy tasks behind it; none means that clients are refused.
     pub backends: Vec<Backend>,
 }
 
@@ -156,6 +179,7 @@ impl MeshTable {
         let slices = self.slices()?;
         slices.check_number(self.self_number)?;
         self.peers.iter().try_for_each(|peer| slices.check_number(peer.number))?;
+        self.ipv6.keys().try_for_each(|number| slices.check_number(*number))?;
 
         let mut seen = BTreeSet::new();
         for port in &self.ports {

@@ -1,6 +1,7 @@
 //! Golden plans, and the property that a plan makes what it promises.
 
-use std::net::Ipv4Addr;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use proptest::prelude::*;
 
@@ -13,6 +14,10 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
     });
     let ports = ports.split_whitespace().map(|word| {
         let (published, backends) = word.split_once("->").expect("port->backends");
+        let (published, protocol) = match published.strip_suffix("/udp") {
+            Some(published) => (published, Protocol::Udp),
+            None => (published, Protocol::Tcp),
+        };
         let backends = backends.split(',').filter(|b| !b.is_empty()).map(|backend| {
             let (address, target_port) = backend.split_once(':').expect("address:port");
             let target_port = target_port.parse().unwrap();
@@ -20,7 +25,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
         });
         PublishedPort {
             published: published.parse().unwrap(),
-            protocol: Protocol::Tcp,
+            protocol,
             service_id: format!("service-{published}"),
             service: String::new(),
             backends: backends.collect(),
@@ -32,6 +37,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
         pool: MeshTable::default_pool(),
         slice_prefix: MeshTable::default_slice_prefix(),
         peers: peers.collect(),
+        ipv6: BTreeMap::new(),
         ports: ports.collect(),
     }
 }
@@ -108,6 +114,43 @@ fn a_change_names_only_the_ports_that_changed() {
          add port 83/tcp -> reject",
     );
     check("nothing to do", &new, &new, "");
+    check(
+        "one number of two protocols is two ports",
+        &table(1, TWO, "80->10.192.4.1:8 80/udp->10.192.4.1:8"),
+        &table(1, TWO, "80->10.192.4.1:8 80/udp->10.192.4.1:8,10.192.8.1:8 81/udp->"),
+        "replace backends 80/udp -> 10.192.4.1:8 10.192.8.1:8
+         add port 81/udp -> reject",
+    );
+}
+
+#[test]
+fn ipv6_is_the_twin_of_ipv4_where_nodes_have_it() {
+    let three = "1@10.98.0.1 2@10.98.0.2 3@10.98.0.3";
+    let ports = "80->10.192.4.1:8,10.192.8.1:8,10.192.12.1:8 53/udp->10.192.12.1:5";
+    let mut table = table(1, three, ports);
+    assert_eq!(Objects::twin_of(&table).unwrap(), None, "this node has none");
+    let address = |host: u16| Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
+    table.ipv6 = BTreeMap::from([1, 2].map(|number| (number, BTreeSet::from([address(number)]))));
+    let ops = Objects::default().diff(&Objects::twin_of(&table).unwrap().unwrap());
+    let text: Vec<String> = ops.iter().map(Op::to_string).collect();
+    assert_eq!(
+        text,
+        [
+            "set neighbour fd00:736b:6570:ffff::ac0:bfe = 02:73:6b:00:00:02",
+            "set route main fd00:736b:6570:ffff::ac0:800/118 via fd00:736b:6570:ffff::ac0:bfe",
+            "set route main fd00:736b:6570:ffff::ac0:bfe/128",
+            "set route way-back-2 ::/0 via fd00:736b:6570:ffff::ac0:bfe",
+            "add return rule 2",
+            "add node address 2001:db8::1",
+            "add node address 2001:db8::2",
+            "add peer 2 = 02:73:6b:00:00:02",
+            "add port 80/tcp -> [fd00:736b:6570:ffff::ac0:401]:8 [fd00:736b:6570:ffff::ac0:801]:8",
+            "add port 53/udp -> reject",
+        ],
+        "the task of node 3 is reached by IPv4 alone",
+    );
+    table.ipv6.insert(0, BTreeSet::new());
+    assert!(Objects::twin_of(&table).is_err());
 }
 
 #[test]
@@ -120,6 +163,11 @@ fn slices_follow_the_node_number() {
     ] {
         assert_eq!(slices.slice(number).to_string(), slice);
         assert_eq!(slices.bridge_address(number).to_string(), bridge);
+        for address in slices.task_addresses(number) {
+            assert_eq!(slices.number_of(address), Some(number));
+            assert_eq!(of_twin(twin(address)), Some(address));
+            assert!(twin_net(slices.slice(number)).contains(&twin(address)));
+        }
         let tasks: Vec<Ipv4Addr> = slices.task_addresses(number).collect();
         assert_eq!(tasks.len(), 1021);
         assert_eq!(tasks[0].to_string(), first);
@@ -130,6 +178,10 @@ fn slices_follow_the_node_number() {
         assert!(!slices.is_task_address(number, slices.slice(number).broadcast()));
     }
     assert!(!slices.is_task_address(1, slices.task_addresses(2).next().unwrap()));
+    for address in ["10.192.0.1", "10.255.252.1", "10.191.255.255", "10.98.0.1", "255.0.0.1"] {
+        assert_eq!(slices.number_of(address.parse().unwrap()), None, "{address}");
+    }
+    assert_eq!(of_twin("fd00:736b:6570:fffe::10.192.4.1".parse().unwrap()), None);
     let small = Slices::new("10.250.0.0/16".parse().unwrap(), 24).unwrap();
     assert_eq!(small.number_max(), 255);
     assert_eq!(Mac::tunnel(4094).to_string(), "02:73:6b:00:0f:fe");
@@ -156,7 +208,7 @@ fn what_cannot_be_put_into_effect_is_refused() {
 
 #[test]
 fn interface_names_fit_and_differ() {
-    let names: std::collections::BTreeSet<String> =
+    let names: BTreeSet<String> =
         (0..20_000).map(|n| interface_name(&format!("{n:025}"))).collect();
     assert_eq!(names.len(), 20_000);
     assert!(names.iter().all(|name| name.len() == 15 && name.starts_with("sk-")));
@@ -170,8 +222,12 @@ fn a_table_reads_with_defaults() {
     assert_eq!(table.pool.to_string(), "10.192.0.0/10");
     assert_eq!(table.slice_prefix, 22);
     assert_eq!(table.ports[0].protocol, Protocol::Tcp);
-    assert_eq!(Protocol::from_number(table.ports[0].protocol.number()), Some(Protocol::Tcp));
-    assert_eq!(Protocol::from_number(17), None);
+    for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
+        assert_eq!(Protocol::from_number(protocol.number()), Some(protocol));
+        let json = serde_json::to_string(&protocol).unwrap();
+        assert_eq!(json, format!("\"{protocol}\""), "names are the same everywhere");
+    }
+    assert_eq!(Protocol::from_number(1), None);
 }
 
 fn any_table() -> impl Strategy<Value = MeshTable> {
@@ -182,43 +238,55 @@ fn any_table() -> impl Strategy<Value = MeshTable> {
         address: Ipv4Addr::new(10, 192, 4, host),
         target_port,
     });
+    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
     let ports = proptest::collection::btree_map(
-        8080u16..8084,
+        (protocol, 8080u16..8083),
         proptest::collection::vec(backend, 0..4),
         0..4,
     );
-    (proptest::collection::vec(peer, 0..7), ports).prop_map(|(peers, ports)| {
-        let ports = ports.into_iter().map(|(published, backends)| PublishedPort {
+    let host = |host: u16| Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, host);
+    let ipv6 = proptest::collection::btree_map(
+        1u16..6,
+        proptest::collection::btree_set((1u16..9).prop_map(host), 0..3),
+        0..5,
+    );
+    (proptest::collection::vec(peer, 0..7), ipv6, ports).prop_map(|(peers, ipv6, ports)| {
+        let ports = ports.into_iter().map(|((protocol, published), backends)| PublishedPort {
             published,
-            protocol: Protocol::Tcp,
+            protocol,
             service_id: format!("service-{published}"),
             service: String::new(),
             backends,
         });
-        MeshTable { peers, ports: ports.collect(), ..table(1, "", "") }
+        MeshTable { peers, ipv6, ports: ports.collect(), ..table(1, "", "") }
     })
 }
 
 proptest! {
     #[test]
     fn diff_applied_to_the_old_objects_gives_the_new(old in any_table(), new in any_table()) {
-        let wanted = Objects::of(&new).unwrap();
-        let mut objects = Objects::of(&old).unwrap();
-        let ops = objects.diff(&wanted);
-        let untouched: Vec<PortKey> = objects.ports.iter()
-            .filter(|(key, backends)| wanted.ports.get(key) == Some(backends))
-            .map(|(key, _)| *key)
-            .collect();
-        for op in &ops {
-            if let Op::AddPort(key, _) | Op::ReplaceBackends(key, _) | Op::DeletePort(key) = op {
-                prop_assert!(!untouched.contains(key), "{op} rewrites an unchanged port");
-            }
-            objects.apply(op);
-        }
-        prop_assert_eq!(&objects, &wanted);
-        prop_assert_eq!(objects.diff(&wanted), vec![]);
-
-        let rank = |op: &Op| u8::from(op.is_rules()) + 2 * u8::from(op.is_after_rules());
-        prop_assert!(ops.is_sorted_by_key(rank), "routing, then rules, then routing: {ops:?}");
+        check_diff(Objects::of(&old).unwrap(), &Objects::of(&new).unwrap())?;
+        let twin_of = |table| Objects::twin_of(table).unwrap().unwrap_or_default();
+        check_diff(twin_of(&old), &twin_of(&new))?;
     }
+}
+
+fn check_diff(mut objects: Objects, wanted: &Objects) -> Result<(), TestCaseError> {
+    let ops = objects.diff(wanted);
+    let is_untouched = |key: &PortKey, objects: &Objects| {
+        objects.ports.contains_key(key) && wanted.ports.get(key) == objects.ports.get(key)
+    };
+    let untouched: Vec<PortKey> =
+        objects.ports.keys().copied().filter(|key| is_untouched(key, &objects)).collect();
+    for op in &ops {
+        if let Op::AddPort(key, _) | Op::ReplaceBackends(key, _) | Op::DeletePort(key) = op {
+            prop_assert!(!untouched.contains(key), "{op} rewrites an unchanged port");
+        }
+        objects.apply(op);
+    }
+    prop_assert_eq!(&objects, wanted);
+    prop_assert_eq!(objects.diff(wanted), vec![]);
+    let rank = |op: &Op| u8::from(op.is_rules()) + 2 * u8::from(op.is_after_rules());
+    prop_assert!(ops.is_sorted_by_key(rank), "routing, then rules, then routing: {ops:?}");
+    Ok(())
 }

@@ -113,7 +113,9 @@ fn connections_end_with_their_endpoint_and_datagrams_move_on_before() {
     let connection = |protocol, destination: &str, answers_from: &str| Connection {
         protocol,
         destination: destination.parse().unwrap(),
+        destination_port: 80,
         answers_from: answers_from.parse().unwrap(),
+        answers_from_port: 80,
     };
     for (name, protocol, destination, answers_from, is_stale) in [
         ("TCP to a serving one", 6, "10.0.1.2", "10.0.1.3", false),
@@ -154,7 +156,14 @@ fn datagrams_to_one_service_move_on_when_an_address_passes_to_another() {
     let is_stale = |peers: &Peers, protocol, destination: &str, answers_from: &str| {
         let (destination, answers_from) =
             (destination.parse().unwrap(), answers_from.parse().unwrap());
-        peers.is_stale(&Connection { protocol, destination, answers_from })
+        let (destination_port, answers_from_port) = (80, 80);
+        peers.is_stale(&Connection {
+            protocol,
+            destination,
+            destination_port,
+            answers_from,
+            answers_from_port,
+        })
     };
     let of_web = Peers::of(&web);
     assert!(!is_stale(&of_web, 17, "10.0.1.2", "10.0.1.3"));

@@ -123,8 +123,12 @@ pub struct Connection {
     pub protocol: u8,
     /// Where it was sent to.
     pub destination: IpAddr,
+    /// The port there; 0 where the protocol has none.
+    pub destination_port: u16,
     /// Where its answers come from: after translation, the backend.
     pub answers_from: IpAddr,
+    /// The port there.
+    pub answers_from_port: u16,
 }
 
 /// What a network means for the containers on it, derived once for all of them.

@@ -1,18 +1,18 @@
 //! Holding published ports on the node.
 //!
-//! Connections to a published port never reach a socket of the node, except over loopback: the
+//! Packets to a published port never reach a socket of the node, except over loopback: the
 //! rules take them first. Without a socket that holds the port, a program could still bind it,
 //! would seem to run, and would receive nothing. A [`Hold`] makes it fail as it should.
 
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6, TcpListener};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockProtocol, SockType, SockaddrIn, SockaddrIn6,
     SockaddrLike, bind, listen, setsockopt, socket, sockopt,
 };
-use skep_worker_core::mesh::PortKey;
+use skep_worker_core::mesh::{PortKey, Protocol};
 
 /// Loopback connections that may wait to be accepted.
 const LOOPBACK_BACKLOG: i32 = 1024;
@@ -20,38 +20,127 @@ const LOOPBACK_BACKLOG: i32 = 1024;
 /// A published port that no other program can bind while this value lives.
 #[derive(Debug)]
 pub(super) struct Hold {
-    _socket: OwnedFd,
+    _sockets: Vec<OwnedFd>,
 }
 
-/// The listeners of one port for clients on the node itself that connect to loopback addresses.
+/// The sockets of one port for clients on the node itself that use loopback addresses.
 #[derive(Debug)]
-pub(super) struct LoopbackListeners {
-    /// On 127.0.0.1, and on ::1 where the host has IPv6.
-    pub(super) listeners: Vec<TcpListener>,
+pub(super) enum LoopbackListeners {
+    /// Of TCP, on 127.0.0.1, and on ::1 where the host has IPv6.
+    Streams(Vec<TcpListener>),
+    /// Of UDP, on the same.
+    Datagrams(Vec<UdpSocket>),
+    /// None: an association has addresses of its own in its messages, which no relay can stand for.
+    None,
 }
 
 /// Holds a port on all addresses and listens on the loopback addresses.
-///
-/// The holding socket is bound but does not listen. It allows the reuse of its address only until
-/// our own listeners are bound beside it; from then on it conflicts with everybody else's.
 pub(super) fn hold(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
-    let any = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, key.port));
-    let holder = bound(AddressFamily::Inet, &any)?;
-    let local = SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, key.port));
-    let mut listeners = vec![listening(bound(AddressFamily::Inet, &local)?)?];
-    let local = SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::LOCALHOST, key.port, 0, 0));
-    match bound(AddressFamily::Inet6, &local).and_then(listening) {
-        Ok(listener) => listeners.push(listener),
-        Err(error) => tracing::debug!(port = %key, %error, "not served on the loopback of IPv6"),
+    match key.protocol {
+        Protocol::Tcp => hold_streams(key),
+        Protocol::Udp => hold_datagrams(key),
+        Protocol::Sctp => hold_associations(key),
     }
-    setsockopt(&holder, sockopt::ReuseAddr, &false)?;
-    Ok((Hold { _socket: holder }, LoopbackListeners { listeners }))
 }
 
-fn bound(family: AddressFamily, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
+/// Fails with [`io::ErrorKind::Unsupported`] where the kernel has no SCTP: then no program of this
+/// node can take the port either.
+fn hold_associations(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+    let missing = |error: io::Error| match error.raw_os_error() {
+        Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) => io::ErrorKind::Unsupported.into(),
+        _ => error,
+    };
+    let mut holders = vec![bound(Transport::Sctp, false, &any(key)).map_err(missing)?];
+    holders.extend(if_ipv6(bound(Transport::Sctp, false, &any6(key)))?);
+    Ok((Hold { _sockets: holders }, LoopbackListeners::None))
+}
+
+/// The holding sockets, of each IP version one, are bound but do not listen. They allow the reuse of
+/// their addresses only until our own listeners are bound beside them; from then on they conflict with
+/// everybody else's.
+fn hold_streams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+    let mut holders = vec![bound(Transport::Stream, true, &any(key))?];
+    let local = bound(Transport::Stream, true, &local(key))?;
+    let mut listeners = vec![listening(local)?];
+    if let Some(holder) = if_ipv6(bound(Transport::Stream, true, &any6(key)))? {
+        holders.push(holder);
+        let local = if_ipv6(bound(Transport::Stream, true, &local6(key)))?;
+        listeners.extend(local.map(listening).transpose()?);
+    }
+    for holder in &holders {
+        setsockopt(holder, sockopt::ReuseAddr, &false)?;
+    }
+    Ok((Hold { _sockets: holders }, LoopbackListeners::Streams(listeners)))
+}
+
+/// Sockets of UDP share an address where both allow its reuse, and many servers do: a holding socket
+/// must not allow it when it is bound, nor must any of ours in the end.
+fn hold_datagrams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+    let holder = bound(Transport::Datagram, false, &any(key))?;
+    setsockopt(&holder, sockopt::ReuseAddr, &true)?;
+    let mut sockets = vec![bound(Transport::Datagram, true, &local(key))?];
+    let mut holders = vec![holder];
+    if let Some(holder) = if_ipv6(bound(Transport::Datagram, false, &any6(key)))? {
+        setsockopt(&holder, sockopt::ReuseAddr, &true)?;
+        sockets.extend(if_ipv6(bound(Transport::Datagram, true, &local6(key)))?);
+        holders.push(holder);
+    }
+    for socket in holders.iter().chain(&sockets) {
+        setsockopt(socket, sockopt::ReuseAddr, &false)?;
+    }
+    for holder in &holders {
+        // What comes in beside the rules, such as broadcasts, is read by nobody.
+        setsockopt(holder, sockopt::RcvBuf, &0)?;
+    }
+    let sockets = sockets.into_iter().map(UdpSocket::from).collect();
+    Ok((Hold { _sockets: holders }, LoopbackListeners::Datagrams(sockets)))
+}
+
+/// Nothing where the host has no IPv6, or no such address.
+fn if_ipv6(socket: io::Result<OwnedFd>) -> io::Result<Option<OwnedFd>> {
+    match socket {
+        Ok(socket) => Ok(Some(socket)),
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => Err(error),
+        Err(error) => {
+            tracing::debug!(%error, "a port is not held on IPv6");
+            Ok(None)
+        }
+    }
+}
+
+fn any(key: PortKey) -> SockaddrIn {
+    SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, key.port))
+}
+
+fn local(key: PortKey) -> SockaddrIn {
+    SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::LOCALHOST, key.port))
+}
+
+fn any6(key: PortKey) -> SockaddrIn6 {
+    SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, key.port, 0, 0))
+}
+
+fn local6(key: PortKey) -> SockaddrIn6 {
+    SockaddrIn6::from(SocketAddrV6::new(Ipv6Addr::LOCALHOST, key.port, 0, 0))
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Transport {
+    Stream,
+    Datagram,
+    Sctp,
+}
+
+fn bound(kind: Transport, is_shared: bool, address: &dyn SockaddrLike) -> io::Result<OwnedFd> {
+    let family = address.family().unwrap_or(AddressFamily::Inet);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(family, SockType::Stream, flags, SockProtocol::Tcp)?;
-    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    let (kind, protocol) = match kind {
+        Transport::Stream => (SockType::Stream, SockProtocol::Tcp),
+        Transport::Datagram => (SockType::Datagram, SockProtocol::Udp),
+        Transport::Sctp => (SockType::Stream, SockProtocol::Sctp),
+    };
+    let socket = socket(family, kind, flags, protocol)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &is_shared)?;
     if family == AddressFamily::Inet6 {
         setsockopt(&socket, sockopt::Ipv6V6Only, &true)?;
     }
@@ -67,8 +156,6 @@ fn listening(socket: OwnedFd) -> io::Result<TcpListener> {
 
 #[cfg(test)]
 mod tests {
-    use skep_worker_core::mesh::Protocol;
-
     use super::*;
 
     /// A port that was free a moment ago.
@@ -80,7 +167,7 @@ mod tests {
     fn a_held_port_is_refused_to_others_and_free_after() {
         let key = PortKey { protocol: Protocol::Tcp, port: free_port() };
         let (hold, loopback) = hold(key).unwrap();
-        for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]"] {
+        for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]", "[::1]"] {
             // `TcpListener::bind` sets SO_REUSEADDR, as most servers do.
             let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
@@ -96,5 +183,35 @@ mod tests {
         let port = listener.local_addr().unwrap().port();
         let error = hold(PortKey { protocol: Protocol::Tcp, port }).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn a_held_port_of_datagrams_is_refused_to_others_and_free_after() {
+        let port = UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
+        let key = PortKey { protocol: Protocol::Udp, port };
+        let (hold, loopback) = hold(key).unwrap();
+        let addresses = ["0.0.0.0", "127.0.0.1", "127.0.0.2"].map(|text| text.parse().unwrap());
+        let theirs = |address| SockaddrIn::from(SocketAddrV4::new(address, port));
+        for address in addresses {
+            for is_shared in [false, true] {
+                let error = bound(Transport::Datagram, is_shared, &theirs(address)).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address} {is_shared}");
+            }
+        }
+        let LoopbackListeners::Datagrams(sockets) = &loopback else { panic!("{loopback:?}") };
+        if sockets.len() == 2 {
+            for address in [Ipv6Addr::UNSPECIFIED, Ipv6Addr::LOCALHOST] {
+                let address = SockaddrIn6::from(SocketAddrV6::new(address, port, 0, 0));
+                let error = bound(Transport::Datagram, true, &address).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+            }
+        }
+        drop((hold, loopback));
+
+        // A server that shares its address with whoever asks for it has the port all the same.
+        let server = bound(Transport::Datagram, true, &theirs(addresses[2])).unwrap();
+        assert_eq!(super::hold(key).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        drop(server);
+        super::hold(key).unwrap();
     }
 }

@@ -6,8 +6,10 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use skep_worker_core::mesh::{MeshTable, Objects, PortKey, Slices};
+use ipnet::IpNet;
+use skep_worker_core::mesh::{MeshTable, Objects, Op, PortKey, Protocol, Slices, twin_net};
 
+use super::flows::KernelFlows;
 use super::hold::{Hold, LoopbackListeners, hold};
 use super::layout::Layout;
 use super::links;
@@ -34,7 +36,8 @@ pub enum Condition {
         /// The program, where the kernel shows it.
         program: Option<Program>,
     },
-    /// The port could not be taken for another reason, and is not served here.
+    /// The port could not be taken for another reason, and is not served here. On a kernel without SCTP
+    /// a port of it is served all the same to clients elsewhere, by tasks of nodes that have it.
     PortFailed {
         /// The service that publishes the port.
         service_id: String,
@@ -99,8 +102,10 @@ pub(super) struct Kernel {
     slices: Slices,
     channel: RouteChannel,
     routes: Routes,
+    routes6: Option<Routes>,
     rules: Rules,
     holds: BTreeMap<PortKey, Hold>,
+    flows: KernelFlows,
     /// Ports that the last table could not be given.
     conditions: Vec<Condition>,
     lock: File,
@@ -114,20 +119,26 @@ impl Kernel {
         let mut channel = RouteChannel::open()?;
         links::check_pool(&mut channel, slices.pool())?;
         sysctl::ensure_forwarding()?;
+        if options.ipv6 {
+            sysctl::ensure_ipv6_forwarding()?;
+        }
         links::ensure(&mut channel, &options, &slices)?;
-        let layout = Layout::new(&options, slices.slice(options.self_number));
+        let mut rules = open_rules(&options, &slices)?;
+        // What an earlier daemon published stays until the first table says otherwise.
+        let (present, present6) = rules.observe()?;
+        let present6_or_none = present6.clone().unwrap_or_default();
         let mut kernel = Self {
             routes: Routes::open(&options)?,
-            rules: Rules::open(layout)?,
+            routes6: open_routes6(&options)?,
+            rules,
             holds: BTreeMap::new(),
+            flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
             conditions: Vec::new(),
             options,
             slices,
             channel,
             lock,
         };
-        // What an earlier daemon published stays until the first table says otherwise.
-        let present = kernel.rules.observe()?;
         let mut changes = ListenerChanges::default();
         for key in present.ports.keys() {
             match hold(*key) {
@@ -135,10 +146,11 @@ impl Kernel {
                     kernel.holds.insert(*key, hold);
                     changes.serve.push((*key, listeners));
                 }
+                Err(error) if is_without_sctp(*key, &error) => {}
                 Err(error) => tracing::warn!(port = %key, %error, "failed to hold the port again"),
             }
         }
-        kernel.rules.converge(&present)?;
+        kernel.rules.converge((&present, present6.as_ref()))?;
         Ok((kernel, changes))
     }
 
@@ -159,11 +171,16 @@ impl Kernel {
     ) -> Result<Vec<Condition>, Error> {
         self.options.check_table(table)?;
         let version = table.version;
-        let mut wanted = Objects::of(table).map_err(|source| Error::Table { version, source })?;
+        let invalid = |source| Error::Table { version, source };
+        let mut wanted = Objects::of(table).map_err(invalid)?;
+        let mut twin = Objects::twin_of(table).map_err(invalid)?;
         let conditions = self.take_ports(table, &mut wanted, changes);
         self.conditions.clone_from(&conditions);
+        if let Some(twin) = &mut twin {
+            twin.ports.retain(|key, _| wanted.ports.contains_key(key));
+        }
         // Listeners are bound by now: they must be served also if something below fails.
-        self.converge(&wanted)?;
+        self.converge(&wanted, twin.as_ref())?;
         let published: BTreeSet<PortKey> = wanted.ports.keys().copied().collect();
         let withdrawn = self.holds.keys().filter(|key| !published.contains(key));
         changes.withdraw.extend(withdrawn.copied());
@@ -199,7 +216,10 @@ impl Kernel {
                     changes.serve.push((key, listeners));
                 }
                 Err(error) => {
-                    wanted.ports.remove(&key);
+                    // A port that no program could take is served by the rules alone.
+                    if !is_without_sctp(key, &error) {
+                        wanted.ports.remove(&key);
+                    }
                     conditions.push(refused(published.service_id.clone(), key, &error));
                 }
             }
@@ -209,21 +229,29 @@ impl Kernel {
 
     /// Routing that is added, then all rules at once, then routing that is deleted. A failure of
     /// one peer's routing must not keep the others' ports from changing, so it is reported last.
-    fn converge(&mut self, wanted: &Objects) -> Result<(), Error> {
+    fn converge(&mut self, wanted: &Objects, twin: Option<&Objects>) -> Result<(), Error> {
         let devices = links::ensure(&mut self.channel, &self.options, &self.slices)?;
-        let present = self.routes.observe(devices)?;
-        let ops = present.diff(wanted);
-        let is_routing = |is_after: bool| {
-            ops.iter().filter(move |op| !op.is_rules() && op.is_after_rules() == is_after)
+        // A table that names this node is of use only where its interfaces carry it.
+        let twin = twin.filter(|_| devices.has_ipv6);
+        let (nothing, mut failures) = (Objects::default(), Vec::new());
+        let ops = self.routes.observe(devices)?.diff(wanted);
+        let mut both = vec![(&mut self.routes, ops)];
+        if let Some(routes) = &mut self.routes6 {
+            let ops = routes.observe(devices)?.diff(twin.unwrap_or(&nothing));
+            both.push((routes, ops));
+        }
+        let mut change_routing = |is_after: bool| -> Vec<Error> {
+            let of_one = both.iter_mut().flat_map(|(routes, ops)| {
+                let is_now = |op: &&Op| !op.is_rules() && op.is_after_rules() == is_after;
+                ops.iter().filter(is_now).filter_map(|op| routes.change(op, devices).err())
+            });
+            of_one.collect()
         };
-        let mut failures = Vec::new();
-        for op in is_routing(false) {
-            failures.extend(self.routes.change(op, devices).err());
-        }
-        self.rules.converge(wanted)?;
-        for op in is_routing(true) {
-            failures.extend(self.routes.change(op, devices).err());
-        }
+        failures.extend(change_routing(false));
+        self.rules.converge((wanted, twin))?;
+        let ports = [wanted, twin.unwrap_or(&nothing)];
+        failures.extend(self.flows.converge(ports, &mut self.channel).err());
+        failures.extend(change_routing(true));
         let mut failures = failures.into_iter();
         let first = failures.next();
         for error in failures {
@@ -241,7 +269,8 @@ impl Kernel {
 
     /// Removes everything of the mesh from the kernel, and nothing else.
     pub(super) fn teardown(&mut self) -> Result<(), Error> {
-        let removed = remove_all(&mut self.rules, &mut self.routes, &mut self.channel);
+        let routes = [Some(&mut self.routes), self.routes6.as_mut()];
+        let removed = remove_all(&mut self.rules, routes, &mut self.channel);
         removed.and(self.release())
     }
 
@@ -250,25 +279,47 @@ impl Kernel {
         // What is removed has the same names whatever number and address the node had.
         let options = Options::new(1, Ipv4Addr::UNSPECIFIED, "", run_dir);
         let _lock = lock(&options)?;
-        let layout = Layout::new(&options, options.slices()?.slice(options.self_number));
-        let (mut rules, mut routes) = (Rules::open(layout)?, Routes::open(&options)?);
-        remove_all(&mut rules, &mut routes, &mut RouteChannel::open()?)
+        let mut rules = open_rules(&options, &options.slices()?)?;
+        let (mut routes, mut routes6) = (Routes::open(&options)?, open_routes6(&options)?);
+        let routes = [Some(&mut routes), routes6.as_mut()];
+        remove_all(&mut rules, routes, &mut RouteChannel::open()?)
     }
 }
 
 fn remove_all(
     rules: &mut Rules,
-    routes: &mut Routes,
+    routes: [Option<&mut Routes>; 2],
     channel: &mut RouteChannel,
 ) -> Result<(), Error> {
-    let removed = [rules.remove(), routes.remove_rules(), links::remove(channel)];
+    let mut removed = vec![rules.remove()];
+    removed.extend(routes.into_iter().flatten().map(Routes::remove_rules));
+    removed.push(links::remove(channel));
     removed.into_iter().collect()
+}
+
+fn open_rules(options: &Options, slices: &Slices) -> Result<Rules, Error> {
+    let slice = slices.slice(options.self_number);
+    let [ipv4, ipv6] = [IpNet::from(slice), twin_net(slice).into()];
+    Rules::open(Layout::new(options, ipv4), Layout::new(options, ipv6))
+}
+
+/// The routing of IPv6, where the kernel has any, be it only to remove what an earlier daemon left.
+fn open_routes6(options: &Options) -> Result<Option<Routes>, Error> {
+    sysctl::has_ipv6_settings().then(|| Routes::open_ipv6(options)).transpose()
+}
+
+fn is_without_sctp(port: PortKey, error: &io::Error) -> bool {
+    port.protocol == Protocol::Sctp && error.kind() == io::ErrorKind::Unsupported
 }
 
 fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
             Condition::PortHeld { service_id, port, program: holder_of(port) }
+        }
+        _ if is_without_sctp(port, error) => {
+            let reason = "this kernel has no SCTP (CONFIG_IP_SCTP; try: modprobe sctp)".to_owned();
+            Condition::PortFailed { service_id, port, reason }
         }
         _ => Condition::PortFailed { service_id, port, reason: error.to_string() },
     }

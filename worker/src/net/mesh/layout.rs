@@ -14,17 +14,20 @@
 //! rule of ours carries a fingerprint of its expressions in its comment, so a rule that has the
 //! right comment is the right rule.
 //!
+//! IPv6 has a table of its own with the same, but for the guard: tunnels end at addresses of IPv4.
+//!
 //! Both publishing chains go to the same chain of a port, so that outside and local clients take
-//! turns together. A port without backends answers with a TCP reset.
+//! turns together. A port without backends refuses: with a TCP reset, or as a host does where nothing
+//! listens.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::Ipv4Net;
-use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey};
+use ipnet::IpNet;
+use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey, Protocol};
 
 use super::options::{BRIDGE, MarkField, Options, TABLE, TUNNEL};
 use crate::net::nft::expression as rule;
-use crate::net::nft::{Batch, Element, Expression, Hook, SetKind, Value};
+use crate::net::nft::{Batch, Element, Expression, Family, Hook, SetKind, Value};
 
 /// The lowest network number of overlay networks, which managers count up from.
 const OVERLAY_NUMBER_MIN: u32 = 0x5000;
@@ -43,6 +46,7 @@ pub(super) const PORTS: &str = "ports";
 // Data types as `nft` numbers them (`include/datatype.h` of nftables).
 const TYPE_INTEGER: u32 = 4;
 const TYPE_IPV4: u32 = 7;
+const TYPE_IPV6: u32 = 8;
 const TYPE_ETHERNET: u32 = 9;
 const TYPE_PROTOCOL: u32 = 12;
 const TYPE_SERVICE: u32 = 13;
@@ -83,22 +87,37 @@ pub(super) struct BaseChain {
     pub(super) rules: Vec<Rule>,
 }
 
-/// The rules of one node.
+/// The rules of one node, of one IP version.
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
-    slice: Ipv4Net,
+    slice: IpNet,
     marks: MarkField,
     vni: u32,
     vxlan_port: u16,
 }
 
 impl Layout {
-    pub(super) fn new(options: &Options, slice: Ipv4Net) -> Self {
+    /// The rules of the IP version that the node's slice is of.
+    pub(super) fn new(options: &Options, slice: IpNet) -> Self {
         Self { slice, marks: options.marks, vni: options.vni, vxlan_port: options.vxlan_port }
     }
 
+    /// The family of the table.
+    pub(super) fn family(&self) -> Family {
+        if self.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 }
+    }
+
+    fn is_ipv4(&self) -> bool {
+        matches!(self.slice, IpNet::V4(_))
+    }
+
+    /// The data type of addresses, and their length in bytes.
+    fn address_type(&self) -> (u32, u32) {
+        if self.is_ipv4() { (TYPE_IPV4, 4) } else { (TYPE_IPV6, 16) }
+    }
+
     /// The sets and maps that are always there.
-    pub(super) fn sets() -> [(&'static str, SetKind); 5] {
+    pub(super) fn sets(&self) -> [(&'static str, SetKind); 5] {
         let kind = |key_type, key_length, value| SetKind {
             key_type,
             key_length,
@@ -107,8 +126,9 @@ impl Layout {
         };
         let marks = SetKind { is_host_order: true, ..kind(TYPE_MARK, 4, Value::Verdict) };
         let port = TYPE_PROTOCOL << CONCATENATION_BITS | TYPE_SERVICE;
+        let (address_type, length) = self.address_type();
         [
-            (NODES, kind(TYPE_IPV4, 4, Value::None)),
+            (NODES, kind(address_type, length, Value::None)),
             (ZONES, kind(TYPE_ETHERNET, 6, Value::Verdict)),
             (SENDERS, kind(TYPE_ETHERNET, 6, Value::Verdict)),
             (WAYS_BACK, marks),
@@ -123,15 +143,16 @@ impl Layout {
             hook: Hook { kind, number, priority, drops_by_default: false },
             rules,
         };
-        vec![
-            chain("guard", "filter", PREROUTING, -300, self.guard().to_vec()),
+        let guard = chain("guard", "filter", PREROUTING, -300, self.guard().to_vec());
+        let others = [
             chain("separate", "filter", PREROUTING, -300, vec![Self::separate()]),
             chain("remember", "filter", PREROUTING, -150, self.remember()),
-            chain("publish", "nat", PREROUTING, -100, vec![Self::publish(false)]),
-            chain("publish-local", "nat", OUTPUT, -100, vec![Self::publish(true)]),
+            chain("publish", "nat", PREROUTING, -100, vec![self.publish(false)]),
+            chain("publish-local", "nat", OUTPUT, -100, vec![self.publish(true)]),
             chain("protect", "filter", FORWARD, 0, Self::protect().to_vec()),
             chain("source", "nat", POSTROUTING, 100, self.source().to_vec()),
-        ]
+        ];
+        self.is_ipv4().then_some(guard).into_iter().chain(others).collect()
     }
 
     /// The ingress network has a number of its own; those of overlay networks begin at
@@ -183,8 +204,11 @@ impl Layout {
         ]
     }
 
-    fn publish(is_local: bool) -> Rule {
-        let not_loopback = rule::destination_is_not_loopback().to_vec();
+    fn publish(&self, is_local: bool) -> Rule {
+        let not_loopback = match self.is_ipv4() {
+            true => rule::destination_is_not_loopback().to_vec(),
+            false => rule::destination6_is_not_loopback().to_vec(),
+        };
         let parts = [
             rule::destination_is_local().to_vec(),
             if is_local { not_loopback } else { Vec::new() },
@@ -211,7 +235,10 @@ impl Layout {
         let slice = rule::source_network(self.slice).to_vec();
         let published = rule::connection_is_published(true).to_vec();
         let masquerade = vec![rule::masquerade()];
-        let nodes = rule::source_in(true, NODES).to_vec();
+        let nodes = match self.is_ipv4() {
+            true => rule::source_in(true, NODES).to_vec(),
+            false => rule::source6_in(NODES).to_vec(),
+        };
         let outbound = [
             slice.clone(),
             rule::output_interface(false, TUNNEL).to_vec(),
@@ -276,7 +303,7 @@ impl Layout {
         batch.add_table(TABLE);
         batch.delete_table(TABLE);
         batch.add_table(TABLE);
-        for (name, kind) in Self::sets() {
+        for (name, kind) in self.sets() {
             batch.add_set(TABLE, name, &kind);
         }
         for chain in self.base_chains() {
@@ -291,22 +318,22 @@ impl Layout {
     pub(super) fn change(&self, op: &Op, batch: &mut Batch) {
         match op {
             Op::AddNodeAddress(address) => {
-                batch.add_elements(TABLE, NODES, &[Element::key(address.octets())]);
+                batch.add_elements(TABLE, NODES, &[Element::key(address_bytes(*address))]);
             }
             Op::DeleteNodeAddress(address) => {
-                batch.delete_elements(TABLE, NODES, &[Element::key(address.octets())]);
+                batch.delete_elements(TABLE, NODES, &[Element::key(address_bytes(*address))]);
             }
             Op::AddPeer(number, mac) => self.add_peer(*number, *mac, batch),
             Op::DeletePeer(number, mac) => self.delete_peer(*number, *mac, batch),
             Op::AddPort(key, backends) => {
                 let chain = port_chain(*key);
                 batch.add_chain(TABLE, &chain, None);
-                balance(*key, backends, batch);
+                self.balance(*key, backends, batch);
                 batch.add_elements(TABLE, PORTS, &[Element::goto(port_key(*key), &chain)]);
             }
             Op::ReplaceBackends(key, backends) => {
                 batch.flush_chain(TABLE, &port_chain(*key));
-                balance(*key, backends, batch);
+                self.balance(*key, backends, batch);
             }
             Op::DeletePort(key) => {
                 batch.delete_elements(TABLE, PORTS, &[Element::key(port_key(*key))]);
@@ -341,44 +368,48 @@ impl Layout {
             batch.delete_chain(TABLE, chain);
         }
     }
+
+    /// Adds the one rule of a port's chain.
+    fn balance(&self, key: PortKey, backends: &[Endpoint], batch: &mut Batch) {
+        let chain = port_chain(key);
+        let protocol = rule::transport_protocol(key.protocol.number()).to_vec();
+        if backends.is_empty() {
+            let rule = [protocol, vec![self.reject(key.protocol)]];
+            batch.add_rule(TABLE, &chain, &rule.concat(), "no healthy task");
+            return;
+        }
+        let (address_type, length) = self.address_type();
+        let kind = SetKind {
+            key_type: TYPE_INTEGER,
+            key_length: 4,
+            is_host_order: true,
+            value: Value::Data {
+                kind: address_type << CONCATENATION_BITS | TYPE_SERVICE,
+                length: length + 4,
+                is_host_order: false,
+            },
+        };
+        let element = |(index, endpoint): (u32, &Endpoint)| {
+            Element::data(index.to_ne_bytes(), &endpoint_bytes(*endpoint))
+        };
+        let elements: Vec<Element> = (0u32..).zip(backends).map(element).collect();
+        let (map, id) = batch.add_anonymous_map(TABLE, &kind, &elements);
+        let modulus = u32::try_from(backends.len()).expect("a port has under 2^32 backends");
+        let rule = [protocol, rule::round_robin(self.is_ipv4(), modulus, map, id).to_vec()];
+        batch.add_rule(TABLE, &chain, &rule.concat(), "healthy tasks, in turn");
+    }
+
+    fn reject(&self, protocol: Protocol) -> Expression {
+        match protocol {
+            Protocol::Tcp => rule::reject_with_reset(),
+            Protocol::Udp | Protocol::Sctp if self.is_ipv4() => rule::reject_as_unreachable_ipv4(),
+            Protocol::Udp | Protocol::Sctp => rule::reject_as_unreachable_ipv6(),
+        }
+    }
 }
 
 fn input(device: &str) -> Vec<Expression> {
     rule::input_interface(true, device).to_vec()
-}
-
-/// Adds the one rule of a port's chain.
-fn balance(key: PortKey, backends: &[Endpoint], batch: &mut Batch) {
-    let chain = port_chain(key);
-    if backends.is_empty() {
-        let rule = [
-            rule::transport_protocol(key.protocol.number()).to_vec(),
-            vec![rule::reject_with_reset()],
-        ];
-        batch.add_rule(TABLE, &chain, &rule.concat(), "no healthy task");
-        return;
-    }
-    let kind = SetKind {
-        key_type: TYPE_INTEGER,
-        key_length: 4,
-        is_host_order: true,
-        value: Value::Data {
-            kind: TYPE_IPV4 << CONCATENATION_BITS | TYPE_SERVICE,
-            length: 8,
-            is_host_order: false,
-        },
-    };
-    let element = |(index, endpoint): (u32, &Endpoint)| {
-        Element::data(index.to_ne_bytes(), &endpoint_bytes(*endpoint))
-    };
-    let elements: Vec<Element> = (0u32..).zip(backends).map(element).collect();
-    let (map, id) = batch.add_anonymous_map(TABLE, &kind, &elements);
-    let modulus = u32::try_from(backends.len()).expect("a port has under 2^32 backends");
-    let rule = [
-        rule::transport_protocol(key.protocol.number()).to_vec(),
-        rule::round_robin(modulus, map, id).to_vec(),
-    ];
-    batch.add_rule(TABLE, &chain, &rule.concat(), "healthy tasks, in turn");
 }
 
 /// The chain of a published port.
@@ -403,15 +434,34 @@ pub(super) fn port_key(key: PortKey) -> [u8; 8] {
     [key.protocol.number(), 0, 0, 0, high, low, 0, 0]
 }
 
+/// A key of [`NODES`].
+fn address_bytes(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// The address that such bytes stand for.
+pub(super) fn read_address(bytes: &[u8]) -> Option<IpAddr> {
+    match bytes.len() {
+        4 => Some(Ipv4Addr::from(*bytes.first_chunk::<4>()?).into()),
+        16 => Some(Ipv6Addr::from(*bytes.first_chunk::<16>()?).into()),
+        _ => None,
+    }
+}
+
 /// A value of a port's anonymous map.
-pub(super) fn endpoint_bytes(endpoint: Endpoint) -> [u8; 8] {
-    let [a, b, c, d] = endpoint.address.octets();
-    let [high, low] = endpoint.port.to_be_bytes();
-    [a, b, c, d, high, low, 0, 0]
+pub(super) fn endpoint_bytes(endpoint: Endpoint) -> Vec<u8> {
+    let mut bytes = address_bytes(endpoint.address);
+    bytes.extend(endpoint.port.to_be_bytes());
+    bytes.extend([0, 0]);
+    bytes
 }
 
 /// The endpoint that a value of a port's anonymous map stands for.
 pub(super) fn read_endpoint(bytes: &[u8]) -> Option<Endpoint> {
-    let [a, b, c, d, high, low, ..] = *bytes.first_chunk::<8>()?;
-    Some(Endpoint { address: Ipv4Addr::new(a, b, c, d), port: u16::from_be_bytes([high, low]) })
+    let (address, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+    let port = u16::from_be_bytes(*port.first_chunk()?);
+    Some(Endpoint { address: read_address(address)?, port })
 }

@@ -6,14 +6,16 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use ipnet::{IpNet, Ipv4Net};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use skep_worker_core::mesh::{Mac, Slices};
+use skep_worker_core::mesh::{Mac, Slices, twin_net};
 
 use super::options::{BRIDGE, Options, TUNNEL, VXLAN_OVERHEAD};
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
@@ -30,6 +32,8 @@ const DEFAULT_ROUTE_PREFIX_MAX: u8 = 1;
 pub(super) struct Devices {
     pub(super) bridge: u32,
     pub(super) tunnel: u32,
+    /// Whether they carry IPv6, too.
+    pub(super) has_ipv6: bool,
 }
 
 /// Refuses a pool whose addresses the host reaches in another way already.
@@ -96,11 +100,25 @@ pub(super) fn ensure(
     let tunnel = ensure_link(channel, TUNNEL, "VXLAN device", mac, mtu, info)?;
     ensure_address(channel, TUNNEL, tunnel, Ipv4Net::from(slices.tunnel_address(number)))?;
 
-    for device in [BRIDGE, TUNNEL] {
+    let has_ipv6 = carries_ipv6(options, mtu);
+    for (device, index, prefix) in
+        [(BRIDGE, bridge, on_bridge), (TUNNEL, tunnel, Ipv4Net::from(address))]
+    {
         sysctl::ensure_loose_reverse_path(device)?;
-        sysctl::ensure_no_ipv6(device)?;
+        if !has_ipv6 {
+            sysctl::ensure_no_ipv6(device)?;
+        } else {
+            sysctl::ensure_ipv6_at_once(device)?;
+            ensure_address(channel, device, index, twin_net(prefix))?;
+        }
     }
-    Ok(Devices { bridge, tunnel })
+    Ok(Devices { bridge, tunnel, has_ipv6 })
+}
+
+/// Whether the mesh of a node carries IPv6: the kernel refuses it on interfaces with a smaller MTU.
+pub(super) fn carries_ipv6(options: &Options, mtu: u32) -> bool {
+    const MTU_MIN: u32 = 1280;
+    options.ipv6 && mtu >= MTU_MIN
 }
 
 /// Removes both interfaces, and the uplinks of tasks, with everything that depends on them.
@@ -195,26 +213,39 @@ fn ensure_link(
     Ok(link.ok_or(Error::NoInterface { interface: name.to_owned() })?.index)
 }
 
-/// Gives an interface exactly one IPv4 address.
+/// Gives an interface exactly one address of the IP version, but for those of the link.
 pub(in crate::net) fn ensure_address(
     channel: &mut RouteChannel,
     name: &str,
     index: u32,
-    address: Ipv4Net,
+    address: impl Into<IpNet>,
 ) -> Result<(), Error> {
+    let address: IpNet = address.into();
+    let ip = address.addr();
+    let family = match ip {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    };
     let mut query = AddressMessage::default();
-    query.header.family = AddressFamily::Inet;
+    query.header.family = family;
     let action = format!("list addresses of {name}");
     let mut is_present = false;
     for message in channel.dump(&action, RouteNetlinkMessage::GetAddress(query))? {
         let RouteNetlinkMessage::NewAddress(found) = message else { continue };
-        if found.header.index != index {
+        if found.header.index != index || found.header.family != family {
             continue;
         }
-        let local = AddressAttribute::Local(IpAddr::V4(address.addr()));
+        // IPv6 has no other attribute for it, and IPv4 has both.
+        let own = match ip {
+            IpAddr::V4(_) => AddressAttribute::Local(ip),
+            IpAddr::V6(_) => AddressAttribute::Address(ip),
+        };
         let is_same = found.header.prefix_len == address.prefix_len();
-        if is_same && found.attributes.contains(&local) {
+        if is_same && found.attributes.contains(&own) {
             is_present = true;
+            continue;
+        }
+        if ip.is_ipv6() && found.header.scope == AddressScope::Link {
             continue;
         }
         let action = format!("delete another address of {name}");
@@ -224,13 +255,17 @@ pub(in crate::net) fn ensure_address(
         return Ok(());
     }
     let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
+    message.header.family = family;
     message.header.prefix_len = address.prefix_len();
     message.header.index = index;
-    let ip = IpAddr::V4(address.addr());
     message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
-    if address.prefix_len() < 31 {
-        message.attributes.push(AddressAttribute::Broadcast(address.broadcast()));
+    match address {
+        IpNet::V4(net) if net.prefix_len() < 31 => {
+            message.attributes.push(AddressAttribute::Broadcast(net.broadcast()));
+        }
+        IpNet::V4(_) => {}
+        // Whoever gave it knows that nobody else has it: usable at once.
+        IpNet::V6(_) => message.header.flags = AddressHeaderFlags::Nodad,
     }
     let action = format!("give {name} the address {address}");
     channel.change(&action, Mode::Replace, RouteNetlinkMessage::NewAddress(message))

@@ -3,19 +3,21 @@
 //! The kernel does not let packets with a loopback address leave the loopback interface, so the
 //! rules cannot serve them. A listener per port connects to the same port of the node's underlay
 //! address instead: the rules take that connection like any other, so it takes its turn in the
-//! same round-robin.
+//! same round-robin. Datagrams go the same way (`datagrams`).
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
 use skep_runtime::TaskSet;
 use skep_worker_core::mesh::PortKey;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::datagrams;
 use super::hold::LoopbackListeners;
 
 /// Loopback connections of all ports at once; more wait in the backlog.
@@ -33,6 +35,7 @@ pub(super) struct Loopback {
     underlay: Ipv4Addr,
     tasks: TaskSet,
     permits: Arc<Semaphore>,
+    sessions: Arc<Semaphore>,
     served: BTreeMap<PortKey, CancellationToken>,
 }
 
@@ -42,6 +45,7 @@ impl Loopback {
             underlay,
             tasks: TaskSet::new(),
             permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            sessions: Arc::new(Semaphore::new(datagrams::SESSIONS_MAX)),
             served: BTreeMap::new(),
         }
     }
@@ -50,22 +54,31 @@ impl Loopback {
     pub(super) fn serve(&mut self, key: PortKey, loopback: LoopbackListeners) {
         let token = CancellationToken::new();
         let target = SocketAddrV4::new(self.underlay, key.port);
-        for listener in loopback.listeners {
-            let listener = match TcpListener::from_std(listener) {
-                Ok(listener) => listener,
-                Err(error) => {
-                    tracing::warn!(port = %key, %error, "port is not served on loopback");
-                    continue;
+        let failed = |error: io::Error| {
+            tracing::warn!(port = %key, %error, "port is not served on loopback");
+        };
+        match loopback {
+            LoopbackListeners::Streams(listeners) => {
+                let listeners = listeners.into_iter().map(TcpListener::from_std);
+                for listener in listeners.filter_map(|result| result.map_err(failed).ok()) {
+                    let accept = accept(listener, target, self.permits.clone(), self.tasks.clone());
+                    let token = token.clone();
+                    self.tasks.spawn("mesh-loopback-accept", async move {
+                        token.run_until_cancelled(accept).await;
+                    });
                 }
-            };
-            let accept = accept(listener, target, self.permits.clone(), self.tasks.clone());
-            let token = token.clone();
-            self.tasks.spawn("mesh-loopback-accept", async move {
-                tokio::select! {
-                    () = token.cancelled() => {}
-                    () = accept => {}
+            }
+            LoopbackListeners::None => {}
+            LoopbackListeners::Datagrams(sockets) => {
+                let sockets = sockets.into_iter().map(UdpSocket::from_std);
+                for socket in sockets.filter_map(|result| result.map_err(failed).ok()) {
+                    let relay = datagrams::relay(socket, target, self.sessions.clone());
+                    let token = token.clone();
+                    self.tasks.spawn("mesh-loopback-datagrams", async move {
+                        token.run_until_cancelled(relay).await;
+                    });
                 }
-            });
+            }
         }
         if let Some(earlier) = self.served.insert(key, token) {
             earlier.cancel();

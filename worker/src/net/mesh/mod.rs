@@ -1,9 +1,12 @@
 //! The routing mesh of one node: every published port of the cluster answers here.
 //!
-//! Connections are translated (DNAT) to healthy tasks anywhere in the cluster, in exact turns. The
+//! Connections and flows of datagrams are translated (DNAT) to healthy tasks anywhere in the cluster, in exact turns. The
 //! task sees an outside client's own address: the node that hosts it marks a connection that came
 //! through the tunnel with the number of the node that sent it, and routes the answers back there.
 //! Clients inside the cluster (nodes and tasks) are masqueraded.
+//!
+//! Where a node has IPv6, its published ports answer there in the same way: each address of the pool has
+//! a twin, and everything above has its counterpart, over the same tunnel.
 //!
 //! ```text
 //!            client                         node 2, with a task
@@ -21,21 +24,24 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `links`, `uplink`, `hold`, `loopback`.
+//! change), `flows`, `links`, `uplink`, `hold`, `loopback`, `datagrams`, `refusal`.
 //!
 //! # Invariants
 //!
 //! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
 //!   restarts takes over without disturbing a connection.
-//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table.
-//! - Nothing host-wide is changed but `ip_forward`; in other programs' tables only
-//!   `ip filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
+//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table, and no flow of datagrams
+//!   goes to a task that the table does not name.
+//! - Nothing host-wide is changed but the forwarding of IPv4, and of IPv6 where it is served; in other
+//!   programs' tables only `filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
 //!   br_netfilter.
 //! - The end of the daemon leaves forwarding as it is; only [`Mesh::teardown`] removes it.
 //!
-//! A published port costs the daemon three file descriptors; its limit must allow for that.
+//! A published port costs the daemon four file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
+mod datagrams;
+mod flows;
 mod hold;
 mod kernel;
 mod layout;
@@ -43,6 +49,7 @@ pub(in crate::net) mod links;
 mod loopback;
 pub(in crate::net) mod options;
 mod program;
+mod refusal;
 mod routes;
 mod rules;
 mod uplink;
@@ -56,6 +63,7 @@ use skep_worker_core::mesh::MeshTable;
 pub use self::kernel::Condition;
 pub use self::options::{MarkField, Options};
 pub use self::program::Program;
+pub use super::sysctl::host_has_ipv6;
 
 use self::kernel::{Kernel, ListenerChanges};
 use self::loopback::Loopback;

@@ -74,6 +74,9 @@ pub struct Options {
     /// Answers to connections that came through node `n` are routed by table `base + n`. The
     /// default is far from what administrators, VPN programs and the kernel (253 to 255) use.
     pub route_table_base: u32,
+    /// Whether published ports answer on the node's IPv6 addresses, too: where
+    /// [`host_has_ipv6`](super::host_has_ipv6).
+    pub ipv6: bool,
     /// The VXLAN network number.
     pub vni: u32,
     /// The UDP port of the tunnel, which nodes must let in from each other.
@@ -97,6 +100,7 @@ impl Options {
             slice_prefix: MeshTable::default_slice_prefix(),
             marks: MarkField::default(),
             route_table_base: 20_000,
+            ipv6: false,
             vni: 9001,
             vxlan_port: 4789,
         }

@@ -4,9 +4,9 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use skep_worker_core::mesh::PortKey;
+use skep_worker_core::mesh::{PortKey, Protocol};
 
-/// The socket state `TCP_LISTEN` in `/proc/net/tcp`.
+/// The socket state `TCP_LISTEN` in `/proc/net/tcp`, which sockets of UDP never have.
 const LISTEN: &str = "0A";
 
 /// A command line in a message is cut to this length.
@@ -61,8 +61,12 @@ pub(super) fn holder_of(port: PortKey) -> Option<Program> {
 /// Inodes of the sockets on a local port, those that listen first.
 fn socket_inodes(port: PortKey) -> Vec<u64> {
     let mut found = Vec::new();
+    if port.protocol == Protocol::Sctp {
+        let text = fs::read_to_string("/proc/thread-self/net/sctp/eps").unwrap_or_default();
+        let inodes = text.lines().skip(1).filter_map(|line| endpoint_of(line, port.port));
+        return inodes.filter(|inode| *inode != 0).collect();
+    }
     for family in ["", "6"] {
-        // SCTP has no such table: its holders stay unknown.
         let table = format!("/proc/thread-self/net/{}{family}", port.protocol);
         let text = fs::read_to_string(table).unwrap_or_default();
         found.extend(text.lines().skip(1).filter_map(|line| socket_of(line, port.port)));
@@ -79,6 +83,13 @@ fn socket_of(line: &str, port: u16) -> Option<(bool, u64)> {
         return None;
     }
     Some((*fields.get(3)? == LISTEN, fields.get(9)?.parse().ok()?))
+}
+
+/// The inode of the socket in a line of `/proc/net/sctp/eps`, if it is on `port`.
+fn endpoint_of(line: &str, port: u16) -> Option<u64> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let is_on_port = fields.get(5)?.parse() == Ok(port);
+    fields.get(7)?.parse().ok().filter(|_| is_on_port)
 }
 
 fn link_of(socket: u64) -> String {
@@ -107,9 +118,7 @@ fn command_of(pid: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
-
-    use skep_worker_core::mesh::Protocol;
+    use std::net::{TcpListener, UdpSocket};
 
     use super::*;
 
@@ -120,15 +129,27 @@ mod tests {
         assert_eq!(socket_of(line, 8080), Some((true, 123_456)));
         assert_eq!(socket_of(line, 8081), None);
         assert_eq!(socket_of("nonsense", 8080), None);
+
+        // The columns: ENDPT SOCK STY SST HBKT LPORT UID INODE LADDRS.
+        let line = "ffff8881 ffff8882 2   10  29   5000    0 123457 127.0.0.1 10.0.0.1 ";
+        assert_eq!(endpoint_of(line, 5000), Some(123_457));
+        assert_eq!(endpoint_of(line, 5001), None);
+        assert_eq!(endpoint_of("nonsense", 5000), None);
     }
 
     #[test]
     fn this_test_is_found_as_a_holder() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let program = holder_of(PortKey { protocol: Protocol::Tcp, port }).unwrap();
-        assert_eq!(program.pid, std::process::id());
-        assert!(program.command.contains("skep_worker"), "{program}");
+        let socket =
+            UdpSocket::bind("[::1]:0").or_else(|_| UdpSocket::bind("127.0.0.1:0")).unwrap();
+        let holder = |protocol, address: std::io::Result<std::net::SocketAddr>| {
+            let program = holder_of(PortKey { protocol, port: address.unwrap().port() }).unwrap();
+            assert_eq!(program.pid, std::process::id(), "{protocol}");
+            assert!(program.command.contains("skep_worker"), "{program}");
+            program
+        };
+        holder(Protocol::Udp, socket.local_addr());
+        let program = holder(Protocol::Tcp, listener.local_addr());
         assert!(program.holds_still());
         drop(listener);
         assert!(!program.holds_still());

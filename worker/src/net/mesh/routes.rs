@@ -2,9 +2,9 @@
 //!
 //! Routes of ours carry a protocol number of their own, so that nobody else's are touched.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::IpNet;
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
     RouteType,
@@ -26,9 +26,10 @@ const PROTOCOL: u8 = 115;
 /// match nothing but marked answers of tasks.
 const RULE_PRIORITY: u32 = 2000;
 
-/// The tunnel's routing on this node.
+/// The tunnel's routing on this node, of one IP version.
 #[derive(Debug)]
 pub(super) struct Routes {
+    family: AddressFamily,
     channel: RouteChannel,
     /// A channel whose dumps the kernel filters: a host may have a million routes.
     filtered: RouteChannel,
@@ -37,9 +38,19 @@ pub(super) struct Routes {
 }
 
 impl Routes {
-    /// Opens the kernel's routing in the namespace of the calling thread.
+    /// Opens the kernel's routing of IPv4 in the namespace of the calling thread.
     pub(super) fn open(options: &Options) -> Result<Self, Error> {
+        Self::open_of(options, AddressFamily::Inet)
+    }
+
+    /// Opens that of IPv6.
+    pub(super) fn open_ipv6(options: &Options) -> Result<Self, Error> {
+        Self::open_of(options, AddressFamily::Inet6)
+    }
+
+    fn open_of(options: &Options, family: AddressFamily) -> Result<Self, Error> {
         Ok(Self {
+            family,
             channel: RouteChannel::open()?,
             filtered: RouteChannel::open_strict()?,
             marks: options.marks,
@@ -66,11 +77,11 @@ impl Routes {
         let action = op.to_string();
         let (mode, message) = match op {
             Op::SetNeighbour(address, mac) => {
-                let message = neighbour(devices.tunnel, (*address).into(), Some(*mac));
+                let message = neighbour(devices.tunnel, *address, Some(*mac));
                 (Some(Mode::Replace), RouteNetlinkMessage::NewNeighbour(message))
             }
             Op::DeleteNeighbour(address) => {
-                let message = neighbour(devices.tunnel, (*address).into(), None);
+                let message = neighbour(devices.tunnel, *address, None);
                 (None, RouteNetlinkMessage::DelNeighbour(message))
             }
             Op::SetForwarding(mac, underlay) => {
@@ -117,14 +128,15 @@ impl Routes {
     }
 
     fn observe_neighbours(&mut self, on: Devices, objects: &mut Objects) -> Result<(), Error> {
-        for family in [AddressFamily::Inet, AddressFamily::Bridge] {
-            for (mac, address) in entries(&mut self.channel, "list neighbours", on.tunnel, family)?
-            {
-                let IpAddr::V4(address) = address else { continue };
-                match family {
-                    AddressFamily::Inet => drop(objects.neighbours.insert(address, mac)),
-                    _ => drop(objects.forwarding.insert(mac, address)),
-                }
+        let found = entries(&mut self.channel, "list neighbours", on.tunnel, self.family)?;
+        objects.neighbours.extend(found.into_iter().map(|(mac, address)| (address, mac)));
+        if self.family == AddressFamily::Inet6 {
+            return Ok(()); // Forwarding is by Ethernet addresses, and observed with IPv4.
+        }
+        let bridge = AddressFamily::Bridge;
+        for (mac, address) in entries(&mut self.channel, "list neighbours", on.tunnel, bridge)? {
+            if let IpAddr::V4(underlay) = address {
+                objects.forwarding.insert(mac, underlay);
             }
         }
         Ok(())
@@ -132,7 +144,7 @@ impl Routes {
 
     fn observe_routes(&mut self, on: Devices, objects: &mut Objects) -> Result<(), Error> {
         let mut query = RouteMessage::default();
-        query.header.address_family = AddressFamily::Inet;
+        query.header.address_family = self.family;
         query.attributes.push(RouteAttribute::Oif(on.tunnel));
         let query = RouteNetlinkMessage::GetRoute(query);
         for message in self.filtered.dump("list routes of the tunnel", query)? {
@@ -141,18 +153,18 @@ impl Routes {
                 continue;
             }
             let mut table = u32::from(route.header.table);
-            let (mut destination, mut via) = (Ipv4Addr::UNSPECIFIED, None);
+            let (mut destination, mut via) = (self.unspecified(), None);
             for attribute in &route.attributes {
                 if let RouteAttribute::Table(number) = attribute {
                     table = *number;
-                } else if let RouteAttribute::Destination(RouteAddress::Inet(address)) = attribute {
-                    destination = *address;
-                } else if let RouteAttribute::Gateway(RouteAddress::Inet(address)) = attribute {
-                    via = Some(*address);
+                } else if let RouteAttribute::Destination(address) = attribute {
+                    destination = ip(address).unwrap_or(destination);
+                } else if let RouteAttribute::Gateway(address) = attribute {
+                    via = ip(address);
                 }
             }
             let prefix = route.header.destination_prefix_length;
-            let destination = Ipv4Net::new(destination, prefix).ok();
+            let destination = IpNet::new(destination, prefix).ok();
             if let (Some(destination), Some(table)) = (destination, self.route_table(table)) {
                 objects.routes.insert(RouteKey { table, destination }, via);
             }
@@ -168,9 +180,16 @@ impl Routes {
         (1..=NODE_NUMBER_MAX).contains(&number).then_some(RouteTable::WayBack(number))
     }
 
-    fn route(&self, key: RouteKey, via: Option<Ipv4Addr>, devices: Devices) -> RouteMessage {
+    fn unspecified(&self) -> IpAddr {
+        match self.family {
+            AddressFamily::Inet6 => Ipv6Addr::UNSPECIFIED.into(),
+            _ => Ipv4Addr::UNSPECIFIED.into(),
+        }
+    }
+
+    fn route(&self, key: RouteKey, via: Option<IpAddr>, devices: Devices) -> RouteMessage {
         let mut message = RouteMessage::default();
-        message.header.address_family = AddressFamily::Inet;
+        message.header.address_family = self.family;
         message.header.destination_prefix_length = key.destination.prefix_len();
         message.header.protocol = RouteProtocol::Other(PROTOCOL);
         message.header.kind = RouteType::Unicast;
@@ -186,14 +205,14 @@ impl Routes {
             }
         }
         if key.destination.prefix_len() > 0 {
-            let destination = RouteAddress::Inet(key.destination.network());
+            let destination = RouteAddress::from(key.destination.network());
             message.attributes.push(RouteAttribute::Destination(destination));
         }
         message.attributes.push(RouteAttribute::Oif(devices.tunnel));
         if let Some(via) = via {
             // The next hop is a neighbour by our own word: no route leads to it but ours.
             message.header.flags = RouteFlags::Onlink;
-            message.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(via)));
+            message.attributes.push(RouteAttribute::Gateway(via.into()));
         }
         message
     }
@@ -201,7 +220,7 @@ impl Routes {
     /// All rules of ours, right or not.
     fn rules(&mut self) -> Result<Vec<RuleMessage>, Error> {
         let mut query = RuleMessage::default();
-        query.header.family = AddressFamily::Inet;
+        query.header.family = self.family;
         let query = RouteNetlinkMessage::GetRule(query);
         let found = self.channel.dump("list routing rules", query)?;
         let protocol = RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL));
@@ -211,7 +230,9 @@ impl Routes {
             _ => None,
         });
         let is_ours = |rule: &RuleMessage| {
-            rule.attributes.contains(&protocol) && rule.attributes.contains(&input)
+            rule.header.family == self.family
+                && rule.attributes.contains(&protocol)
+                && rule.attributes.contains(&input)
         };
         Ok(ours.filter(is_ours).collect())
     }
@@ -230,7 +251,7 @@ impl Routes {
 
     fn rule(&self, number: u16) -> RuleMessage {
         let mut message = RuleMessage::default();
-        message.header.family = AddressFamily::Inet;
+        message.header.family = self.family;
         message.header.action = RuleAction::ToTable;
         // Without `iif` the encapsulated packet, which carries the mark as well, would be routed
         // into the tunnel again.
@@ -247,5 +268,13 @@ impl Routes {
 
     fn delete_rule(&mut self, rule: RuleMessage) -> Result<(), Error> {
         self.channel.delete("delete a routing rule of the mesh", RouteNetlinkMessage::DelRule(rule))
+    }
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some((*address).into()),
+        RouteAddress::Inet6(address) => Some((*address).into()),
+        _ => None,
     }
 }

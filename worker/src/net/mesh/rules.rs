@@ -9,7 +9,6 @@
 //! translation lives in conntrack.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
 
 use skep_worker_core::mesh::{Endpoint, Mac, Objects, PortKey, Protocol};
 
@@ -32,6 +31,8 @@ const ATTEMPTS: u32 = 50;
 /// What was read back from the kernel.
 #[derive(Debug, Clone, Default)]
 struct Observed {
+    /// Whether there is a table of ours, however damaged.
+    has_table: bool,
     /// The part of the objects that are rules; `None` if the table is missing or damaged.
     objects: Option<Objects>,
     /// The host's chain for forwarded packets, if there is one.
@@ -44,39 +45,54 @@ struct HostChain {
     ours: Vec<(String, u64)>,
 }
 
+/// Objects of IPv4, and of IPv6 where the node takes part in that.
+pub(super) type Wanted<'a> = (&'a Objects, Option<&'a Objects>);
+
 /// The rules of this node.
 #[derive(Debug)]
 pub(super) struct Rules {
+    ipv4: Table,
+    ipv6: Table,
+    /// The last observation of both, and the generation that it is true for.
+    observed: Option<(u32, [Observed; 2])>,
+}
+
+/// The rules of one IP version.
+#[derive(Debug)]
+struct Table {
     channel: NftChannel,
     layout: Layout,
-    /// The last observation, and the generation that it is true for.
-    observed: Option<(u32, Observed)>,
 }
 
 impl Rules {
     /// Opens the kernel's rules in the namespace of the calling thread.
-    pub(super) fn open(layout: Layout) -> Result<Self, Error> {
-        Ok(Self { channel: NftChannel::open()?, layout, observed: None })
+    pub(super) fn open(ipv4: Layout, ipv6: Layout) -> Result<Self, Error> {
+        Ok(Self { ipv4: Table::open(ipv4)?, ipv6: Table::open(ipv6)?, observed: None })
     }
 
     /// What the kernel has of ours; nothing if the table is missing or damaged.
-    pub(super) fn observe(&mut self) -> Result<Objects, Error> {
-        let (_, observed) = self.current()?;
-        Ok(observed.objects.unwrap_or_default())
+    pub(super) fn observe(&mut self) -> Result<(Objects, Option<Objects>), Error> {
+        let (_, [ipv4, ipv6]) = self.current()?;
+        Ok((ipv4.objects.unwrap_or_default(), ipv6.objects))
     }
 
-    /// Brings the rules to those of `wanted`, and the host's forwarding chain to let them work.
-    pub(super) fn converge(&mut self, wanted: &Objects) -> Result<(), Error> {
+    /// Brings the rules to those of `wanted`, and the host's forwarding chains to let them work.
+    pub(super) fn converge(&mut self, wanted: Wanted<'_>) -> Result<(), Error> {
         for _ in 0..ATTEMPTS {
             let (generation, observed) = self.current()?;
-            let batch = self.plan(&observed, wanted);
+            let mut batch = Batch::new();
+            let wanted_each = [Some(wanted.0), wanted.1];
+            let tables = [&self.ipv4, &self.ipv6];
+            for ((table, observed), wanted) in tables.into_iter().zip(&observed).zip(wanted_each) {
+                table.plan(observed, wanted, &mut batch);
+            }
             if batch.is_empty() {
-                if self.channel.generation()? == generation {
+                if self.ipv4.channel.generation()? == generation {
                     return Ok(());
                 }
                 continue;
             }
-            match self.channel.commit(&batch, Some(generation)) {
+            match self.ipv4.channel.commit(&batch, Some(generation)) {
                 Ok(()) => {
                     self.remember(generation, wanted)?;
                     return Ok(());
@@ -91,16 +107,19 @@ impl Rules {
         Err(Error::Contended { attempts: ATTEMPTS })
     }
 
-    /// Removes the table and the rules of ours in the host's chain.
+    /// Removes the tables and the rules of ours in the host's chains.
     pub(super) fn remove(&mut self) -> Result<(), Error> {
         for _ in 0..ATTEMPTS {
             self.observed = None;
             let (generation, observed) = self.current()?;
             let mut batch = Batch::new();
-            batch.add_table(TABLE);
-            batch.delete_table(TABLE);
-            forget_host_rules(&observed, &mut batch);
-            match self.channel.commit(&batch, Some(generation)) {
+            for (table, observed) in [&self.ipv4, &self.ipv6].into_iter().zip(&observed) {
+                table.plan(observed, None, &mut batch);
+            }
+            if batch.is_empty() {
+                return Ok(());
+            }
+            match self.ipv4.channel.commit(&batch, Some(generation)) {
                 Ok(()) => return Ok(()),
                 Err(CommitError::Outdated) => {}
                 Err(CommitError::Refused(error)) => return Err(error),
@@ -109,49 +128,79 @@ impl Rules {
         Err(Error::Contended { attempts: ATTEMPTS })
     }
 
-    fn plan(&self, observed: &Observed, wanted: &Objects) -> Batch {
-        let mut batch = Batch::new();
-        let present = observed.objects.clone().unwrap_or_else(|| {
-            self.layout.build(&mut batch);
-            Objects::default()
-        });
-        let ops = present.diff(wanted);
-        for op in ops.iter().filter(|op| op.is_rules()) {
-            tracing::debug!(%op, "mesh rules");
-            self.layout.change(op, &mut batch);
-        }
-        plan_host_rules(observed, &mut batch);
-        batch
-    }
-
     /// After a commit of ours the kernel has what was wanted, and its generation grew by one.
-    fn remember(&mut self, generation: u32, wanted: &Objects) -> Result<(), Error> {
+    fn remember(&mut self, generation: u32, (ipv4, ipv6): Wanted<'_>) -> Result<(), Error> {
         self.observed = None;
-        let after = self.channel.generation()?;
+        let after = self.ipv4.channel.generation()?;
         if after == generation.wrapping_add(1) {
-            let host_chain = self.observe_host_chain()?;
-            let objects = Objects {
-                node_addresses: wanted.node_addresses.clone(),
-                peers: wanted.peers.clone(),
-                ports: wanted.ports.clone(),
-                ..Objects::default()
-            };
-            self.observed = Some((after, Observed { objects: Some(objects), host_chain }));
+            let observed = [self.ipv4.remember(Some(ipv4))?, self.ipv6.remember(ipv6)?];
+            self.observed = Some((after, observed));
         }
         Ok(())
     }
 
-    fn current(&mut self) -> Result<(u32, Observed), Error> {
-        let generation = self.channel.generation()?;
+    fn current(&mut self) -> Result<(u32, [Observed; 2]), Error> {
+        let generation = self.ipv4.channel.generation()?;
         if let Some((known, observed)) = &self.observed
             && *known == generation
         {
             return Ok((generation, observed.clone()));
         }
-        let objects = self.observe_table()?;
-        let observed = Observed { objects, host_chain: self.observe_host_chain()? };
+        let observed = [self.ipv4.observe()?, self.ipv6.observe()?];
         self.observed = Some((generation, observed.clone()));
         Ok((generation, observed))
+    }
+}
+
+impl Table {
+    fn open(layout: Layout) -> Result<Self, Error> {
+        Ok(Self { channel: NftChannel::open_of(layout.family())?, layout })
+    }
+
+    /// Adds what leads from what is there to what is wanted; `None` wants no table.
+    fn plan(&self, observed: &Observed, wanted: Option<&Objects>, batch: &mut Batch) {
+        batch.turn_to(self.layout.family());
+        let Some(wanted) = wanted else {
+            if observed.has_table {
+                batch.delete_table(TABLE);
+            }
+            return forget_host_rules(observed, batch);
+        };
+        let present = observed.objects.clone().unwrap_or_else(|| {
+            self.layout.build(batch);
+            Objects::default()
+        });
+        let ops = present.diff(wanted);
+        for op in ops.iter().filter(|op| op.is_rules()) {
+            tracing::debug!(%op, "mesh rules");
+            self.layout.change(op, batch);
+        }
+        plan_host_rules(observed, batch);
+    }
+
+    /// What is there after a commit for `wanted`.
+    fn remember(&mut self, wanted: Option<&Objects>) -> Result<Observed, Error> {
+        let objects = wanted.map(|wanted| Objects {
+            node_addresses: wanted.node_addresses.clone(),
+            peers: wanted.peers.clone(),
+            ports: wanted.ports.clone(),
+            ..Objects::default()
+        });
+        let host_chain = self.observe_host_chain()?;
+        Ok(Observed { has_table: wanted.is_some(), objects, host_chain })
+    }
+
+    fn observe(&mut self) -> Result<Observed, Error> {
+        let chains: BTreeMap<String, ChainRecord> = self
+            .channel
+            .chains()?
+            .into_iter()
+            .filter(|chain| chain.table == TABLE)
+            .map(|chain| (chain.name.clone(), chain))
+            .collect();
+        let has_table = !chains.is_empty();
+        let objects = if has_table { self.observe_table(chains)? } else { None };
+        Ok(Observed { has_table, objects, host_chain: self.observe_host_chain()? })
     }
 
     fn observe_host_chain(&mut self) -> Result<Option<HostChain>, Error> {
@@ -172,17 +221,10 @@ impl Rules {
         Ok(Some(HostChain { ours: ours.collect() }))
     }
 
-    fn observe_table(&mut self) -> Result<Option<Objects>, Error> {
-        let chains: BTreeMap<String, ChainRecord> = self
-            .channel
-            .chains()?
-            .into_iter()
-            .filter(|chain| chain.table == TABLE)
-            .map(|chain| (chain.name.clone(), chain))
-            .collect();
-        if chains.is_empty() {
-            return Ok(None);
-        }
+    fn observe_table(
+        &mut self,
+        chains: BTreeMap<String, ChainRecord>,
+    ) -> Result<Option<Objects>, Error> {
         let mut rules: BTreeMap<String, Vec<RuleRecord>> = BTreeMap::new();
         for rule in self.channel.rules(TABLE, None)? {
             rules.entry(rule.chain.clone()).or_default().push(rule);
@@ -194,7 +236,7 @@ impl Rules {
             .filter(|set| !set.is_anonymous)
             .map(|set| set.name)
             .collect();
-        let expected = Layout::sets().map(|(name, _)| name.to_owned());
+        let expected = self.layout.sets().map(|(name, _)| name.to_owned());
         if named != BTreeSet::from(expected) {
             tracing::warn!(
                 table = TABLE,
@@ -249,8 +291,8 @@ impl Reader<'_> {
         }
         let mut objects = Objects::default();
         for element in self.channel.elements(TABLE, NODES)? {
-            let Some(octets) = element.key.first_chunk::<4>() else { return Ok(None) };
-            objects.node_addresses.insert(Ipv4Addr::from(*octets));
+            let Some(address) = layout::read_address(&element.key) else { return Ok(None) };
+            objects.node_addresses.insert(address);
         }
         let Some(peers) = self.read_peers()? else { return Ok(None) };
         objects.peers = peers;

@@ -9,25 +9,25 @@
 //! an overlay network of the container may have the client's address in its subnet, and would swallow
 //! the answers. The kernel's check of reverse paths looks by the same rule.
 
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use netlink_packet_route::link::{
     InfoBridgePort, InfoPortData, InfoPortKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use skep_worker_core::mesh::{Slices, interface_name};
+use skep_worker_core::mesh::{Slices, interface_name, twin, twin_net};
 
 use super::links;
 use super::options::{BRIDGE, Options};
-use crate::net::Error;
 use crate::net::namespace::Home;
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
 use crate::net::veth::Pair;
+use crate::net::{Error, sysctl};
 
 const LOOPBACK: &str = "lo";
 
@@ -87,16 +87,20 @@ impl Uplinks {
         let uplink = uplink.ok_or_else(gone)?;
         let address = Ipv4Net::new_assert(address, self.slices.slice_prefix());
         links::ensure_address(&mut inside, interface, uplink.index, address)?;
-        set_up(&mut inside, &uplink, Some(mtu))?;
-        let beside = route(TABLE, self.slices.slice(number), None, uplink.index);
-        let gateway = Some(self.slices.bridge_address(number));
-        let [out, answers] = [RouteHeader::RT_TABLE_MAIN, TABLE]
-            .map(|table| route(table, Ipv4Net::default(), gateway, uplink.index));
-        for route in [out, beside, answers] {
-            let message = RouteNetlinkMessage::NewRoute(route);
-            inside.change("set a route of a container", Mode::Replace, message)?;
+        let has_ipv6 = links::carries_ipv6(&self.options, mtu);
+        if has_ipv6 {
+            self.home.within(&namespace, || sysctl::ensure_ipv6_at_once(interface))??;
+            links::ensure_address(&mut inside, interface, uplink.index, twin_net(address))?;
         }
-        ensure_answers_by_uplink(&mut inside, address.addr())
+        set_up(&mut inside, &uplink, Some(mtu))?;
+        let (slice, gateway) = (self.slices.slice(number), self.slices.bridge_address(number));
+        let (address, index) = (address.addr(), uplink.index);
+        ensure_ways(&mut inside, index, slice.into(), gateway.into(), address.into())?;
+        if has_ipv6 {
+            let (slice, gateway, address) = (twin_net(slice), twin(gateway), twin(address));
+            ensure_ways(&mut inside, index, slice.into(), gateway.into(), address.into())?;
+        }
+        Ok(())
     }
 
     /// Takes the uplink of a task away; fine where it has none.
@@ -145,17 +149,47 @@ fn set_up(channel: &mut RouteChannel, link: &Link, mtu: Option<u32>) -> Result<(
     channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))
 }
 
-fn ensure_answers_by_uplink(inside: &mut RouteChannel, address: Ipv4Addr) -> Result<(), Error> {
-    const WHOLE_ADDRESS: u8 = 32;
+/// The ways out of one IP version: to anywhere by the gateway, and for what the uplink's address sends
+/// by the uplink alone.
+fn ensure_ways(
+    inside: &mut RouteChannel,
+    index: u32,
+    slice: IpNet,
+    gateway: IpAddr,
+    address: IpAddr,
+) -> Result<(), Error> {
+    let anywhere: IpNet = match slice {
+        IpNet::V4(_) => Ipv4Net::default().into(),
+        IpNet::V6(_) => Ipv6Net::default().into(),
+    };
+    let beside = route(TABLE, slice, None, index);
+    let [out, answers] = [RouteHeader::RT_TABLE_MAIN, TABLE]
+        .map(|table| route(table, anywhere, Some(gateway), index));
+    for route in [out, beside, answers] {
+        let message = RouteNetlinkMessage::NewRoute(route);
+        inside.change("set a route of a container", Mode::Replace, message)?;
+    }
+    ensure_answers_by_uplink(inside, address)
+}
+
+fn family_of(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn ensure_answers_by_uplink(inside: &mut RouteChannel, address: IpAddr) -> Result<(), Error> {
+    let whole_address = IpNet::from(address).prefix_len();
     let mut wanted = RuleMessage::default();
-    wanted.header.family = AddressFamily::Inet;
-    wanted.header.src_len = WHOLE_ADDRESS;
+    wanted.header.family = family_of(address);
+    wanted.header.src_len = whole_address;
     wanted.header.table = TABLE;
     wanted.header.action = RuleAction::ToTable;
     wanted.attributes =
-        vec![RuleAttribute::Source(address.into()), RuleAttribute::Priority(RULE_PRIORITY)];
+        vec![RuleAttribute::Source(address), RuleAttribute::Priority(RULE_PRIORITY)];
     let mut query = RuleMessage::default();
-    query.header.family = AddressFamily::Inet;
+    query.header.family = family_of(address);
     let query = RouteNetlinkMessage::GetRule(query);
     let present = inside.dump("list the routing rules of a container", query)?;
     let is_wanted = |message: &RouteNetlinkMessage| match message {
@@ -172,18 +206,18 @@ fn ensure_answers_by_uplink(inside: &mut RouteChannel, address: Ipv4Addr) -> Res
     inside.change("set the routing rule of a container", Mode::Create, message)
 }
 
-fn route(table: u8, to: Ipv4Net, gateway: Option<Ipv4Addr>, index: u32) -> RouteMessage {
+fn route(table: u8, to: IpNet, gateway: Option<IpAddr>, index: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
-    message.header.address_family = AddressFamily::Inet;
+    message.header.address_family = family_of(to.addr());
     message.header.destination_prefix_length = to.prefix_len();
     message.header.table = table;
     message.header.protocol = RouteProtocol::Static;
     message.header.scope = if gateway.is_some() { RouteScope::Universe } else { RouteScope::Link };
     message.header.kind = RouteType::Unicast;
     if to.prefix_len() > 0 {
-        message.attributes.push(RouteAttribute::Destination(RouteAddress::Inet(to.network())));
+        message.attributes.push(RouteAttribute::Destination(to.network().into()));
     }
-    let gateway = gateway.map(|gateway| RouteAttribute::Gateway(RouteAddress::Inet(gateway)));
+    let gateway = gateway.map(|gateway| RouteAttribute::Gateway(gateway.into()));
     message.attributes.extend(gateway);
     message.attributes.push(RouteAttribute::Oif(index));
     message

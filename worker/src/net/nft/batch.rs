@@ -19,6 +19,8 @@ pub enum Family {
     /// IPv4.
     #[default]
     Ipv4,
+    /// IPv6.
+    Ipv6,
     /// IPv4 and IPv6.
     Inet,
 }
@@ -27,6 +29,7 @@ impl Family {
     pub(super) fn number(self) -> u8 {
         match self {
             Self::Ipv4 => NFPROTO_IPV4,
+            Self::Ipv6 => NFPROTO_IPV6,
             Self::Inet => NFPROTO_INET,
         }
     }
@@ -111,13 +114,14 @@ impl Element {
 }
 
 struct Message {
+    family: Family,
     kind: u16,
     flags: u16,
     label: String,
     body: Attributes,
 }
 
-/// Changes to the tables of one family that the kernel carries out together or not at all.
+/// Changes to tables that the kernel carries out together or not at all.
 #[derive(Default)]
 pub struct Batch {
     family: Family,
@@ -142,6 +146,11 @@ impl Batch {
         Self { family, ..Self::default() }
     }
 
+    /// Has the changes that follow be of the tables of another family.
+    pub fn turn_to(&mut self, family: Family) {
+        self.family = family;
+    }
+
     /// Whether there is nothing to change.
     pub fn is_empty(&self) -> bool {
         self.messages.is_empty()
@@ -158,7 +167,7 @@ impl Batch {
     }
 
     fn push(&mut self, kind: u16, flags: u16, label: String, body: Attributes) {
-        self.messages.push(Message { kind, flags, label, body });
+        self.messages.push(Message { family: self.family, kind, flags, label, body });
     }
 
     /// Adds a table; one that exists is fine.
@@ -308,7 +317,7 @@ impl Batch {
         for message in &self.messages {
             sequence = sequence.wrapping_add(1);
             let kind = NFNL_SUBSYS_NFTABLES << 8 | message.kind;
-            let mut body = header(self.family.number(), 0).to_vec();
+            let mut body = header(message.family.number(), 0).to_vec();
             body.extend(message.body.as_bytes());
             let flags = NLM_F_REQUEST | NLM_F_ACK | message.flags;
             push_message(&mut bytes, kind, flags, sequence, &body);

@@ -3,9 +3,9 @@
 //! Only what skep's rules need. Register 1 is the one that all of them work in; a concatenation
 //! goes on in register 9, the second 32-bit part of register 1.
 
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 
 use super::attribute::Attributes;
 use super::uapi::{
@@ -16,6 +16,8 @@ use super::uapi::{
 const REGISTER_VERDICT: u32 = 0;
 const REGISTER: u32 = 1;
 const REGISTER_SECOND: u32 = 9;
+/// Behind the four parts of register 1, which an IPv6 address fills.
+const REGISTER_FIFTH: u32 = 12;
 
 const META_MARK: u32 = 3;
 const META_IIFNAME: u32 = 6;
@@ -178,18 +180,40 @@ pub fn destination_to_verdict(is_ipv4: bool, map: &str) -> [Expression; 4] {
     ]
 }
 
-/// `ip saddr @SET` or `ip saddr != @SET`.
-pub fn source_in(is_member: bool, set: &str) -> [Expression; 2] {
-    [payload(REGISTER, NETWORK_HEADER, 12, 4), lookup(set, None, !is_member)]
+/// `ip saddr`, in a table of IPv4.
+fn source() -> Expression {
+    payload(REGISTER, NETWORK_HEADER, 12, 4)
 }
 
-/// `ip saddr NETWORK`.
-pub fn source_network(network: Ipv4Net) -> [Expression; 3] {
-    [
-        payload(REGISTER, NETWORK_HEADER, 12, 4),
-        bitwise(&network.netmask().octets(), &[0; 4]),
-        compare(true, &network.network().octets()),
-    ]
+/// `ip6 saddr`, in a table of IPv6.
+fn source6() -> Expression {
+    payload(REGISTER, NETWORK_HEADER, 8, 16)
+}
+
+/// `ip saddr @SET` or `ip saddr != @SET`.
+pub fn source_in(is_member: bool, set: &str) -> [Expression; 2] {
+    [source(), lookup(set, None, !is_member)]
+}
+
+/// `ip6 saddr @SET`, in a table of IPv6.
+pub fn source6_in(set: &str) -> [Expression; 2] {
+    [source6(), lookup(set, None, false)]
+}
+
+/// `ip saddr NETWORK` or `ip6 saddr NETWORK`, in a table of its family.
+pub fn source_network(network: IpNet) -> [Expression; 3] {
+    match network {
+        IpNet::V4(network) => [
+            source(),
+            bitwise(&network.netmask().octets(), &[0; 4]),
+            compare(true, &network.network().octets()),
+        ],
+        IpNet::V6(network) => [
+            source6(),
+            bitwise(&network.netmask().octets(), &[0; 16]),
+            compare(true, &network.network().octets()),
+        ],
+    }
 }
 
 /// `ip daddr ADDRESS`.
@@ -211,6 +235,11 @@ pub fn translate_to(address: SocketAddrV4) -> [Expression; 3] {
 pub fn destination_is_not_loopback() -> [Expression; 2] {
     let first_byte = Ipv4Addr::LOCALHOST.octets()[0];
     [payload(REGISTER, NETWORK_HEADER, 16, 1), compare(false, &[first_byte])]
+}
+
+/// `ip6 daddr != ::1`, in a table of IPv6.
+pub fn destination6_is_not_loopback() -> [Expression; 2] {
+    [payload(REGISTER, NETWORK_HEADER, 24, 16), compare(false, &Ipv6Addr::LOCALHOST.octets())]
 }
 
 /// `fib daddr type local`.
@@ -352,11 +381,12 @@ pub fn set_packet_mark(mask: u32, mark: u32) -> [Expression; 3] {
 }
 
 /// `dnat to numgen inc mod MODULUS map @MAP`, where the map is an anonymous one of this batch, to
-/// addresses and ports.
-pub fn round_robin(modulus: u32, map: &str, map_id: u32) -> [Expression; 3] {
+/// addresses of one family and ports.
+pub fn round_robin(is_ipv4: bool, modulus: u32, map: &str, map_id: u32) -> [Expression; 3] {
+    let (family, port) =
+        if is_ipv4 { (NFPROTO_IPV4, REGISTER_SECOND) } else { (NFPROTO_IPV6, REGISTER_FIFTH) };
     let [numgen, lookup] = take_turns(modulus, map, map_id);
-    let nat = destination_nat(NFPROTO_IPV4).be32(5, REGISTER_SECOND);
-    [numgen, lookup, named("nat", &nat)]
+    [numgen, lookup, named("nat", &destination_nat(family).be32(5, port))]
 }
 
 /// The same to addresses alone: protocol and port stay as they are.
@@ -393,6 +423,22 @@ pub fn masquerade() -> Expression {
 pub fn reject_with_reset() -> Expression {
     const TCP_RESET: u32 = 1;
     named("reject", &Attributes::new().be32(1, TCP_RESET).raw(2, &[0]))
+}
+
+/// `reject with icmpv6 port-unreachable`, in a table of IPv6.
+pub fn reject_as_unreachable_ipv6() -> Expression {
+    const ICMP_UNREACHABLE: u32 = 0;
+    const PORT_UNREACHABLE: u8 = 4;
+    let list = Attributes::new().be32(1, ICMP_UNREACHABLE);
+    named("reject", &list.raw(2, &[PORT_UNREACHABLE]))
+}
+
+/// `reject with icmp port-unreachable`.
+pub fn reject_as_unreachable_ipv4() -> Expression {
+    const ICMP_UNREACHABLE: u32 = 0;
+    const PORT_UNREACHABLE: u8 = 3;
+    let list = Attributes::new().be32(1, ICMP_UNREACHABLE);
+    named("reject", &list.raw(2, &[PORT_UNREACHABLE]))
 }
 
 /// `reject with icmpx port-unreachable`, in a table of both families.
