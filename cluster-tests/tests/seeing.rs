@@ -45,6 +45,8 @@ fn operators_see_who_is_where() {
     connections_are_counted_by_task(&lab);
     step("a node that does not acknowledge");
     a_node_that_does_not_acknowledge_is_named(&lab);
+    step("checks between nodes");
+    what_stands_between_two_nodes_is_named(&lab);
     lab.down();
 }
 
@@ -159,4 +161,63 @@ fn a_node_that_does_not_acknowledge_is_named(lab: &Lab) {
     lab.node("n3").signal_daemon("CONT");
     lab.wait_for_node("n1", "n3", "Ready");
     lab.wait_until_settled("n1", WEB, N_TASKS);
+}
+
+/// The checks of n2 and n3 that failed, as `check from to: detail`.
+fn failed_checks(lab: &Lab) -> Vec<String> {
+    let output = lab.node("n1").skep(&["network", "check", "--format", "json", "n2", "n3"]);
+    let word = |row: &Value, key: &str| row[key].as_str().unwrap().to_owned();
+    let rows = output.json_lines();
+    let failed = rows.iter().filter(|row| row["Result"] == "failed");
+    let failed = failed.map(|row| {
+        assert_ne!(word(row, "WhatToDo"), "", "{row}");
+        let [check, from, to, detail] = ["Check", "From", "To", "Detail"].map(|key| word(row, key));
+        format!("{check} {from} {to}: {detail}")
+    });
+    let failed: Vec<String> = failed.collect();
+    assert!(!rows.is_empty() && output.status.success() == failed.is_empty(), "{output}");
+    failed
+}
+
+fn what_stands_between_two_nodes_is_named(lab: &Lab) {
+    let n3 = lab.node("n3");
+    assert_eq!(failed_checks(lab), [""; 0], "a healthy pair");
+    let chain =
+        "add table inet hostfw; add chain inet hostfw in { type filter hook input priority 0; }";
+    n3.exec(&["nft", chain]).ok();
+    n3.exec(&["nft", "add rule inet hostfw in udp dport 4789 drop"]).ok();
+    let [dropped] = &failed_checks(lab)[..] else { panic!("one direction fails") };
+    let expect = "vxlan n2 n3: UDP 4789 arrives at the interface and is dropped there: on n3, a rule of chain in in table inet hostfw";
+    assert!(dropped.starts_with(expect), "{dropped}");
+    n3.exec(&["nft", "delete table inet hostfw"]).ok();
+    n3.exec(&["iptables-nft", "-A", "INPUT", "-p", "udp", "--dport", "4789", "-j", "DROP"]).ok();
+    let dropped = failed_checks(lab).join("\n");
+    assert!(dropped.contains("a rule of chain INPUT in table ip filter"), "{dropped}");
+    n3.exec(&["iptables-nft", "-F", "INPUT"]).ok();
+    assert_eq!(failed_checks(lab), [""; 0], "nothing is in the way any more");
+
+    n3.exec(&["ip", "link", "set", "eth0", "mtu", "1400"]).ok();
+    let failed = failed_checks(lab);
+    let expect = "mtu n2 n3: packets of 1500 bytes do not arrive, of 1400 do, of 1450 do not";
+    assert!(failed.iter().any(|line| line == expect), "{failed:?}");
+    n3.exec(&["ip", "link", "set", "eth0", "mtu", "1500"]).ok();
+
+    let chain =
+        "add table ip lossy; add chain ip lossy out { type filter hook output priority 0; }";
+    n3.exec(&["nft", chain]).ok();
+    let some = "add rule ip lossy out udp dport 4789 numgen inc mod 10 < 4 drop";
+    n3.exec(&["nft", some]).ok();
+    let failed = failed_checks(lab);
+    assert!(failed.iter().any(|line| line.starts_with("loss n3 n2: ")), "{failed:?}");
+    n3.exec(&["nft", "delete table ip lossy"]).ok();
+
+    lab.cut(&["n3"]);
+    let failed = failed_checks(lab);
+    assert!(failed.len() == 1 && failed[0].starts_with("daemon n3 : no answer: "), "{failed:?}");
+    lab.heal(&["n3"]);
+    lab.wait_for_node("n1", "n3", "Ready");
+    wait_until(SETTLES_WITHIN, "the healed pair is well", || {
+        let failed = failed_checks(lab);
+        (failed.is_empty().then_some(()), format!("{failed:?}"))
+    });
 }

@@ -31,5 +31,6 @@ pub mod container;
 pub mod images;
 pub mod net;
 
+mod path;
 pub mod peer;
 pub mod sys;

@@ -1,5 +1,7 @@
-//! What a node answers to other nodes: blobs of its images, output of its tasks.
+//! What a node answers to other nodes: blobs of its images, output of its tasks, what of their packets
+//! arrives.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -7,7 +9,9 @@ use futures::StreamExt as _;
 use skep_common::TaskId;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_proto::peer_server::Peer;
-use skep_proto::{BlobChunk, BlobRequest, LogRecord, TaskLogsRequest};
+use skep_proto::{
+    BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, TaskLogsRequest,
+};
 use skep_runtime::access::Caller;
 use skep_runtime::identity::verify_grant;
 use skep_runtime::telemetry::Chain;
@@ -16,9 +20,10 @@ use skep_runtime::{TaskSet, clock};
 use skep_worker_core::image::Digest;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::images::ImageStore;
+use crate::path::Paths;
 
 /// Reads the output of tasks. [`crate::embedded::Embedded`] has the one for real containers.
 #[tonic::async_trait]
@@ -40,12 +45,20 @@ pub struct PeerService {
     logs: Arc<dyn TaskLogs>,
     tls: Tls,
     tasks: TaskSet,
+    /// Where the tunnel ends here; without it no way is probed.
+    paths: Option<Paths>,
 }
 
 impl PeerService {
     /// Serves the images and logs of this node.
     pub fn new(images: ImageStore, logs: Arc<dyn TaskLogs>, tls: Tls, tasks: TaskSet) -> Self {
-        Self { images, logs, tls, tasks }
+        Self { images, logs, tls, tasks, paths: None }
+    }
+
+    /// Also probes the way from this node's underlay address to others.
+    #[must_use]
+    pub fn with_underlay(self, address: Ipv4Addr) -> Self {
+        Self { paths: Some(Paths::new(address)), ..self }
     }
 
     /// The blob's file, where the grant names an image that has it.
@@ -74,6 +87,22 @@ fn not_here(error: &crate::images::Error) -> Status {
 impl Peer for PeerService {
     type BlobStream = futures::stream::BoxStream<'static, Result<BlobChunk, Status>>;
     type TaskLogsStream = ReceiverStream<Result<LogRecord, Status>>;
+    type CheckPathStream = ReceiverStream<Result<PathReport, Status>>;
+
+    async fn check_path(
+        &self,
+        request: Request<Streaming<CheckPathRequest>>,
+    ) -> Result<Response<Self::CheckPathStream>, Status> {
+        let paths = self.paths.clone();
+        let paths = paths.ok_or_else(|| Status::unimplemented("this node has no tunnel"))?;
+        let (reports, stream) = mpsc::channel(QUEUE_LENGTH);
+        self.tasks.spawn("check path", async move {
+            if let Err(status) = paths.run(request.into_inner(), &reports).await {
+                let _ = reports.try_send(Err(status)); // The manager has gone.
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
 
     async fn blob(
         &self,

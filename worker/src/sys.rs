@@ -31,6 +31,35 @@ pub fn send_signal(pidfd: BorrowedFd<'_>, number: i32) -> io::Result<()> {
     }
 }
 
+/// Opens a socket that receives every Ethernet frame of one type, on whichever interface of the calling
+/// thread's network namespace.
+pub fn frame_socket(ether_type: u16) -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
+    // SAFETY: socket(2) takes three integers.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, kind, i32::from(ether_type.to_be())) };
+    let fd = Errno::result(fd)?;
+    // SAFETY: the descriptor was just made and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Has every packet of a socket carry the don't-fragment flag, whatever the kernel knows of the path.
+pub fn never_fragment(socket: BorrowedFd<'_>) -> io::Result<()> {
+    let value = libc::IP_PMTUDISC_PROBE;
+    let length = libc::socklen_t::try_from(size_of_val(&value)).expect("an integer is short");
+    // SAFETY: the descriptor is open while it is borrowed, and the value lives until the call returns.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            std::ptr::from_ref(&value).cast(),
+            length,
+        )
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
 /// Closes every descriptor but standard input, output and error.
 ///
 /// For a process that has just started: descriptors that a library opened would be closed under it.

@@ -15,6 +15,7 @@ pub(crate) mod image;
 pub(crate) mod info;
 mod inspect;
 pub(crate) mod network;
+mod network_check;
 mod network_inspect;
 pub(crate) mod node;
 mod node_pretty;

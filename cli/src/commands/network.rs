@@ -13,6 +13,7 @@ use skep_proto::{CreateNetworkRequest, RemoveNetworkRequest};
 use super::Failures;
 use super::filter::{self, Filter, Filters};
 use super::inspect::get_all;
+use super::network_check;
 use super::network_inspect::{Facts, document};
 use super::service::flags::parse_label;
 use crate::client::{Client, Refusal, is_not_found};
@@ -23,6 +24,8 @@ use crate::ui::Ui;
 /// Manage networks
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Check what gets through between two nodes
+    Check(network_check::CheckArgs),
     /// Create a network
     Create(CreateArgs),
     /// Display detailed information on one or more networks
@@ -133,6 +136,7 @@ pub(crate) struct RmArgs {
 
 pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
     match command {
+        Command::Check(args) => network_check::run(&args, client, ui).await,
         Command::Create(args) => create(&args, client, ui).await,
         Command::Inspect(args) => inspect_networks(&args, client, ui).await,
         Command::Ls(args) => ls(&args, client, ui).await,

@@ -61,6 +61,7 @@ delegate! {
     join_token(JoinTokenRequest) -> JoinTokenResponse;
     create_network(CreateNetworkRequest) -> CreateNetworkResponse;
     remove_network(RemoveNetworkRequest) -> RemoveNetworkResponse;
+    check_network(CheckNetworkRequest) -> CheckNetworkResponse;
     deploy_stack(DeployStackRequest) -> DeployStackResponse;
     remove_stack(RemoveStackRequest) -> RemoveStackResponse;
     digest(DigestRequest) -> DigestResponse;

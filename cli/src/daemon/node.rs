@@ -131,6 +131,7 @@ impl Node {
             self.tls.clone(),
             self.tasks.clone(),
         );
+        let peer = peer.with_underlay(self.uplink.underlay());
         let mut routes = Routes::new(PeerServer::new(peer));
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);

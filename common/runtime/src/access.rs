@@ -52,6 +52,7 @@ const TABLE: &[(&str, &str, u8)] = &[
     ("Control", "JoinToken", LOCAL | MANAGER),
     ("Control", "CreateNetwork", LOCAL | MANAGER),
     ("Control", "RemoveNetwork", LOCAL | MANAGER),
+    ("Control", "CheckNetwork", LOCAL | MANAGER),
     ("Control", "DeployStack", LOCAL | MANAGER),
     ("Control", "RemoveStack", LOCAL | MANAGER),
     ("Control", "Digest", LOCAL | MANAGER),
@@ -72,6 +73,7 @@ const TABLE: &[(&str, &str, u8)] = &[
     ("Dispatcher", "RegisterImage", NODES),
     ("Peer", "Blob", NODES),
     ("Peer", "TaskLogs", MANAGER),
+    ("Peer", "CheckPath", MANAGER),
 ];
 
 static BY_PATH: LazyLock<HashMap<String, u8>> = LazyLock::new(|| {

@@ -4,13 +4,14 @@
 //! one transaction whose preconditions make it safe on any manager: the leader need not run it.
 //!
 //! Reading order: [`error`], [`lookup`] (references and documents), `services`, `networks`, `nodes`, `stacks`,
-//! `watch`, `logs`.
+//! `watch`, `logs`, `path`.
 
 pub mod error;
 mod logs;
 pub mod lookup;
 mod networks;
 mod nodes;
+mod path;
 mod services;
 mod stacks;
 mod watch;
@@ -295,6 +296,14 @@ impl Control for ControlService {
         request: Request<RemoveStackRequest>,
     ) -> Answer<RemoveStackResponse> {
         Ok(Response::new(stacks::remove(self, &request.into_inner().name).await?))
+    }
+
+    async fn check_network(
+        &self,
+        request: Request<CheckNetworkRequest>,
+    ) -> Answer<CheckNetworkResponse> {
+        let checks = path::check(self, &request.into_inner()).await?;
+        Ok(Response::new(CheckNetworkResponse { checks }))
     }
 
     async fn digest(&self, _: Request<DigestRequest>) -> Answer<DigestResponse> {

@@ -79,6 +79,11 @@ impl Uplink {
         Self { is_counting, ..self }
     }
 
+    /// Where the tunnel ends on this node.
+    pub fn underlay(&self) -> Ipv4Addr {
+        self.underlay.address
+    }
+
     /// What was counted, as text for a collector; empty where nothing is.
     pub async fn metrics(&self) -> Result<String, crate::net::Error> {
         let started = self.started.borrow().clone();

@@ -5,7 +5,7 @@
 //! tasks. [`accounting`] counts what goes through it. [`network`] has the overlay networks, [`names`] where containers ask for names. [`nft`] and [`conntrack`] speak nfnetlink,
 //! [`rtnetlink`] routing netlink, all over [`channel`]; no external program and no C library is
 //! involved. [`thread`] holds the dedicated threads on which all of that blocks, [`namespace`] how
-//! they enter other namespaces.
+//! they enter other namespaces. [`path`] probes the way to other nodes.
 //!
 //! # Invariants
 //!
@@ -16,6 +16,7 @@ pub mod accounting;
 pub mod channel;
 pub mod conntrack;
 mod error;
+mod firewall;
 mod free_port;
 mod host;
 pub mod loopback;
@@ -25,6 +26,7 @@ pub mod namespace;
 mod neighbour;
 pub mod network;
 pub mod nft;
+pub mod path;
 mod probe;
 pub mod rtnetlink;
 pub mod sysctl;

@@ -303,6 +303,27 @@ impl Control for Served {
         }
     }
 
+    async fn check_network(
+        &self,
+        request: Request<CheckNetworkRequest>,
+    ) -> Answer<CheckNetworkResponse> {
+        let CheckNetworkRequest { from, to } = request.into_inner();
+        self.ask(json!({"check": [from, to]}));
+        let check = |name: &str, ok: bool, remedy: &str| NetworkCheck {
+            name: name.into(),
+            from: "n1".into(),
+            to: "n2".into(),
+            ok,
+            detail: "as seen".into(),
+            remedy: remedy.into(),
+        };
+        let mut checks = vec![check("vxlan", true, "")];
+        if !self.0.lock().unwrap().fault.is_empty() {
+            checks.push(check("mtu", false, "raise it"));
+        }
+        Ok(Response::new(CheckNetworkResponse { checks }))
+    }
+
     async fn digest(&self, _: Request<DigestRequest>) -> Answer<DigestResponse> {
         let manager = |hostname: &str, digest: &str| ManagerDigest {
             node_id: format!("id-{hostname}"),

@@ -160,3 +160,23 @@ async fn a_stopped_task_says_whom_nobody_waited_for() {
     ];
     assert_eq!(said, expect);
 }
+
+#[tokio::test]
+async fn a_check_that_fails_is_a_failure() {
+    let daemon = cluster();
+    let (code, out, err) = run(&daemon, "network check n1 n2").await;
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(
+        out,
+        "\
+CHECK     FROM      TO        RESULT    DETAIL    WHAT TO DO
+vxlan     n1        n2        ok        as seen
+"
+    );
+    assert_eq!(daemon.asked()[0], json!({"check": [N1, N2]}));
+    daemon.table.lock().unwrap().fault = "a wrong MTU".into();
+    let line = "network check --format '{{.Check}} {{.Result}} {{.WhatToDo}}' n1 n2";
+    let (code, out, err) = run(&daemon, line).await;
+    assert_eq!((code, out.as_str()), (1, "vxlan ok \nmtu failed raise it\n"));
+    assert_eq!(err, "1 of 2 checks failed between n1 and n2\n");
+}

@@ -12,7 +12,7 @@ use crate::net::Error;
 pub(super) const BRIDGE: &str = "skep-ing";
 
 /// The name of the VXLAN device between the nodes.
-pub(super) const TUNNEL: &str = "skep-vx";
+pub(in crate::net) const TUNNEL: &str = "skep-vx";
 
 /// The nftables table that holds all rules of the mesh.
 pub(super) const TABLE: &str = "skep-mesh";

@@ -242,6 +242,22 @@ pub fn destination6_is_not_loopback() -> [Expression; 2] {
     [payload(REGISTER, NETWORK_HEADER, 24, 16), compare(false, &Ipv6Addr::LOCALHOST.octets())]
 }
 
+/// `@th,OFFSET,LENGTH BYTES`, where the offset is in bytes.
+pub fn transport_bytes(offset: u32, bytes: &[u8]) -> [Expression; 2] {
+    let length = u32::try_from(bytes.len()).expect("a register has 16 bytes");
+    [payload(REGISTER, TRANSPORT_HEADER, offset, length), compare(true, bytes)]
+}
+
+/// `add @SET { @th,OFFSET,LENGTH counter }`, in bytes.
+pub fn count_transport_bytes_in(set: &str, offset: u32, length: u32) -> [Expression; 2] {
+    let counter = Attributes::new().text(NFTA_EXPR_NAME, "counter");
+    let list = Attributes::new().text(1, set).be32(3, 0).be32(4, REGISTER);
+    [
+        payload(REGISTER, TRANSPORT_HEADER, offset, length),
+        named("dynset", &list.nested(7, &counter)),
+    ]
+}
+
 /// `fib daddr type local`.
 pub fn destination_is_local() -> [Expression; 2] {
     const RESULT_ADDRTYPE: u32 = 3;

@@ -12,6 +12,8 @@ pub struct ChainRecord {
     pub name: String,
     /// The hook's number and priority, for a base chain.
     pub hook: Option<(u32, i32)>,
+    /// Whether a packet that no rule of this base chain decides on is dropped.
+    pub drops_by_default: bool,
 }
 
 impl ChainRecord {
@@ -20,8 +22,13 @@ impl ChainRecord {
             let priority = find(hook, NFTA_HOOK_PRIORITY).and_then(be32)?;
             Some((find(hook, NFTA_HOOK_HOOKNUM).and_then(be32)?, priority.cast_signed()))
         });
-        let table = find(body, NFTA_CHAIN_TABLE).and_then(text)?.to_owned();
-        Some(Self { table, name: find(body, NFTA_CHAIN_NAME).and_then(text)?.to_owned(), hook })
+        const DROP: u32 = 0;
+        Some(Self {
+            table: find(body, NFTA_CHAIN_TABLE).and_then(text)?.to_owned(),
+            name: find(body, NFTA_CHAIN_NAME).and_then(text)?.to_owned(),
+            hook,
+            drops_by_default: find(body, NFTA_CHAIN_POLICY).and_then(be32) == Some(DROP),
+        })
     }
 }
 
