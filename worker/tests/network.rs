@@ -2,6 +2,10 @@
 //!
 //! Needs root. Each test makes a lab of its own, whose kernel objects end with its processes.
 
+#[path = "support/capture.rs"]
+mod capture;
+#[path = "network/encrypted.rs"]
+mod encrypted;
 #[path = "network/helper.rs"]
 mod helper;
 #[path = "network/lab.rs"]
@@ -373,19 +377,11 @@ fn kept_namespaces(lab: &Lab, node: u16) -> usize {
 }
 
 #[test]
-fn encryption_that_cannot_be_given_is_refused() {
+fn a_network_that_was_not_told_is_refused() {
     if !can_run() {
         return;
     }
     let mut lab = Lab::new();
-    lab.add_network(FRONT).encrypted = true;
-    lab.place(FRONT, 11, 1);
-    lab.apply();
-    assert_eq!(
-        lab.connect(&[FRONT], 11, 1).unwrap_err(),
-        "network network-1 asks for encryption, which this version cannot give: make it without the option `encrypted`",
-    );
-    assert!(!lab.task(11).ip("-brief link").contains("eth0"));
     assert_eq!(
         lab.connect(&[BACK], 12, 1).unwrap_err(),
         format!("network {} is not known on this node", skep_common::NetworkId(BACK)),

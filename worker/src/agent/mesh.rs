@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
 use skep_common::spec::PortProtocol;
+use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, WireguardKeys};
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{Backend, MeshTable, Peer, Protocol, PublishedPort};
 use skep_worker_core::network::NetworkTables;
@@ -23,6 +24,7 @@ pub(super) struct MeshState {
     number: u16,
     pool: Option<Ipv4Net>,
     peers: BTreeMap<u16, Ipv4Addr>,
+    keys: BTreeMap<u16, WireguardKeys>,
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     dead: BTreeSet<String>,
     networks: NetworkState,
@@ -43,6 +45,7 @@ impl MeshState {
         self.networks.update(update.whole, update.networks, &update.removed_networks);
         if update.whole {
             self.peers.clear();
+            self.keys.clear();
             self.ports.clear();
         }
         self.version = update.version;
@@ -50,12 +53,17 @@ impl MeshState {
             match (u16::try_from(peer.number), peer.underlay.parse()) {
                 (Ok(number), Ok(underlay)) => {
                     self.peers.insert(number, underlay);
+                    match peer.wireguard.as_ref().and_then(keys) {
+                        Some(keys) => drop(self.keys.insert(number, keys)),
+                        None => drop(self.keys.remove(&number)),
+                    }
                 }
                 _ => tracing::warn!(?peer, "ignoring a peer with an unreadable address"),
             }
         }
         for number in update.removed_peers {
             self.peers.retain(|known, _| u32::from(*known) != number);
+            self.keys.retain(|known, _| u32::from(*known) != number);
         }
         for port in update.ports {
             match published_port(&port) {
@@ -137,6 +145,7 @@ impl MeshState {
             version: self.version,
             self_number: self.number,
             peers: self.peers.clone(),
+            keys: self.keys.clone(),
             networks: self.networks.tables().clone(),
         })
     }
@@ -148,6 +157,19 @@ pub(super) fn protocol(name: &str) -> Option<Protocol> {
         "tcp" => Some(Protocol::Tcp),
         _ => None,
     }
+}
+
+/// The keys of a node; `None` where this program cannot read them, as if it had none.
+fn keys(message: &skep_proto::WireguardKeys) -> Option<WireguardKeys> {
+    let keys = message.keys.iter().map(|key| {
+        Some(WireguardKey {
+            slot: u8::try_from(key.slot).ok().filter(|slot| *slot < SLOTS)?,
+            public_key: PublicKey(key.public_key.as_ref().try_into().ok()?),
+            port: u16::try_from(key.port).ok()?,
+        })
+    });
+    let current = u8::try_from(message.current).ok()?;
+    Some(WireguardKeys { current, keys: keys.collect::<Option<_>>()? })
 }
 
 fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
@@ -171,6 +193,27 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_of_peers_come_and_go_with_their_nodes() {
+        let mut state = MeshState::default();
+        let key = skep_proto::WireguardKey { slot: 1, public_key: vec![7; 32].into(), port: 4791 };
+        let peer = |keys: Vec<skep_proto::WireguardKey>| MeshPeer {
+            number: 1,
+            underlay: "10.77.0.1".into(),
+            wireguard: Some(skep_proto::WireguardKeys { current: 1, keys }),
+        };
+        let update = |peer| MeshUpdate { peers: vec![peer], ..MeshUpdate::default() };
+        state.update(update(peer(vec![key.clone()])));
+        let read = WireguardKey { slot: 1, public_key: PublicKey([7; 32]), port: 4791 };
+        assert_eq!(state.networks().keys[&1], WireguardKeys { current: 1, keys: vec![read] });
+        let short = skep_proto::WireguardKey { public_key: vec![7; 31].into(), ..key.clone() };
+        state.update(update(peer(vec![short])));
+        assert_eq!((state.networks().keys.len(), state.networks().peers.len()), (0, 1));
+        state.update(update(peer(vec![key])));
+        state.update(MeshUpdate { removed_peers: vec![1], ..MeshUpdate::default() });
+        assert!(state.networks().keys.is_empty());
+    }
     use skep_proto::{MeshBackend, MeshPeer, MeshPort, MeshPortKey};
 
     fn port(published: u32, tasks: &[u128]) -> MeshPort {
@@ -199,7 +242,7 @@ mod tests {
         let mut state = MeshState::default();
         assert_eq!(state.table(), None);
         state.place(3, "10.192.0.0/10".parse().unwrap());
-        let peers = vec![MeshPeer { number: 1, underlay: "10.77.0.1".into() }];
+        let peers = vec![MeshPeer { number: 1, underlay: "10.77.0.1".into(), wireguard: None }];
         let whole = |ports| MeshUpdate {
             version: 1,
             whole: true,

@@ -21,6 +21,7 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
+use crate::net::secure::Keyring;
 use crate::net::{Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
 
 /// Where the mesh's tunnel ends on this node.
@@ -32,6 +33,8 @@ pub struct Underlay {
     pub interface: String,
     /// The daemon's run directory.
     pub run_dir: PathBuf,
+    /// The node's keys, for encrypted networks.
+    pub keyring: Arc<Keyring>,
 }
 
 /// How long the table of a task's network may come after the task: it is sent before.
@@ -226,14 +229,14 @@ impl Uplink {
         if let Some(started) = running {
             return Ok(started);
         }
-        let Underlay { address, interface, run_dir } = self.underlay.clone();
+        let Underlay { address, interface, run_dir, keyring } = self.underlay.clone();
         let mut options = Options::new(table.self_number, address, interface.clone(), &run_dir);
         options.pool = table.pool;
         options.slice_prefix = table.slice_prefix;
         let vxlan_port = options.vxlan_port;
         let mesh = Mesh::start(options).await?;
         // From here on this is the only daemon of the node: the mesh holds its lock.
-        let options = NetworkOptions { underlay: address, interface, run_dir, vxlan_port };
+        let options = NetworkOptions { underlay: address, interface, run_dir, vxlan_port, keyring };
         let running = self.found().clone();
         let networks = match Networks::start(options, self.tables(), running).await {
             Ok(networks) => networks,

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::serving::withheld;
 use skep_common::spec::{PortProtocol, PublishMode};
+use skep_common::wireguard::WireguardKeys;
 use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::store::State;
@@ -33,6 +34,8 @@ use networks::{NetworkChanges, NetworkTable, NetworkTables};
 pub struct Table {
     /// Underlay addresses of all nodes, by node number.
     pub peers: BTreeMap<u16, Ipv4Addr>,
+    /// Keys of those nodes that take part in encrypted networks, by node number.
+    pub keys: BTreeMap<u16, WireguardKeys>,
     /// Published ports.
     pub ports: BTreeMap<(PortProtocol, u16), Port>,
 }
@@ -57,6 +60,10 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
         // An address that is not IPv4 has no part in the mesh.
         if let Ok(address) = node.status.addr.parse() {
             table.peers.insert(node.number, address);
+            let keys = node.description.as_ref().and_then(|said| said.wireguard.as_ref());
+            if let Some(keys) = keys.filter(|keys| !keys.public.keys.is_empty()) {
+                table.keys.insert(node.number, keys.public.clone());
+            }
         }
     }
     for service in state.services().values() {
@@ -94,8 +101,10 @@ fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) ->
 /// What makes one table of another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TableChanges {
-    /// New peers, and those with another address.
+    /// New peers, and those with another address or other keys.
     pub peers: BTreeMap<u16, Ipv4Addr>,
+    /// The keys of those.
+    pub keys: BTreeMap<u16, WireguardKeys>,
     /// Peers that are gone.
     pub removed_peers: Vec<u16>,
     /// New or changed ports, each whole.
@@ -106,10 +115,20 @@ pub struct TableChanges {
 
 /// What makes `new` of `old`.
 pub fn diff(old: &Table, new: &Table) -> TableChanges {
-    let peers = new.peers.iter().filter(|(number, address)| old.peers.get(number) != Some(address));
+    let is_news = |(number, address): &(&u16, &Ipv4Addr)| {
+        old.peers.get(number) != Some(address) || old.keys.get(number) != new.keys.get(number)
+    };
+    let peers: BTreeMap<u16, Ipv4Addr> =
+        new.peers.iter().filter(is_news).map(|(number, address)| (*number, *address)).collect();
     let ports = new.ports.iter().filter(|(key, port)| old.ports.get(key) != Some(port));
     TableChanges {
-        peers: peers.map(|(number, address)| (*number, *address)).collect(),
+        keys: new
+            .keys
+            .iter()
+            .filter(|(n, _)| peers.contains_key(n))
+            .map(|(n, k)| (*n, k.clone()))
+            .collect(),
+        peers,
         removed_peers: old.peers.keys().filter(|n| !new.peers.contains_key(n)).copied().collect(),
         ports: ports.map(|(key, port)| (*key, port.clone())).collect(),
         removed_ports: old
@@ -126,10 +145,15 @@ impl Table {
     pub fn apply(&mut self, changes: &TableChanges) {
         for number in &changes.removed_peers {
             self.peers.remove(number);
+            self.keys.remove(number);
         }
         for key in &changes.removed_ports {
             self.ports.remove(key);
         }
+        for number in changes.peers.keys() {
+            self.keys.remove(number);
+        }
+        self.keys.extend(changes.keys.clone());
         self.peers.extend(&changes.peers);
         self.ports.extend(changes.ports.clone());
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! guard         prerouting -300  drop VXLAN of our networks from tasks, and from outside of the cluster
+//! guard-out     output     -300  drop VXLAN of encrypted networks that would leave in clear
 //! separate      prerouting -300  connections through each peer live in a conntrack zone of their own
 //! remember      prerouting -150  mark connections by the peer they came through, and their answers
 //! publish       prerouting -100  ┐ (protocol, port) ──@ports──► chain tcp-8080: dnat to
@@ -20,11 +21,13 @@
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
+use skep_common::wireguard::SLOTS;
 use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey};
 
 use super::options::{BRIDGE, MarkField, Options, TABLE, TUNNEL};
 use crate::net::nft::expression as rule;
 use crate::net::nft::{Batch, Element, Expression, Hook, SetKind, Value};
+use crate::net::secure;
 
 /// The lowest network number of overlay networks, which managers count up from.
 const OVERLAY_NUMBER_MIN: u32 = 0x5000;
@@ -48,6 +51,8 @@ const TYPE_PROTOCOL: u32 = 12;
 const TYPE_SERVICE: u32 = 13;
 const TYPE_MARK: u32 = 19;
 const CONCATENATION_BITS: u32 = 6;
+
+const UDP: u8 = 17;
 
 const PREROUTING: u32 = 0;
 const FORWARD: u32 = 2;
@@ -124,7 +129,8 @@ impl Layout {
             rules,
         };
         vec![
-            chain("guard", "filter", PREROUTING, -300, self.guard().to_vec()),
+            chain("guard", "filter", PREROUTING, -300, self.guard()),
+            chain("guard-out", "filter", OUTPUT, -300, vec![Self::guard_out()]),
             chain("separate", "filter", PREROUTING, -300, vec![Self::separate()]),
             chain("remember", "filter", PREROUTING, -150, self.remember()),
             chain("publish", "nat", PREROUTING, -100, vec![Self::publish(false)]),
@@ -140,8 +146,10 @@ impl Layout {
     ///
     /// A task may write any source address, and what it sends to another node would be taken for the
     /// node's word there.
-    fn guard(&self) -> [Rule; 4] {
-        const UDP: u8 = 17;
+    ///
+    /// Tunnels of encrypted networks have a port of their own, on which nothing comes but through
+    /// WireGuard; and nothing else comes through WireGuard.
+    fn guard(&self) -> Vec<Rule> {
         let numbers = [rule::vxlan_number(self.vni), rule::vxlan_number_from(OVERLAY_NUMBER_MIN)];
         let rules = |sender: Vec<Expression>, text: &'static str| {
             numbers.clone().map(|number| {
@@ -158,7 +166,26 @@ impl Layout {
         let outside = rule::source_in(false, NODES).to_vec();
         let [ingress, overlay] = rules(outside, "tunnel packets from outside of the cluster");
         let [of_task, of_task_overlay] = rules(input(BRIDGE), "tunnel packets from a task");
-        [ingress, overlay, of_task, of_task_overlay]
+        let clear = secure_interfaces().flat_map(|name| rule::input_interface(false, &name));
+        let clear = [secure_tunnel(), clear.collect(), vec![rule::discard()]];
+        let clear = Rule::new("tunnel packets of encrypted networks in clear", clear);
+        let within = secure_interfaces().flat_map(|name| {
+            let tunnel = [input(&name), secure_tunnel(), vec![rule::accept()]];
+            let other = [input(&name), vec![rule::discard()]];
+            [
+                Rule::new("tunnel packets of encrypted networks", tunnel),
+                Rule::new("other packets through WireGuard", other),
+            ]
+        });
+        let mut rules = vec![ingress, overlay, of_task, of_task_overlay, clear];
+        rules.extend(within);
+        rules
+    }
+
+    fn guard_out() -> Rule {
+        let clear = secure_interfaces().flat_map(|name| rule::output_interface(false, &name));
+        let parts = [secure_tunnel(), clear.collect(), vec![rule::discard()]];
+        Rule::new("tunnel packets of encrypted networks in clear", parts)
     }
 
     fn separate() -> Rule {
@@ -341,6 +368,16 @@ impl Layout {
             batch.delete_chain(TABLE, chain);
         }
     }
+}
+
+/// Matches packets of the tunnels of encrypted networks.
+fn secure_tunnel() -> Vec<Expression> {
+    let port = rule::destination_port(secure::VXLAN_PORT);
+    rule::transport_protocol(UDP).into_iter().chain(port).collect()
+}
+
+fn secure_interfaces() -> impl Iterator<Item = String> {
+    (0..SLOTS).map(secure::interface_name)
 }
 
 fn input(device: &str) -> Vec<Expression> {
