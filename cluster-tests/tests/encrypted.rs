@@ -83,6 +83,10 @@ fn nobody_reads_along_on_an_encrypted_network() {
     assert_eq!(NODES.map(|node| key(&lab, node)), keys, "they are kept");
     let heard = self::heard(&wire);
     assert_eq!(heard.keys().find(is_clear), None, "{heard:?}");
+    step("a key that is old");
+    an_old_key_is_changed_and_no_request_fails(&lab);
+    let heard = self::heard(&wire);
+    assert_eq!(heard.keys().find(is_clear), None, "{heard:?}");
     step("removed");
     lab.node("n1").skep(&["stack", "rm", "x"]).ok();
     for node in NODES {
@@ -127,10 +131,38 @@ fn wait_until_all_answer(lab: &Lab) {
     });
 }
 
+fn an_old_key_is_changed_and_no_request_fails(lab: &Lab) {
+    let before = key(lab, "n1");
+    lab.kill_daemon(&["n1"]);
+    let file = lab.data_dir("n1").join("wireguard.json");
+    let mut keys: Value = serde_json::from_str(&fs::read_to_string(&file).unwrap()).unwrap();
+    keys["keys"]["0"]["made"] = "2020-01-01T00:00:00Z".into();
+    fs::write(&file, keys.to_string()).unwrap();
+    lab.start_nodes(&["n1"]);
+    lab.wait_for_node("n1", "n1", "Ready");
+    wait_until_all_answer(lab);
+    let (client, urls) = (only(lab, "x_client"), url(lab, "x_server"));
+    wait_until(SETTLES_WITHIN, "the node has a new key", || {
+        client.requests(&urls, 30).assert_none_failed();
+        let wireguard = wireguard(lab, "n1");
+        ((wireguard["Current"] == 1).then_some(()), wireguard.to_string())
+    });
+    client.requests(&urls, 30).assert_none_failed();
+    let keys = wireguard(lab, "n1")["Keys"].clone();
+    assert_eq!(keys[0]["PublicKey"], before, "the old one is kept for a while");
+    assert_ne!(keys[1]["PublicKey"], before);
+    assert_eq!(keys[1]["Port"], 4791);
+}
+
+/// What a node says of its part in encrypted networks.
+fn wireguard(lab: &Lab, node: &str) -> Value {
+    let inspected = lab.node("n1").skep(&["node", "inspect", node]).ok().json();
+    inspected[0]["Description"]["Wireguard"].clone()
+}
+
 /// The public key of a node, which its description has.
 fn key(lab: &Lab, node: &str) -> String {
-    let inspected = lab.node("n1").skep(&["node", "inspect", node]).ok().json();
-    let wireguard: &Value = &inspected[0]["Description"]["Wireguard"];
+    let wireguard = wireguard(lab, node);
     assert_eq!(wireguard["Implementation"], "user space (boringtun)", "{wireguard}");
     wireguard["Keys"][0]["PublicKey"].as_str().unwrap().to_owned()
 }

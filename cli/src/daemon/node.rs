@@ -161,6 +161,9 @@ impl Node {
             pool: self.pool.clone(),
             tasks: self.tasks.clone(),
         };
+        let (keyring, uplink) = (Arc::clone(&self.keyring), self.uplink.clone());
+        let rotating = secure::rotate(keyring, async move || uplink.sessions().await);
+        self.tasks.spawn("change keys", rotating);
         Agent::start(agent).await.context("failed to take up this node's tasks")
     }
 

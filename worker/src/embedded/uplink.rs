@@ -21,7 +21,7 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
-use crate::net::secure::Keyring;
+use crate::net::secure::{Keyring, Sessions};
 use crate::net::{Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options};
 
 /// Where the mesh's tunnel ends on this node.
@@ -184,6 +184,12 @@ impl Uplink {
         let id = task_id.to_string();
         let (uplink, networks) = tokio::join!(mesh.detach(&id), networks.detach(task_id));
         uplink.and(networks).map_err(|error| Error::of(&error))
+    }
+
+    /// The nodes that encrypted networks have sessions with; `None` where they are not started.
+    pub async fn sessions(&self) -> Option<Sessions> {
+        let started = self.started.borrow().clone();
+        started?.networks.sessions().await.ok()
     }
 
     /// Removes everything of the mesh and of networks from this node: when it leaves the swarm.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use skep_common::wireguard::WireguardKeys;
 use skep_common::{NetworkId, ServiceId, TaskId};
+use skep_runtime::clock;
 use skep_worker::net::secure::Keyring;
 use skep_worker::net::{Attachment, Mesh, NetworkOptions, Networks, Options};
 use skep_worker_core::mesh::{MeshTable, Peer};
@@ -253,8 +254,8 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         Request::Rotate { step } => {
             let keyring = state.keyring.as_ref().expect("started");
             let done = match step {
-                Step::Begin => keyring.begin_rotation(),
-                Step::Switch => keyring.switch(),
+                Step::Begin => keyring.begin_rotation(clock::now()),
+                Step::Switch => keyring.switch(clock::now()),
                 Step::End => keyring.end_rotation(),
             };
             done.map_err(text)?;

@@ -41,7 +41,7 @@ use tokio::sync::watch;
 
 use self::plane::Plane;
 use super::Error;
-use super::secure::Keyring;
+use super::secure::{Keyring, Sessions};
 use super::thread::KernelThread;
 
 /// What the networks of one node are set up with.
@@ -110,6 +110,11 @@ impl Networks {
     /// Disconnects the container of a task. Fine if it is on no network.
     pub async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
         self.plane.run(move |plane| plane.detach(task_id)).await?
+    }
+
+    /// The nodes that encrypted networks have sessions with.
+    pub async fn sessions(&self) -> Result<Sessions, Error> {
+        self.plane.run(Plane::sessions).await
     }
 
     /// Removes all networks from this node: for a node that leaves the swarm or is removed.

@@ -15,7 +15,7 @@ use super::{Attachment, NetworkOptions};
 use crate::net::Error;
 use crate::net::namespace::{self, Home};
 use crate::net::rtnetlink::RouteChannel;
-use crate::net::secure::{self, Secure};
+use crate::net::secure::{self, Secure, Sessions};
 
 /// The directory in the run directory with a file for each network's namespace.
 const NAMESPACES: &str = "netns";
@@ -178,6 +178,11 @@ impl Plane {
         let mut segments = find_segments(&Home::here()?, run_dir)?;
         first_of(segments.values_mut().filter_map(|segment| segment.remove().err()).collect())?;
         secure::remove(&mut RouteChannel::open()?)
+    }
+
+    /// The nodes that encrypted networks have sessions with.
+    pub(super) fn sessions(&mut self) -> Sessions {
+        self.secure.sessions()
     }
 
     /// Brings WireGuard to what the tables ask for.

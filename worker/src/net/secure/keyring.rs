@@ -12,7 +12,9 @@ use base64::engine::general_purpose::STANDARD;
 use boringtun::x25519;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use serde::{Deserialize, Serialize};
+use skep_common::Timestamp;
 use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, WireguardKeys, port};
+use skep_runtime::clock;
 use tokio::sync::watch;
 
 use crate::net::Error;
@@ -31,7 +33,8 @@ impl fmt::Debug for PrivateKey {
 }
 
 impl PrivateKey {
-    fn new() -> Result<Self, Error> {
+    /// A new one.
+    pub(super) fn new() -> Result<Self, Error> {
         let mut bytes = [0; 32];
         let filled = SystemRandom::new().fill(&mut bytes);
         filled.map_err(|_| Error::kernel("make a key", io::Error::other("no random numbers")))?;
@@ -49,21 +52,32 @@ impl PrivateKey {
     }
 }
 
+/// A key pair by its private half.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pair {
+    /// The private key.
+    pub key: PrivateKey,
+    /// When it was made.
+    pub made: Timestamp,
+}
+
 /// The key pairs of a node, by slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pairs {
     /// The slot that others are to send to.
     pub current: u8,
-    /// The private keys.
-    pub keys: BTreeMap<u8, PrivateKey>,
+    /// The pairs.
+    pub keys: BTreeMap<u8, Pair>,
+    /// When the current slot became that.
+    pub switched: Timestamp,
 }
 
 impl Pairs {
     /// What other nodes are told.
     pub fn public(&self) -> WireguardKeys {
-        let keys = self.keys.iter().map(|(slot, key)| WireguardKey {
+        let keys = self.keys.iter().map(|(slot, pair)| WireguardKey {
             slot: *slot,
-            public_key: key.public(),
+            public_key: pair.key.public(),
             port: port(*slot),
         });
         WireguardKeys { current: self.current, keys: keys.collect() }
@@ -74,8 +88,16 @@ impl Pairs {
 #[derive(Serialize, Deserialize)]
 struct Stored {
     current: u8,
-    /// Private keys in Base64, by slot.
-    keys: BTreeMap<u8, String>,
+    switched: Timestamp,
+    /// By slot.
+    keys: BTreeMap<u8, StoredPair>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct StoredPair {
+    /// In Base64.
+    private: String,
+    made: Timestamp,
 }
 
 /// The key pairs of this node and the file that keeps them. Clones of its watch follow changes.
@@ -92,7 +114,9 @@ impl Keyring {
         let pairs = match fs::read(&path) {
             Ok(text) => read(&text).map_err(|error| Error::file("read", &path, error))?,
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let pairs = Pairs { current: 0, keys: BTreeMap::from([(0, PrivateKey::new()?)]) };
+                let (key, made) = (PrivateKey::new()?, clock::now());
+                let keys = BTreeMap::from([(0, Pair { key, made })]);
+                let pairs = Pairs { current: 0, keys, switched: made };
                 write(&path, &pairs)?;
                 pairs
             }
@@ -124,24 +148,24 @@ impl Keyring {
 
     /// Makes a pair in the other slot, beside the current one; nothing is sent to it yet. Nothing to do
     /// where there is one already.
-    pub fn begin_rotation(&self) -> Result<(), Error> {
+    pub fn begin_rotation(&self, now: Timestamp) -> Result<(), Error> {
         let mut pairs = self.pairs();
         let other = (pairs.current + 1) % SLOTS;
         if pairs.keys.contains_key(&other) {
             return Ok(());
         }
-        pairs.keys.insert(other, PrivateKey::new()?);
+        pairs.keys.insert(other, Pair { key: PrivateKey::new()?, made: now });
         self.put(pairs)
     }
 
     /// Makes the pair of the other slot the current one, where there is one.
-    pub fn switch(&self) -> Result<(), Error> {
+    pub fn switch(&self, now: Timestamp) -> Result<(), Error> {
         let mut pairs = self.pairs();
         let other = (pairs.current + 1) % SLOTS;
         if !pairs.keys.contains_key(&other) {
             return Ok(());
         }
-        pairs.current = other;
+        (pairs.current, pairs.switched) = (other, now);
         self.put(pairs)
     }
 
@@ -165,23 +189,23 @@ impl Keyring {
 
 fn read(text: &[u8]) -> io::Result<Pairs> {
     let stored: Stored = serde_json::from_slice(text)?;
-    let key = |(slot, text): (u8, String)| {
-        let bytes = STANDARD.decode(text).ok().and_then(|bytes| bytes.try_into().ok());
+    let pair = |(slot, pair): (u8, StoredPair)| {
+        let bytes = STANDARD.decode(pair.private).ok().and_then(|bytes| bytes.try_into().ok());
         let bytes = bytes.ok_or_else(|| io::Error::other("a key is not 32 bytes in Base64"))?;
-        Ok((slot, PrivateKey(bytes)))
+        Ok((slot, Pair { key: PrivateKey(bytes), made: pair.made }))
     };
-    let keys: BTreeMap<u8, PrivateKey> =
-        stored.keys.into_iter().map(key).collect::<io::Result<_>>()?;
+    let keys: BTreeMap<u8, Pair> = stored.keys.into_iter().map(pair).collect::<io::Result<_>>()?;
     if !keys.contains_key(&stored.current) || keys.keys().any(|slot| *slot >= SLOTS) {
         return Err(io::Error::other("its keys are not those of its slots"));
     }
-    Ok(Pairs { current: stored.current, keys })
+    Ok(Pairs { current: stored.current, keys, switched: stored.switched })
 }
 
 /// Replaces the file whole: written beside it, synced, renamed.
 fn write(path: &Path, pairs: &Pairs) -> Result<(), Error> {
-    let keys = pairs.keys.iter().map(|(slot, key)| (*slot, STANDARD.encode(key.0)));
-    let stored = Stored { current: pairs.current, keys: keys.collect() };
+    let pair = |pair: &Pair| StoredPair { private: STANDARD.encode(pair.key.0), made: pair.made };
+    let keys = pairs.keys.iter().map(|(slot, one)| (*slot, pair(one))).collect();
+    let stored = Stored { current: pairs.current, switched: pairs.switched, keys };
     let text = serde_json::to_vec(&stored).expect("numbers and texts have no failing parts");
     let beside = path.with_extension("tmp");
     let write = || {
@@ -209,21 +233,22 @@ mod tests {
         let path = dir.path().join(FILE);
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         assert_eq!(Keyring::open(dir.path()).unwrap().pairs(), first, "a new daemon has the same");
-        assert!(!format!("{keyring:?}").contains(&STANDARD.encode(first.keys[&0].0)));
+        assert!(!format!("{keyring:?}").contains(&STANDARD.encode(first.keys[&0].key.0)));
 
-        keyring.switch().unwrap();
+        let now = Timestamp::from_secs(i64::MAX / 2_000_000_000);
+        keyring.switch(now).unwrap();
         assert_eq!(keyring.pairs(), first, "there is nothing to change to");
-        keyring.begin_rotation().unwrap();
+        keyring.begin_rotation(now).unwrap();
         let both = keyring.pairs();
-        keyring.begin_rotation().unwrap();
+        keyring.begin_rotation(now).unwrap();
         assert_eq!(keyring.pairs(), both, "it has begun");
         assert_eq!((both.current, both.keys.len()), (0, 2));
         assert_eq!(both.keys[&0], first.keys[&0]);
-        keyring.switch().unwrap();
+        keyring.switch(now).unwrap();
         assert_eq!(keyring.pairs().current, 1);
         keyring.end_rotation().unwrap();
         let last = Keyring::open(dir.path()).unwrap().pairs();
-        assert_eq!((last.current, last.keys.len()), (1, 1));
+        assert_eq!((last.current, last.keys.len(), last.switched), (1, 1, now));
         assert_eq!(last.public().keys[0].port, 4791);
         assert_ne!(last.public().keys[0].public_key, first.public().keys[0].public_key);
     }
@@ -232,8 +257,15 @@ mod tests {
     fn a_file_that_cannot_be_read_is_an_error_and_not_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
-        for text in ["{}", r#"{"current":0,"keys":{}}"#, r#"{"current":0,"keys":{"0":"AAAA"}}"#] {
-            fs::write(&path, text).unwrap();
+        let good = r#"{"current":0,"switched":"1970-01-01T00:00:00Z","keys":{"0":
+            {"private":"AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=","made":"1970-01-01T00:00:00Z"}}}"#;
+        fs::write(&path, good).unwrap();
+        assert_eq!(Keyring::open(dir.path()).unwrap().pairs().keys.len(), 1);
+        for (part, bad) in
+            [("AAAA=", "AA="), ("\"current\":0", "\"current\":1"), ("\"0\"", "\"2\"")]
+        {
+            let text = good.replace(part, bad);
+            fs::write(&path, &text).unwrap();
             assert!(Keyring::open(dir.path()).is_err(), "{text}");
             assert_eq!(fs::read_to_string(&path).unwrap(), text);
         }

@@ -11,7 +11,8 @@
 //!
 //! # Reading order
 //!
-//! `keyring` (the node's key pairs), [`Secure`] (the order of things), `routes`, `user_space`.
+//! `keyring` (the node's key pairs), `rotation` (when they change), [`Secure`] (the order of things),
+//! `routes`, `user_space`.
 //!
 //! # Invariants
 //!
@@ -21,6 +22,7 @@
 //! - The interfaces stay when the daemon ends; what is sent meanwhile is lost, not sent in clear.
 
 mod keyring;
+mod rotation;
 mod routes;
 mod user_space;
 
@@ -36,7 +38,8 @@ use skep_worker_core::network::{
     NetworkTables, are_any_encrypted, nodes_without_key, secure_peers,
 };
 
-pub use self::keyring::{Keyring, Pairs, PrivateKey};
+pub use self::keyring::{Keyring, Pair, Pairs, PrivateKey};
+pub use self::rotation::{Sessions, rotate};
 
 use self::user_space::Driver;
 use super::mesh::links::ensure_address;
@@ -117,14 +120,15 @@ impl Secure {
             return remove(host);
         }
         let pairs = self.keyring.pairs();
-        self.interfaces.retain(|slot, (key, _)| pairs.keys.get(slot) == Some(key));
+        self.interfaces
+            .retain(|slot, (key, _)| pairs.keys.get(slot).is_some_and(|pair| pair.key == *key));
         for slot in (0..SLOTS).filter(|slot| !pairs.keys.contains_key(slot)) {
             delete(host, &interface_name(slot))?;
         }
         routes::refuse_others(host)?;
         let peers = secure_peers(tables);
-        for (slot, key) in &pairs.keys {
-            let link = self.ensure(host, (*slot, key), underlay, underlay_mtu)?;
+        for (slot, pair) in &pairs.keys {
+            let link = self.ensure(host, (*slot, &pair.key), underlay, underlay_mtu)?;
             let address = tunnel_address(tables.self_number, *slot);
             ensure_address(host, &link.name, link.index, Ipv4Net::from(address))?;
             let (_, driver) = &self.interfaces[slot];
@@ -173,6 +177,11 @@ impl Secure {
             host.change(&format!("set up {name}"), Mode::Change, message)?;
         }
         Ok(link)
+    }
+
+    /// The nodes that there are sessions with, by slot.
+    pub(super) fn sessions(&self) -> Sessions {
+        self.interfaces.iter().map(|(slot, (_, driver))| (*slot, driver.sessions())).collect()
     }
 
     /// Removes WireGuard from this node.

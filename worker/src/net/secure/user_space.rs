@@ -10,7 +10,7 @@
 //! table says and nowhere else: endpoints do not roam. The device outlives the daemon, its sessions do
 //! not: a new daemon asks every peer for one at once, so that they do not go on with the old.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
@@ -165,6 +165,14 @@ impl Driver {
         for peer in fresh {
             self.shared.greet(&peer);
         }
+    }
+
+    /// The peers that there is a session with, by their addresses.
+    pub(super) fn sessions(&self) -> BTreeSet<Ipv4Addr> {
+        let peers = self.shared.peers();
+        let has_session = |peer: &Peer| peer.tunnel().time_since_last_handshake().is_some();
+        let reached = peers.by_address.iter().filter(|(_, peer)| has_session(peer));
+        reached.map(|(address, _)| *address).collect()
     }
 }
 
