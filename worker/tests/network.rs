@@ -164,8 +164,7 @@ fn a_task_on_two_networks_has_the_virtual_addresses_of_both() {
     assert_eq!(lab.get(12, &get(vip(2), 1)), ["NetworkUnreachable"]);
 
     // The next daemon finds both.
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     lab.start(1);
     lab.add_task(FRONT, 13, 3);
     lab.add_task(BACK, 23, 3);
@@ -278,8 +277,7 @@ fn a_second_daemon_takes_over_without_disturbing() {
     let before = lab.task(11).ask(&using("tcp"));
     let first = lab.get(11, &get(VIP, 1));
 
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     assert_eq!(lab.task(11).ask(&using("tcp")), before, "no daemon is needed");
     lab.start(1);
     let links = lab.task(11).ip("link show eth0");
@@ -362,8 +360,7 @@ fn a_node_that_leaves_removes_what_an_earlier_daemon_left() {
     let mut lab = Lab::new();
     lab.add_network(FRONT);
     lab.add_task(FRONT, 11, 1);
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     assert_eq!(kept_namespaces(&lab, 1), 1);
     let run_dir = lab.run_dir(1);
     lab.node(1).daemon.ask(&Request::Remove { run_dir });

@@ -338,10 +338,12 @@ mod tests {
 
     #[test]
     fn names_are_ready_when_the_tables_are_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
         let underlay = Underlay {
             address: Ipv4Addr::LOCALHOST,
             interface: "lo".into(),
             run_dir: PathBuf::new(),
+            keyring: Arc::new(Keyring::open(dir.path()).unwrap()),
         };
         let uplink = Uplink::new(underlay);
         let directory = uplink.directory();

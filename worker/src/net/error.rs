@@ -112,7 +112,7 @@ pub enum Error {
         network_id: NetworkId,
     },
     /// Going on would send in clear what users want hidden.
-    #[error("network {network} is encrypted, and this node has no encrypted networks: {reason}")]
+    #[error("network {network} cannot be encrypted on this node: {reason}")]
     Encryption {
         /// The network's name.
         network: String,

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
+use std::process::Command;
 
 use crate::helper::{LARGE, Request, Step};
 use crate::lab::{Lab, N, VIP, address, address6, tcp, underlay, vip6};
-use crate::machine::can_run;
+use crate::machine::{Machine, can_run};
 use crate::{BACK, FRONT, forged, get, get_udp, open, using};
 
 /// 1500, less WireGuard's 80 and VXLAN's 50.
@@ -140,6 +141,38 @@ fn a_node_without_a_key_is_not_reached_until_it_has_one() {
 }
 
 #[test]
+fn a_node_that_cannot_encrypt_refuses_such_networks_and_has_the_others() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    hide_tun(&lab.nodes[0].host);
+    lab.kill(1);
+    lab.start(1);
+    lab.add_network(FRONT).encrypted = true;
+    lab.add_network(BACK);
+    lab.place(FRONT, 11, 1);
+    lab.add_task(BACK, 21, 1);
+    lab.add_task(BACK, 22, 2);
+    let refused = lab.connect(&[FRONT], 11, 1).unwrap_err();
+    assert_eq!(
+        refused,
+        "network network-1 cannot be encrypted on this node: this machine has no /dev/net/tun (CONFIG_TUN; try: \
+         modprobe tun), which encrypted networks need: No such file or directory (os error 2)",
+    );
+    assert!(!lab.task(11).ip("-brief link").contains("eth0"));
+    assert_eq!(lab.get(21, &get(address(22), 1)), ["22"]);
+}
+
+/// Takes the TUN device away from a machine.
+fn hide_tun(machine: &Machine) {
+    let mounts = format!("--mount=/proc/{}/ns/mnt", machine.pid());
+    let mut command = Command::new("nsenter");
+    command.args([&mounts, "mount", "-t", "tmpfs", "none", "/dev/net"]);
+    assert!(command.status().expect("nsenter").success());
+}
+
+#[test]
 fn connections_outlive_the_daemon() {
     if !can_run() {
         return;
@@ -148,16 +181,14 @@ fn connections_outlive_the_daemon() {
     lab.task(11).ask(&open("there", tcp(address(12)), false));
     lab.task(12).ask(&open("back", tcp(address(11)), false));
     let keys = lab.keys.clone();
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     assert!(lab.node(1).host.ip("link show skep-wg0").contains("skep-wg0"));
     lab.start(1);
     lab.apply();
     assert_eq!(lab.keys, keys, "it has the key of the one before");
     assert_eq!(lab.task(11).ask(&using("there")), "12 10.0.1.11");
     assert_eq!(lab.task(12).ask(&using("back")), "11 10.0.1.12");
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     let run_dir = lab.run_dir(1);
     lab.node(1).daemon.ask(&Request::Remove { run_dir });
     let left = lab.node(1).host.ip("-brief link") + &lab.node(1).host.ip("route show");

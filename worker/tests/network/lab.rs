@@ -124,6 +124,12 @@ impl Lab {
         self.keys.insert(number, serde_json::from_value(keys).expect("keys"));
     }
 
+    /// Ends the node's daemon as a crash would; another is at hand, which is not started.
+    pub(crate) fn kill(&mut self, number: u16) {
+        let daemon = self.node(number).host.beside();
+        std::mem::replace(&mut self.node(number).daemon, daemon).kill();
+    }
+
     pub(crate) fn node(&mut self, number: u16) -> &mut Node {
         &mut self.nodes[usize::from(number) - 1]
     }

@@ -69,7 +69,7 @@ pub fn implementation() -> Result<&'static str, String> {
     match std::fs::File::options().read(true).write(true).open(TUN) {
         Ok(_) => Ok("user space (boringtun)"),
         Err(error) => Err(format!(
-            "this machine has no {TUN} (CONFIG_TUN; try: modprobe tun), which they need: {error}"
+            "this machine has no {TUN} (CONFIG_TUN; try: modprobe tun), which encrypted networks need: {error}"
         )),
     }
 }
