@@ -17,6 +17,7 @@ pub mod spec;
 pub mod task_state;
 pub mod template;
 pub mod time;
+pub mod wireguard;
 
 pub use id::{
     ClusterId, ConfigId, ImageId, NetworkId, NodeId, SecretId, ServiceId, StackId, TaskId,

@@ -14,6 +14,7 @@ use crate::spec::{
     ConfigSpec, Extra, NetworkSpec, NodeRole, NodeSpec, Platform, PortConfig, PortProtocol,
     Resources, SecretSpec, ServiceSpec, StackSpec, SwarmSpec, TaskSpec,
 };
+use crate::wireguard::WireguardDescription;
 use crate::{
     ClusterId, ConfigId, ImageId, NetworkId, NodeId, SecretId, ServiceId, StackId, TaskId,
     TaskState, Timestamp,
@@ -146,6 +147,9 @@ pub struct NodeDescription {
     /// Its IPv6 addresses, where it has IPv6: published ports answer there, too.
     #[serde(rename = "IPv6Addresses", skip_serializing_if = "Option::is_none")]
     pub ipv6_addresses: Option<BTreeSet<Ipv6Addr>>,
+    /// Its part in encrypted networks; absent of nodes of versions that have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wireguard: Option<WireguardDescription>,
     /// Kept and not acted on yet: TLSInfo, CSIInfo, ….
     #[serde(flatten)]
     pub extra: Extra,

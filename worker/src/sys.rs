@@ -6,9 +6,11 @@
 #![expect(unsafe_code, reason = "the one place for system calls without a safe wrapper")]
 
 use std::ffi::CString;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -248,6 +250,34 @@ pub fn open_read_only_mount(path: &Path) -> io::Result<OwnedFd> {
     };
     Errno::result(result)?;
     Ok(mount)
+}
+
+/// Opens the TUN device `name` of the calling thread's network namespace, making it where there is none.
+/// Reads and writes are whole IP packets and never wait. The device stays when it is closed.
+pub fn open_tun(name: &str) -> io::Result<File> {
+    let device = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
+    // SAFETY: all fields of the struct are integers, for which zero is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from.cast_signed();
+    }
+    let flags = libc::IFF_TUN | libc::IFF_NO_PI;
+    request.ifr_ifru.ifru_flags = i16::try_from(flags).map_err(io::Error::other)?;
+    // SAFETY: the descriptor is open, and the struct lives through the call.
+    let result =
+        unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF as _, &raw const request) };
+    Errno::result(result)?;
+    // SAFETY: the descriptor is open, and the argument is an integer.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETPERSIST as _, 1) };
+    Errno::result(result)?;
+    Ok(device)
 }
 
 /// The fields of the kernel's `union bpf_attr` for `BPF_PROG_LOAD`, up to the log's.

@@ -2,6 +2,10 @@
 //!
 //! Needs root. Each test makes a lab of its own, whose kernel objects end with its processes.
 
+#[path = "support/capture.rs"]
+mod capture;
+#[path = "network/encrypted.rs"]
+mod encrypted;
 #[path = "network/helper.rs"]
 mod helper;
 #[path = "network/lab.rs"]
@@ -160,8 +164,7 @@ fn a_task_on_two_networks_has_the_virtual_addresses_of_both() {
     assert_eq!(lab.get(12, &get(vip(2), 1)), ["NetworkUnreachable"]);
 
     // The next daemon finds both.
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     lab.start(1);
     lab.add_task(FRONT, 13, 3);
     lab.add_task(BACK, 23, 3);
@@ -274,8 +277,7 @@ fn a_second_daemon_takes_over_without_disturbing() {
     let before = lab.task(11).ask(&using("tcp"));
     let first = lab.get(11, &get(VIP, 1));
 
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     assert_eq!(lab.task(11).ask(&using("tcp")), before, "no daemon is needed");
     lab.start(1);
     let links = lab.task(11).ip("link show eth0");
@@ -358,8 +360,7 @@ fn a_node_that_leaves_removes_what_an_earlier_daemon_left() {
     let mut lab = Lab::new();
     lab.add_network(FRONT);
     lab.add_task(FRONT, 11, 1);
-    let daemon = lab.node(1).host.beside();
-    std::mem::replace(&mut lab.node(1).daemon, daemon).kill();
+    lab.kill(1);
     assert_eq!(kept_namespaces(&lab, 1), 1);
     let run_dir = lab.run_dir(1);
     lab.node(1).daemon.ask(&Request::Remove { run_dir });
@@ -373,19 +374,11 @@ fn kept_namespaces(lab: &Lab, node: u16) -> usize {
 }
 
 #[test]
-fn encryption_that_cannot_be_given_is_refused() {
+fn a_network_that_was_not_told_is_refused() {
     if !can_run() {
         return;
     }
     let mut lab = Lab::new();
-    lab.add_network(FRONT).encrypted = true;
-    lab.place(FRONT, 11, 1);
-    lab.apply();
-    assert_eq!(
-        lab.connect(&[FRONT], 11, 1).unwrap_err(),
-        "network network-1 asks for encryption, which this version cannot give: make it without the option `encrypted`",
-    );
-    assert!(!lab.task(11).ip("-brief link").contains("eth0"));
     assert_eq!(
         lab.connect(&[BACK], 12, 1).unwrap_err(),
         format!("network {} is not known on this node", skep_common::NetworkId(BACK)),

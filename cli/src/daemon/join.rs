@@ -18,6 +18,7 @@ use skep_runtime::identity::{
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{connect_unverified, connect_with_root};
 use skep_worker::embedded::uplink::Uplink;
+use skep_worker::net::secure::Keyring;
 use tonic::Status;
 
 use super::address;
@@ -272,6 +273,9 @@ fn forget(machine: &Machine) {
     }
     if let Err(error) = RecordFile::in_data_dir(&options.data_dir).remove() {
         failures.push(format!("{error:#}"));
+    }
+    if let Err(error) = Keyring::remove(&options.data_dir) {
+        failures.push(Chain(&error).to_string());
     }
     for directory in ["raft", "tasks"] {
         let path = options.data_dir.join(directory);

@@ -10,6 +10,7 @@ use skep_common::NodeId;
 use skep_common::object::{EngineDescription, NodeDescription};
 use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
+use skep_common::wireguard::WireguardDescription;
 use skep_manager::control::ControlService;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
@@ -22,8 +23,10 @@ use skep_worker::container::ContainerRuntime;
 use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
 use skep_worker::images::ImageStore;
+use skep_worker::net::secure::{self, Keyring, Pairs};
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tonic::service::Routes;
 
 use super::options::Options;
@@ -41,6 +44,7 @@ pub(super) struct Node {
     pub(super) images: Images,
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
+    keyring: Arc<Keyring>,
     tls: Tls,
     /// Its port, until it is served.
     listener: Mutex<Option<TcpListener>>,
@@ -69,7 +73,9 @@ impl Node {
         let pool = ChannelPool::new(tls.clone());
         let tasks = TaskSet::new();
         let managers = Managers::new(record.managers.clone());
-        let underlay = underlay(&record.advertise_addr, options)?;
+        let keyring = Keyring::open(&options.data_dir);
+        let keyring = Arc::new(keyring.context("failed to read this node's keys for networks")?);
+        let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
         let uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
         let images = Images::new(image_store, pool.clone(), tasks.clone()).await;
@@ -109,6 +115,7 @@ impl Node {
             images,
             manager,
             uplink,
+            keyring,
             tls,
             listener,
             tasks,
@@ -145,7 +152,7 @@ impl Node {
             }
         });
         let agent = AgentOptions {
-            description: description(options),
+            description: self.follow_description(options),
             addr: self.record.advertise_addr.clone(),
             tasks_dir: options.data_dir.join("tasks"),
             executor: Arc::new(embedded),
@@ -155,7 +162,37 @@ impl Node {
             pool: self.pool.clone(),
             tasks: self.tasks.clone(),
         };
+        let (keyring, uplink) = (Arc::clone(&self.keyring), self.uplink.clone());
+        let rotating = secure::rotate(keyring, async move || uplink.sessions().await);
+        self.tasks.spawn("change keys", rotating);
         Agent::start(agent).await.context("failed to take up this node's tasks")
+    }
+
+    /// What this node says of itself, with the keys that it has at the time.
+    fn follow_description(&self, options: &Options) -> watch::Receiver<NodeDescription> {
+        let implementation = secure::implementation();
+        let mut pairs = self.keyring.watch();
+        let mut described = description(options);
+        let mut describe = move |pairs: &Pairs| {
+            described.wireguard = Some(match &implementation {
+                Ok(name) => WireguardDescription {
+                    implementation: (*name).to_owned(),
+                    public: pairs.public(),
+                },
+                Err(reason) => WireguardDescription {
+                    implementation: reason.clone(),
+                    ..WireguardDescription::default()
+                },
+            });
+            described.clone()
+        };
+        let (sender, receiver) = watch::channel(describe(&pairs.borrow_and_update()));
+        self.tasks.spawn("describe keys", async move {
+            while pairs.changed().await.is_ok() {
+                sender.send_replace(describe(&pairs.borrow_and_update()));
+            }
+        });
+        receiver
     }
 
     pub(super) fn control(&self) -> Option<ControlService> {
@@ -218,7 +255,7 @@ async fn listen(address: &str) -> Result<TcpListener> {
 }
 
 /// The interface that has this node's address.
-fn underlay(advertise_addr: &str, options: &Options) -> Result<Underlay> {
+fn underlay(advertise_addr: &str, options: &Options, keyring: Arc<Keyring>) -> Result<Underlay> {
     let address: SocketAddr =
         advertise_addr.parse().with_context(|| format!("{advertise_addr:?} is no ip:port"))?;
     let address: Ipv4Addr = match address.ip() {
@@ -237,7 +274,8 @@ fn underlay(advertise_addr: &str, options: &Options) -> Result<Underlay> {
             "no interface of this machine has the address {address} that it advertises: give it back to one"
         ))
     })?;
-    Ok(Underlay { address, interface: interface.interface_name, run_dir: options.run_dir.clone() })
+    let interface = interface.interface_name;
+    Ok(Underlay { address, interface, run_dir: options.run_dir.clone(), keyring })
 }
 
 fn description(options: &Options) -> NodeDescription {

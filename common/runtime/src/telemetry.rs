@@ -8,7 +8,7 @@ use tracing_subscriber::EnvFilter;
 /// Writes logs to standard error; `SKEP_LOG` has the filter (default `info`, and of openraft errors alone).
 pub fn init() {
     let filter = EnvFilter::try_from_env("SKEP_LOG")
-        .unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
+        .unwrap_or_else(|_| EnvFilter::new("info,openraft=error,boringtun=off"));
     let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second call (tests in one process) keeps the first subscriber.
     let _ = subscriber.with_ansi(false).try_init();

@@ -258,6 +258,9 @@ impl Leader {
                 let actions = self.sessions.note_image(&self.state, node_id, report);
                 self.queue(actions);
             }
+            Message::Description(report) => {
+                self.sessions.note_description(node_id, &report.description_json);
+            }
         }
     }
 

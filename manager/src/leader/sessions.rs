@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use skep_common::limits::HEARTBEAT_PERIOD;
 use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
+use skep_common::wireguard::{WireguardKey, WireguardKeys};
 use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
 use skep_manager_core::endpoints::networks::{
@@ -139,6 +140,17 @@ impl Sessions {
         };
         self.open.insert(node_id, session);
         Some(holdings(state, node_id, &hello.image_digests))
+    }
+
+    /// Takes over what a node says of itself now.
+    pub(super) fn note_description(&mut self, node_id: NodeId, json: &str) {
+        let Some(session) = self.open.get_mut(&node_id) else { return };
+        match serde_json::from_str(json) {
+            Ok(description) => session.description = description,
+            Err(error) => {
+                tracing::warn!(node.id = %node_id, %error, "an unreadable description is ignored");
+            }
+        }
     }
 
     /// What nodes with a session say of themselves, where the store has something else.
@@ -400,6 +412,7 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
         underlay: peer.underlay.to_string(),
         has_ipv6: peer.ipv6.is_some(),
         ipv6: peer.ipv6.iter().flatten().map(ToString::to_string).collect(),
+        wireguard: peer.wireguard.as_ref().map(wireguard_keys),
     };
     MeshUpdate {
         version,
@@ -410,6 +423,18 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
         removed_ports: changes.removed_ports.iter().map(key).collect(),
         networks: node_changes.networks.iter().map(network_update).collect(),
         removed_networks: node_changes.removed_networks.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn wireguard_keys(keys: &WireguardKeys) -> skep_proto::WireguardKeys {
+    let key = |key: &WireguardKey| skep_proto::WireguardKey {
+        slot: key.slot.into(),
+        public_key: key.public_key.0.to_vec().into(),
+        port: key.port.into(),
+    };
+    skep_proto::WireguardKeys {
+        current: keys.current.into(),
+        keys: keys.keys.iter().map(key).collect(),
     }
 }
 
@@ -448,7 +473,7 @@ fn network_settings(settings: &Settings) -> NetworkSettings {
         subnets: settings.subnets.iter().map(ToString::to_string).collect(),
         mtu: settings.mtu,
         internal: settings.internal,
-        encrypted: false, // Networks that ask for it are refused.
+        encrypted: settings.encrypted,
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
 use skep_common::spec::{IngressPolicy, PortProtocol};
+use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, WireguardKeys};
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{
     Backend, MeshTable, Peer, Protocol, PublishedPort, Slices, prefer_local,
@@ -26,6 +27,7 @@ pub(super) struct MeshState {
     pool: Option<Ipv4Net>,
     peers: BTreeMap<u16, Ipv4Addr>,
     ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
+    keys: BTreeMap<u16, WireguardKeys>,
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     /// Those of which only the node's own backends count, where it has some.
     local_ports: BTreeSet<(Protocol, u16)>,
@@ -49,6 +51,7 @@ impl MeshState {
         if update.whole {
             self.peers.clear();
             self.ipv6.clear();
+            self.keys.clear();
             self.ports.clear();
             self.local_ports.clear();
         }
@@ -57,6 +60,10 @@ impl MeshState {
             match (u16::try_from(peer.number), peer.underlay.parse()) {
                 (Ok(number), Ok(underlay)) => {
                     self.peers.insert(number, underlay);
+                    match peer.wireguard.as_ref().and_then(keys) {
+                        Some(keys) => drop(self.keys.insert(number, keys)),
+                        None => drop(self.keys.remove(&number)),
+                    }
                     self.ipv6.remove(&number);
                     if peer.has_ipv6 {
                         let addresses = peer.ipv6.iter().filter_map(|text| text.parse().ok());
@@ -69,6 +76,7 @@ impl MeshState {
         for number in update.removed_peers {
             self.peers.retain(|known, _| u32::from(*known) != number);
             self.ipv6.retain(|known, _| u32::from(*known) != number);
+            self.keys.retain(|known, _| u32::from(*known) != number);
         }
         for update in update.ports {
             match published_port(&update) {
@@ -163,6 +171,7 @@ impl MeshState {
             version: self.version,
             self_number: self.number,
             peers: self.peers.clone(),
+            keys: self.keys.clone(),
             networks: self.networks.tables().clone(),
         })
     }
@@ -176,6 +185,19 @@ pub(super) fn protocol(name: &str) -> Option<Protocol> {
         "sctp" => Some(Protocol::Sctp),
         _ => None,
     }
+}
+
+/// The keys of a node; `None` where this program cannot read them, as if it had none.
+fn keys(message: &skep_proto::WireguardKeys) -> Option<WireguardKeys> {
+    let keys = message.keys.iter().map(|key| {
+        Some(WireguardKey {
+            slot: u8::try_from(key.slot).ok().filter(|slot| *slot < SLOTS)?,
+            public_key: PublicKey(key.public_key.as_ref().try_into().ok()?),
+            port: u16::try_from(key.port).ok()?,
+        })
+    });
+    let current = u8::try_from(message.current).ok()?;
+    Some(WireguardKeys { current, keys: keys.collect::<Option<_>>()? })
 }
 
 fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
@@ -199,6 +221,27 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_of_peers_come_and_go_with_their_nodes() {
+        let mut state = MeshState::default();
+        let key = skep_proto::WireguardKey { slot: 1, public_key: vec![7; 32].into(), port: 4791 };
+        let peer = |keys: Vec<skep_proto::WireguardKey>| MeshPeer {
+            number: 1,
+            underlay: "10.77.0.1".into(),
+            wireguard: Some(skep_proto::WireguardKeys { current: 1, keys }),
+        };
+        let update = |peer| MeshUpdate { peers: vec![peer], ..MeshUpdate::default() };
+        state.update(update(peer(vec![key.clone()])));
+        let read = WireguardKey { slot: 1, public_key: PublicKey([7; 32]), port: 4791 };
+        assert_eq!(state.networks().keys[&1], WireguardKeys { current: 1, keys: vec![read] });
+        let short = skep_proto::WireguardKey { public_key: vec![7; 31].into(), ..key.clone() };
+        state.update(update(peer(vec![short])));
+        assert_eq!((state.networks().keys.len(), state.networks().peers.len()), (0, 1));
+        state.update(update(peer(vec![key])));
+        state.update(MeshUpdate { removed_peers: vec![1], ..MeshUpdate::default() });
+        assert!(state.networks().keys.is_empty());
+    }
     use skep_proto::{MeshBackend, MeshPeer, MeshPort, MeshPortKey};
 
     fn port(published: u32, tasks: &[u128]) -> MeshPort {
@@ -233,6 +276,7 @@ mod tests {
             underlay: "10.77.0.1".into(),
             has_ipv6: true,
             ipv6: vec!["2001:db8::1".into(), "nonsense".into()],
+            wireguard: None,
         }];
         let whole = |ports| MeshUpdate {
             version: 1,

@@ -39,7 +39,9 @@ use skep_common::object::{NodeDescription, TaskStatus};
 use skep_common::spec::PortProtocol;
 use skep_common::{Task, TaskId, TaskState};
 use skep_proto::agent_message::Message;
-use skep_proto::{AgentMessage, Assignments, Hello, TaskReport, TaskStatusReport, Welcome};
+use skep_proto::{
+    AgentMessage, Assignments, DescriptionReport, Hello, TaskReport, TaskStatusReport, Welcome,
+};
 use skep_runtime::TaskSet;
 use skep_runtime::transport::ChannelPool;
 use tokio::sync::{mpsc, watch};
@@ -58,8 +60,8 @@ use session::{FromSession, SessionOptions};
 /// What an agent needs.
 #[derive(Debug)]
 pub struct AgentOptions {
-    /// What this node says of itself.
-    pub description: NodeDescription,
+    /// What this node says of itself, which may change.
+    pub description: watch::Receiver<NodeDescription>,
     /// `ip:port` at which other nodes reach this one.
     pub addr: String,
     /// Where task records are kept.
@@ -97,6 +99,7 @@ pub struct Agent {
     mesh: mesh::MeshState,
     unsent_mesh: Option<skep_proto::MeshApplied>,
     unsent_images: BTreeMap<String, ImageHolding>,
+    unsent_description: Option<NodeDescription>,
 }
 
 #[derive(Debug)]
@@ -145,6 +148,7 @@ impl Agent {
             mesh: mesh::MeshState::default(),
             unsent_mesh: None,
             unsent_images: BTreeMap::new(),
+            unsent_description: None,
         };
         for record in remembered {
             let container = found.remove(&record.task.id);
@@ -158,9 +162,11 @@ impl Agent {
             managers: options.managers,
             tasks: options.tasks.clone(),
         };
+        let description = options.description.clone();
         let hello = hello_maker(options.description, options.addr, options.images);
         options.tasks.spawn("session", session::run(session, hello, events));
-        let inputs = Inputs { session_events, reported, balancer_events, image_events };
+        let inputs =
+            Inputs { session_events, reported, balancer_events, image_events, description };
         options.tasks.spawn("agent", agent.run(inputs));
         Ok(())
     }
@@ -193,6 +199,10 @@ impl Agent {
                 Some((digest, holding)) = inputs.image_events.recv() => {
                     self.unsent_images.insert(digest, holding);
                 }
+                Ok(()) = inputs.description.changed() => {
+                    let description = inputs.description.borrow_and_update().clone();
+                    self.unsent_description = Some(description);
+                }
                 () = self.room_for_reports() => {}
             }
             self.flush();
@@ -201,8 +211,10 @@ impl Agent {
 
     /// Returns when something waits to be sent and the session's queue has room again.
     async fn room_for_reports(&self) {
-        let has_unsent =
-            !self.unsent.is_empty() || self.unsent_mesh.is_some() || !self.unsent_images.is_empty();
+        let has_unsent = !self.unsent.is_empty()
+            || self.unsent_mesh.is_some()
+            || self.unsent_description.is_some()
+            || !self.unsent_images.is_empty();
         match &self.to_leader {
             Some(to_leader) if has_unsent => {
                 let _ = to_leader.reserve().await; // A closed queue is a session that ends: told apart.
@@ -479,6 +491,12 @@ impl Agent {
         {
             self.unsent_mesh = None;
         }
+        if let Some(description) = &self.unsent_description {
+            let description_json = json(description);
+            if send(Message::Description(DescriptionReport { description_json })).is_some() {
+                self.unsent_description = None;
+            }
+        }
         while let Some((digest, holding)) = self.unsent_images.first_key_value() {
             let report = images::report(digest, holding);
             if send(Message::Image(report)).is_none() {
@@ -515,17 +533,20 @@ struct Inputs {
     reported: mpsc::Receiver<Report>,
     balancer_events: mpsc::Receiver<Applied>,
     image_events: mpsc::Receiver<(String, ImageHolding)>,
+    description: watch::Receiver<NodeDescription>,
+}
+
+fn json(description: &NodeDescription) -> String {
+    serde_json::to_string(description).expect("a description has no failing parts")
 }
 
 fn hello_maker(
-    description: NodeDescription,
+    description: watch::Receiver<NodeDescription>,
     addr: String,
     images: Option<Images>,
 ) -> impl Fn() -> Hello + Send + 'static {
-    let description_json =
-        serde_json::to_string(&description).expect("a description has no failing parts");
     move || Hello {
-        description_json: description_json.clone(),
+        description_json: json(&description.borrow()),
         addr: addr.clone(),
         image_digests: images.as_ref().map(Images::held).unwrap_or_default(),
     }

@@ -286,7 +286,7 @@ impl Stage {
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
         let options = AgentOptions {
-            description: NodeDescription::default(),
+            description: tokio::sync::watch::channel(NodeDescription::default()).1,
             addr: "127.0.0.1:1".into(),
             tasks_dir: self.directory.path().join("tasks"),
             executor,

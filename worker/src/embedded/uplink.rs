@@ -21,6 +21,7 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
+use crate::net::secure::{Keyring, Sessions};
 use crate::net::{
     Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, host_has_ipv6,
 };
@@ -34,6 +35,8 @@ pub struct Underlay {
     pub interface: String,
     /// The daemon's run directory.
     pub run_dir: PathBuf,
+    /// The node's keys, for encrypted networks.
+    pub keyring: Arc<Keyring>,
 }
 
 /// How long the table of a task's network may come after the task: it is sent before.
@@ -190,6 +193,12 @@ impl Uplink {
         uplink.and(networks).map_err(|error| Error::of(&error))
     }
 
+    /// The nodes that encrypted networks have sessions with; `None` where they are not started.
+    pub async fn sessions(&self) -> Option<Sessions> {
+        let started = self.started.borrow().clone();
+        started?.networks.sessions().await.ok()
+    }
+
     /// Removes everything of the mesh and of networks from this node: when it leaves the swarm.
     pub async fn teardown(&self) {
         let started = self.started.borrow().clone();
@@ -233,7 +242,7 @@ impl Uplink {
         if let Some(started) = running {
             return Ok(started);
         }
-        let Underlay { address, interface, run_dir } = self.underlay.clone();
+        let Underlay { address, interface, run_dir, keyring } = self.underlay.clone();
         let mut options = Options::new(table.self_number, address, interface.clone(), &run_dir);
         options.pool = table.pool;
         options.slice_prefix = table.slice_prefix;
@@ -242,7 +251,7 @@ impl Uplink {
         let vxlan_port = options.vxlan_port;
         let mesh = Mesh::start(options).await?;
         // From here on this is the only daemon of the node: the mesh holds its lock.
-        let options = NetworkOptions { underlay: address, interface, run_dir, vxlan_port };
+        let options = NetworkOptions { underlay: address, interface, run_dir, vxlan_port, keyring };
         let running = self.found().clone();
         let networks = match Networks::start(options, self.tables(), running).await {
             Ok(networks) => networks,
@@ -338,10 +347,12 @@ mod tests {
 
     #[test]
     fn names_are_ready_when_the_tables_are_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
         let underlay = Underlay {
             address: Ipv4Addr::LOCALHOST,
             interface: "lo".into(),
             run_dir: PathBuf::new(),
+            keyring: Arc::new(Keyring::open(dir.path()).unwrap()),
         };
         let uplink = Uplink::new(underlay);
         let directory = uplink.directory();

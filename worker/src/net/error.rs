@@ -112,12 +112,12 @@ pub enum Error {
         network_id: NetworkId,
     },
     /// Going on would send in clear what users want hidden.
-    #[error(
-        "network {network} asks for encryption, which this version cannot give: make it without the option `encrypted`"
-    )]
-    Encrypted {
+    #[error("network {network} cannot be encrypted on this node: {reason}")]
+    Encryption {
         /// The network's name.
         network: String,
+        /// What is missing.
+        reason: String,
     },
     /// The kernel refused a change or a question.
     #[error("failed to {action}")]

@@ -1,8 +1,9 @@
 //! Network effects of a node: everything here changes the kernel's state.
 //!
 //! [`mesh`] is the routing mesh: published ports, the tunnel between nodes, and the uplinks of
-//! tasks. [`network`] has the overlay networks, [`names`] where containers ask for names, [`loopback`] all that a container without networks has. [`nft`] and [`conntrack`] speak nfnetlink,
-//! tasks. [`accounting`] counts what goes through it. [`network`] has the overlay networks, [`names`] where containers ask for names. [`nft`] and [`conntrack`] speak nfnetlink,
+//! tasks. [`accounting`] counts what goes through it. [`network`] has the overlay networks, [`secure`]
+//! WireGuard for the encrypted ones, [`names`] where containers ask for names, [`loopback`] all that a
+//! container without networks has. [`nft`] and [`conntrack`] speak nfnetlink,
 //! [`rtnetlink`] routing netlink, all over [`channel`]; no external program and no C library is
 //! involved. [`thread`] holds the dedicated threads on which all of that blocks, [`namespace`] how
 //! they enter other namespaces. [`path`] probes the way to other nodes.
@@ -29,6 +30,7 @@ pub mod nft;
 pub mod path;
 mod probe;
 pub mod rtnetlink;
+pub mod secure;
 pub mod sysctl;
 pub mod thread;
 mod veth;

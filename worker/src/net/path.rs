@@ -296,7 +296,7 @@ fn table(ends: &Ends) -> Batch {
     let parts = [
         rule::transport_protocol(UDP).to_vec(),
         rule::destination_port(ends.vxlan_port).to_vec(),
-        rule::source_network(peer).to_vec(),
+        rule::source_network(peer.into()).to_vec(),
         rule::transport_bytes(TOKEN_OFFSET, &ends.token.to_be_bytes()).to_vec(),
         rule::count_transport_bytes_in(ARRIVED, SIZE_OFFSET, 2).to_vec(),
     ];

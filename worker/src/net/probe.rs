@@ -7,10 +7,10 @@ use netlink_packet_route::link::{
 };
 use nix::sched::{CloneFlags, unshare};
 
-use super::Error;
 use super::conntrack::Conntrack;
 use super::nft::{Batch, CommitError, Family, Hook, NftChannel, expression};
 use super::rtnetlink::{Mode, RouteChannel};
+use super::{Error, secure};
 
 /// What is missing, one sentence each; empty on a kernel that has it all.
 ///
@@ -65,6 +65,7 @@ pub fn probe() -> Result<Vec<String>, Error> {
             "this kernel shows no connections (CONFIG_NF_CT_NETLINK; try: modprobe nf_conntrack_netlink), which overlay networks need: {error}"
         ));
     }
+    missing.extend(secure::implementation().err());
     Ok(missing)
 }
 

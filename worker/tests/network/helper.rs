@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,12 +14,16 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use nix::sys::socket as sys;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use skep_common::wireguard::WireguardKeys;
 use skep_common::{NetworkId, ServiceId, TaskId};
+use skep_runtime::clock;
+use skep_worker::net::secure::Keyring;
 use skep_worker::net::{Attachment, Mesh, NetworkOptions, Networks, Options};
 use skep_worker_core::mesh::{MeshTable, Peer};
 use skep_worker_core::network::{EndpointEntry, NetworkTable, NetworkTables, ServiceEntry};
 use tokio::sync::watch;
 
+use crate::capture::Capture;
 use crate::machine::{ANSWER, HELPER};
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -60,6 +65,7 @@ pub(crate) enum Request {
         version: u64,
         number: u16,
         peers: BTreeMap<u16, Ipv4Addr>,
+        keys: BTreeMap<u16, WireguardKeys>,
         networks: Vec<Network>,
     },
     Attach {
@@ -116,6 +122,17 @@ pub(crate) enum Request {
     Echoes,
     /// Datagrams that came in.
     Datagrams,
+    /// Begins to listen to every packet of the interface eth0.
+    Capture,
+    /// What was heard since the last time: how many packets by kind, of UDP by the lower port. Those with
+    /// `clear` in them are called that.
+    Captured {
+        clear: String,
+    },
+    /// A step of the change to a new key, and the node's public keys after it.
+    Rotate {
+        step: Step,
+    },
     /// Sends one datagram and waits for nothing.
     Send {
         to: SocketAddr,
@@ -123,11 +140,21 @@ pub(crate) enum Request {
     },
 }
 
+/// The steps of a change of keys.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(crate) enum Step {
+    Begin,
+    Switch,
+    End,
+}
+
 #[derive(Default)]
 struct State {
+    capture: Option<Capture>,
     mesh: Option<Mesh>,
     networks: Option<Networks>,
     tables: Option<watch::Sender<Arc<NetworkTables>>>,
+    keyring: Option<Arc<Keyring>>,
     streams: BTreeMap<String, TcpStream>,
     sockets: BTreeMap<String, UdpSocket>,
     datagrams: Arc<Mutex<usize>>,
@@ -174,26 +201,22 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             let vxlan_port = options.vxlan_port;
             state.mesh = Some(Mesh::start(options).await.map_err(text)?);
             let interface = "eth0".to_owned();
+            let keyring = Arc::new(Keyring::open(Path::new(&run_dir)).map_err(text)?);
             let run_dir = run_dir.into();
-            let options = NetworkOptions { underlay, interface, run_dir, vxlan_port };
+            let public = keyring.pairs().public();
+            state.keyring = Some(Arc::clone(&keyring));
+            let options = NetworkOptions { underlay, interface, run_dir, vxlan_port, keyring };
             let (tables, receiver) = watch::channel(Arc::default());
             let running = running.into_iter().map(|(task, pid)| (TaskId(task), pid)).collect();
             let networks = Networks::start(options, receiver, running).await.map_err(text)?;
             (state.networks, state.tables) = (Some(networks), Some(tables));
+            return Ok(json!(public));
         }
-        Request::Apply { version, number, peers, networks } => {
-            let mesh = MeshTable {
-                version,
-                self_number: number,
-                pool: MeshTable::default_pool(),
-                slice_prefix: MeshTable::default_slice_prefix(),
-                peers: peers.iter().map(|(n, a)| Peer { number: *n, underlay: *a }).collect(),
-                ipv6: BTreeMap::new(),
-                ports: Vec::new(),
-            };
+        Request::Apply { version, number, peers, keys, networks } => {
+            let mesh = mesh_table(version, number, &peers);
             state.mesh.as_ref().expect("started").apply(&mesh).await.map_err(text)?;
             let networks = networks.into_iter().map(table).collect();
-            let tables = NetworkTables { version, self_number: number, peers, networks };
+            let tables = NetworkTables { version, self_number: number, peers, keys, networks };
             state.tables.as_ref().expect("started").send_replace(Arc::new(tables));
             state.networks.as_ref().expect("started").apply().await.map_err(text)?;
         }
@@ -221,9 +244,31 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             state.networks.take().expect("started").teardown().await.map_err(text)?;
             state.mesh.take().expect("started").teardown().await.map_err(text)?;
         }
+        Request::Rotate { step } => {
+            let keyring = state.keyring.as_ref().expect("started");
+            let done = match step {
+                Step::Begin => keyring.begin_rotation(clock::now()),
+                Step::Switch => keyring.switch(clock::now()),
+                Step::End => keyring.end_rotation(),
+            };
+            done.map_err(text)?;
+            return Ok(json!(keyring.pairs().public()));
+        }
         other => return tokio::task::block_in_place(|| handle_socket(state, other)).map_err(text),
     }
     Ok(Value::Null)
+}
+
+fn mesh_table(version: u64, number: u16, peers: &BTreeMap<u16, Ipv4Addr>) -> MeshTable {
+    MeshTable {
+        version,
+        self_number: number,
+        pool: MeshTable::default_pool(),
+        slice_prefix: MeshTable::default_slice_prefix(),
+        peers: peers.iter().map(|(n, a)| Peer { number: *n, underlay: *a }).collect(),
+        ipv6: BTreeMap::new(),
+        ports: Vec::new(),
+    }
 }
 
 fn table(network: Network) -> (NetworkId, Arc<NetworkTable>) {
@@ -288,6 +333,11 @@ fn handle_socket(state: &mut State, request: Request) -> std::io::Result<Value> 
             let mut pairs = names.split(' ').zip(values.split(' '));
             let value = pairs.find(|(name, _)| *name == "InEchos").expect("a counter").1;
             return Ok(json!(value.parse::<u64>().expect("a number")));
+        }
+        Request::Capture => state.capture = Some(Capture::start("eth0")?),
+        Request::Captured { clear } => {
+            let capture = state.capture.as_ref().expect("started");
+            return Ok(json!(capture.counts(clear.as_bytes())?));
         }
         Request::Datagrams => return Ok(json!(*state.datagrams.lock().expect("counts"))),
         Request::Send { to, bytes } => {

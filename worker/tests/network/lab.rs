@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net};
 use serde_json::Value;
+use skep_common::wireguard::WireguardKeys;
 
 use crate::helper::{Endpoint, Network, Request, TCP_PORT, UDP_PORT};
 use crate::machine::Machine;
@@ -30,6 +31,8 @@ pub(crate) struct Lab {
     pub(crate) networks: BTreeMap<u128, Network>,
     containers: BTreeMap<u128, Container>,
     version: u64,
+    /// Public keys of the nodes.
+    pub(crate) keys: BTreeMap<u16, WireguardKeys>,
     _switch: Machine,
     run_dir: tempfile::TempDir,
 }
@@ -97,6 +100,7 @@ impl Lab {
             networks: BTreeMap::new(),
             containers: BTreeMap::new(),
             version: 0,
+            keys: BTreeMap::new(),
             _switch: switch,
             run_dir: tempfile::tempdir().expect("a directory"),
         };
@@ -116,7 +120,14 @@ impl Lab {
         let running = here.map(|(task, container)| (*task, container.machine.pid())).collect();
         let run_dir = self.run_dir(number);
         let request = Request::Start { number, underlay: underlay(number), run_dir, running };
-        self.node(number).daemon.ask(&request);
+        let keys = self.node(number).daemon.ask(&request);
+        self.keys.insert(number, serde_json::from_value(keys).expect("keys"));
+    }
+
+    /// Ends the node's daemon as a crash would; another is at hand, which is not started.
+    pub(crate) fn kill(&mut self, number: u16) {
+        let daemon = self.node(number).host.beside();
+        std::mem::replace(&mut self.node(number).daemon, daemon).kill();
     }
 
     pub(crate) fn node(&mut self, number: u16) -> &mut Node {
@@ -210,6 +221,7 @@ impl Lab {
             version: self.version,
             number,
             peers: (1..=N).map(|number| (number, underlay(number))).collect(),
+            keys: self.keys.clone(),
             networks: self.networks.values().cloned().collect(),
         };
         self.node(number).daemon.ask(&request);

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::serving::withheld;
 use skep_common::spec::{IngressPolicy, PortProtocol, PublishMode};
+use skep_common::wireguard::WireguardKeys;
 use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::store::State;
@@ -44,6 +45,8 @@ pub struct Peer {
     pub underlay: Ipv4Addr,
     /// Its IPv6 addresses; `None` where it serves IPv4 alone.
     pub ipv6: Option<BTreeSet<Ipv6Addr>>,
+    /// Its keys, where it takes part in encrypted networks.
+    pub wireguard: Option<WireguardKeys>,
 }
 
 /// A port that answers on every node.
@@ -69,7 +72,10 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
         if let Ok(underlay) = node.status.addr.parse() {
             let description = node.description.as_ref();
             let ipv6 = description.and_then(|description| description.ipv6_addresses.clone());
-            table.peers.insert(node.number, Peer { underlay, ipv6 });
+            let keys = description.and_then(|description| description.wireguard.as_ref());
+            let keys = keys.filter(|keys| !keys.public.keys.is_empty());
+            let wireguard = keys.map(|keys| keys.public.clone());
+            table.peers.insert(node.number, Peer { underlay, ipv6, wireguard });
         }
     }
     for service in state.services().values() {
@@ -109,7 +115,7 @@ fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) ->
 /// What makes one table of another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct TableChanges {
-    /// New peers, and those with other addresses.
+    /// New peers, and those with other addresses or keys.
     pub peers: BTreeMap<u16, Peer>,
     /// Peers that are gone.
     pub removed_peers: Vec<u16>,

@@ -38,6 +38,8 @@ pub struct Settings {
     pub mtu: u32,
     /// Whether it has no way out.
     pub internal: bool,
+    /// Whether its traffic between nodes is encrypted.
+    pub encrypted: bool,
 }
 
 /// A task that is placed and has not ended.
@@ -350,6 +352,7 @@ fn settings(network: &Network) -> Settings {
         subnets: network.subnets.iter().map(|subnet| subnet.subnet).collect(),
         mtu: network::mtu(&network.spec),
         internal: network.spec.internal.unwrap_or_default(),
+        encrypted: network::is_encrypted(&network.spec),
     }
 }
 

@@ -32,8 +32,8 @@ pub(crate) use addresses::Cursors;
 pub(crate) use attach::{Wanted, attach, has_uplink, wanted_by, wants_uplink};
 pub use attach::{needs_uplink, resolve, targets};
 pub use predefined::documents as predefined;
-pub(crate) use spec::mtu;
 pub use spec::{DEFAULT_POOL, DEFAULT_SUBNET_SIZE, parse_pools, pools};
+pub(crate) use spec::{is_encrypted, mtu};
 pub(crate) use virtual_ip::is_incomplete;
 pub use virtual_ip::virtual_ips;
 

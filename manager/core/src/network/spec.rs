@@ -90,15 +90,17 @@ fn check_options(spec: &NetworkSpec) -> Result<(), Error> {
                 }
             }
             ENCRYPTED_OPTION => {
-                return refuse(format!(
-                    "network {} asks for encryption, which this version cannot give: make it without the \
-                     option {ENCRYPTED_OPTION}",
-                    spec.name
-                ));
+                // Docker takes any value for yes; these say the opposite of what they would do.
+                if value.parse() == Ok(false) {
+                    return refuse(format!(
+                        "option {ENCRYPTED_OPTION}={value:?} would encrypt, as any value does: leave the \
+                         option out"
+                    ));
+                }
             }
             other => {
                 return refuse(format!(
-                    "network option {other:?} is not known: the only one is {MTU_OPTION}"
+                    "network option {other:?} is not known: there are {MTU_OPTION} and {ENCRYPTED_OPTION}"
                 ));
             }
         }
@@ -110,6 +112,11 @@ fn check_options(spec: &NetworkSpec) -> Result<(), Error> {
 pub(crate) fn mtu(spec: &NetworkSpec) -> u32 {
     let option = spec.options.as_ref().and_then(|options| options.get(MTU_OPTION));
     option.and_then(|value| value.parse().ok()).unwrap_or(0)
+}
+
+/// Whether a spec asks for encryption.
+pub(crate) fn is_encrypted(spec: &NetworkSpec) -> bool {
+    spec.options.as_ref().is_some_and(|options| options.contains_key(ENCRYPTED_OPTION))
 }
 
 /// The subnets of a new network: those that were asked for, and chosen ones for the rest.

@@ -180,7 +180,7 @@ fn what_cannot_be_made_is_refused_with_a_sentence() {
         ("x", subnet("10.0.0.0/31"), "is too small"),
         ("x", option(mtu, "575"), "is not a number from 576 to 65535"),
         ("x", small, "=1279 is too little for IPv6: give 1280 or more"),
-        ("x", option("encrypted", ""), "asks for encryption, which this version cannot give"),
+        ("x", option("encrypted", "false"), "would encrypt, as any value does"),
         ("x", option("vlan", "7"), "network option \"vlan\" is not known"),
     ] {
         let text = refusal(&world, name, more);
@@ -191,6 +191,11 @@ fn what_cannot_be_made_is_refused_with_a_sentence() {
     assert!(text.contains("overlaps the ingress pool"), "{text}");
     let accepted = json!({"EnableIPv6": true, "Options": {mtu: "1280"}});
     assert!(create(&world.state, NetworkId(1), spec("x", accepted)).is_ok());
+    for value in ["", "true"] {
+        let secret = make(&mut world, &format!("secret-{value}"), option("encrypted", value));
+        assert!(is_encrypted(&secret.spec));
+    }
+    assert!(!is_encrypted(&make(&mut world, "open", json!({})).spec));
 }
 
 /// Two managers may plan on the same view: the store takes what came first.

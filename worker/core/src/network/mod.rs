@@ -15,11 +15,13 @@
 //! - Planning on the result of its own operations gives nothing.
 
 mod reach;
+mod secure;
 mod table;
 #[cfg(test)]
 mod tests;
 mod vips;
 
 pub use reach::{Reach, ReachOp};
+pub use secure::{SecurePeer, are_any_encrypted, nodes_without_key, secure_peers};
 pub use table::{EndpointEntry, NamedPort, NetworkTable, NetworkTables, ServiceEntry};
 pub use vips::{Balance, Connection, Peers, VipOp, Vips, in_turn};

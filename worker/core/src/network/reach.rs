@@ -14,7 +14,8 @@ use crate::mesh::Mac;
 pub struct Reach {
     /// Who is known, and answered for by a tunnel: address to Ethernet address.
     pub neighbours: BTreeMap<IpAddr, Mac>,
-    /// Where the tunnel sends: Ethernet address to the node's underlay address.
+    /// Where the tunnel sends: Ethernet address to the node's underlay address, or to its address
+    /// within WireGuard.
     pub forwarding: BTreeMap<Mac, Ipv4Addr>,
 }
 
@@ -45,16 +46,22 @@ impl fmt::Display for ReachOp {
 impl Reach {
     /// The entries that a network's table asks for on the node that `tables` are for.
     ///
-    /// Endpoints on nodes that are not known, or without an IPv4 address, are left out.
+    /// Endpoints on nodes that are not known, or without an IPv4 address, are left out. So are, where
+    /// the network is encrypted, those on nodes without a key: nothing is ever sent to them in clear.
     pub fn of(tables: &NetworkTables, network: &NetworkTable) -> Self {
         let mut reach = Self::default();
         for endpoint in network.endpoints.values() {
             if endpoint.node_number == tables.self_number {
                 continue;
             }
-            let Some(underlay) = tables.peers.get(&endpoint.node_number) else { continue };
+            let number = endpoint.node_number;
+            let end = match network.encrypted {
+                true => tables.keys.get(&number).and_then(|keys| keys.current_address(number)),
+                false => tables.peers.get(&number).copied(),
+            };
+            let Some(end) = end else { continue };
             let Some(mac) = endpoint.mac() else { continue };
-            reach.forwarding.insert(mac, *underlay);
+            reach.forwarding.insert(mac, end);
             reach.neighbours.extend(endpoint.addresses.iter().map(|address| (*address, mac)));
         }
         reach

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
+use skep_common::wireguard::WireguardKeys;
 use skep_common::{NetworkId, ServiceId, TaskId};
 
 use crate::mesh::Mac;
@@ -18,6 +19,8 @@ pub struct NetworkTables {
     pub self_number: u16,
     /// Underlay addresses of all nodes, by number.
     pub peers: BTreeMap<u16, Ipv4Addr>,
+    /// The keys of those nodes that have some, by number.
+    pub keys: BTreeMap<u16, WireguardKeys>,
     /// The networks; one that did not change is the same allocation as before.
     pub networks: BTreeMap<NetworkId, Arc<NetworkTable>>,
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use proptest::prelude::*;
+use skep_common::wireguard::{self, PublicKey, WireguardKey, WireguardKeys};
 use skep_common::{ServiceId, TaskId};
 
 use super::*;
@@ -270,4 +271,43 @@ proptest! {
         }
         prop_assert_eq!(&vips, &wanted);
     }
+}
+
+/// Keys of a node as `slot:byte` words, the current slot first.
+fn keys(words: &str) -> WireguardKeys {
+    let keys: Vec<WireguardKey> = words
+        .split_whitespace()
+        .map(|word| {
+            let (slot, byte) = word.split_once(':').expect("slot:byte");
+            let slot = slot.parse().unwrap();
+            let public_key = PublicKey([byte.parse().unwrap(); 32]);
+            WireguardKey { slot, public_key, port: wireguard::port(slot) }
+        })
+        .collect();
+    WireguardKeys { current: keys[0].slot, keys }
+}
+
+#[test]
+fn an_encrypted_network_leads_to_addresses_within_tunnels_and_never_to_others() {
+    let mut network = network("10.0.1.2@1 10.0.1.3@2 10.0.1.4@3 10.0.1.5@3", "");
+    network.encrypted = true;
+    let mut tables = tables();
+    tables.keys = BTreeMap::from([(1, keys("0:1")), (2, keys("1:22 0:21"))]);
+    let reach = Reach::of(&tables, &network);
+    check(
+        "a node with two keys, one without any",
+        &Reach::default().diff(&reach),
+        "set forwarding 02:42:0a:00:01:03 = 198.19.0.2
+         set neighbour 10.0.1.3 = 02:42:0a:00:01:03",
+    );
+    assert!(!are_any_encrypted(&tables));
+    assert_eq!(secure_peers(&tables), BTreeMap::new(), "no network asks for any");
+    tables.networks.insert(skep_common::NetworkId(1), network.into());
+    assert!(are_any_encrypted(&tables));
+    let peers: Vec<String> = secure_peers(&tables)
+        .iter()
+        .map(|(key, peer)| format!("{} {} {}", key.0[0], peer.endpoint, peer.address))
+        .collect();
+    assert_eq!(peers, ["21 10.98.0.2:4790 198.18.0.2", "22 10.98.0.2:4791 198.19.0.2"]);
+    assert_eq!(nodes_without_key(&tables), [3].into());
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! guard         prerouting -300  drop VXLAN of our networks from tasks, and from outside of the cluster
+//! guard-out     output     -300  drop VXLAN of encrypted networks that would leave in clear
 //! separate      prerouting -300  connections through each peer live in a conntrack zone of their own
 //! remember      prerouting -150  mark connections by the peer they came through, and their answers
 //! publish       prerouting -100  ┐ (protocol, port) ──@ports──► chain tcp-8080: dnat to
@@ -23,11 +24,13 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
+use skep_common::wireguard::SLOTS;
 use skep_worker_core::mesh::{Endpoint, Mac, Op, PortKey, Protocol};
 
 use super::options::{BRIDGE, MarkField, Options, TABLE, TUNNEL};
 use crate::net::nft::expression as rule;
 use crate::net::nft::{Batch, Element, Expression, Family, Hook, SetKind, Value};
+use crate::net::secure;
 
 /// The lowest network number of overlay networks, which managers count up from.
 const OVERLAY_NUMBER_MIN: u32 = 0x5000;
@@ -52,6 +55,8 @@ const TYPE_PROTOCOL: u32 = 12;
 const TYPE_SERVICE: u32 = 13;
 const TYPE_MARK: u32 = 19;
 const CONCATENATION_BITS: u32 = 6;
+
+const UDP: u8 = 17;
 
 const PREROUTING: u32 = 0;
 const FORWARD: u32 = 2;
@@ -143,7 +148,10 @@ impl Layout {
             hook: Hook { kind, number, priority, drops_by_default: false },
             rules,
         };
-        let guard = chain("guard", "filter", PREROUTING, -300, self.guard().to_vec());
+        let guards = [
+            chain("guard", "filter", PREROUTING, -300, self.guard()),
+            chain("guard-out", "filter", OUTPUT, -300, vec![Self::guard_out()]),
+        ];
         let others = [
             chain("separate", "filter", PREROUTING, -300, vec![Self::separate()]),
             chain("remember", "filter", PREROUTING, -150, self.remember()),
@@ -152,7 +160,7 @@ impl Layout {
             chain("protect", "filter", FORWARD, 0, Self::protect().to_vec()),
             chain("source", "nat", POSTROUTING, 100, self.source().to_vec()),
         ];
-        self.is_ipv4().then_some(guard).into_iter().chain(others).collect()
+        self.is_ipv4().then_some(guards).into_iter().flatten().chain(others).collect()
     }
 
     /// The ingress network has a number of its own; those of overlay networks begin at
@@ -161,8 +169,10 @@ impl Layout {
     ///
     /// A task may write any source address, and what it sends to another node would be taken for the
     /// node's word there.
-    fn guard(&self) -> [Rule; 4] {
-        const UDP: u8 = 17;
+    ///
+    /// Tunnels of encrypted networks have a port of their own, on which nothing comes but through
+    /// WireGuard; and nothing else comes through WireGuard.
+    fn guard(&self) -> Vec<Rule> {
         let numbers = [rule::vxlan_number(self.vni), rule::vxlan_number_from(OVERLAY_NUMBER_MIN)];
         let rules = |sender: Vec<Expression>, text: &'static str| {
             numbers.clone().map(|number| {
@@ -179,7 +189,26 @@ impl Layout {
         let outside = rule::source_in(false, NODES).to_vec();
         let [ingress, overlay] = rules(outside, "tunnel packets from outside of the cluster");
         let [of_task, of_task_overlay] = rules(input(BRIDGE), "tunnel packets from a task");
-        [ingress, overlay, of_task, of_task_overlay]
+        let clear = secure_interfaces().flat_map(|name| rule::input_interface(false, &name));
+        let clear = [secure_tunnel(), clear.collect(), vec![rule::discard()]];
+        let clear = Rule::new("tunnel packets of encrypted networks in clear", clear);
+        let within = secure_interfaces().flat_map(|name| {
+            let tunnel = [input(&name), secure_tunnel(), vec![rule::accept()]];
+            let other = [input(&name), vec![rule::discard()]];
+            [
+                Rule::new("tunnel packets of encrypted networks", tunnel),
+                Rule::new("other packets through WireGuard", other),
+            ]
+        });
+        let mut rules = vec![ingress, overlay, of_task, of_task_overlay, clear];
+        rules.extend(within);
+        rules
+    }
+
+    fn guard_out() -> Rule {
+        let clear = secure_interfaces().flat_map(|name| rule::output_interface(false, &name));
+        let parts = [secure_tunnel(), clear.collect(), vec![rule::discard()]];
+        Rule::new("tunnel packets of encrypted networks in clear", parts)
     }
 
     fn separate() -> Rule {
@@ -406,6 +435,16 @@ impl Layout {
             Protocol::Udp | Protocol::Sctp => rule::reject_as_unreachable_ipv6(),
         }
     }
+}
+
+/// Matches packets of the tunnels of encrypted networks.
+fn secure_tunnel() -> Vec<Expression> {
+    let port = rule::destination_port(secure::VXLAN_PORT);
+    rule::transport_protocol(UDP).into_iter().chain(port).collect()
+}
+
+fn secure_interfaces() -> impl Iterator<Item = String> {
+    (0..SLOTS).map(secure::interface_name)
 }
 
 fn input(device: &str) -> Vec<Expression> {

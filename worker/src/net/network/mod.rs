@@ -20,7 +20,7 @@
 //! - When [`Networks::apply`] returns, tunnels and rules of every container are those of the tables.
 //! - The end of the daemon leaves networks as they are. A network goes when the tables name it no longer
 //!   and no container is on it, or with [`Networks::teardown`].
-//! - A network that asks for encryption never carries anything in clear.
+//! - A network that asks for encryption never sends anything in clear ([`super::secure`]).
 
 mod container;
 mod interface;
@@ -41,10 +41,11 @@ use tokio::sync::watch;
 
 use self::plane::Plane;
 use super::Error;
+use super::secure::{Keyring, Sessions};
 use super::thread::KernelThread;
 
 /// What the networks of one node are set up with.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct NetworkOptions {
     /// The address that other nodes reach this one at.
     pub underlay: Ipv4Addr,
@@ -54,6 +55,8 @@ pub struct NetworkOptions {
     pub run_dir: PathBuf,
     /// The UDP port of tunnels, which is the mesh's.
     pub vxlan_port: u16,
+    /// The node's keys, for encrypted networks.
+    pub keyring: Arc<Keyring>,
 }
 
 /// A container's place on one network.
@@ -107,6 +110,11 @@ impl Networks {
     /// Disconnects the container of a task. Fine if it is on no network.
     pub async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
         self.plane.run(move |plane| plane.detach(task_id)).await?
+    }
+
+    /// The nodes that encrypted networks have sessions with.
+    pub async fn sessions(&self) -> Result<Sessions, Error> {
+        self.plane.run(Plane::sessions).await
     }
 
     /// Removes all networks from this node: for a node that leaves the swarm or is removed.

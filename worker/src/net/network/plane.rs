@@ -13,9 +13,9 @@ use super::container::Container;
 use super::segment::{Segment, Settings};
 use super::{Attachment, NetworkOptions};
 use crate::net::Error;
-use crate::net::mesh::options::VXLAN_OVERHEAD;
 use crate::net::namespace::{self, Home};
 use crate::net::rtnetlink::RouteChannel;
+use crate::net::secure::{self, Secure, Sessions};
 
 /// The directory in the run directory with a file for each network's namespace.
 const NAMESPACES: &str = "netns";
@@ -34,6 +34,7 @@ pub(super) struct Plane {
     balances: BTreeMap<NetworkId, (Arc<NetworkTable>, Arc<Balance>)>,
     segments: BTreeMap<NetworkId, Segment>,
     containers: BTreeMap<TaskId, Container>,
+    secure: Secure,
 }
 
 impl Plane {
@@ -48,8 +49,18 @@ impl Plane {
         let segments = find_segments(&home, &options.run_dir)?;
         let host = RouteChannel::open()?;
         let (balances, containers) = (BTreeMap::new(), BTreeMap::new());
-        let mut plane =
-            Self { options, home, host, tables, in_force: None, balances, segments, containers };
+        let secure = Secure::new(Arc::clone(&options.keyring));
+        let mut plane = Self {
+            options,
+            home,
+            host,
+            tables,
+            in_force: None,
+            balances,
+            segments,
+            containers,
+            secure,
+        };
         let mut networks: BTreeMap<TaskId, BTreeMap<NetworkId, u32>> = BTreeMap::new();
         for (network_id, segment) in &mut plane.segments {
             for (alias, index) in segment.ports()? {
@@ -87,12 +98,15 @@ impl Plane {
         let mut failures = Vec::new();
         let before = self.in_force.take();
         let is_repair = before.as_ref().is_none_or(|before| Arc::ptr_eq(before, &tables));
-        let is_moved = before.as_ref().is_none_or(|before| before.peers != tables.peers);
+        let places = |tables: &NetworkTables| (tables.peers.clone(), tables.keys.clone());
+        let is_moved = before.as_ref().is_none_or(|before| places(before) != places(&tables));
+        failures.extend(self.converge_secure(&tables).err());
         for (network_id, table) in &tables.networks {
             let known = before.as_ref().and_then(|before| before.networks.get(network_id));
             let is_same = known.is_some_and(|known| Arc::ptr_eq(known, table));
             // One that asks for more than this node can give is refused to each container.
-            if table.encrypted || is_same && !is_repair && !is_moved {
+            let is_refused = table.encrypted && !self.secure.is_possible();
+            if is_refused || is_same && !is_repair && !is_moved {
                 continue;
             }
             failures.extend(self.converge(*network_id, table, &tables).err());
@@ -125,7 +139,8 @@ impl Plane {
             let table = tables.networks.get(&network_id);
             let table = table.ok_or(Error::NetworkUnknown { network_id })?;
             if table.encrypted {
-                return Err(Error::Encrypted { network: table.name.clone() });
+                self.secure.check(&table.name)?;
+                self.converge_secure(&tables)?;
             }
             self.converge(network_id, table, &tables)?;
             let settings = self.settings(table)?;
@@ -159,13 +174,32 @@ impl Plane {
         let failures = self.segments.values_mut().filter_map(|segment| segment.remove().err());
         let failures = failures.collect();
         self.segments.clear();
-        first_of(failures)
+        first_of(failures).and(self.secure.remove(&mut self.host))
     }
 
     /// The same where none were started, of what an earlier daemon left.
     pub(super) fn remove(run_dir: &Path) -> Result<(), Error> {
         let mut segments = find_segments(&Home::here()?, run_dir)?;
-        first_of(segments.values_mut().filter_map(|segment| segment.remove().err()).collect())
+        first_of(segments.values_mut().filter_map(|segment| segment.remove().err()).collect())?;
+        secure::remove(&mut RouteChannel::open()?)
+    }
+
+    /// The nodes that encrypted networks have sessions with.
+    pub(super) fn sessions(&mut self) -> Sessions {
+        self.secure.sessions()
+    }
+
+    /// Brings WireGuard to what the tables ask for.
+    fn converge_secure(&mut self, tables: &NetworkTables) -> Result<(), Error> {
+        let underlay = (self.options.underlay, self.underlay_mtu()?);
+        self.secure.converge(&mut self.host, underlay, tables)
+    }
+
+    fn underlay_mtu(&mut self) -> Result<u32, Error> {
+        let interface = &self.options.interface;
+        let link = self.host.link(interface)?;
+        let link = link.ok_or_else(|| Error::NoInterface { interface: interface.clone() })?;
+        Ok(link.mtu)
     }
 
     fn converge(
@@ -184,7 +218,7 @@ impl Plane {
         }
         let segment = self.segments.get_mut(&network_id);
         let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
-        segment.converge((&self.home, &mut self.host), &self.options, settings, tables, table)
+        segment.converge((&self.home, &mut self.host), settings, tables, table)
     }
 
     /// What the tables mean for containers; derived anew only where they changed.
@@ -201,10 +235,8 @@ impl Plane {
     }
 
     fn settings(&mut self, table: &NetworkTable) -> Result<Settings, Error> {
-        let interface = &self.options.interface;
-        let link = self.host.link(interface)?;
-        let link = link.ok_or_else(|| Error::NoInterface { interface: interface.clone() })?;
-        Ok(Settings::of(table, link.mtu.saturating_sub(VXLAN_OVERHEAD)))
+        let underlay_mtu = self.underlay_mtu()?;
+        Ok(Settings::of(table, &self.options, underlay_mtu))
     }
 
     /// Removes the networks that the tables name no longer and that no container is on.

@@ -11,6 +11,7 @@
 //! and hands all else to the tunnel, which knows the others, answers for them, and drops the rest.
 
 use std::fs::File;
+use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd as _;
 use std::path::PathBuf;
 
@@ -23,10 +24,11 @@ use skep_worker_core::mesh::{Mac, interface_name};
 use skep_worker_core::network::{NetworkTable, NetworkTables, Reach};
 
 use super::{Attachment, NetworkOptions, interface, reach};
+use crate::net::mesh::options::VXLAN_OVERHEAD;
 use crate::net::namespace::{self, Home};
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
 use crate::net::veth::Pair;
-use crate::net::{Error, sysctl};
+use crate::net::{Error, secure, sysctl};
 
 const BRIDGE: &str = "br0";
 const TUNNEL: &str = "vx0";
@@ -45,12 +47,23 @@ pub(super) struct Segment {
 pub(super) struct Settings {
     vni: u32,
     mtu: u32,
+    /// The address that its tunnel sends from; `None` is that of the route.
+    local: Option<Ipv4Addr>,
+    port: u16,
 }
 
 impl Settings {
-    /// Those of a network where the tunnel leaves packets of `mtu` bytes.
-    pub(super) fn of(table: &NetworkTable, mtu: u32) -> Self {
-        Self { vni: table.vni, mtu: table.mtu.unwrap_or(mtu) }
+    /// Those of a network on an underlay with packets of `underlay_mtu` bytes. The tunnel of an encrypted
+    /// one runs within WireGuard, where the route chooses the address: that of the current key.
+    pub(super) fn of(table: &NetworkTable, options: &NetworkOptions, underlay_mtu: u32) -> Self {
+        if table.encrypted {
+            let most = underlay_mtu.saturating_sub(secure::NETWORK_OVERHEAD);
+            let mtu = table.mtu.map_or(most, |mtu| mtu.min(most));
+            return Self { vni: table.vni, mtu, local: None, port: secure::VXLAN_PORT };
+        }
+        let mtu = table.mtu.unwrap_or(underlay_mtu.saturating_sub(VXLAN_OVERHEAD));
+        let local = Some(options.underlay);
+        Self { vni: table.vni, mtu, local, port: options.vxlan_port }
     }
 }
 
@@ -77,13 +90,12 @@ impl Segment {
     pub(super) fn converge(
         &mut self,
         (home, host): (&Home, &mut RouteChannel),
-        options: &NetworkOptions,
         settings: Settings,
         tables: &NetworkTables,
         table: &NetworkTable,
     ) -> Result<(), Error> {
         let bridge = self.ensure_bridge(settings)?;
-        let tunnel = self.ensure_tunnel(host, options, settings, bridge)?;
+        let tunnel = self.ensure_tunnel(host, settings, bridge)?;
         if table.subnets.iter().any(|subnet| subnet.addr().is_ipv6()) {
             // It answers for neighbours with IPv6, though it has no address itself.
             home.within(&self.namespace, || sysctl::ensure_ipv6(TUNNEL))??;
@@ -184,17 +196,16 @@ impl Segment {
     fn ensure_tunnel(
         &mut self,
         host: &mut RouteChannel,
-        options: &NetworkOptions,
         settings: Settings,
         bridge: u32,
     ) -> Result<u32, Error> {
-        let data = vec![
+        let mut data = vec![
             InfoVxlan::Id(settings.vni),
-            InfoVxlan::Local(options.underlay),
-            InfoVxlan::Port(options.vxlan_port),
+            InfoVxlan::Port(settings.port),
             InfoVxlan::Learning(false),
             InfoVxlan::Proxy(true),
         ];
+        data.extend(settings.local.map(InfoVxlan::Local));
         let present = self.channel.link(TUNNEL)?;
         let present = match present {
             Some(link) if !has_data(&link, &data) => {

@@ -1,0 +1,219 @@
+//! WireGuard between the nodes, inside of which the tunnels of encrypted networks run.
+//!
+//! ```text
+//!  task ═ network ═ vx0: VXLAN from 198.18.0.1 to 198.18.0.2
+//!                     └─ route by skep-wg0 ═ WireGuard: UDP from 10.0.0.1 to 10.0.0.2 ═► other node
+//! ```
+//!
+//! Each key pair of the node has a slot, with an interface of its own (`skep-wg0`, `skep-wg1`), a UDP port
+//! and an address. Peers are the keys of those nodes that tasks of this node's encrypted networks are on.
+//! Interfaces are there while this node has such networks.
+//!
+//! # Reading order
+//!
+//! `keyring` (the node's key pairs), `rotation` (when they change), [`Secure`] (the order of things),
+//! `routes`, `user_space`.
+//!
+//! # Invariants
+//!
+//! - Private keys are in one file and in this process, nowhere else.
+//! - What is for an address within the tunnels leaves by WireGuard or not at all: a route refuses what no
+//!   interface takes, and a rule of the mesh's table drops what would leave elsewhere.
+//! - The interfaces stay when the daemon ends; what is sent meanwhile is lost, not sent in clear.
+
+mod keyring;
+mod rotation;
+mod routes;
+mod user_space;
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::Arc;
+
+use ipnet::Ipv4Net;
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use skep_common::wireguard::{SLOTS, port, tunnel_address};
+use skep_worker_core::network::{
+    NetworkTables, are_any_encrypted, nodes_without_key, secure_peers,
+};
+
+pub use self::keyring::{Keyring, Pair, Pairs, PrivateKey};
+pub use self::rotation::{Sessions, rotate};
+
+use self::user_space::Driver;
+use super::mesh::links::ensure_address;
+use super::rtnetlink::{Link, Mode, RouteChannel};
+use super::{Error, sysctl};
+
+/// What WireGuard adds to a packet: 32 bytes, UDP 8, IPv6 40 (or IPv4 20).
+const OVERHEAD: u32 = 80;
+
+/// What an encrypted network's packet grows by: [`OVERHEAD`], and that of VXLAN.
+pub(super) const NETWORK_OVERHEAD: u32 = OVERHEAD + super::mesh::options::VXLAN_OVERHEAD;
+
+/// The UDP port of VXLAN within the tunnels. It is not that of other networks, so that what comes on it in
+/// clear is known to be forged.
+pub(in crate::net) const VXLAN_PORT: u16 = 4792;
+
+/// The file through which TUN devices are made.
+const TUN: &str = "/dev/net/tun";
+
+/// The interface of a slot.
+pub(super) fn interface_name(slot: u8) -> String {
+    format!("skep-wg{slot}")
+}
+
+/// What carries WireGuard on this node, in words.
+pub fn implementation() -> Result<&'static str, String> {
+    match std::fs::File::options().read(true).write(true).open(TUN) {
+        Ok(_) => Ok("user space (boringtun)"),
+        Err(error) => Err(format!(
+            "this machine has no {TUN} (CONFIG_TUN; try: modprobe tun), which encrypted networks need: {error}"
+        )),
+    }
+}
+
+/// WireGuard on this node.
+#[derive(Debug)]
+pub(super) struct Secure {
+    keyring: Arc<Keyring>,
+    implementation: Result<&'static str, String>,
+    /// The interfaces that are up, each with the pair that it was made with.
+    interfaces: BTreeMap<u8, (PrivateKey, Driver)>,
+    /// Nodes that were said to have no key.
+    without_key: std::collections::BTreeSet<u16>,
+}
+
+impl Secure {
+    pub(super) fn new(keyring: Arc<Keyring>) -> Self {
+        Self {
+            keyring,
+            implementation: implementation(),
+            interfaces: BTreeMap::new(),
+            without_key: std::collections::BTreeSet::new(),
+        }
+    }
+
+    /// Refuses a network where this node cannot encrypt it.
+    pub(super) fn check(&self, network: &str) -> Result<(), Error> {
+        let network = || network.to_owned();
+        let refused =
+            |reason: &String| Error::Encryption { network: network(), reason: reason.clone() };
+        self.implementation.as_ref().map(drop).map_err(refused)
+    }
+
+    /// Whether encrypted networks can be had here.
+    pub(super) fn is_possible(&self) -> bool {
+        self.implementation.is_ok()
+    }
+
+    /// Brings interfaces, peers and routes to what the tables ask for.
+    pub(super) fn converge(
+        &mut self,
+        host: &mut RouteChannel,
+        (underlay, underlay_mtu): (Ipv4Addr, u32),
+        tables: &NetworkTables,
+    ) -> Result<(), Error> {
+        if !are_any_encrypted(tables) || !self.is_possible() {
+            self.interfaces.clear();
+            return remove(host);
+        }
+        let pairs = self.keyring.pairs();
+        self.interfaces
+            .retain(|slot, (key, _)| pairs.keys.get(slot).is_some_and(|pair| pair.key == *key));
+        for slot in (0..SLOTS).filter(|slot| !pairs.keys.contains_key(slot)) {
+            delete(host, &interface_name(slot))?;
+        }
+        routes::refuse_others(host)?;
+        let peers = secure_peers(tables);
+        for (slot, pair) in &pairs.keys {
+            let link = self.ensure(host, (*slot, &pair.key), underlay, underlay_mtu)?;
+            let address = tunnel_address(tables.self_number, *slot);
+            ensure_address(host, &link.name, link.index, Ipv4Net::from(address))?;
+            let (_, driver) = &self.interfaces[slot];
+            driver.set_peers(&peers);
+            // Others are sent to by the interface of the current slot alone.
+            let wanted = match *slot == pairs.current {
+                true => peers.values().map(|peer| peer.address).collect(),
+                false => std::collections::BTreeSet::new(),
+            };
+            routes::converge(host, link.index, address, &wanted)?;
+        }
+        self.tell_of_nodes_without_key(tables);
+        Ok(())
+    }
+
+    /// The interface of a slot, up.
+    fn ensure(
+        &mut self,
+        host: &mut RouteChannel,
+        (slot, key): (u8, &PrivateKey),
+        underlay: Ipv4Addr,
+        underlay_mtu: u32,
+    ) -> Result<Link, Error> {
+        let name = interface_name(slot);
+        if !self.interfaces.contains_key(&slot) || host.link(&name)?.is_none() {
+            self.interfaces.remove(&slot);
+            let listen = SocketAddrV4::new(underlay, port(slot));
+            let driver = Driver::start(&name, key, listen).map_err(|error| {
+                Error::kernel(format!("start WireGuard on {name} at {listen}"), error)
+            })?;
+            self.interfaces.insert(slot, (key.clone(), driver));
+        }
+        let missing = || Error::NoInterface { interface: name.clone() };
+        let link = host.link(&name)?.ok_or_else(missing)?;
+        let mtu = underlay_mtu.saturating_sub(OVERHEAD);
+        if !link.is_up || link.mtu != mtu {
+            sysctl::ensure_no_ipv6(&name)?;
+            // While keys change, answers come in by one interface and questions leave by another.
+            sysctl::ensure_loose_reverse_path(&name)?;
+            let mut message = LinkMessage::default();
+            message.header.index = link.index;
+            message.header.flags = LinkFlags::Up;
+            message.header.change_mask = LinkFlags::Up;
+            message.attributes = vec![LinkAttribute::Mtu(mtu)];
+            let message = RouteNetlinkMessage::SetLink(message);
+            host.change(&format!("set up {name}"), Mode::Change, message)?;
+        }
+        Ok(link)
+    }
+
+    /// The nodes that there are sessions with, by slot.
+    pub(super) fn sessions(&self) -> Sessions {
+        self.interfaces.iter().map(|(slot, (_, driver))| (*slot, driver.sessions())).collect()
+    }
+
+    /// Removes WireGuard from this node.
+    pub(super) fn remove(&mut self, host: &mut RouteChannel) -> Result<(), Error> {
+        self.interfaces.clear();
+        remove(host)
+    }
+
+    fn tell_of_nodes_without_key(&mut self, tables: &NetworkTables) {
+        let without_key = nodes_without_key(tables);
+        for number in without_key.difference(&self.without_key) {
+            tracing::warn!(
+                node.number = number,
+                "tasks of encrypted networks on a node are not reached: it has told no key \
+                 (its version is older, or it lacks what `skep node inspect` names)"
+            );
+        }
+        self.without_key = without_key;
+    }
+}
+
+/// Removes all interfaces and routes of this module; fine if there are none.
+pub(super) fn remove(host: &mut RouteChannel) -> Result<(), Error> {
+    for slot in 0..SLOTS {
+        delete(host, &interface_name(slot))?;
+    }
+    routes::refuse_no_others(host)
+}
+
+fn delete(host: &mut RouteChannel, name: &str) -> Result<(), Error> {
+    match host.link(name)? {
+        Some(link) => host.delete_link(name, link.index),
+        None => Ok(()),
+    }
+}
