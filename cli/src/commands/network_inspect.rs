@@ -53,7 +53,7 @@ impl Facts {
 
 /// `service.slot.task`, as the container is known on the network.
 fn container_name(task: &Task) -> String {
-    format!("{}.{}", task.name(), task.id)
+    task.container_name()
 }
 
 fn cidr(attachment: &NetworkAttachment) -> String {

@@ -19,10 +19,12 @@ use skep_common::{
 /// |---|---|
 /// | 1 | the first |
 /// | 2 | networks: references to them are checked |
-pub const FORMAT_LEVEL: u32 = 2;
+/// | 3 | tasks that no service made |
+pub const FORMAT_LEVEL: u32 = 3;
 const FIRST_LEVEL: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
 pub(crate) const NETWORKS_LEVEL: u32 = 2;
+const STANDALONE_LEVEL: u32 = 3;
 
 /// A transaction.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,8 +41,23 @@ impl Command {
     /// A transaction of the lowest format level that it is understood at, so that managers of an earlier
     /// version go on in a swarm that does not use what is new.
     pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
-        let level = if actions.iter().any(is_of_networks) { NETWORKS_LEVEL } else { FIRST_LEVEL };
+        let level = match () {
+            () if actions.iter().any(is_standalone) => STANDALONE_LEVEL,
+            () if actions.iter().any(is_of_networks) => NETWORKS_LEVEL,
+            () => FIRST_LEVEL,
+        };
         Self { level, at, actions }
+    }
+}
+
+/// Managers of an earlier version would drop the mark, and stop the task for want of a service.
+fn is_standalone(action: &Action) -> bool {
+    match action {
+        Action::Put { object: Object::Task(task), .. } => task.standalone.is_some(),
+        Action::Put { .. }
+        | Action::Delete { .. }
+        | Action::PatchTask(_)
+        | Action::ImageHolder { .. } => false,
     }
 }
 

@@ -115,6 +115,7 @@ impl<'a> Fork<'a> {
             networks_attachments: Vec::new(),
             service_name: service.spec.name.clone(),
             start_after,
+            standalone: None,
         };
         // Orders it among its slot's tasks within this pass; the store writes the same.
         task.meta.created_at = self.now;

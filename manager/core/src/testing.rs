@@ -138,6 +138,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         networks_attachments: Vec::new(),
         service_name: service.spec.name.clone(),
         start_after: None,
+        standalone: None,
     };
     task.status.applied_at = Some(NOW);
     if index != service.spec_version.index {

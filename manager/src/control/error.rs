@@ -84,6 +84,7 @@ fn network_code(error: &network::Error) -> Code {
         network::Error::NameTaken { .. } => Code::AlreadyExists,
         network::Error::NotFound { .. } => Code::NotFound,
         network::Error::InUse { .. }
+        | network::Error::InUseByContainer { .. }
         | network::Error::Predefined { .. }
         | network::Error::Reserved { .. } => Code::FailedPrecondition,
         network::Error::Exhausted(_) => Code::ResourceExhausted,

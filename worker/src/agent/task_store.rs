@@ -116,6 +116,7 @@ mod tests {
             networks_attachments: Vec::new(),
             service_name: "web".into(),
             start_after: None,
+            standalone: None,
         };
         Remembered { task, status: TaskStatus::default(), removed: false }
     }

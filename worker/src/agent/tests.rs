@@ -295,6 +295,7 @@ fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {
         networks_attachments: Vec::new(),
         service_name: service_name.into(),
         start_after: None,
+        standalone: None,
     }
 }
 

@@ -274,9 +274,9 @@ fn what_is_not_a_state_is_refused_with_its_line() {
     let text = String::from_utf8(bytes.clone()).unwrap();
     let cut = State::decode(&bytes[..bytes.len() - 10]).unwrap_err();
     assert_eq!(cut.to_string(), "line 6 of the state is not a JSON document of the expected form");
-    let newer = text.replacen("\"level\":2", "\"level\":3", 1);
+    let newer = text.replacen("\"level\":3", "\"level\":4", 1);
     let newer = State::decode(newer.as_bytes()).unwrap_err();
-    assert_eq!(newer.to_string(), "the state has format level 3, this program knows 2");
+    assert_eq!(newer.to_string(), "the state has format level 4, this program knows 3");
     let last = text.trim_end().rsplit('\n').next().unwrap();
     let twice = State::decode(format!("{text}{last}\n").as_bytes()).unwrap_err();
     assert!(twice.to_string().starts_with("the state contradicts itself at line 7"), "{twice}");
