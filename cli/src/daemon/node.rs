@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context as _, Result};
 use nix::ifaddrs::getifaddrs;
@@ -13,6 +13,7 @@ use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_manager::control::ControlService;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
+use skep_proto::{LogRecord, TaskLogsRequest};
 use skep_runtime::TaskSet;
 use skep_runtime::identity::{Credentials, Files, RaftKey};
 use skep_runtime::telemetry::Chain;
@@ -24,6 +25,8 @@ use skep_worker::embedded::uplink::{Underlay, Uplink};
 use skep_worker::images::ImageStore;
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
 use tonic::service::Routes;
 
 use super::options::Options;
@@ -42,6 +45,8 @@ pub(super) struct Node {
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
     tls: Tls,
+    /// Reads its containers' output, once they are taken up.
+    peer: OnceLock<PeerService>,
     /// Its port, until it is served.
     listener: Mutex<Option<TcpListener>>,
     tasks: TaskSet,
@@ -110,6 +115,7 @@ impl Node {
             manager,
             uplink,
             tls,
+            peer: OnceLock::new(),
             listener,
             tasks,
         })
@@ -131,6 +137,7 @@ impl Node {
             self.tls.clone(),
             self.tasks.clone(),
         );
+        let _ = self.peer.set(peer.clone()); // A node is served once.
         let mut routes = Routes::new(PeerServer::new(peer));
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);
@@ -159,6 +166,15 @@ impl Node {
 
     pub(super) fn control(&self) -> Option<ControlService> {
         self.manager.as_ref().map(|manager| manager.control())
+    }
+
+    /// The output of a container of this node.
+    pub(super) fn logs(
+        &self,
+        request: TaskLogsRequest,
+    ) -> Result<ReceiverStream<Result<LogRecord, Status>>, Status> {
+        let peer = self.peer.get();
+        peer.ok_or_else(|| Status::unavailable("this node is starting"))?.read_logs(request)
     }
 
     /// Stops; containers, rules and files stay.

@@ -170,11 +170,14 @@ fn check_name(name: &str) -> Result<(), Error> {
     }
 }
 
+/// The containers of a node, those of services too, without those that are being removed.
+pub fn all_of_node(state: &State, node_id: NodeId) -> impl Iterator<Item = &Arc<Task>> {
+    state.tasks_of_node(node_id).filter(|task| task.desired_state < TaskState::Remove)
+}
+
 /// The containers of a node that no service made.
 pub fn of_node(state: &State, node_id: NodeId) -> impl Iterator<Item = &Arc<Task>> {
-    let is_shown =
-        |task: &&Arc<Task>| task.standalone.is_some() && task.desired_state < TaskState::Remove;
-    state.tasks_of_node(node_id).filter(is_shown)
+    all_of_node(state, node_id).filter(|task| task.standalone.is_some())
 }
 
 /// A container of a node, by its id, its name or the start of its id.

@@ -60,21 +60,13 @@ pub enum Error {
         /// What was asked for.
         target: String,
     },
-    /// Remove the service first, or take it off the network.
-    #[error("network {name} is in use by service {service}")]
+    /// Remove its user first, or take it off the network.
+    #[error("network {name} is in use by {user}")]
     InUse {
         /// The network.
         name: String,
-        /// A service on it.
-        service: String,
-    },
-    /// Remove the container first.
-    #[error("network {name} is in use by container {container}")]
-    InUseByContainer {
-        /// The network.
-        name: String,
-        /// A container on it that no service made.
-        container: String,
+        /// A service on it, or a container that no service made, with its kind.
+        user: String,
     },
     /// Every node has it.
     #[error("operation is not permitted on predefined {name} network")]
@@ -129,12 +121,13 @@ pub fn remove(state: &State, network: &Network) -> Result<Option<Action>, Error>
         return Err(Error::Predefined { name: name() });
     }
     if let Some(service) = user(state, network.id) {
-        return Err(Error::InUse { name: name(), service });
+        return Err(Error::InUse { name: name(), user: format!("service {service}") });
     }
     let stays =
         |task: &&Arc<Task>| task.standalone.is_some() && task.desired_state <= TaskState::Running;
     if let Some(container) = tasks_on(state, network.id).find(stays) {
-        return Err(Error::InUseByContainer { name: name(), container: container.name() });
+        let user = format!("container {}", container.name());
+        return Err(Error::InUse { name: name(), user });
     }
     Ok(Some(leaving(network)))
 }
