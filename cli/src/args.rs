@@ -5,7 +5,9 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::commands::{completion, debug, image, info, network, node, service, stack, swarm};
+use crate::commands::{
+    completion, container, debug, image, info, network, node, service, stack, swarm,
+};
 
 /// A Docker Swarm successor in one program.
 #[derive(Debug, Parser)]
@@ -32,6 +34,14 @@ pub(crate) struct Cli {
 /// thread exists.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Run a container on this node
+    Run(container::RunArgs),
+    /// List this node's containers
+    Ps(container::PsArgs),
+    /// Stop containers of this node that no service made
+    Stop(container::StopArgs),
+    /// Remove containers of this node that no service made
+    Rm(container::RmArgs),
     /// Manage Swarm
     #[command(subcommand)]
     Swarm(swarm::Command),

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use skep_common::limits::MESSAGE_BYTES_MAX;
+use skep_proto::containers_client::ContainersClient;
 use skep_proto::control_client::ControlClient;
 use skep_proto::machine_client::MachineClient;
 use skep_proto::{GetRequest, ListRequest};
@@ -61,6 +62,11 @@ impl Client {
         ControlClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
+    }
+
+    /// This node's containers.
+    pub(crate) fn containers(&self) -> ContainersClient<Channel> {
+        ContainersClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     /// This machine.

@@ -376,12 +376,36 @@ pub struct Task {
     /// by the node.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub host_ports: Vec<PortConfig>,
+    /// Set where no service made it, but a user of its node: then its id is its service's too, and its own
+    /// name is in place of the service's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub standalone: Option<Standalone>,
+}
+
+/// What is particular about a task that no service made.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct Standalone {
+    /// Whether it is removed once it has ended.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub auto_remove: bool,
 }
 
 impl Task {
-    /// `service.slot`, as lists show it.
+    /// `service.slot`, as lists show it; its own name where no service made it.
     pub fn name(&self) -> String {
-        format!("{}.{}", self.service_name, self.slot)
+        match self.standalone {
+            Some(_) => self.service_name.clone(),
+            None => format!("{}.{}", self.service_name, self.slot),
+        }
+    }
+
+    /// The name of its container: `service.slot.task`, or its own where no service made it.
+    pub fn container_name(&self) -> String {
+        match self.standalone {
+            Some(_) => self.service_name.clone(),
+            None => format!("{}.{}", self.name(), self.id),
+        }
     }
 
     /// The address of its uplink, once the allocator granted one.

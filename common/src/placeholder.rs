@@ -36,7 +36,7 @@ pub fn expand(text: &str, task: &Task, node: &NodeFacts) -> Result<String, Error
         },
         "Task": {
             "ID": task.id.to_string(),
-            "Name": format!("{}.{}", task.name(), task.id),
+            "Name": task.container_name(),
             "Slot": task.slot,
         },
     }))

@@ -10,6 +10,7 @@ use skep_common::spec::{Availability, NetworkSpec, NodeRole, SwarmSpec};
 use skep_common::{ClusterId, Meta, NetworkId, NodeId, Object};
 use skep_manager_core::{Action, Command, Expect, Outcome};
 use skep_proto::ca_server::CaServer;
+use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
 use skep_proto::dispatcher_server::DispatcherServer;
 use skep_proto::raft_server::RaftServer;
@@ -20,7 +21,7 @@ use tonic::Status;
 use tonic::service::Routes;
 
 use crate::consensus::{self, Consensus, DataKey, StopReason};
-use crate::control::ControlService;
+use crate::control::{ContainersService, ControlService};
 use crate::dispatcher::{DispatcherService, Door};
 use crate::join::{self, CaService};
 use crate::leader;
@@ -171,6 +172,10 @@ impl Manager {
             )
             .add_service(
                 DispatcherServer::new(dispatcher).max_encoding_message_size(MESSAGE_BYTES_MAX),
+            )
+            .add_service(
+                ContainersServer::new(ContainersService::new(self.control()))
+                    .max_encoding_message_size(MESSAGE_BYTES_MAX),
             )
             .add_service(
                 ControlServer::new(self.control())

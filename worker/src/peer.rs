@@ -61,6 +61,30 @@ impl PeerService {
         Self { paths: Some(Paths::new(address)), ..self }
     }
 
+    /// The output of one of this node's tasks.
+    pub fn read_logs(
+        &self,
+        request: TaskLogsRequest,
+    ) -> Result<ReceiverStream<Result<LogRecord, Status>>, Status> {
+        let task_id = request.task_id.parse::<TaskId>();
+        let task_id = task_id.map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let (records, stream) = mpsc::channel(QUEUE_LENGTH);
+        let logs = Arc::clone(&self.logs);
+        let stopping = self.tasks.token();
+        self.tasks.spawn_to_end("send logs", async move {
+            let failures = records.clone();
+            let status = tokio::select! {
+                read = logs.read(task_id, &request, records) => read.err(),
+                // An end without an error would be that of the log.
+                () = stopping.cancelled() => Some(Status::unavailable("the daemon is stopping")),
+            };
+            if let Some(status) = status {
+                let _ = failures.try_send(Err(status)); // Its connection breaks, or has broken.
+            }
+        });
+        Ok(ReceiverStream::new(stream))
+    }
+
     /// The blob's file, where the grant names an image that has it.
     async fn granted(&self, request: &Request<BlobRequest>) -> Result<crate::images::Blob, Status> {
         let caller = Caller::node_id(request)?;
@@ -123,23 +147,6 @@ impl Peer for PeerService {
         &self,
         request: Request<TaskLogsRequest>,
     ) -> Result<Response<Self::TaskLogsStream>, Status> {
-        let request = request.into_inner();
-        let task_id = request.task_id.parse::<TaskId>();
-        let task_id = task_id.map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let (records, stream) = mpsc::channel(QUEUE_LENGTH);
-        let logs = Arc::clone(&self.logs);
-        let stopping = self.tasks.token();
-        self.tasks.spawn_to_end("send logs", async move {
-            let failures = records.clone();
-            let status = tokio::select! {
-                read = logs.read(task_id, &request, records) => read.err(),
-                // An end without an error would be that of the log.
-                () = stopping.cancelled() => Some(Status::unavailable("the daemon is stopping")),
-            };
-            if let Some(status) = status {
-                let _ = failures.try_send(Err(status)); // Its connection breaks, or has broken.
-            }
-        });
-        Ok(Response::new(ReceiverStream::new(stream)))
+        Ok(Response::new(self.read_logs(request.into_inner())?))
     }
 }

@@ -4,10 +4,12 @@
 //! [`progress`] (waiting until a service has converged), `tasks` (`ps` of services, nodes and stacks),
 //! then the others.
 //!
-//! Exit codes are Docker's: 0 done, 1 refused or failed, 125 a command line that cannot be read. A
+//! Exit codes are Docker's: 0 done, 1 refused or failed, 125 a command line that cannot be read, and of `run`
+//! the container's. A
 //! reader that went away (`skep … | head`) ends the command with 141 and without a word.
 
 pub(crate) mod completion;
+pub(crate) mod container;
 pub(crate) mod debug;
 mod debug_write;
 mod filter;
@@ -65,6 +67,10 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
     };
     let client = Client::connect(&cli.host).await?;
     match command {
+        Command::Run(args) => container::run(&args, &client, ui).await,
+        Command::Ps(args) => container::ps(&args, &client, ui).await,
+        Command::Stop(args) => container::stop(&args, &client, ui).await,
+        Command::Rm(args) => container::rm(&args, &client, ui).await,
         Command::Swarm(command) => swarm::run(command, &client, ui).await,
         Command::Network(command) => network::run(command, &client, ui).await,
         Command::Node(command) => node::run(command, &client, ui).await,
@@ -83,6 +89,9 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
 /// Prints what went wrong and gives the exit code.
 fn finish(result: Result<()>, ui: &mut Ui) -> u8 {
     let Err(error) = result else { return 0 };
+    if let Some(ExitWith(code)) = error.downcast_ref() {
+        return *code;
+    }
     let is_broken_pipe = error.chain().any(|cause| {
         cause
             .downcast_ref::<std::io::Error>()
@@ -95,6 +104,11 @@ fn finish(result: Result<()>, ui: &mut Ui) -> u8 {
     let _ = ui.note(format_args!("{error:#}"));
     1
 }
+
+/// The end of a command that has said all and whose exit code says the rest.
+#[derive(Debug, thiserror::Error)]
+#[error("exit code {0}")]
+struct ExitWith(u8);
 
 /// The exit code of a command line that clap refused, or of `--help`.
 pub(crate) fn usage_code(error: &clap::Error) -> u8 {

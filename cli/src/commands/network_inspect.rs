@@ -64,7 +64,7 @@ fn is_ingress(network: &Network) -> bool {
 
 /// `service.slot.task`, as the container is known on the network.
 fn container_name(task: &Task) -> String {
-    format!("{}.{}", task.name(), task.id)
+    task.container_name()
 }
 
 fn cidr(attachment: &NetworkAttachment) -> String {

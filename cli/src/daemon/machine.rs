@@ -6,10 +6,12 @@ use skep_proto::machine_server::Machine as MachineApi;
 use skep_proto::{
     InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest,
     JoinSwarmResponse, LeaveSwarmRequest, LeaveSwarmResponse, LoadImageRequest, LoadImageResponse,
+    LogRecord, TaskLogsRequest,
 };
 use skep_runtime::TaskSet;
 use skep_worker::images::ImageStore;
 use tokio::sync::{Mutex, MutexGuard, oneshot, watch};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::local_control::LocalControl;
@@ -124,6 +126,8 @@ impl Machine {
 
 #[tonic::async_trait]
 impl MachineApi for Machine {
+    type ContainerLogsStream = ReceiverStream<Result<LogRecord, Status>>;
+
     async fn info(&self, _: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
         let options = &self.inner.options;
         let mut info = InfoResponse {
@@ -179,6 +183,15 @@ impl MachineApi for Machine {
         request: Request<Streaming<LoadImageRequest>>,
     ) -> Result<Response<LoadImageResponse>, Status> {
         Ok(Response::new(images::load(self, request.into_inner()).await?))
+    }
+
+    async fn container_logs(
+        &self,
+        request: Request<TaskLogsRequest>,
+    ) -> Result<Response<Self::ContainerLogsStream>, Status> {
+        let node = self.node();
+        let node = node.ok_or_else(|| Status::failed_precondition("this node is in no swarm"))?;
+        Ok(Response::new(node.logs(request.into_inner())?))
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! unix socket ─► Machine (init, join, leave, load)        port 2377 ─► Ca, Raft, Dispatcher (managers)
-//!             └► Control, where this node is a manager               └► Peer (every node)
+//!             ├► Control, where this node is a manager               ├► Containers (managers)
+//!             └► Containers, by asking a manager                     └► Peer (every node)
 //! ```
 //!
 //! Reading order: [`DaemonArgs`] and [`run`]; `options` (flags and file), `kernel` (what the machine must
@@ -10,6 +11,7 @@
 //! `join` (how it gets there), `resume` (how it comes back, or why it cannot), `renewal`.
 
 mod address;
+mod containers;
 mod images;
 mod join;
 mod kernel;
@@ -27,6 +29,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
+use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
 use skep_proto::machine_server::MachineServer;
 use skep_runtime::transport::{bind_unix, serve_unix};
@@ -36,6 +39,7 @@ use tonic::service::Routes;
 
 pub(crate) use options::DaemonArgs;
 
+use containers::LocalContainers;
 use machine::Machine;
 use options::Options;
 
@@ -84,6 +88,7 @@ async fn serve(options: Options) -> Result<()> {
             .max_decoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX)
             .max_encoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX),
     );
+    let routes = routes.add_service(ContainersServer::new(LocalContainers::new(machine.clone())));
     let serving = tasks.clone();
     tasks.spawn_to_end("unix socket", async move {
         if let Err(error) = serve_unix(listener, routes, &serving).await {

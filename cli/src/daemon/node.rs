@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context as _, Result};
 use nix::ifaddrs::getifaddrs;
@@ -14,6 +14,7 @@ use skep_common::wireguard::WireguardDescription;
 use skep_manager::control::ControlService;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
+use skep_proto::{LogRecord, TaskLogsRequest};
 use skep_runtime::TaskSet;
 use skep_runtime::identity::{Credentials, Files, RaftKey};
 use skep_runtime::telemetry::Chain;
@@ -27,6 +28,8 @@ use skep_worker::net::secure::{self, Keyring, Pairs};
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
 use tonic::service::Routes;
 
 use super::options::Options;
@@ -46,6 +49,8 @@ pub(super) struct Node {
     uplink: Uplink,
     keyring: Arc<Keyring>,
     tls: Tls,
+    /// Reads its containers' output, once they are taken up.
+    peer: OnceLock<PeerService>,
     /// Its port, until it is served.
     listener: Mutex<Option<TcpListener>>,
     tasks: TaskSet,
@@ -117,6 +122,7 @@ impl Node {
             uplink,
             keyring,
             tls,
+            peer: OnceLock::new(),
             listener,
             tasks,
         })
@@ -139,6 +145,7 @@ impl Node {
             self.tasks.clone(),
         );
         let peer = peer.with_underlay(self.uplink.underlay());
+        let _ = self.peer.set(peer.clone()); // A node is served once.
         let mut routes = Routes::new(PeerServer::new(peer));
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);
@@ -202,6 +209,15 @@ impl Node {
     /// What is counted of this node, as text for a collector.
     pub(super) async fn metrics(&self) -> Result<String, skep_worker::net::Error> {
         self.uplink.metrics().await
+    }
+
+    /// The output of a container of this node.
+    pub(super) fn logs(
+        &self,
+        request: TaskLogsRequest,
+    ) -> Result<ReceiverStream<Result<LogRecord, Status>>, Status> {
+        let peer = self.peer.get();
+        peer.ok_or_else(|| Status::unavailable("this node is starting"))?.read_logs(request)
     }
 
     /// Stops; containers, rules and files stay.

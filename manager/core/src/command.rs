@@ -19,12 +19,12 @@ use skep_common::{
 /// |---|---|
 /// | 1 | the first |
 /// | 2 | networks: references to them are checked |
-/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies |
+/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies; tasks that no service made |
 pub const FORMAT_LEVEL: u32 = 3;
 const FIRST_LEVEL: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
 pub(crate) const NETWORKS_LEVEL: u32 = 2;
-/// From this level on, objects say more of published ports.
+/// From this level on, objects say more of published ports, and of tasks that no service made.
 const PORTS_LEVEL: u32 = 3;
 
 /// A transaction.
@@ -42,7 +42,7 @@ impl Command {
     /// A transaction of the lowest format level that it is understood at, so that managers of an earlier
     /// version go on in a swarm that does not use what is new.
     pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
-        let level = if actions.iter().any(is_of_ports) {
+        let level = if actions.iter().any(|action| is_of_ports(action) || is_standalone(action)) {
             PORTS_LEVEL
         } else if actions.iter().any(is_of_networks) {
             NETWORKS_LEVEL
@@ -67,6 +67,17 @@ fn is_of_ports(action: &Action) -> bool {
         }
         Action::Put { object: Object::Node(node), .. } => !node.status.port_conditions.is_empty(),
         Action::Put { .. } | Action::Delete { .. } | Action::ImageHolder { .. } => false,
+    }
+}
+
+/// Managers of an earlier version would drop the mark, and stop the task for want of a service.
+fn is_standalone(action: &Action) -> bool {
+    match action {
+        Action::Put { object: Object::Task(task), .. } => task.standalone.is_some(),
+        Action::Put { .. }
+        | Action::Delete { .. }
+        | Action::PatchTask(_)
+        | Action::ImageHolder { .. } => false,
     }
 }
 

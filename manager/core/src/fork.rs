@@ -117,6 +117,7 @@ impl<'a> Fork<'a> {
             service_name: service.spec.name.clone(),
             start_after,
             host_ports: ports::host_mode(&service.endpoint.ports),
+            standalone: None,
         };
         // Orders it among its slot's tasks within this pass; the store writes the same.
         task.meta.created_at = self.now;

@@ -4,7 +4,7 @@
 //! the one function that changes them), [`plan`](mod@plan) (one pass of all control loops) and what
 //! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`liveness`] (which
 //! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
-//! [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
+//! [`container`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
 
 pub mod command;
 pub mod store;
@@ -15,6 +15,7 @@ pub mod allocator;
 pub mod assignments;
 pub mod conditions;
 pub mod constraint;
+pub mod container;
 pub mod endpoints;
 mod fork;
 pub mod image;

@@ -13,14 +13,15 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use skep_common::object::{NodeState, TaskStatus};
 use skep_common::spec::{
-    Availability, Nanos, Placement, PortConfig, ResourceRequirements, Resources, RestartPolicy,
-    UpdateConfig,
+    Availability, ContainerSpec, Nanos, Placement, PortConfig, ResourceRequirements, Resources,
+    RestartPolicy, TaskSpec, UpdateConfig,
 };
 use skep_common::{Node, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::assignments::{CopyDuties, for_node};
 use crate::command::{Action, TaskPatch};
 use crate::constraint;
+use crate::container;
 use crate::endpoints::Drain;
 use crate::liveness::{Event, Liveness};
 use crate::plan::{Dirty, LeaderMemory};
@@ -53,6 +54,8 @@ struct Simulation {
     drain: Drain,
     /// Whether things still go wrong.
     is_rough: bool,
+    /// Containers that no service made and whose end somebody wished.
+    unwanted: BTreeSet<TaskId>,
 }
 
 fn mib(mib: i64) -> Option<Resources> {
@@ -103,7 +106,15 @@ impl Simulation {
         let drain = Drain::new(&world.state, &BTreeSet::new(), NOW);
         let workers = world.state.nodes().keys().map(|id| (*id, Worker::default())).collect();
         let rng = StdRng::seed_from_u64(seed);
-        let mut simulation = Self { world, rng, workers, liveness, drain, is_rough: true };
+        let mut simulation = Self {
+            world,
+            rng,
+            workers,
+            liveness,
+            drain,
+            is_rough: true,
+            unwanted: BTreeSet::new(),
+        };
         let services = [sample_service(2, 5), sample_service(3, 3)];
         let services = services.map(|service| Object::Service(Box::new(service)));
         simulation.world.put(services.into());
@@ -136,6 +147,7 @@ impl Simulation {
         if self.is_rough {
             self.fault();
             self.wish();
+            self.wish_about_containers();
         }
         for node_id in self.node_ids() {
             self.work(node_id);
@@ -222,6 +234,39 @@ impl Simulation {
             }
             self.world.replace(Object::Service(Box::new(service)));
         }
+    }
+
+    /// Somebody runs, stops or removes a container of a node.
+    fn wish_about_containers(&mut self) {
+        if !self.chance(30) {
+            return;
+        }
+        let node_id = NodeId(self.rng.random_range(1..=5));
+        let of_node = container::of_node(&self.world.state, node_id);
+        let found: Vec<TaskId> = of_node.map(|task| task.id).collect();
+        let kind = self.rng.random_range(0..4);
+        let Some(task_id) = found.first().copied().filter(|_| kind > 0) else {
+            let id = TaskId(self.rng.random_range(u128::from(u64::MAX)..u128::MAX));
+            let image = format!("i@sha256:{}", "1".repeat(64));
+            let container_spec = Some(ContainerSpec { image, ..ContainerSpec::default() });
+            let request = container::Request {
+                name: String::new(),
+                spec: TaskSpec { container_spec, ..TaskSpec::default() },
+                auto_remove: self.rng.random_bool(0.5),
+            };
+            let action = container::run(&self.world.state, id, node_id, request, self.world.now);
+            return self.apply(vec![action.unwrap()]);
+        };
+        let task = self.world.state.task(task_id).unwrap();
+        let action = match kind {
+            1 => container::stop(task),
+            _ => match container::remove(task, kind == 2) {
+                Ok(action) => action,
+                Err(_) => return, // It runs.
+            },
+        };
+        self.unwanted.insert(task_id);
+        self.apply(vec![action]);
     }
 
     /// A worker does what it was told, at its own pace, and reports when it can.
@@ -415,6 +460,13 @@ impl Simulation {
                 assert!(is_waiting || is_running, "{}: {:?}", task.name(), task.status);
                 assert!(state == "updating" || task.spec == service.spec.task_template);
             }
+        }
+        for task in self.world.state.tasks().values() {
+            let Some(standalone) = &task.standalone else { continue };
+            let is_wanted = task.desired_state <= TaskState::Running;
+            assert!(is_wanted || self.unwanted.contains(&task.id), "{} was stopped", task.name());
+            let has_ended = task.status.state.is_terminal();
+            assert!(!(standalone.auto_remove && has_ended), "{} is still there", task.name());
         }
         for worker in self.workers.values() {
             for (task_id, status) in &worker.tasks {

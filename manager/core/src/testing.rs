@@ -140,6 +140,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         service_name: service.spec.name.clone(),
         start_after: None,
         host_ports: crate::ports::host_mode(&service.endpoint.ports),
+        standalone: None,
     };
     task.status.applied_at = Some(NOW);
     if index != service.spec_version.index {

@@ -83,7 +83,8 @@ fn mode(spec: &ServiceSpec) -> Outcome {
     }
 }
 
-fn task_spec(spec: &TaskSpec) -> Outcome {
+/// Refuses what a task cannot be.
+pub(crate) fn task_spec(spec: &TaskSpec) -> Outcome {
     let Some(container) = &spec.container_spec else {
         return refuse("TaskSpec: missing runtime: ContainerSpec must be provided");
     };

@@ -1,7 +1,7 @@
 //! Why a control request was refused. Messages and codes follow SwarmKit's control API.
 
 use skep_common::Kind;
-use skep_manager_core::{Refusal, network, service, stack};
+use skep_manager_core::{Refusal, container, network, service, stack};
 use tonic::{Code, Status};
 
 use crate::consensus::{ReadError, propose};
@@ -39,6 +39,9 @@ pub enum Error {
     /// The core refused the request about a network.
     #[error(transparent)]
     Network(#[from] network::Error),
+    /// The core refused the request about a container.
+    #[error(transparent)]
+    Container(#[from] container::Error),
     /// The core refused the request about a stack.
     #[error(transparent)]
     Stack(#[from] stack::Error),
@@ -61,6 +64,7 @@ impl Error {
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Service(error) => service_code(error),
             Self::Network(error) => network_code(error),
+            Self::Container(error) => container_code(error),
             Self::Stack(stack::Error::Network { error, .. }) => network_code(error),
             Self::Stack(stack::Error::NotFound { .. }) => Code::NotFound,
             Self::Stack(stack::Error::Service { error, .. }) => service_code(error),
@@ -75,6 +79,19 @@ impl Error {
             Self::Refused(Refusal::NodeNumbersExhausted) => Code::ResourceExhausted,
             Self::Propose(_) | Self::Read(_) => Code::Unavailable,
         }
+    }
+}
+
+fn container_code(error: &container::Error) -> Code {
+    match error {
+        container::Error::Invalid(_) | container::Error::Ambiguous { .. } => Code::InvalidArgument,
+        container::Error::Network(error) => network_code(error),
+        container::Error::NotAttachable { .. } | container::Error::Running { .. } => {
+            Code::FailedPrecondition
+        }
+        container::Error::NameTaken { .. } => Code::AlreadyExists,
+        container::Error::NotFound { .. } => Code::NotFound,
+        container::Error::Exhausted(_) => Code::ResourceExhausted,
     }
 }
 

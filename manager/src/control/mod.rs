@@ -3,9 +3,10 @@
 //! A handler reads a linearizable snapshot, decides with the pure functions of the core, and proposes
 //! one transaction whose preconditions make it safe on any manager: the leader need not run it.
 //!
-//! Reading order: [`error`], [`lookup`] (references and documents), `services`, `networks`, `nodes`, `stacks`,
-//! `watch`, `logs`, `path`.
+//! Reading order: [`error`], [`lookup`] (references and documents), `services`, `containers`, `networks`, `nodes`,
+//! `stacks`, `watch`, `logs`, `path`.
 
+mod containers;
 pub mod error;
 mod logs;
 pub mod lookup;
@@ -30,6 +31,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::consensus::Consensus;
+pub use containers::ContainersService;
 use error::{Error, kind_name, kind_of};
 use lookup::{Facts, document};
 

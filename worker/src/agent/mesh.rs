@@ -230,6 +230,7 @@ mod tests {
             number: 1,
             underlay: "10.77.0.1".into(),
             wireguard: Some(skep_proto::WireguardKeys { current: 1, keys }),
+            ..MeshPeer::default()
         };
         let update = |peer| MeshUpdate { peers: vec![peer], ..MeshUpdate::default() };
         state.update(update(peer(vec![key.clone()])));

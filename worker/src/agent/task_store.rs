@@ -117,6 +117,7 @@ mod tests {
             service_name: "web".into(),
             start_after: None,
             host_ports: Vec::new(),
+            standalone: None,
         };
         Remembered { task, status: TaskStatus::default(), removed: false }
     }

@@ -323,6 +323,7 @@ pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Ta
         service_name: service_name.into(),
         start_after: None,
         host_ports: Vec::new(),
+        standalone: None,
     }
 }
 

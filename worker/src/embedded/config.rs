@@ -105,7 +105,7 @@ fn expand(spec: &mut ContainerSpec, task: &Task, facts: &NodeFacts) -> Result<()
 
 /// Labels by which Docker's tools know the containers of a swarm.
 fn swarm_labels(task: &Task, facts: &NodeFacts) -> BTreeMap<String, String> {
-    let name = format!("{}.{}", task.name(), task.id);
+    let name = task.container_name();
     [
         ("com.docker.swarm.task", String::new()),
         ("com.docker.swarm.task.id", task.id.to_string()),

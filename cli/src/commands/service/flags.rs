@@ -503,7 +503,7 @@ pub(super) fn parse_publish(text: &str) -> Result<Publish, String> {
 }
 
 /// `NAME=VALUE`; a name alone takes the caller's value and is left out where there is none.
-pub(super) fn environment_entry(text: &str, caller: &BTreeMap<String, String>) -> Option<String> {
+pub(crate) fn environment_entry(text: &str, caller: &BTreeMap<String, String>) -> Option<String> {
     if text.contains('=') {
         return Some(text.to_owned());
     }
@@ -511,7 +511,7 @@ pub(super) fn environment_entry(text: &str, caller: &BTreeMap<String, String>) -
 }
 
 /// Refuses an environment variable without a name.
-pub(super) fn parse_environment(text: &str) -> Result<String, String> {
+pub(crate) fn parse_environment(text: &str) -> Result<String, String> {
     match text.split('=').next() {
         None | Some("") => Err(format!("invalid environment variable: {text}")),
         Some(_) => Ok(text.to_owned()),

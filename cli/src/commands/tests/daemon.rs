@@ -13,7 +13,7 @@ use skep_proto::watch_event::Action;
 use skep_proto::*;
 use skep_runtime::TaskSet;
 use tokio::net::UnixListener;
-use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
 /// What the daemon holds and what it was asked.
@@ -340,6 +340,16 @@ impl Control for Served {
 
 #[tonic::async_trait]
 impl Machine for Served {
+    type ContainerLogsStream = ReceiverStream<Result<LogRecord, Status>>;
+
+    async fn container_logs(
+        &self,
+        request: Request<TaskLogsRequest>,
+    ) -> Answer<Self::ContainerLogsStream> {
+        let task_id = request.into_inner().task_id;
+        Err(Status::not_found(format!("container {task_id} has no log")))
+    }
+
     async fn info(&self, _: Request<InfoRequest>) -> Answer<InfoResponse> {
         Ok(Response::new(InfoResponse {
             version: "9.9.9".into(),

@@ -391,7 +391,7 @@ fn endpoints(
         return BTreeMap::new();
     };
     let serving = is_serving(state, silent, task);
-    let name = format!("{}.{}", task.name(), task.id);
+    let name = task.container_name();
     let hostname = hostname(task, node);
     let endpoints = task.networks_attachments.iter().filter_map(|place| {
         let v6 = place.ipv6.map(|net| IpAddr::V6(net.addr()));

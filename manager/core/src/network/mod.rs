@@ -23,7 +23,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use skep_common::spec::{NetworkSpec, Predefined, ServiceSpec};
-use skep_common::{Meta, Network, NetworkId, Object, TaskState};
+use skep_common::{Meta, Network, NetworkId, Object, Task, TaskState};
 
 use crate::command::{Action, Expect};
 use crate::store::{AddressOwner, State};
@@ -61,13 +61,13 @@ pub enum Error {
         /// What was asked for.
         target: String,
     },
-    /// Remove the service first, or take it off the network.
-    #[error("network {name} is in use by service {service}")]
+    /// Remove its user first, or take it off the network.
+    #[error("network {name} is in use by {user}")]
     InUse {
         /// The network.
         name: String,
-        /// A service on it.
-        service: String,
+        /// A service on it, or a container that no service made, with its kind.
+        user: String,
     },
     /// Every node has it.
     #[error("operation is not permitted on predefined {name} network")]
@@ -129,7 +129,13 @@ pub fn remove(state: &State, network: &Network) -> Result<Option<Action>, Error>
         return Err(Error::Predefined { name: name() });
     }
     if let Some(service) = user(state, network.id) {
-        return Err(Error::InUse { name: name(), service });
+        return Err(Error::InUse { name: name(), user: format!("service {service}") });
+    }
+    let stays =
+        |task: &&Arc<Task>| task.standalone.is_some() && task.desired_state <= TaskState::Running;
+    if let Some(container) = tasks_on(state, network.id).find(stays) {
+        let user = format!("container {}", container.name());
+        return Err(Error::InUse { name: name(), user });
     }
     Ok(Some(leaving(network)))
 }
@@ -152,16 +158,21 @@ fn user(state: &State, network_id: NetworkId) -> Option<String> {
     if let Some(service) = state.user_of_network(network_id) {
         return Some(service.spec.name.clone());
     }
-    let owners = state.network_addresses(network_id, FIRST, LAST).map(|(_, owner)| owner);
-    let mut tasks = owners.filter_map(|owner| match owner {
-        AddressOwner::Task(task_id) => state.task(task_id),
-        AddressOwner::Network | AddressOwner::Service(_) => None,
-    });
-    let goes_on = |task: &&Arc<skep_common::Task>| {
+    let mut tasks = tasks_on(state, network_id);
+    let goes_on = |task: &&Arc<Task>| {
         let service = state.service(task.service_id);
         task.desired_state <= TaskState::Running && service.is_some_and(|s| !s.pending_delete)
     };
     tasks.find(goes_on).map(|task| task.service_name.clone())
+}
+
+/// The tasks on a network that have not ended.
+fn tasks_on(state: &State, network_id: NetworkId) -> impl Iterator<Item = &Arc<Task>> {
+    let owners = state.network_addresses(network_id, FIRST, LAST).map(|(_, owner)| owner);
+    owners.filter_map(|owner| match owner {
+        AddressOwner::Task(task_id) => state.task(task_id),
+        AddressOwner::Network | AddressOwner::Service(_) => None,
+    })
 }
 
 /// Before and behind every address of a network.

@@ -37,6 +37,7 @@ use std::time::Duration;
 use skep_common::object::NodeState;
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
+use crate::container;
 use crate::fork::Fork;
 use crate::plan::Options;
 use crate::store::State;
@@ -82,9 +83,14 @@ pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
     restart::release(scope, &service);
 }
 
+/// Removes the tasks of a service that is not there. Those that no service made are nobody's to decide about.
 fn remove_all(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
-    let tasks: Vec<TaskId> =
-        scope.fork.state().tasks_of_service(service_id).map(|t| t.id).collect();
+    let is_over = |task: &&Arc<Task>| match &task.standalone {
+        Some(standalone) => container::is_over(task, standalone),
+        None => true,
+    };
+    let tasks = scope.fork.state().tasks_of_service(service_id);
+    let tasks: Vec<TaskId> = tasks.filter(is_over).map(|task| task.id).collect();
     for task_id in tasks {
         scope.fork.desire(task_id, TaskState::Remove);
     }

@@ -197,6 +197,9 @@ impl State {
     /// Releases what the old form of a task held, before its new form is indexed.
     pub(super) fn unindex_task(&mut self, task: &Task) {
         self.service_tasks.remove(&(task.service_id, task.slot, task.id));
+        if let Some(name) = name_on_node(task) {
+            self.names.remove(&(Kind::Task, name));
+        }
         if let Some(node_id) = task.node_id {
             self.node_tasks.remove(&(node_id, task.id));
         }
@@ -204,6 +207,9 @@ impl State {
     }
 
     pub(super) fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
+        if let Some(name) = name_on_node(&task) {
+            self.rename(Kind::Task, task.id.0, None, &name)?;
+        }
         self.service_tasks.insert((task.service_id, task.slot, task.id));
         if let Some(node_id) = task.node_id {
             self.node_tasks.insert((node_id, task.id));
@@ -349,6 +355,14 @@ fn change_of(task: &Task) -> Change {
         service_id: Some(task.service_id),
         node_id: task.node_id,
     }
+}
+
+/// What names a task that no service made. Each node has names of its own, and a slash is in none of them.
+fn name_on_node(task: &Task) -> Option<String> {
+    task.standalone.as_ref()?;
+    let is_leaving = task.desired_state >= TaskState::Remove;
+    let name = || Some(format!("{}/{}", task.node_id?, task.service_name));
+    if is_leaving { None } else { name() }
 }
 
 fn ingress_ports(

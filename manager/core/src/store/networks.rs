@@ -191,6 +191,17 @@ impl State {
                 }
             }
             Object::Network(network) if network.pending_delete => self.refuse_used(network.id),
+            // Its spec was read by the names of another moment; tasks of services wait instead.
+            Object::Task(task) if task.standalone.is_some() => {
+                let mut ids = task.networks_attachments.iter().filter_map(|one| one.network_id);
+                let is_there = |id: &NetworkId| {
+                    self.networks.get(id).is_some_and(|network| !network.pending_delete)
+                };
+                match ids.find(|id| !is_there(id)) {
+                    Some(network_id) => Err(Refusal::NetworkNotFound { network_id }),
+                    None => Ok(()),
+                }
+            }
             _ => Ok(()),
         }
     }
