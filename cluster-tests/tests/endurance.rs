@@ -75,7 +75,7 @@ fn no_request_fails_while_tasks_are_replaced() {
         seen.n_rounds += 1;
         match round % 5 {
             0 => update(&lab, round),
-            1 => scale(&lab),
+            1 => scale(&lab, &mut seen),
             2 => drain(&lab, NODES[round / 5 % NODES.len()]),
             3 => fall_ill(&lab),
             _ => restart_daemons(&lab, round / 5),
@@ -147,11 +147,12 @@ fn update(lab: &Lab, round: usize) {
     wait_until_gone(lab, &old);
 }
 
-fn scale(lab: &Lab) {
+/// Those that come and go again count, too: they are given connections, and are taken out again.
+fn scale(lab: &Lab, seen: &mut Replaced) {
     for n_tasks in [N_TASKS + 3, N_TASKS] {
         lab.node("n1").skep(&["service", "scale", "--detach", &format!("{WEB}={n_tasks}")]).ok();
         lab.wait_until_settled("n1", WEB, n_tasks);
-        // Those that come and go again are replacements, too: they take connections and give them up.
+        seen.look(lab);
     }
 }
 
