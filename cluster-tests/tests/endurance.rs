@@ -88,7 +88,10 @@ fn no_request_fails_while_tasks_are_replaced() {
     let n_requests: u64 = reports.iter().map(|report| report.summary.requests).sum();
     for (what, report) in ["new connections", "kept connections"].iter().zip(&reports) {
         let (n, longest) = (report.summary.requests, report.summary.longest_ms);
-        eprintln!("-- {what}: {n} requests, {} failed, longest {longest} ms", report.summary.failed);
+        eprintln!(
+            "-- {what}: {n} requests, {} failed, longest {longest} ms",
+            report.summary.failed
+        );
     }
     reports.iter().for_each(Report::assert_none_failed);
     assert!(n_requests >= N_REQUESTS, "{n_requests} requests");
@@ -191,7 +194,8 @@ fn restart_daemons(lab: &Lab, round: usize) {
 
 /// Those that were on their way to its tasks, and those that go there until it is seen.
 fn a_dead_node_fails_requests_until_it_is_seen(lab: &Lab) {
-    let dead = tasks(lab).into_iter().find(|task| ["n4", "n5"].contains(&&*task.node)).unwrap().node;
+    let dead =
+        tasks(lab).into_iter().find(|task| ["n4", "n5"].contains(&&*task.node)).unwrap().node;
     let others: Vec<&str> = NODES.into_iter().filter(|node| *node != dead).collect();
     let started = monotonic();
     let loads = [false, true].map(|keep_alive| load(lab, &others, keep_alive));
@@ -211,7 +215,9 @@ fn a_dead_node_fails_requests_until_it_is_seen(lab: &Lab) {
         let last = report.records.iter().map(|record| record.sent_at_ms).max();
         let window = last.map(|last| Duration::from_millis(last).saturating_sub(killed_at));
         let (n, n_failed) = (report.summary.requests, report.summary.failed);
-        eprintln!("-- a dead node, {what}: {n} requests, {n_failed} failed, the last sent {window:?} after");
+        eprintln!(
+            "-- a dead node, {what}: {n} requests, {n_failed} failed, the last sent {window:?} after"
+        );
         let late: Vec<_> = report.records.iter().filter(late).take(5).collect();
         assert!(late.is_empty(), "{what}: failed after the node was seen: {late:#?}");
     }
