@@ -356,7 +356,7 @@ fn a_network_goes_with_its_last_container_and_teardown_leaves_nothing() {
     assert_eq!(files(&lab), 0);
     assert!(!lab.task(15).ip("-brief link").contains("eth0"));
     let mounts = std::fs::read_to_string(format!("/proc/{}/mounts", lab.node(1).host.pid()));
-    assert!(!mounts.unwrap().contains("netns"));
+    assert!(!mounts.unwrap().contains(&format!("{}/netns", lab.run_dir(1))));
 }
 
 #[test]

@@ -242,8 +242,8 @@ impl Table {
             .filter(|set| !set.is_anonymous)
             .map(|set| set.name)
             .collect();
-        let expected = self.layout.sets().map(|(name, _)| name.to_owned());
-        if named != BTreeSet::from(expected) {
+        let expected = self.layout.set_names();
+        if !named.iter().map(String::as_str).eq(expected) {
             tracing::warn!(
                 table = TABLE,
                 "sets of the mesh were changed; building its rules again"

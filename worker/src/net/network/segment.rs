@@ -23,6 +23,7 @@ use netlink_packet_route::link::{
 use skep_worker_core::mesh::{Mac, interface_name};
 use skep_worker_core::network::{NetworkTable, NetworkTables, Reach};
 
+use super::removal::Target;
 use super::{Attachment, NetworkOptions, interface, reach};
 use crate::net::mesh::options::VXLAN_OVERHEAD;
 use crate::net::namespace::{self, Home};
@@ -159,24 +160,18 @@ impl Segment {
         Ok(link.index)
     }
 
-    /// Takes the interface of a task away; fine where it has none.
-    pub(super) fn detach(&mut self, task_id: &str) -> Result<(), Error> {
-        let name = interface_name(task_id);
-        match self.channel.link(&name)? {
-            Some(link) => self.channel.delete_link(&name, link.index),
-            None => Ok(()),
-        }
+    /// The port of a task, to be deleted; `None` where it has none.
+    pub(super) fn port(&mut self, task_id: &str) -> Result<Option<Target>, Error> {
+        let interface = interface_name(task_id);
+        let link = self.channel.link(&interface)?;
+        let namespace =
+            || self.namespace.try_clone().map_err(|e| Error::file("keep", &self.path, e));
+        link.map(|_| Ok(Target::Port { namespace: namespace()?, interface })).transpose()
     }
 
-    /// Removes the network from this node, with the interfaces of all tasks on it.
-    pub(super) fn remove(&mut self) -> Result<(), Error> {
-        // The namespace itself may live on for a while: shims copied the mount that keeps it.
-        for link in self.channel.links()? {
-            if link.name != LOOPBACK {
-                self.channel.delete_link(&link.name, link.index)?;
-            }
-        }
-        namespace::forget(&self.path)
+    /// The whole network, to be deleted from this node with the interfaces of all tasks on it.
+    pub(super) fn into_target(self) -> Target {
+        Target::Network { namespace: self.namespace, path: self.path }
     }
 
     fn ensure_bridge(&mut self, settings: Settings) -> Result<u32, Error> {
