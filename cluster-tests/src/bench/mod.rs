@@ -12,8 +12,10 @@ mod mesh;
 mod place;
 mod relays;
 mod requests;
+mod rules;
 mod saturation;
 mod start;
+mod throughput;
 mod usage;
 mod vip;
 
@@ -63,6 +65,16 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "vip",
         what: "requests to a virtual address of a network, beside the same others",
         run: vip::run,
+    },
+    Scenario {
+        name: "throughput",
+        what: "one connection between containers of two nodes, beside a VXLAN made by hand",
+        run: throughput::run,
+    },
+    Scenario {
+        name: "rules",
+        what: "rules of 1,000 services with 10 backends each: how long until they are in force",
+        run: rules::run,
     },
 ];
 

@@ -27,9 +27,13 @@ impl<'a> Place<'a> {
         let [container] = &containers[..] else {
             panic!("one task of {service} was asked for: {containers:#?}")
         };
-        let pid = pid_on_node(container);
+        Self::of_process(lab, &container.node, pid_on_node(container))
+    }
+
+    /// The network of a process, by the number that its node gives it.
+    pub(crate) fn of_process(lab: &'a Lab, node: &str, pid: u32) -> Self {
         let enter = vec!["nsenter".to_owned(), format!("--net=/proc/{pid}/ns/net")];
-        Self { lab, node: container.node.clone(), enter }
+        Self { lab, node: node.to_owned(), enter }
     }
 
     /// Runs a command to its end.
