@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
-use skep_common::spec::{IngressPolicy, PortProtocol};
+use skep_common::spec::{IngressPolicy, PortProtocol, ProxyProtocol};
 use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, WireguardKeys};
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{
@@ -209,11 +209,17 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
             target_port: u16::try_from(backend.target_port).ok()?,
         })
     });
+    let proxy_protocol = match port.proxy_protocol.as_str() {
+        "" => None,
+        // Tasks that wait for a header would get none.
+        name => Some(ProxyProtocol::of(name)?),
+    };
     Some(PublishedPort {
         published: u16::try_from(port.published).ok()?,
         protocol,
         service_id: port.service_id.clone(),
         service: port.service.clone(),
+        proxy_protocol,
         backends: backends.collect::<Option<_>>()?,
     })
 }
@@ -257,6 +263,7 @@ mod tests {
             service_id: "s".into(),
             service: "web".into(),
             policy: String::new(),
+            proxy_protocol: String::new(),
             backends: tasks.iter().map(backend).collect(),
         }
     }

@@ -15,7 +15,8 @@
 //! # Reading order
 //!
 //! [`MeshTable`] (input), [`Slices`] and [`twin`] (address arithmetic), [`Objects`] and [`Op`] (output),
-//! [`Flows`] (what the kernel must forget of flows that have no end of their own).
+//! [`Flows`] (what the kernel must forget of flows that have no end of their own), [`relays`] (ports that the daemon
+//! serves instead of the kernel).
 //!
 //! # Invariants
 //!
@@ -33,6 +34,8 @@ mod address;
 mod flows;
 mod objects;
 mod policy;
+mod proxy_protocol;
+mod relays;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -42,5 +45,7 @@ pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
 pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;
+pub use proxy_protocol::proxy_header;
+pub use relays::{Relay, Turns, relays};
 pub use table::{Backend, Error, MeshTable, Peer, Protocol, PublishedPort};
 pub use twin::{of_twin, twin, twin_net};
