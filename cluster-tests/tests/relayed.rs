@@ -68,6 +68,8 @@ fn the_proxy_protocol_tells_tasks_of_every_client() {
     clients_with_ipv6_are_named(&lab);
     step("scaling down and up under load");
     scaling_fails_no_request(&lab);
+    step("a port of a single node");
+    a_port_of_a_single_node_has_the_header_too(&lab);
     step("a service whose last task is gone");
     lab.node("n1").skep(&["service", "scale", "--detach", &format!("{WEB}=0")]).ok();
     lab.wait_until_settled("n1", WEB, 0);
@@ -98,6 +100,21 @@ fn scaling_fails_no_request(lab: &Lab) {
     for node in NODES {
         wait_for_slots(lab, "client", &url(lab, node), &[("1", 3), ("2", 3), ("3", 3)]);
     }
+}
+
+fn a_port_of_a_single_node_has_the_header_too(lab: &Lab) {
+    lab.node("n1").create_whoami(
+        "single",
+        &[
+            "--constraint=node.hostname==n2",
+            "--env=PROXY_PROTOCOL=v2",
+            "--publish=mode=host,target=8080,published=8070,proxy-protocol=v2",
+        ],
+    );
+    lab.wait_until_settled("n1", "single", 1);
+    let url = format!("http://{}:8070/", lab.node("n2").address());
+    wait_for_outcome(lab, &url, "Ok");
+    assert_clients(&send(lab, "client", &url, 3), lab.client().address());
 }
 
 /// A client that says that it has sent all gets its answer all the same.

@@ -331,6 +331,21 @@ mod tests {
     }
 
     #[test]
+    fn a_port_whose_header_this_program_does_not_know_is_not_served() {
+        let mut state = MeshState::default();
+        state.place(1, "10.192.0.0/10".parse().unwrap());
+        let with = |published, proxy_protocol: &str| MeshPort {
+            proxy_protocol: proxy_protocol.into(),
+            ..port(published, &[1])
+        };
+        let ports = vec![with(80, ""), with(81, "v2"), with(82, "v3")];
+        state.update(MeshUpdate { version: 1, whole: true, ports, ..MeshUpdate::default() });
+        let ports = state.table().unwrap().ports;
+        let read: Vec<_> = ports.iter().map(|port| (port.published, port.proxy_protocol)).collect();
+        assert_eq!(read, [(80, None), (81, Some(ProxyProtocol::V2))]);
+    }
+
+    #[test]
     fn a_local_port_goes_to_the_nodes_own_tasks_as_long_as_some_live() {
         let mut state = MeshState::default();
         state.place(1, "10.192.0.0/10".parse().unwrap());
