@@ -32,6 +32,9 @@ pub struct LoadOptions {
     pub requests: Option<u64>,
     /// Whether each client keeps its connection.
     pub keep_alive: bool,
+    /// How many requests are due in a second, whatever becomes of them; without it each client sends as
+    /// soon as it has its answer. Only those that fail are recorded then.
+    pub rate: Option<u64>,
     /// How long to wait for a connection, and for each part of an answer.
     pub timeout: Duration,
 }
@@ -41,7 +44,7 @@ impl LoadOptions {
     pub fn to(urls: impl IntoIterator<Item = String>) -> Self {
         let timeout = Duration::from_secs(5);
         let urls = urls.into_iter().collect();
-        Self { urls, clients: 1, requests: None, keep_alive: false, timeout }
+        Self { urls, clients: 1, requests: None, keep_alive: false, rate: None, timeout }
     }
 }
 
@@ -49,7 +52,7 @@ impl LoadOptions {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Record {
-    /// When it was sent, in milliseconds since the load began.
+    /// When it was sent, or due, in milliseconds since the load began.
     pub sent_at_ms: u64,
     /// How long it took.
     pub took_ms: u64,
@@ -142,7 +145,11 @@ impl Load {
     #[track_caller]
     pub(crate) fn start(lab: &Lab, from: &str, options: &LoadOptions) -> Self {
         let mut command = http_command(lab, from);
-        command.args(["--record", "--clients", &options.clients.to_string()]);
+        match options.rate {
+            Some(rate) => command.args(["--record-failed", "--rate", &rate.to_string()]),
+            None => command.arg("--record"),
+        };
+        command.args(["--clients", &options.clients.to_string()]);
         command.args(["--timeout-ms", &options.timeout.as_millis().to_string()]);
         if let Some(requests) = options.requests {
             command.args(["--requests", &requests.to_string()]);

@@ -8,6 +8,10 @@
 //! `--keep-alive` each client keeps a connection to one URL. It ends after `--requests`, or when
 //! its standard input ends. The last line it prints is the [`Summary`].
 //!
+//! Clients send as soon as they have their answers. With `--rate` the load is open-loop: requests are due at
+//! even intervals whatever becomes of those before, and each counts from when it was due, so that a server
+//! that stands still is seen by all that should have been sent meanwhile.
+//!
 //! With `--hold` it keeps one single connection, sends a request for each line of its standard
 //! input (the line is the path; an empty one means the URL's), and prints the outcome.
 
@@ -46,9 +50,15 @@ pub(crate) struct HttpArgs {
     /// Keep one connection and send a request for each line of standard input.
     #[arg(long, conflicts_with_all = ["requests", "clients"])]
     hold: bool,
+    /// Send this many requests a second, at even intervals.
+    #[arg(long, conflicts_with = "hold", value_parser = clap::value_parser!(u64).range(1..))]
+    rate: Option<u64>,
     /// Print each request's outcome and answer.
     #[arg(long)]
     record: bool,
+    /// Print the outcome of each request that failed.
+    #[arg(long, conflicts_with = "record")]
+    record_failed: bool,
     /// How long to wait for a connection, and for each part of an answer, in milliseconds.
     #[arg(long, default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..))]
     timeout_ms: u64,
@@ -75,7 +85,7 @@ fn parse_url(text: &str) -> Result<Url, String> {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct Record {
-    /// When it was sent, in milliseconds since this program began.
+    /// When it was sent, or due, in milliseconds since this program began.
     sent_at_ms: u64,
     took_ms: u64,
     client: u32,
@@ -158,7 +168,8 @@ impl Shared<'_> {
             let n_urls = self.args.urls.len() as u64;
             let nth = usize::try_from(turn % n_urls).expect("less than the number of URLs");
             let url = &self.args.urls[nth];
-            let record = self.send(client, url, &url.path, timeout, &mut kept);
+            let due = self.args.rate.map(|rate| self.wait_until_due(number, rate));
+            let record = self.send((client, due), url, &url.path, timeout, &mut kept);
             if !self.args.keep_alive {
                 kept = None;
             }
@@ -176,7 +187,7 @@ impl Shared<'_> {
             let line = line.context("read standard input")?;
             let path = if line.is_empty() { &url.path } else { &line };
             let record = match is_lost {
-                false => self.send(0, url, path, timeout, &mut kept),
+                false => self.send((0, None), url, path, timeout, &mut kept),
                 true => self.record(0, url, monotonic(), Err(Failure::lost())),
             };
             is_lost |= kept.is_none();
@@ -188,16 +199,25 @@ impl Shared<'_> {
         Ok(())
     }
 
-    /// Sends one request, over the kept connection where there is one.
+    /// Waits until the n-th request is due; gives the time.
+    fn wait_until_due(&self, number: u64, rate: u64) -> Instant {
+        let nanos = u128::from(number) * 1_000_000_000 / u128::from(rate);
+        let due = self.started + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
+        std::thread::sleep(due.saturating_duration_since(monotonic()));
+        due
+    }
+
+    /// Sends one request of a client, over the kept connection where there is one. It counts from when it
+    /// was due, if that is given.
     fn send(
         &self,
-        client: u32,
+        (client, due): (u32, Option<Instant>),
         url: &Url,
         path: &str,
         timeout: Duration,
         kept: &mut Option<Connection>,
     ) -> Record {
-        let sent_at = monotonic();
+        let sent_at = due.unwrap_or_else(monotonic);
         let connection = match kept.take() {
             Some(connection) => Ok(connection),
             None => Connection::open(url.address, timeout),
@@ -251,8 +271,9 @@ impl Shared<'_> {
             let words = record.error.clone().or_else(status).unwrap_or_default();
             summary.first_error.get_or_insert_with(|| format!("{}: {words}", record.server));
         }
+        let is_shown = self.args.record || self.args.record_failed && record.outcome != "Ok";
         // Printed under the lock, so that lines stay whole.
-        if self.args.record && print_line(record).is_err() {
+        if is_shown && print_line(record).is_err() {
             self.is_over.store(true, Ordering::Relaxed);
         }
     }

@@ -15,8 +15,9 @@
 //! # Reading order
 //!
 //! [`MeshTable`] (input), [`Slices`] and [`twin`] (address arithmetic), [`Objects`] and [`Op`] (output),
-//! [`Flows`] (what the kernel must forget of flows that have no end of their own), [`relays`] (ports that the daemon
-//! serves instead of the kernel).
+//! [`Flows`] (what the kernel must forget of flows that have no end of their own), [`Ejections`] (which
+//! backends the node goes without because it saw them fail), [`relays`] (ports that the daemon serves instead of
+//! the kernel).
 //!
 //! # Invariants
 //!
@@ -31,6 +32,9 @@
 //! Absent on purpose: I/O, interface names, marks and table numbers, which belong to the shell.
 
 mod address;
+mod ejection;
+#[cfg(test)]
+mod ejection_tests;
 mod flows;
 mod objects;
 mod policy;
@@ -42,6 +46,7 @@ mod tests;
 mod twin;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
+pub use ejection::{Change, Ejections, Outcome, PATIENCE, Reason, Times, leave_out};
 pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;

@@ -24,14 +24,16 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `links`, `uplink`, `hold`, `relay`, `upstream`, `datagrams`, `refusal`.
+//! change), `flows`, `ejection`, `links`, `uplink`, `hold`, `relay`, `upstream`, `datagrams`, `refusal`.
 //!
 //! # Invariants
 //!
 //! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
 //!   restarts takes over without disturbing a connection.
-//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table, and no flow of datagrams
+//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table without such backends, and no flow of datagrams
 //!   goes to a task that the table does not name.
+//! - A backend that refuses or does not answer gets no connections of this node until it does; the last
+//!   backends of a port stay.
 //! - Nothing host-wide is changed but the forwarding of IPv4, and of IPv6 where it is served; in other
 //!   programs' tables only `filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
 //!   br_netfilter.
@@ -42,6 +44,7 @@
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
 mod datagrams;
+mod ejection;
 mod flows;
 mod hold;
 mod kernel;
@@ -60,7 +63,9 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use skep_runtime::TaskSet;
 use skep_worker_core::mesh::MeshTable;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 pub use self::kernel::Condition;
@@ -89,6 +94,20 @@ pub struct Mesh {
     kernel: Arc<KernelThread<Kernel>>,
     uplinks: Arc<KernelThread<Uplinks>>,
     relays: Arc<Mutex<Relays>>,
+    ejection: Arc<Ejection>,
+}
+
+/// What looks for backends that do not answer, and ends with the last mesh that shares it.
+#[derive(Debug, Default)]
+struct Ejection {
+    tasks: TaskSet,
+    table_changed: Arc<Notify>,
+}
+
+impl Drop for Ejection {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+    }
 }
 
 impl Mesh {
@@ -110,8 +129,11 @@ impl Mesh {
             kernel: Arc::new(kernel),
             uplinks: Arc::new(uplinks),
             relays: Arc::new(Mutex::new(Relays::new(underlay))),
+            ejection: Arc::new(Ejection::default()),
         };
         mesh.follow(changes);
+        let Ejection { tasks, table_changed } = &*mesh.ejection;
+        ejection::start(tasks, mesh.kernel.clone(), table_changed.clone());
         Ok(mesh)
     }
 
@@ -125,6 +147,7 @@ impl Mesh {
         let table = table.clone();
         let relays = self.relays.clone();
         let runtime = tokio::runtime::Handle::current();
+        let table_changed = self.ejection.table_changed.clone();
         // Listeners follow on the thread: a caller that stops waiting must not separate them.
         let result = self.kernel.run(move |kernel| {
             let (changes, result) = kernel.apply(&table);
@@ -134,11 +157,14 @@ impl Mesh {
                 // It ends at once, and its listener with it. A panic in there is told where it happens.
                 let _ = runtime.block_on(listening);
             }
-            if !is_halfway {
-                return result;
-            }
-            let (changes, result) = kernel.apply(&table);
-            follow(&relays, changes);
+            let result = if is_halfway {
+                let (changes, result) = kernel.apply(&table);
+                follow(&relays, changes);
+                result
+            } else {
+                result
+            };
+            table_changed.notify_one();
             result
         });
         Ok(Applied { version, conditions: result.await?? })
@@ -174,7 +200,7 @@ impl Mesh {
     ///
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn teardown(&self) -> Result<(), Error> {
-        self.end_relays().await;
+        self.end_tasks().await;
         self.kernel.run(Kernel::teardown).await?
     }
 
@@ -192,11 +218,12 @@ impl Mesh {
     ///
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn shutdown(&self) -> Result<(), Error> {
-        self.end_relays().await;
+        self.end_tasks().await;
         self.kernel.run(Kernel::release).await?
     }
 
-    async fn end_relays(&self) {
+    async fn end_tasks(&self) {
+        self.ejection.tasks.clone().shutdown().await;
         let tasks = self.relays.lock().unwrap_or_else(PoisonError::into_inner).end();
         tasks.shutdown().await;
     }

@@ -11,7 +11,7 @@
 //!
 //! # Reading order
 //!
-//! `plane` (the order of things), `segment`, `reach`, `interface`, `container`, `rules`.
+//! `plane` (the order of things), `segment`, `reach`, `interface`, `container`, `rules`, `removal`.
 //!
 //! # Invariants
 //!
@@ -26,6 +26,7 @@ mod container;
 mod interface;
 mod plane;
 mod reach;
+mod removal;
 mod rules;
 mod segment;
 
@@ -40,6 +41,7 @@ use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
 use self::plane::Plane;
+use self::removal::Removal;
 use super::Error;
 use super::secure::{Keyring, Sessions};
 use super::thread::KernelThread;
@@ -76,6 +78,7 @@ pub struct Attachment {
 #[derive(Debug, Clone)]
 pub struct Networks {
     plane: Arc<KernelThread<Plane>>,
+    removal: Removal,
 }
 
 impl Networks {
@@ -86,9 +89,13 @@ impl Networks {
         tables: watch::Receiver<Arc<NetworkTables>>,
         running: BTreeMap<TaskId, u32>,
     ) -> Result<Self, Error> {
-        let start = move || Ok((Plane::start(options, tables, &running)?, ()));
-        let (plane, ()) = KernelThread::start("skep-networks", start).await?;
-        Ok(Self { plane: Arc::new(plane) })
+        let start = move || {
+            let removal = Removal::start()?;
+            let plane = Plane::start(options, tables, &running, removal.clone())?;
+            Ok((plane, removal))
+        };
+        let (plane, removal) = KernelThread::start("skep-networks", start).await?;
+        Ok(Self { plane: Arc::new(plane), removal })
     }
 
     /// Puts the newest tables into effect; returns when the kernel is changed. After an error the same
@@ -109,7 +116,10 @@ impl Networks {
 
     /// Disconnects the container of a task. Fine if it is on no network.
     pub async fn detach(&self, task_id: TaskId) -> Result<(), Error> {
-        self.plane.run(move |plane| plane.detach(task_id)).await?
+        let ports = self.plane.run(move |plane| plane.release(task_id)).await??;
+        self.removal.remove(ports).await?;
+        let unused = self.plane.run(Plane::drop_unused).await??;
+        self.removal.remove(unused).await
     }
 
     /// The nodes that encrypted networks have sessions with.
@@ -119,7 +129,9 @@ impl Networks {
 
     /// Removes all networks from this node: for a node that leaves the swarm or is removed.
     pub async fn teardown(&self) -> Result<(), Error> {
-        self.plane.run(Plane::teardown).await?
+        let networks = self.plane.run(Plane::give_up).await?;
+        let removed = self.removal.remove(networks).await;
+        removed.and(self.plane.run(Plane::remove_secure).await?)
     }
 
     /// Removes what an earlier daemon left, as [`Networks::teardown`] does. Fine if there is nothing.

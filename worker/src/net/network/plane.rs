@@ -10,6 +10,7 @@ use skep_worker_core::network::{Balance, NetworkTable, NetworkTables};
 use tokio::sync::watch;
 
 use super::container::Container;
+use super::removal::{Removal, Target};
 use super::segment::{Segment, Settings};
 use super::{Attachment, NetworkOptions};
 use crate::net::Error;
@@ -35,15 +36,17 @@ pub(super) struct Plane {
     segments: BTreeMap<NetworkId, Segment>,
     containers: BTreeMap<TaskId, Container>,
     secure: Secure,
+    removal: Removal,
 }
 
 impl Plane {
     /// Finds the networks and the containers on them that an earlier daemon left, and changes nothing.
-    /// `running` are first processes of containers.
+    /// `running` are first processes of containers; `removal` deletes what the plane gives up.
     pub(super) fn start(
         options: NetworkOptions,
         tables: watch::Receiver<Arc<NetworkTables>>,
         running: &BTreeMap<TaskId, u32>,
+        removal: Removal,
     ) -> Result<Self, Error> {
         let home = Home::here()?;
         let segments = find_segments(&home, &options.run_dir)?;
@@ -60,6 +63,7 @@ impl Plane {
             segments,
             containers,
             secure,
+            removal,
         };
         let mut networks: BTreeMap<TaskId, BTreeMap<NetworkId, u32>> = BTreeMap::new();
         for (network_id, segment) in &mut plane.segments {
@@ -109,14 +113,14 @@ impl Plane {
             if is_refused || is_same && !is_repair && !is_moved {
                 continue;
             }
-            failures.extend(self.converge(*network_id, table, &tables).err());
+            failures.extend(self.converge(*network_id, table, &tables, is_repair).err());
         }
         let balances = self.balances(&tables);
         for container in self.containers.values_mut() {
             failures.extend(container.converge(&balances, is_repair).err());
         }
-        // Last, since the kernel takes its time to delete interfaces.
-        failures.extend(self.remove_dropped(&tables).err());
+        let unused = self.drop_unused();
+        failures.extend(unused.and_then(|unused| self.removal.remove_later(unused)).err());
         if failures.is_empty() {
             self.in_force = Some(tables);
         }
@@ -142,7 +146,7 @@ impl Plane {
                 self.secure.check(&table.name)?;
                 self.converge_secure(&tables)?;
             }
-            self.converge(network_id, table, &tables)?;
+            self.converge(network_id, table, &tables, true)?;
             let settings = self.settings(table)?;
             let segment = self.segments.get_mut(&network_id);
             let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
@@ -155,32 +159,47 @@ impl Plane {
         Ok(())
     }
 
-    /// Disconnects a container from all networks; fine if it is on none.
-    pub(super) fn detach(&mut self, task_id: TaskId) -> Result<(), Error> {
+    /// Lets go of a container; gives the ports of it that are to be deleted.
+    pub(super) fn release(&mut self, task_id: TaskId) -> Result<Vec<Target>, Error> {
         self.containers.remove(&task_id);
         let id = task_id.to_string();
-        let mut failures = Vec::new();
-        for segment in self.segments.values_mut() {
-            failures.extend(segment.detach(&id).err());
-        }
+        let ports = self.segments.values_mut().filter_map(|segment| segment.port(&id).transpose());
+        ports.collect()
+    }
+
+    /// Gives up the networks that the tables name no longer and that no container is on: they are to be
+    /// deleted.
+    pub(super) fn drop_unused(&mut self) -> Result<Vec<Target>, Error> {
         let tables = self.tables.borrow().clone();
-        failures.extend(self.remove_dropped(&tables).err());
-        first_of(failures)
+        let mut unused = Vec::new();
+        for (network_id, segment) in &mut self.segments {
+            if !tables.networks.contains_key(network_id) && segment.ports()?.is_empty() {
+                unused.push(*network_id);
+            }
+        }
+        let segments = unused.iter().filter_map(|network_id| self.segments.remove(network_id));
+        Ok(segments.map(Segment::into_target).collect())
     }
 
-    /// Removes all networks from this node.
-    pub(super) fn teardown(&mut self) -> Result<(), Error> {
+    /// Gives up all containers and networks; these are to be deleted.
+    pub(super) fn give_up(&mut self) -> Vec<Target> {
         self.containers.clear();
-        let failures = self.segments.values_mut().filter_map(|segment| segment.remove().err());
-        let failures = failures.collect();
-        self.segments.clear();
-        first_of(failures).and(self.secure.remove(&mut self.host))
+        let segments = std::mem::take(&mut self.segments).into_values();
+        segments.map(Segment::into_target).collect()
     }
 
-    /// The same where none were started, of what an earlier daemon left.
+    /// Removes WireGuard from this node, behind the last encrypted network.
+    pub(super) fn remove_secure(&mut self) -> Result<(), Error> {
+        self.secure.remove(&mut self.host)
+    }
+
+    /// Deletes, where no networks were started, what an earlier daemon left.
     pub(super) fn remove(run_dir: &Path) -> Result<(), Error> {
-        let mut segments = find_segments(&Home::here()?, run_dir)?;
-        first_of(segments.values_mut().filter_map(|segment| segment.remove().err()).collect())?;
+        let segments = find_segments(&Home::here()?, run_dir)?;
+        let targets = segments.into_values().map(Segment::into_target).collect();
+        let removal = Removal::start()?;
+        removal.remove_later(targets)?;
+        removal.wait()?;
         secure::remove(&mut RouteChannel::open()?)
     }
 
@@ -207,18 +226,21 @@ impl Plane {
         network_id: NetworkId,
         table: &NetworkTable,
         tables: &NetworkTables,
+        is_repair: bool,
     ) -> Result<(), Error> {
         let settings = self.settings(table)?;
         if !self.segments.contains_key(&network_id) {
             let dir = self.options.run_dir.join(NAMESPACES);
             fs::create_dir_all(&dir).map_err(|e| Error::file("make the directory", &dir, e))?;
             let path = dir.join(network_id.to_string());
+            // It may be on its way out still.
+            self.removal.wait()?;
             let segment = Segment::open_or_make(&self.home, path)?;
             self.segments.insert(network_id, segment);
         }
         let segment = self.segments.get_mut(&network_id);
         let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
-        segment.converge((&self.home, &mut self.host), settings, tables, table)
+        segment.converge((&self.home, &mut self.host), settings, (tables, table), is_repair)
     }
 
     /// What the tables mean for containers; derived anew only where they changed.
@@ -237,28 +259,6 @@ impl Plane {
     fn settings(&mut self, table: &NetworkTable) -> Result<Settings, Error> {
         let underlay_mtu = self.underlay_mtu()?;
         Ok(Settings::of(table, &self.options, underlay_mtu))
-    }
-
-    /// Removes the networks that the tables name no longer and that no container is on.
-    fn remove_dropped(&mut self, tables: &NetworkTables) -> Result<(), Error> {
-        let mut failures = Vec::new();
-        self.segments.retain(|network_id, segment| {
-            if tables.networks.contains_key(network_id) {
-                return true;
-            }
-            let removed = segment.ports().and_then(|ports| match ports.is_empty() {
-                true => segment.remove().map(|()| true),
-                false => Ok(false),
-            });
-            match removed {
-                Ok(is_removed) => !is_removed,
-                Err(error) => {
-                    failures.push(error);
-                    true
-                }
-            }
-        });
-        first_of(failures)
     }
 }
 
