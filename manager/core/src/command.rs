@@ -19,7 +19,7 @@ use skep_common::{
 /// |---|---|
 /// | 1 | the first |
 /// | 2 | networks: references to them are checked |
-/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies; tasks that no service made |
+/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies and the PROXY protocol; tasks that no service made |
 pub const FORMAT_LEVEL: u32 = 3;
 const FIRST_LEVEL: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
@@ -64,6 +64,8 @@ fn is_of_ports(action: &Action) -> bool {
         Action::Put { object: Object::Service(service), .. } => {
             let endpoint = service.spec.endpoint_spec.as_ref();
             endpoint.is_some_and(|endpoint| endpoint.ingress_policy.is_some())
+                || service.spec.ports().iter().any(|port| port.proxy_protocol.is_some())
+                || service.endpoint.ports.iter().any(|port| port.proxy_protocol.is_some())
         }
         Action::Put { object: Object::Node(node), .. } => !node.status.port_conditions.is_empty(),
         Action::Put { .. } | Action::Delete { .. } | Action::ImageHolder { .. } => false,

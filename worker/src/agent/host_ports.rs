@@ -158,6 +158,7 @@ impl HostPorts {
                     protocol: protocol(port.protocol().name())?,
                     service_id: published.service_id.clone(),
                     service: published.service.clone(),
+                    proxy_protocol: port.wanted.proxy_protocol,
                     backends: vec![Backend {
                         task_id: task_id.to_string(),
                         address: published.address,
@@ -195,6 +196,7 @@ mod tests {
             target_port: *target_port,
             published_port: *published_port,
             publish_mode: Some(PublishMode::Host),
+            proxy_protocol: None,
             name: None,
         };
         task.host_ports = ports.iter().map(port).collect();

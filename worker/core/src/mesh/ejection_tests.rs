@@ -26,6 +26,7 @@ fn table(backends: &[(u8, &str)]) -> MeshTable {
         protocol,
         service_id: "web".into(),
         service: String::new(),
+        proxy_protocol: None,
         backends: backends
             .iter()
             .map(|(last, task_id)| Backend {

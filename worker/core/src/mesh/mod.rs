@@ -16,7 +16,8 @@
 //!
 //! [`MeshTable`] (input), [`Slices`] and [`twin`] (address arithmetic), [`Objects`] and [`Op`] (output),
 //! [`Flows`] (what the kernel must forget of flows that have no end of their own), [`Ejections`] (which
-//! backends the node goes without because it saw them fail).
+//! backends the node goes without because it saw them fail), [`relays`] (ports that the daemon serves instead of
+//! the kernel).
 //!
 //! # Invariants
 //!
@@ -37,6 +38,8 @@ mod ejection_tests;
 mod flows;
 mod objects;
 mod policy;
+mod proxy_protocol;
+mod relays;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -47,5 +50,7 @@ pub use ejection::{Change, Ejections, Outcome, PATIENCE, Reason, Times, leave_ou
 pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;
+pub use proxy_protocol::proxy_header;
+pub use relays::{Relay, Turns, relays};
 pub use table::{Backend, Error, MeshTable, Peer, Protocol, PublishedPort};
 pub use twin::{of_twin, twin, twin_net};

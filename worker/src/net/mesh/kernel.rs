@@ -8,12 +8,13 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use skep_worker_core::mesh::{
-    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Slices, leave_out, twin_net,
+    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Relay, Slices, leave_out, relays,
+    twin_net,
 };
 
 use super::ejection::{Ejector, Sample};
 use super::flows::KernelFlows;
-use super::hold::{Hold, LoopbackListeners, hold};
+use super::hold::{Hold, Listeners, hold, hold_relayed};
 use super::layout::Layout;
 use super::links;
 use super::options::Options;
@@ -94,8 +95,13 @@ impl std::fmt::Display for Condition {
 /// What changed for the listeners, which live on the runtime.
 #[derive(Debug, Default)]
 pub(super) struct ListenerChanges {
-    pub(super) serve: Vec<(PortKey, LoopbackListeners)>,
+    pub(super) serve: Vec<(PortKey, Listeners)>,
     pub(super) withdraw: Vec<PortKey>,
+    /// What every relayed port is balanced to.
+    pub(super) balance: BTreeMap<PortKey, Relay>,
+    /// Whether a port passes between the rules and the daemon: the same table must be applied again when
+    /// the listeners of withdrawn ports are closed.
+    pub(super) is_halfway: bool,
 }
 
 /// The kernel's state of the mesh on this node.
@@ -182,6 +188,7 @@ impl Kernel {
         let invalid = |source| Error::Table { version, source };
         let mut wanted = Objects::of(table).map_err(invalid)?;
         let mut twin = Objects::twin_of(table).map_err(invalid)?;
+        changes.balance = relays(table);
         let conditions = self.take_ports(table, &mut wanted, changes);
         self.conditions.clone_from(&conditions);
         if let Some(twin) = &mut twin {
@@ -190,7 +197,8 @@ impl Kernel {
         self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
         // Listeners are bound by now: they must be served also if something below fails.
         self.converge(&wanted, twin.as_ref())?;
-        let published: BTreeSet<PortKey> = wanted.ports.keys().copied().collect();
+        let relayed = changes.balance.keys();
+        let published: BTreeSet<PortKey> = wanted.ports.keys().chain(relayed).copied().collect();
         let withdrawn = self.holds.keys().filter(|key| !published.contains(key));
         changes.withdraw.extend(withdrawn.copied());
         self.holds.retain(|key, _| published.contains(key));
@@ -216,10 +224,18 @@ impl Kernel {
         let mut conditions = Vec::new();
         for published in &table.ports {
             let key = PortKey { protocol: published.protocol, port: published.published };
-            if self.holds.contains_key(&key) {
+            let is_relayed = changes.balance.contains_key(&key);
+            if let Some(present) = self.holds.get(&key) {
+                if present.is_relayed != is_relayed {
+                    self.holds.remove(&key);
+                    wanted.ports.remove(&key);
+                    changes.balance.remove(&key);
+                    changes.withdraw.push(key);
+                    changes.is_halfway = true;
+                }
                 continue;
             }
-            match hold(key) {
+            match if is_relayed { hold_relayed(key) } else { hold(key) } {
                 Ok((hold, listeners)) => {
                     self.holds.insert(key, hold);
                     changes.serve.push((key, listeners));
@@ -228,6 +244,7 @@ impl Kernel {
                     // A port that no program could take is served by the rules alone.
                     if !is_without_sctp(key, &error) {
                         wanted.ports.remove(&key);
+                        changes.balance.remove(&key);
                     }
                     conditions.push(refused(published.service_id.clone(), key, &error));
                 }
