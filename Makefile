@@ -1,5 +1,5 @@
 # Run any of these from a fresh clone, as root or as a user who may use sudo.
-.PHONY: demo test test-long verify fix bench release
+.PHONY: demo test test-long test-vm verify fix bench release
 
 STATIC_BUILD = RUSTFLAGS="-C target-feature=+crt-static" deploy/with-rust.sh cargo build --release \
   --target x86_64-unknown-linux-gnu --target-dir target/release-static
@@ -16,6 +16,11 @@ test:
 # The same with more seeds, more clients and more time.
 test-long:
 	SKEP_TEST_LONG=1 deploy/test.sh
+
+# The demonstration in three virtual machines, which QEMU interprets: Debian's kernel and cgroup v2.
+# `SKEP_BINARY=target/skep make test-vm` tests what `make release` made.
+test-vm:
+	deploy/test-vm.sh
 
 # What a change must pass; writes nothing.
 verify:

@@ -28,6 +28,13 @@ need ca-certificates [ -d /etc/ssl/certs ]
 need procps command -v ps
 # The long tests run beside a Docker Engine.
 [ "${SKEP_TEST_LONG-}" != 1 ] || need docker.io command -v dockerd
+# `make test-vm` runs virtual machines.
+if [ "${SKEP_TEST_VM-}" = 1 ]; then
+    need qemu-system-x86 command -v qemu-system-x86_64
+    need cpio command -v cpio
+    need e2fsprogs command -v mkfs.ext4
+    need util-linux command -v unshare
+fi
 
 [ -n "$missing" ] || exit 0
 if ! command -v apt-get >/dev/null; then
