@@ -6,7 +6,7 @@
 # namespace of this script's, with this script as the client outside of the swarm. Everything is in
 # namespaces that end with the script, so that nothing is left of it, however it ends.
 #
-# SKEP_BINARY chooses the program, such as target/skep of `make release`. `KEEP=1` keeps consoles and disks.
+# SKEP_BINARY is the program: target/skep of `make release`. `KEEP=1` keeps consoles and disks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
@@ -16,11 +16,7 @@ NET=10.77.0 CLIENT=10.77.0.250
 
 if [ "${1:-}" != built ]; then
     SKEP_TEST_VM=1 deploy/prerequisites.sh
-    if [ -z "${SKEP_BINARY:-}" ]; then
-        deploy/with-rust.sh cargo build --package skep-cli
-        SKEP_BINARY=$target/debug/skep
-    fi
-    SKEP_BINARY=$(realpath "$SKEP_BINARY")
+    SKEP_BINARY=$(realpath "${SKEP_BINARY:?names the program, such as target/skep of make release}")
     export SKEP_BINARY
     SKEP_VM_KERNEL=$(deploy/as-root.sh deploy/vm/kernel.sh "$target/vm")
     export SKEP_VM_KERNEL
