@@ -19,6 +19,7 @@ pub mod container;
 pub mod endpoints;
 mod fork;
 pub mod image;
+pub mod level;
 pub mod liveness;
 pub mod network;
 pub mod orchestrator;

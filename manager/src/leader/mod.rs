@@ -27,7 +27,7 @@ use skep_common::{Kind, NodeId, TaskId, Timestamp};
 use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Event, Liveness};
 use skep_manager_core::{
-    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, plan,
+    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, level, plan,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -338,6 +338,9 @@ impl Leader {
     /// node's report would take them out, and has them stored where they are not yet.
     fn note_missed(&mut self) {
         let (state, reported) = (&self.state, &mut self.reported);
+        if level::of_managers(state) < level::FACTS {
+            self.missed.clear(); // A manager of before would not keep it; the log of this one has it.
+        }
         self.missed.retain(|task_id, names| {
             let Some(task) = state.task(*task_id) else { return false };
             let is_stored = task.status.unacknowledged == *names;

@@ -12,7 +12,7 @@ use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
 use skep_manager_core::endpoints::{self, Drain, NodeTable};
-use skep_manager_core::{Action, Expect, State};
+use skep_manager_core::{Action, Expect, State, level};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
@@ -154,14 +154,18 @@ impl Sessions {
     }
 
     /// What nodes with a session say of themselves, where the store has something else.
+    ///
+    /// What a manager of before does not know waits until all managers know it.
     pub(super) fn descriptions(&self, state: &State) -> Vec<Action> {
+        let is_known = level::of_managers(state) >= level::FACTS;
         let wrong = self.open.iter().filter_map(|(node_id, session)| {
             let node = state.node(*node_id)?;
             let mut changed = (**node).clone();
             changed.description = Some(session.description.clone());
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
-            if let Some(conditions) = &session.conditions {
+            let conditions = session.conditions.as_ref();
+            if let Some(conditions) = conditions.filter(|said| is_known || said.is_empty()) {
                 changed.status.port_conditions.clone_from(conditions);
             }
             let expect = Expect::Version(node.meta.version);
@@ -510,10 +514,65 @@ fn named_port(port: &NamedPort) -> skep_proto::NamedPort {
 #[cfg(test)]
 mod tests {
     use skep_common::object::Image;
+    use skep_common::spec::{NodeRole, NodeSpec};
     use skep_common::{ImageId, Meta};
     use skep_manager_core::Command;
 
     use super::*;
+
+    /// A manager, whose daemon says which level it knows.
+    fn manager(id: u16, format_level: u32) -> Action {
+        let description = NodeDescription { format_level, ..NodeDescription::default() };
+        let node = object::Node {
+            id: NodeId(id.into()),
+            meta: Meta::default(),
+            spec: NodeSpec { role: NodeRole::Manager, ..NodeSpec::default() },
+            description: Some(description),
+            status: object::NodeStatus::default(),
+            manager_status: None,
+            number: id,
+        };
+        Action::Put { object: Object::Node(Box::new(node)), expect: Expect::Absent }
+    }
+
+    /// A session of a node with that description.
+    fn session(description: NodeDescription) -> Session {
+        Session {
+            id: 1,
+            to_agent: tokio::sync::mpsc::channel(1).0,
+            stream: Stream::default(),
+            told_table: None,
+            told_managers: Vec::new(),
+            conditions: None,
+            images: BTreeSet::new(),
+            is_dirty: false,
+            description,
+            address: std::net::SocketAddr::from(([192, 0, 2, 1], 2377)),
+        }
+    }
+
+    #[test]
+    fn what_nodes_say_of_ports_waits_until_all_managers_keep_it() {
+        let said = |port: u32| PortCondition {
+            service_id: ServiceId(7).to_string(),
+            protocol: "tcp".into(),
+            port,
+            message: "is held by nginx (pid 812)".into(),
+        };
+        for (other, expect) in [(0, 1), (3, 3)] {
+            let mut state = State::default();
+            let managers = vec![manager(1, 3), manager(2, other)];
+            state.apply(1, &Command::new(Timestamp(1), managers));
+            let mut sessions = Sessions::new(1);
+            let description = NodeDescription { format_level: 3, ..NodeDescription::default() };
+            sessions.open.insert(NodeId(1), session(description));
+            sessions.note_conditions(NodeId(1), vec![said(80)]);
+            let command = Command::new(Timestamp(2), sessions.descriptions(&state));
+            assert_eq!((command.actions.len(), command.level), (1, expect), "its address is new");
+            state.apply(2, &command);
+            assert_eq!(sessions.descriptions(&state), [], "that is stored");
+        }
+    }
 
     #[test]
     fn a_node_that_lacks_an_image_corrects_a_store_that_says_it_holds_it() {
