@@ -2,12 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use skep_common::limits::HEARTBEAT_PERIOD;
+use skep_common::limits::{
+    CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, HEARTBEAT_PERIOD,
+    PORT_CONDITIONS_MAX,
+};
 use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
 use skep_common::wireguard::{WireguardKey, WireguardKeys};
 use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
+use skep_manager_core::claims::Claims;
 use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
@@ -40,6 +44,8 @@ struct Session {
     images: BTreeSet<String>,
     is_dirty: bool,
     description: NodeDescription,
+    /// When what it says of itself was last handed to the store.
+    described_at: Option<Timestamp>,
     address: std::net::SocketAddr,
 }
 
@@ -99,12 +105,10 @@ impl Sessions {
             status.metadata_mut().insert(REMOVED_METADATA, MetadataValue::from_static("true"));
             return refuse(status);
         };
-        let description: NodeDescription = match serde_json::from_str(&hello.description_json) {
+        let description = match description(&hello.description_json) {
             Ok(description) => description,
-            Err(error) => {
-                return refuse(Status::invalid_argument(format!(
-                    "the node's description: {error}"
-                )));
+            Err(why) => {
+                return refuse(Status::invalid_argument(format!("the node's description: {why}")));
             }
         };
         let address = match hello.addr.parse::<std::net::SocketAddr>() {
@@ -136,6 +140,7 @@ impl Sessions {
             images: hello.image_digests.iter().cloned().collect(),
             is_dirty: true,
             description,
+            described_at: None,
             address,
         };
         self.open.insert(node_id, session);
@@ -145,7 +150,7 @@ impl Sessions {
     /// Takes over what a node says of itself now.
     pub(super) fn note_description(&mut self, node_id: NodeId, json: &str) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
-        match serde_json::from_str(json) {
+        match description(json) {
             Ok(description) => session.description = description,
             Err(error) => {
                 tracing::warn!(node.id = %node_id, %error, "an unreadable description is ignored");
@@ -156,12 +161,17 @@ impl Sessions {
     /// What nodes with a session say of themselves, where the store has something else.
     ///
     /// What a manager of before does not know waits until all managers know it.
-    pub(super) fn descriptions(&self, state: &State) -> Vec<Action> {
+    pub(super) fn descriptions(&mut self, state: &State, now: Timestamp) -> Vec<Action> {
+        let is_due = |session: &Session| {
+            session.described_at.is_none_or(|at| now >= at.after(DESCRIPTION_PERIOD))
+        };
+        let mut claims = Claims::of(state);
         let is_known = level::of_managers(state) >= level::FACTS;
-        let wrong = self.open.iter().filter_map(|(node_id, session)| {
+        let due = self.open.iter_mut().filter(|(_, session)| is_due(session));
+        let wrong = due.filter_map(|(node_id, session)| {
             let node = state.node(*node_id)?;
             let mut changed = (**node).clone();
-            changed.description = Some(session.description.clone());
+            changed.description = Some(claims.accept(*node_id, &session.description));
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
             let conditions = session.conditions.as_ref();
@@ -169,8 +179,11 @@ impl Sessions {
                 changed.status.port_conditions.clone_from(conditions);
             }
             let expect = Expect::Version(node.meta.version);
-            (changed != **node)
-                .then(|| Action::Put { object: Object::Node(Box::new(changed)), expect })
+            if changed == **node {
+                return None;
+            }
+            session.described_at = Some(now);
+            Some(Action::Put { object: Object::Node(Box::new(changed)), expect })
         });
         wrong.collect()
     }
@@ -215,7 +228,7 @@ impl Sessions {
     pub(super) fn note_conditions(&mut self, node_id: NodeId, conditions: Vec<PortCondition>) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
         let mut read: Vec<object::PortCondition> =
-            conditions.iter().filter_map(port_condition).collect();
+            conditions.iter().take(PORT_CONDITIONS_MAX).filter_map(port_condition).collect();
         read.sort();
         let known = session.conditions.replace(read.clone()).unwrap_or_default();
         for condition in read.iter().filter(|condition| !known.contains(condition)) {
@@ -305,13 +318,23 @@ impl Sessions {
 
 /// A condition as the store has it; one that cannot be read is of no use to anybody.
 fn port_condition(condition: &PortCondition) -> Option<object::PortCondition> {
-    let protocols = [PortProtocol::Tcp, PortProtocol::Udp, PortProtocol::Sctp];
+    // A program chose its own command line; terminals are to show this.
+    let shown = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
     Some(object::PortCondition {
         service_id: condition.service_id.parse().ok()?,
-        protocol: protocols.into_iter().find(|known| known.name() == condition.protocol)?,
+        protocol: PortProtocol::of(&condition.protocol)?,
         published_port: u16::try_from(condition.port).ok()?,
-        message: condition.message.clone(),
+        message: condition.message.chars().take(CONDITION_CHARS_MAX).map(shown).collect(),
     })
+}
+
+fn description(json: &str) -> Result<NodeDescription, String> {
+    if json.len() > DESCRIPTION_BYTES_MAX {
+        return Err(format!(
+            "it is longer than {DESCRIPTION_BYTES_MAX} bytes: give it fewer labels"
+        ));
+    }
+    serde_json::from_str(json).map_err(|error| error.to_string())
 }
 
 /// Corrects the store where it says something else than the node about what the node holds.
@@ -547,6 +570,7 @@ mod tests {
             images: BTreeSet::new(),
             is_dirty: false,
             description,
+            described_at: None,
             address: std::net::SocketAddr::from(([192, 0, 2, 1], 2377)),
         }
     }
@@ -567,11 +591,35 @@ mod tests {
             let description = NodeDescription { format_level: 3, ..NodeDescription::default() };
             sessions.open.insert(NodeId(1), session(description));
             sessions.note_conditions(NodeId(1), vec![said(80)]);
-            let command = Command::new(Timestamp(2), sessions.descriptions(&state));
+            let command = Command::new(Timestamp(2), sessions.descriptions(&state, Timestamp(2)));
             assert_eq!((command.actions.len(), command.level), (1, expect), "its address is new");
             state.apply(2, &command);
-            assert_eq!(sessions.descriptions(&state), [], "that is stored");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that is stored");
+            sessions.note_description(NodeId(1), "{\"Hostname\": \"n1\"}");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that was just now");
+            let later = Timestamp(2).after(DESCRIPTION_PERIOD);
+            assert_eq!(sessions.descriptions(&state, later).len(), 1);
         }
+    }
+
+    #[test]
+    fn what_nodes_say_is_bounded_and_safe_for_terminals() {
+        let mut sessions = Sessions::new(1);
+        sessions.open.insert(NodeId(1), session(NodeDescription::default()));
+        let said = |port: u32| PortCondition {
+            service_id: ServiceId(7).to_string(),
+            protocol: "tcp".into(),
+            port,
+            message: format!("is held by \u{1b}[2J\n{}", "x".repeat(5000)),
+        };
+        sessions.note_conditions(NodeId(1), (1..5000).map(said).collect());
+        let known = sessions.open[&NodeId(1)].conditions.clone().unwrap();
+        assert_eq!(known.len(), PORT_CONDITIONS_MAX);
+        assert!(known[0].message.starts_with("is held by \u{fffd}[2J\u{fffd}xx"));
+        assert_eq!(known[0].message.chars().count(), CONDITION_CHARS_MAX);
+        let long = format!("{{\"Hostname\": {:?}}}", "x".repeat(DESCRIPTION_BYTES_MAX));
+        sessions.note_description(NodeId(1), &long);
+        assert_eq!(sessions.open[&NodeId(1)].description, NodeDescription::default());
     }
 
     #[test]
