@@ -1,6 +1,10 @@
 # Run any of these from a fresh clone, as root or as a user who may use sudo.
 .PHONY: demo test test-long verify fix bench release
 
+STATIC_BUILD = RUSTFLAGS="-C target-feature=+crt-static" deploy/with-rust.sh cargo build --release \
+  --target x86_64-unknown-linux-gnu --target-dir target/release-static
+STATIC_DIR = target/release-static/x86_64-unknown-linux-gnu/release
+
 # A swarm of five nodes on this machine: deploy, balance, lose a node, scale, update.
 demo:
 	deploy/demo.sh
@@ -28,14 +32,14 @@ fix:
 # Measures the release binary in labs against the targets of docs/benchmarks.md; never a test.
 # `make bench SCENARIO="failover mesh"` chooses, QUICK=1 measures less.
 bench: release
+	$(STATIC_BUILD) --package skep-cli --package skep-worker --bin skep --example rules
 	deploy/with-rust.sh cargo build --package skep-cluster-tests --bin skep-bench
-	SKEP_BINARY="$(CURDIR)/target/skep" deploy/as-root.sh \
+	SKEP_BINARY="$(CURDIR)/target/skep" SKEP_BENCH_RULES="$(CURDIR)/$(STATIC_DIR)/examples/rules" deploy/as-root.sh \
 	  "$${CARGO_TARGET_DIR:-target}/debug/skep-bench" $(if $(QUICK),--quick) $(SCENARIO)
 
 # The one binary, without shared libraries: target/skep. Its flags are its own, so that the development
 # build is left as it is.
 release:
 	deploy/prerequisites.sh
-	RUSTFLAGS="-C target-feature=+crt-static" deploy/with-rust.sh cargo build --release --package skep-cli \
-	  --target x86_64-unknown-linux-gnu --target-dir target/release-static
-	install target/release-static/x86_64-unknown-linux-gnu/release/skep target/skep
+	$(STATIC_BUILD) --package skep-cli
+	install $(STATIC_DIR)/skep target/skep

@@ -6,6 +6,8 @@
 mod associations;
 #[path = "mesh/datagrams.rs"]
 mod datagrams;
+#[path = "mesh/ejection.rs"]
+mod ejection;
 #[path = "mesh/helper.rs"]
 mod helper;
 #[path = "mesh/ipv6.rs"]

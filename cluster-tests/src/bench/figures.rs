@@ -7,6 +7,9 @@ use std::fs;
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Unit {
     Seconds,
+    Milliseconds,
+    Microseconds,
+    GigabitsPerSecond,
     Mebibytes,
     /// Of something to something else.
     Ratio,
@@ -16,6 +19,9 @@ impl Unit {
     fn show(self, value: f64) -> String {
         match self {
             Self::Seconds => format!("{value:.3} s"),
+            Self::Milliseconds => format!("{value:.1} ms"),
+            Self::GigabitsPerSecond => format!("{value:.2} Gbit/s"),
+            Self::Microseconds => format!("{value:.0} µs"),
             Self::Mebibytes => format!("{value:.1} MiB"),
             Self::Ratio => format!("{value:.2}"),
         }

@@ -71,6 +71,7 @@ pub fn parse_short(text: &str) -> Result<ShortPorts, Error> {
         target_port: target,
         published_port: published,
         publish_mode: Some(PublishMode::Ingress),
+        proxy_protocol: None,
     });
     Ok(ShortPorts { ports: ports.collect(), address })
 }

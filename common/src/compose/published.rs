@@ -3,7 +3,7 @@
 use super::fields::Field;
 use super::tree::{Node, Value};
 use super::{Report, known, ports};
-use crate::spec::{PortConfig, PortProtocol, PublishMode};
+use crate::spec::{PortConfig, PortProtocol, ProxyProtocol, PublishMode};
 
 /// The published ports, sorted; a later file's port replaces the same one of an earlier file.
 pub(super) fn convert(field: &Field<'_>, report: &mut Report) -> Vec<PortConfig> {
@@ -100,6 +100,10 @@ fn long(field: &Field<'_>, report: &mut Report) -> Vec<PortConfig> {
         Some(word) if word == "host" => PublishMode::Host,
         _ => PublishMode::Ingress,
     };
+    let proxy_protocol = section
+        .get("x-skep-proxy-protocol")
+        .and_then(|field| field.word(&[ProxyProtocol::V2.name()], report))
+        .and_then(|word| ProxyProtocol::of(&word));
     let name = section.get("name").and_then(|field| field.text(report));
     let pairs = ports::pair(target..=target, published).expect("one target pairs with any range");
     let port = |(published_port, target_port)| PortConfig {
@@ -108,6 +112,7 @@ fn long(field: &Field<'_>, report: &mut Report) -> Vec<PortConfig> {
         target_port,
         published_port,
         publish_mode: Some(mode),
+        proxy_protocol,
     };
     pairs.into_iter().map(port).collect()
 }

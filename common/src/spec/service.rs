@@ -301,6 +301,31 @@ pub struct PortConfig {
     /// Absent is ingress.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub publish_mode: Option<PublishMode>,
+    /// How tasks are told of clients; absent: not at all, since they see the clients' own addresses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// The header with the client's address that a task reads before all else of a connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProxyProtocol {
+    /// Version 2, which is binary.
+    V2,
+}
+
+impl ProxyProtocol {
+    /// The name as JSON has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V2 => "v2",
+        }
+    }
+
+    /// The version of that name.
+    pub fn of(name: &str) -> Option<Self> {
+        [Self::V2].into_iter().find(|version| version.name() == name)
+    }
 }
 
 /// A transport protocol.

@@ -17,6 +17,10 @@
 //! `whoami healthcheck` asks `/health` on the loopback and exits with 0 or 1: a HEALTHCHECK for an
 //! image without a shell.
 //!
+//! With `PROXY_PROTOCOL=v2` each connection must begin with a header of the PROXY protocol, version 2, as
+//! ports that are published with `proxy-protocol=v2` send it: the client is who it names. A connection
+//! without one is closed. `whoami healthcheck` sends the header of a proxy that asks for itself.
+//!
 //! # Signals
 //!
 //! The first process of a container ignores every signal that it has no handler for, and the
@@ -29,7 +33,7 @@
 use std::env;
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::io::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::process;
@@ -61,6 +65,13 @@ unsafe extern "C" {
     fn write(descriptor: i32, bytes: *const u8, len: usize) -> isize;
 }
 
+/// What a header of the PROXY protocol begins with.
+const PROXY_SIGNATURE: [u8; 12] = *b"\r\n\r\n\0\r\nQUIT\n";
+/// Version 2; the proxy speaks for itself, or for a client.
+const PROXY_LOCAL: u8 = 0x20;
+const PROXY_CLIENT: u8 = 0x21;
+
+static HAS_PROXY: AtomicBool = AtomicBool::new(false);
 static IS_HEALTHY: AtomicBool = AtomicBool::new(true);
 static IS_DRAINING: AtomicBool = AtomicBool::new(false);
 /// Where the signal handler writes.
@@ -76,6 +87,11 @@ fn main() {
         Err(_) => PORT_DEFAULT,
         Ok(text) => text.parse().unwrap_or_else(|_| fail(&format!("PORT={text} is no port"))),
     };
+    match env::var("PROXY_PROTOCOL").as_deref() {
+        Err(_) | Ok("") => {}
+        Ok("v2") => HAS_PROXY.store(true, Ordering::SeqCst),
+        Ok(other) => fail(&format!("PROXY_PROTOCOL={other} is unknown; the only one is v2")),
+    }
     match env::args().nth(1).as_deref() {
         None => serve(port),
         Some("healthcheck") => process::exit(healthcheck(port)),
@@ -95,6 +111,9 @@ fn healthcheck(port: u16) -> i32 {
         let mut stream = TcpStream::connect_timeout(&address, HEALTHCHECK_MAX)?;
         stream.set_read_timeout(Some(HEALTHCHECK_MAX))?;
         stream.set_write_timeout(Some(HEALTHCHECK_MAX))?;
+        if HAS_PROXY.load(Ordering::SeqCst) {
+            stream.write_all(&[&PROXY_SIGNATURE[..], &[PROXY_LOCAL, 0, 0, 0]].concat())?;
+        }
         stream
             .write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
         let mut line = String::new();
@@ -236,8 +255,12 @@ fn serve_connection(stream: &TcpStream, first: Running) -> io::Result<()> {
     let mut first = Some(first);
     stream.set_nodelay(true)?;
     stream.set_read_timeout(Some(IDLE_MAX))?;
-    let client = shown(stream.peer_addr()?);
+    let mut client = stream.peer_addr()?;
     let mut reader = BufReader::new(stream);
+    if HAS_PROXY.load(Ordering::SeqCst) {
+        client = read_proxy_header(&mut reader)?.unwrap_or(client);
+    }
+    let client = shown(client);
     while let Some(request) = read_request(&mut reader)? {
         let _running = first.take().unwrap_or_else(Running::begin);
         let mut out = stream;
@@ -253,6 +276,31 @@ fn serve_connection(stream: &TcpStream, first: Running) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Reads a header of the PROXY protocol, version 2 (section 2.2 of its text), and returns the client that it
+/// names; `None` where the proxy asks for itself.
+fn read_proxy_header(reader: &mut impl Read) -> io::Result<Option<SocketAddr>> {
+    let invalid = || io::Error::new(io::ErrorKind::InvalidData, "not a PROXY header");
+    let mut start = [0; 16];
+    reader.read_exact(&mut start)?;
+    let mut rest = vec![0; usize::from(u16::from_be_bytes([start[14], start[15]]))];
+    reader.read_exact(&mut rest)?;
+    let number = |at: usize| rest.get(at..at + 2).map(|two| u16::from_be_bytes([two[0], two[1]]));
+    match (start.starts_with(&PROXY_SIGNATURE), start[12], start[13]) {
+        (true, PROXY_LOCAL, _) => Ok(None),
+        (true, PROXY_CLIENT, 0x11) => {
+            let address = rest.first_chunk::<4>().copied().ok_or_else(invalid)?;
+            let port = number(8).ok_or_else(invalid)?;
+            Ok(Some(SocketAddr::new(IpAddr::from(address), port)))
+        }
+        (true, PROXY_CLIENT, 0x21) => {
+            let address = rest.first_chunk::<16>().copied().ok_or_else(invalid)?;
+            let port = number(32).ok_or_else(invalid)?;
+            Ok(Some(SocketAddr::new(IpAddr::from(address), port)))
+        }
+        _ => Err(invalid()),
+    }
 }
 
 /// Reads the line and the headers of a request; `None` when the client has closed.

@@ -19,7 +19,7 @@ use crate::store::State;
 /// |---|---|
 /// | 1 | the first |
 /// | 2 | networks: references to them are checked |
-/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies; tasks that no service made; nodes that a stop did not wait for; encrypted networks; the networks that every node has |
+/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies and the PROXY protocol; tasks that no service made; nodes that a stop did not wait for; encrypted networks; the networks that every node has |
 pub const FORMAT_LEVEL: u32 = 3;
 const FIRST: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
@@ -72,7 +72,8 @@ pub(crate) fn of_object(object: &Object) -> u32 {
 
 fn of_service(service: &Service) -> u32 {
     let specs = [Some(&service.spec), service.previous_spec.as_ref()];
-    if specs.into_iter().flatten().any(is_new) {
+    let mut ports = service.endpoint.ports.iter();
+    if specs.into_iter().flatten().any(is_new) || ports.any(|port| port.proxy_protocol.is_some()) {
         return FACTS;
     }
     let is_on_some =
@@ -83,7 +84,9 @@ fn of_service(service: &Service) -> u32 {
 fn is_new(spec: &ServiceSpec) -> bool {
     let endpoint = spec.endpoint_spec.as_ref();
     endpoint.is_some_and(|endpoint| endpoint.ingress_policy.is_some())
-        || spec.ports().iter().any(|port| port.publish_mode == Some(PublishMode::Host))
+        || spec.ports().iter().any(|port| {
+            port.publish_mode == Some(PublishMode::Host) || port.proxy_protocol.is_some()
+        })
         || is_on_predefined(spec.networks())
 }
 

@@ -8,8 +8,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PublishMode,
-    ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol,
+    PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
 };
 
 use crate::constraint;
@@ -250,8 +250,16 @@ fn endpoint_spec(spec: &EndpointSpec) -> Outcome {
         if port.target_port == 0 {
             return refuse("EndpointSpec: target port must be between 1 and 65535");
         }
+        let protocol = port.protocol.unwrap_or_default();
+        if port.proxy_protocol.is_some() && protocol != PortProtocol::Tcp {
+            return refuse(format!(
+                "EndpointSpec: the PROXY protocol is for TCP: publish target port {}/{} without it",
+                port.target_port,
+                protocol.name()
+            ));
+        }
         let number = port.published_port.filter(|number| *number != 0);
-        let key = number.map(|number| (port.protocol.unwrap_or_default(), number));
+        let key = number.map(|number| (protocol, number));
         if key.is_some_and(|key| !published.insert(key)) {
             return refuse("EndpointSpec: duplicate published ports provided");
         }
@@ -439,6 +447,11 @@ mod tests {
                 "EndpointSpec: duplicate published ports provided",
             ),
             (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80}, {"TargetPort": 81}]}}), ""),
+            (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "ProxyProtocol": "v2"}]}}), ""),
+            (
+                json!({"EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp", "ProxyProtocol": "v2"}]}}),
+                "EndpointSpec: the PROXY protocol is for TCP: publish target port 53/udp without it",
+            ),
         ] {
             check(&part, expect);
         }

@@ -477,6 +477,10 @@ fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
         service_id: port.service_id.to_string(),
         service: port.service.clone(),
         policy: port.policy.name().to_owned(),
+        proxy_protocol: port
+            .proxy_protocol
+            .map(|version| version.name().to_owned())
+            .unwrap_or_default(),
         backends: port.backends.iter().map(backend).collect(),
     }
 }

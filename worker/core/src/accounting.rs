@@ -186,6 +186,7 @@ mod tests {
                 protocol: Protocol::Tcp,
                 service_id: "id".into(),
                 service: "web".into(),
+                proxy_protocol: None,
                 backends: backends.split_whitespace().map(backend).collect(),
             }],
         }

@@ -169,6 +169,7 @@ impl HostPorts {
                     protocol: protocol(port.protocol().name())?,
                     service_id: published.service_id.clone(),
                     service: published.service.clone(),
+                    proxy_protocol: port.wanted.proxy_protocol,
                     backends: vec![Backend {
                         task_id: task_id.to_string(),
                         address,
@@ -206,6 +207,7 @@ mod tests {
             target_port: *target_port,
             published_port: *published_port,
             publish_mode: Some(PublishMode::Host),
+            proxy_protocol: None,
             name: None,
         };
         task.host_ports = ports.iter().map(port).collect();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
-use skep_common::spec::{IngressPolicy, PortProtocol};
+use skep_common::spec::{IngressPolicy, PortProtocol, ProxyProtocol};
 use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, WireguardKeys};
 use skep_proto::MeshUpdate;
 use skep_worker_core::mesh::{
@@ -207,11 +207,17 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
             target_port: u16::try_from(backend.target_port).ok()?,
         })
     });
+    let proxy_protocol = match port.proxy_protocol.as_str() {
+        "" => None,
+        // Tasks that wait for a header would get none.
+        name => Some(ProxyProtocol::of(name)?),
+    };
     Some(PublishedPort {
         published: u16::try_from(port.published).ok()?,
         protocol,
         service_id: port.service_id.clone(),
         service: port.service.clone(),
+        proxy_protocol,
         backends: backends.collect::<Option<_>>()?,
     })
 }
@@ -255,6 +261,7 @@ mod tests {
             service_id: "s".into(),
             service: "web".into(),
             policy: String::new(),
+            proxy_protocol: String::new(),
             backends: tasks.iter().map(backend).collect(),
         }
     }
@@ -319,6 +326,21 @@ mod tests {
         let without = MeshPeer { has_ipv6: false, ..peers[0].clone() };
         state.update(MeshUpdate { version: 5, peers: vec![without], ..MeshUpdate::default() });
         assert_eq!(ipv6(&state), BTreeMap::new(), "it serves IPv4 alone now");
+    }
+
+    #[test]
+    fn a_port_whose_header_this_program_does_not_know_is_not_served() {
+        let mut state = MeshState::default();
+        state.place(1, "10.192.0.0/10".parse().unwrap());
+        let with = |published, proxy_protocol: &str| MeshPort {
+            proxy_protocol: proxy_protocol.into(),
+            ..port(published, &[1])
+        };
+        let ports = vec![with(80, ""), with(81, "v2"), with(82, "v3")];
+        state.update(MeshUpdate { version: 1, whole: true, ports, ..MeshUpdate::default() });
+        let ports = state.table().unwrap().ports;
+        let read: Vec<_> = ports.iter().map(|port| (port.published, port.proxy_protocol)).collect();
+        assert_eq!(read, [(80, None), (81, Some(ProxyProtocol::V2))]);
     }
 
     #[test]

@@ -535,6 +535,7 @@ async fn host_mode_ports_lead_to_a_task_from_its_start_until_before_its_stop() {
         target_port,
         published_port,
         publish_mode: Some(PublishMode::Host),
+        proxy_protocol: None,
         name: None,
     };
     web.host_ports = vec![port(Some(8080), 80), port(None, 81)];

@@ -7,7 +7,9 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::sys::socket as sys;
@@ -18,6 +20,7 @@ use skep_worker::net::{MarkField, Mesh, Options};
 use skep_worker_core::mesh::MeshTable;
 
 use crate::associations;
+use crate::ejection::Sent;
 use crate::machine::{ANSWER, HELPER};
 
 const PATIENCE: Duration = Duration::from_secs(3);
@@ -52,6 +55,24 @@ pub(crate) enum Request {
         name: String,
         port: u16,
     },
+    /// Stops to accept on a port: clients are refused.
+    Refuse {
+        port: u16,
+    },
+    /// Accepts there again.
+    Accept {
+        name: String,
+        port: u16,
+    },
+    /// So many requests, one each so many milliseconds, whatever becomes of those before. Returns when
+    /// some were sent.
+    StartStream {
+        address: SocketAddr,
+        count: u32,
+        every_ms: u64,
+    },
+    /// What became of them.
+    EndStream,
     /// Holds a port as any other program would.
     Listen {
         port: u16,
@@ -142,6 +163,8 @@ struct State {
     mesh: Option<Mesh>,
     connections: BTreeMap<String, TcpStream>,
     listeners: Vec<TcpListener>,
+    servers: BTreeMap<u16, TcpListener>,
+    stream: Option<JoinHandle<Vec<Sent>>>,
     sockets: BTreeMap<String, UdpSocket>,
 }
 
@@ -264,12 +287,28 @@ fn handle_datagrams(state: &mut State, request: Request) -> Result<Value, String
 fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
     match request {
         Request::Serve { name, port } => {
-            let listener = TcpListener::bind(("::", port)).map_err(text)?;
             let socket = UdpSocket::bind(("::", port)).map_err(text)?;
             let of_datagrams = name.clone();
-            std::thread::spawn(move || serve(&listener, &name));
             std::thread::spawn(move || serve_datagrams(&socket, &of_datagrams));
+            accept(state, name, port)
+        }
+        Request::Accept { name, port } => accept(state, name, port),
+        Request::Refuse { port } => {
+            let listener = state.servers.remove(&port).expect("a server");
+            sys::shutdown(listener.as_raw_fd(), sys::Shutdown::Both).map_err(text)?;
             Ok(Value::Null)
+        }
+        Request::StartStream { address, count, every_ms } => {
+            let (sender, is_flowing) = mpsc::channel();
+            let every = Duration::from_millis(every_ms);
+            let run = move || stream(address, count, every, &sender);
+            state.stream = Some(std::thread::spawn(run));
+            is_flowing.recv().expect("a stream");
+            Ok(Value::Null)
+        }
+        Request::EndStream => {
+            let stream = state.stream.take().expect("a stream");
+            Ok(json!(stream.join().expect("what became of each")))
         }
         Request::Listen { port } => {
             state.listeners.push(TcpListener::bind(("0.0.0.0", port)).map_err(text)?);
@@ -356,7 +395,6 @@ fn connect(address: SocketAddrV4, local: Option<SocketAddrV4>) -> std::io::Resul
             sys::setsockopt(&socket, sys::sockopt::ReuseAddr, &true)?;
             let patience = nix::sys::time::TimeVal::new(3, 0);
             sys::setsockopt(&socket, sys::sockopt::SendTimeout, &patience)?;
-            use std::os::fd::AsRawFd as _;
             sys::bind(socket.as_raw_fd(), &sys::SockaddrIn::from(local))?;
             sys::connect(socket.as_raw_fd(), &sys::SockaddrIn::from(address))?;
             TcpStream::from(socket)
@@ -368,7 +406,6 @@ fn connect(address: SocketAddrV4, local: Option<SocketAddrV4>) -> std::io::Resul
 
 /// A router advertisement (RFC 4861, section 4.2).
 fn advertise(interface: u32) -> std::io::Result<()> {
-    use std::os::fd::AsRawFd as _;
     const ROUTER_ADVERTISEMENT: u8 = 134;
     const LIFETIME: [u8; 2] = 1800u16.to_be_bytes();
     let (family, raw) = (sys::AddressFamily::Inet6, sys::SockType::Raw);
@@ -440,10 +477,40 @@ fn get(stream: &TcpStream, path: &str) -> std::io::Result<String> {
     Ok(String::from_utf8(body).expect("text"))
 }
 
+fn accept(state: &mut State, name: String, port: u16) -> Result<Value, String> {
+    let listener = TcpListener::bind(("::", port)).map_err(text)?;
+    state.servers.insert(port, listener.try_clone().map_err(text)?);
+    std::thread::spawn(move || serve(&listener, &name));
+    Ok(Value::Null)
+}
+
+fn stream(
+    address: SocketAddr,
+    count: u32,
+    every: Duration,
+    is_flowing: &mpsc::Sender<()>,
+) -> Vec<Sent> {
+    let started = skep_runtime::clock::monotonic();
+    let ms = |since: std::time::Instant| u64::try_from(since.elapsed().as_millis()).expect("short");
+    let requests = (0..count).map(|n| {
+        std::thread::sleep((every * n).saturating_sub(started.elapsed()));
+        if n == count / 5 {
+            is_flowing.send(()).expect("someone waits");
+        }
+        std::thread::spawn(move || {
+            let (at_ms, began) = (ms(started), skep_runtime::clock::monotonic());
+            let answer = or_kind(connect_any(address).and_then(|stream| get(&stream, "/")));
+            Sent { at_ms, took_ms: ms(began), answer }
+        })
+    });
+    let requests: Vec<_> = requests.collect();
+    requests.into_iter().map(|request| request.join().expect("an end")).collect()
+}
+
 /// Answers with the server's name and the client's address, or with a large body.
 fn serve(listener: &TcpListener, name: &str) {
-    for stream in listener.incoming() {
-        let stream = stream.expect("a connection");
+    // Until it is to refuse.
+    for stream in listener.incoming().map_while(Result::ok) {
         let name = name.to_owned();
         std::thread::spawn(move || {
             if serve_one(&stream, &name).is_err() {

@@ -241,6 +241,7 @@ impl Lab {
             protocol: self.protocol,
             service_id: format!("service-{published}"),
             service: String::new(),
+            proxy_protocol: None,
             backends: nodes.iter().map(|node| self.backend(*node)).collect(),
         });
         MeshTable {

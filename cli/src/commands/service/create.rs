@@ -406,6 +406,18 @@ mod tests {
             }),
         );
         check(
+            "-p target=80,published=8080,proxy-protocol=v2 img",
+            &json!({
+                "Name": "",
+                "TaskTemplate": {"ContainerSpec": {"Image": "img", "Env": ["F=file"]}},
+                "Mode": {"Replicated": {"Replicas": 1}},
+                "EndpointSpec": {"Ports": [{
+                    "Protocol": "tcp", "TargetPort": 80, "PublishedPort": 8080, "PublishMode": "ingress",
+                    "ProxyProtocol": "v2",
+                }]},
+            }),
+        );
+        check(
             "--no-healthcheck --mode global -p 8000-8001:80 img",
             &json!({
                 "Name": "",
@@ -428,6 +440,7 @@ mod tests {
             ("-p 127.0.0.1:80:80 img", "hostip is not supported: remove 127.0.0.1"),
             ("-p published=80 img", "missing mandatory field \"target\""),
             ("-p target=80,mode=x img", "must be either 'ingress' or 'host'"),
+            ("-p target=80,proxy-protocol=v1 img", "'v1': the only one is v2"),
             ("-p 80/icmp img", "none of tcp, udp and sctp"),
             ("--limit-memory 64X img", "is not a size such as 64M"),
             ("--update-delay 5 img", "is not a duration such as 30s"),

@@ -13,8 +13,9 @@ use skep_common::compose::units::{
 };
 use skep_common::spec::{
     ContainerSpec, EndpointSpec, HealthConfig, IngressPolicy, LogDriver, Nanos,
-    NetworkAttachmentConfig, Placement, PortConfig, PortProtocol, PublishMode, Replicated,
-    ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
+    NetworkAttachmentConfig, Placement, PortConfig, PortProtocol, ProxyProtocol, PublishMode,
+    Replicated, ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec,
+    UpdateConfig,
 };
 
 /// Whether and how loudly the command waits.
@@ -448,7 +449,7 @@ fn parse_ratio(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Reads `8080:80/tcp` or `published=8080,target=80,protocol=tcp,mode=host`.
+/// Reads `8080:80/tcp` or `published=8080,target=80,protocol=tcp,mode=host,proxy-protocol=v2`.
 pub(super) fn parse_publish(text: &str) -> Result<Publish, String> {
     if !text.contains('=') {
         let short = parse_short(text).map_err(|error| error.to_string())?;
@@ -487,6 +488,12 @@ pub(super) fn parse_publish(text: &str) -> Result<Publish, String> {
                         ));
                     }
                 });
+            }
+            "proxy-protocol" => {
+                let version = ProxyProtocol::of(value);
+                let wrong =
+                    || format!("invalid proxy protocol value '{value}': the only one is v2");
+                port.proxy_protocol = Some(version.ok_or_else(wrong)?);
             }
             _ => return Err(format!("invalid field key {key}")),
         }

@@ -163,6 +163,9 @@ fn write_ports(out: &mut String, service: &Service) {
         line(out, format_args!("  Protocol = {}", port.protocol.unwrap_or_default().name()));
         line(out, format_args!("  TargetPort = {}", port.target_port));
         line(out, format_args!("  PublishMode = {mode}"));
+        if let Some(version) = port.proxy_protocol {
+            line(out, format_args!("  ProxyProtocol = {}", version.name()));
+        }
     }
 }
 

@@ -22,7 +22,7 @@ use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::serving::withheld;
-use skep_common::spec::{IngressPolicy, PortProtocol, PublishMode};
+use skep_common::spec::{IngressPolicy, PortProtocol, ProxyProtocol, PublishMode};
 use skep_common::wireguard::WireguardKeys;
 use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
@@ -60,6 +60,8 @@ pub struct Port {
     pub target_port: u16,
     /// Which of the tasks a node sends connections to.
     pub policy: IngressPolicy,
+    /// How tasks are told of clients.
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// Addresses of the tasks behind it; none means that connections are refused.
     pub backends: BTreeMap<TaskId, Ipv4Addr>,
 }
@@ -98,6 +100,7 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
                 service: service.spec.name.clone(),
                 target_port: port.target_port,
                 policy: endpoint.and_then(|endpoint| endpoint.ingress_policy).unwrap_or_default(),
+                proxy_protocol: port.proxy_protocol,
                 backends: backends.clone(),
             };
             table.ports.insert((port.protocol.unwrap_or_default(), published), entry);

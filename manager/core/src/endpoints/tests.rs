@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use skep_common::Service;
 use skep_common::object::NodeState;
-use skep_common::spec::PortConfig;
+use skep_common::spec::{EndpointSpec, PortConfig};
 
 use super::*;
 use crate::testing::{NOW, World, parse_node, service};
-use crate::{Action, TaskPatch};
+use crate::{Action, Command, Expect, TaskPatch};
 
 fn published(replicas: u64) -> Service {
     let mut web = service(replicas);
@@ -43,6 +43,26 @@ fn running() -> (World, Vec<TaskId>) {
 fn desire(world: &mut World, task_id: TaskId, desired_state: TaskState) {
     let patch = TaskPatch { desired_state: Some(desired_state), ..TaskPatch::of(task_id) };
     world.apply(vec![Action::PatchTask(patch)]);
+}
+
+#[test]
+fn nodes_are_told_of_the_proxy_protocol_and_managers_that_know_none_stop() {
+    let proxy_protocol = Some(ProxyProtocol::V2);
+    let mut web = published(1);
+    let level = |web: &Service| {
+        let object = skep_common::Object::Service(Box::new(web.clone()));
+        Command::new(NOW, vec![Action::Put { object, expect: Expect::Present }]).level
+    };
+    assert_eq!(level(&web), 1);
+    web.endpoint.ports[0].proxy_protocol = proxy_protocol;
+    assert_eq!(level(&web), 3);
+    let world = World::new("1", web.clone(), "");
+    let table = table(&world.state, &nobody());
+    assert_eq!(table.ports[&(PortProtocol::Tcp, 8080)].proxy_protocol, proxy_protocol);
+    // The spec alone, as before its ports are allocated, and where they were given up.
+    let ports = Some(std::mem::take(&mut web.endpoint.ports));
+    web.spec.endpoint_spec = Some(EndpointSpec { ports, ..EndpointSpec::default() });
+    assert_eq!(level(&web), 3);
 }
 
 #[test]

@@ -15,7 +15,9 @@
 //! # Reading order
 //!
 //! [`MeshTable`] (input), [`Slices`] and [`twin`] (address arithmetic), [`Objects`] and [`Op`] (output),
-//! [`Flows`] (what the kernel must forget of flows that have no end of their own).
+//! [`Flows`] (what the kernel must forget of flows that have no end of their own), [`Ejections`] (which
+//! backends the node goes without because it saw them fail), [`relays`] (ports that the daemon serves instead of
+//! the kernel).
 //!
 //! # Invariants
 //!
@@ -30,17 +32,25 @@
 //! Absent on purpose: I/O, interface names, marks and table numbers, which belong to the shell.
 
 mod address;
+mod ejection;
+#[cfg(test)]
+mod ejection_tests;
 mod flows;
 mod objects;
 mod policy;
+mod proxy_protocol;
+mod relays;
 mod table;
 #[cfg(test)]
 mod tests;
 mod twin;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
+pub use ejection::{Change, Ejections, Outcome, PATIENCE, Reason, Times, leave_out};
 pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;
+pub use proxy_protocol::proxy_header;
+pub use relays::{Relay, Turns, relays};
 pub use table::{Backend, Error, MeshTable, Peer, Protocol, PublishedPort};
 pub use twin::{of_twin, twin, twin_net};

@@ -279,7 +279,7 @@ impl Objects {
 
     /// The ports with those backends that have an address.
     fn add_ports(&mut self, table: &MeshTable, address: impl Fn(&Backend) -> Option<IpAddr>) {
-        for port in &table.ports {
+        for port in table.ports.iter().filter(|port| !port.is_relayed()) {
             let endpoint =
                 |b: &Backend| Some(Endpoint { address: address(b)?, port: b.target_port });
             let backends: BTreeSet<Endpoint> = port.backends.iter().filter_map(endpoint).collect();

@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
+use skep_common::spec::ProxyProtocol;
 
 use super::Slices;
 
@@ -143,6 +144,9 @@ pub struct PublishedPort {
     /// Its name, for people; empty where its manager does not say it.
     #[serde(default)]
     pub service: String,
+    /// How its tasks are told of clients; with it, the node relays connections to them.
+    #[serde(default)]
+    pub proxy_protocol: Option<ProxyProtocol>,
     /// The healthy tasks behind it; none means that clients are refused.
     pub backends: Vec<Backend>,
 }

@@ -28,6 +28,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
             protocol,
             service_id: format!("service-{published}"),
             service: String::new(),
+            proxy_protocol: None,
             backends: backends.collect(),
         }
     });
@@ -256,6 +257,7 @@ fn any_table() -> impl Strategy<Value = MeshTable> {
             protocol,
             service_id: format!("service-{published}"),
             service: String::new(),
+            proxy_protocol: None,
             backends,
         });
         MeshTable { peers, ipv6, ports: ports.collect(), ..table(1, "", "") }

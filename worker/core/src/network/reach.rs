@@ -49,28 +49,35 @@ impl Reach {
     /// Endpoints on nodes that are not known, or without an IPv4 address, are left out. So are, where
     /// the network is encrypted, those on nodes without a key: nothing is ever sent to them in clear.
     pub fn of(tables: &NetworkTables, network: &NetworkTable) -> Self {
-        let mut reach = Self::default();
-        for endpoint in network.endpoints.values() {
-            if endpoint.node_number == tables.self_number {
-                continue;
-            }
+        let known = network.endpoints.values().filter_map(|endpoint| {
             let number = endpoint.node_number;
+            if number == tables.self_number {
+                return None;
+            }
             let end = match network.encrypted {
                 true => tables.keys.get(&number).and_then(|keys| keys.current_address(number)),
                 false => tables.peers.get(&number).copied(),
             };
-            let Some(end) = end else { continue };
-            let Some(mac) = endpoint.mac() else { continue };
-            reach.forwarding.insert(mac, end);
-            reach.neighbours.extend(endpoint.addresses.iter().map(|address| (*address, mac)));
+            Some((endpoint.mac()?, end?, &endpoint.addresses))
+        });
+        // Collected, which takes a fraction of the time of inserting: a network has thousands.
+        let neighbours = known
+            .clone()
+            .flat_map(|(mac, _, addresses)| addresses.iter().map(move |address| (*address, mac)));
+        Self {
+            neighbours: neighbours.collect(),
+            forwarding: known.map(|(mac, end, _)| (mac, end)).collect(),
         }
-        reach
     }
 
     /// The operations that turn `self` into `wanted`, in the order that they must be carried out: the
     /// tunnel answers for an address only once it knows where to send.
     pub fn diff(&self, wanted: &Self) -> Vec<ReachOp> {
         let mut ops = Vec::new();
+        // Most changes of a network are no matter of its entries.
+        if self == wanted {
+            return ops;
+        }
         for (mac, underlay) in &wanted.forwarding {
             if self.forwarding.get(mac) != Some(underlay) {
                 ops.push(ReachOp::SetForwarding(*mac, *underlay));

@@ -182,13 +182,11 @@ impl Balance {
 }
 
 fn neighbours(network: &NetworkTable) -> Reach {
-    let mut reach = Reach::default();
-    for endpoint in network.endpoints.values() {
-        if let Some(mac) = endpoint.mac() {
-            reach.neighbours.extend(endpoint.addresses.iter().map(|address| (*address, mac)));
-        }
-    }
-    reach
+    let endpoints = network.endpoints.values();
+    let known = endpoints.filter_map(|endpoint| Some((endpoint.mac()?, &endpoint.addresses)));
+    let neighbours =
+        known.flat_map(|(mac, addresses)| addresses.iter().map(move |address| (*address, mac)));
+    Reach { neighbours: neighbours.collect(), ..Reach::default() }
 }
 
 /// What connections of a network's containers are judged by.
@@ -209,10 +207,11 @@ impl Peers {
             let vips = service.virtual_ips.iter();
             peers.virtual_ips.extend(vips.map(|vip| (*vip, *service_id)));
         }
-        for endpoint in network.endpoints.values() {
+        let endpoints = network.endpoints.values().flat_map(|endpoint| {
             let of = (endpoint.service_id, endpoint.serving);
-            peers.endpoints.extend(endpoint.addresses.iter().map(|address| (*address, of)));
-        }
+            endpoint.addresses.iter().map(move |address| (*address, of))
+        });
+        peers.endpoints = endpoints.collect();
         peers
     }
 

@@ -1,4 +1,4 @@
-//! Datagrams of clients that use 127.0.0.1 or ::1 on the node itself: what `loopback` does for
+//! Datagrams of clients that use 127.0.0.1 or ::1 on the node itself: what `relay` does for
 //! connections.
 //!
 //! A client is the address and port that it sends from. It has a session: a socket of its own towards

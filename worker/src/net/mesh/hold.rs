@@ -1,6 +1,6 @@
 //! Holding published ports on the node.
 //!
-//! Packets to a published port never reach a socket of the node, except over loopback: the
+//! But for ports that the daemon relays, packets to a published port never reach a socket of the node, except over loopback: the
 //! rules take them first. Without a socket that holds the port, a program could still bind it,
 //! would seem to run, and would receive nothing. A [`Hold`] makes it fail as it should.
 
@@ -14,28 +14,33 @@ use nix::sys::socket::{
 };
 use skep_worker_core::mesh::{PortKey, Protocol};
 
-/// Loopback connections that may wait to be accepted.
-const LOOPBACK_BACKLOG: i32 = 1024;
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 1024;
 
 /// A published port that no other program can bind while this value lives.
 #[derive(Debug)]
 pub(super) struct Hold {
+    /// Whether the daemon serves all clients of the port, and not the rules.
+    pub(super) is_relayed: bool,
     _sockets: Vec<OwnedFd>,
 }
 
-/// The sockets of one port for clients on the node itself that use loopback addresses.
+/// The sockets of one port that the daemon serves: for clients on the node itself that use loopback
+/// addresses, or for all.
 #[derive(Debug)]
-pub(super) enum LoopbackListeners {
+pub(super) enum Listeners {
     /// Of TCP, on 127.0.0.1, and on ::1 where the host has IPv6.
     Streams(Vec<TcpListener>),
     /// Of UDP, on the same.
     Datagrams(Vec<UdpSocket>),
+    /// Of TCP, on every address, of IPv6 where the host has it.
+    Everyone(Vec<TcpListener>),
     /// None: an association has addresses of its own in its messages, which no relay can stand for.
     None,
 }
 
 /// Holds a port on all addresses and listens on the loopback addresses.
-pub(super) fn hold(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+pub(super) fn hold(key: PortKey) -> io::Result<(Hold, Listeners)> {
     match key.protocol {
         Protocol::Tcp => hold_streams(key),
         Protocol::Udp => hold_datagrams(key),
@@ -43,22 +48,32 @@ pub(super) fn hold(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
     }
 }
 
+/// Listens on a port on all addresses.
+pub(super) fn hold_relayed(key: PortKey) -> io::Result<(Hold, Listeners)> {
+    // Reuse lets connections be of which the last packets are still on their way; another listener keeps the port.
+    let mut listeners = vec![listening(bound(Transport::Stream, true, &any(key))?)?];
+    let ipv6 = if_ipv6(bound(Transport::Stream, true, &any6(key)))?;
+    listeners.extend(ipv6.map(listening).transpose()?);
+    let hold = Hold { is_relayed: true, _sockets: Vec::new() };
+    Ok((hold, Listeners::Everyone(listeners)))
+}
+
 /// Fails with [`io::ErrorKind::Unsupported`] where the kernel has no SCTP: then no program of this
 /// node can take the port either.
-fn hold_associations(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+fn hold_associations(key: PortKey) -> io::Result<(Hold, Listeners)> {
     let missing = |error: io::Error| match error.raw_os_error() {
         Some(libc::EPROTONOSUPPORT | libc::ESOCKTNOSUPPORT) => io::ErrorKind::Unsupported.into(),
         _ => error,
     };
     let mut holders = vec![bound(Transport::Sctp, false, &any(key)).map_err(missing)?];
     holders.extend(if_ipv6(bound(Transport::Sctp, false, &any6(key)))?);
-    Ok((Hold { _sockets: holders }, LoopbackListeners::None))
+    Ok((Hold { is_relayed: false, _sockets: holders }, Listeners::None))
 }
 
 /// The holding sockets, of each IP version one, are bound but do not listen. They allow the reuse of
 /// their addresses only until our own listeners are bound beside them; from then on they conflict with
 /// everybody else's.
-fn hold_streams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+fn hold_streams(key: PortKey) -> io::Result<(Hold, Listeners)> {
     let mut holders = vec![bound(Transport::Stream, true, &any(key))?];
     let local = bound(Transport::Stream, true, &local(key))?;
     let mut listeners = vec![listening(local)?];
@@ -70,12 +85,12 @@ fn hold_streams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
     for holder in &holders {
         setsockopt(holder, sockopt::ReuseAddr, &false)?;
     }
-    Ok((Hold { _sockets: holders }, LoopbackListeners::Streams(listeners)))
+    Ok((Hold { is_relayed: false, _sockets: holders }, Listeners::Streams(listeners)))
 }
 
 /// Sockets of UDP share an address where both allow its reuse, and many servers do: a holding socket
 /// must not allow it when it is bound, nor must any of ours in the end.
-fn hold_datagrams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
+fn hold_datagrams(key: PortKey) -> io::Result<(Hold, Listeners)> {
     let holder = bound(Transport::Datagram, false, &any(key))?;
     setsockopt(&holder, sockopt::ReuseAddr, &true)?;
     let mut sockets = vec![bound(Transport::Datagram, true, &local(key))?];
@@ -93,7 +108,7 @@ fn hold_datagrams(key: PortKey) -> io::Result<(Hold, LoopbackListeners)> {
         setsockopt(holder, sockopt::RcvBuf, &0)?;
     }
     let sockets = sockets.into_iter().map(UdpSocket::from).collect();
-    Ok((Hold { _sockets: holders }, LoopbackListeners::Datagrams(sockets)))
+    Ok((Hold { is_relayed: false, _sockets: holders }, Listeners::Datagrams(sockets)))
 }
 
 /// Nothing where the host has no IPv6, or no such address.
@@ -150,7 +165,7 @@ fn bound(kind: Transport, is_shared: bool, address: &dyn SockaddrLike) -> io::Re
 }
 
 fn listening(socket: OwnedFd) -> io::Result<TcpListener> {
-    listen(&socket, Backlog::new(LOOPBACK_BACKLOG)?)?;
+    listen(&socket, Backlog::new(BACKLOG)?)?;
     Ok(TcpListener::from(socket))
 }
 
@@ -178,6 +193,21 @@ mod tests {
     }
 
     #[test]
+    fn a_relayed_port_is_refused_to_others_and_free_after() {
+        let key = PortKey { protocol: Protocol::Tcp, port: free_port() };
+        let (_, listeners) = hold_relayed(key).unwrap();
+        for address in ["0.0.0.0", "127.0.0.1", "[::]", "[::1]"] {
+            let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+        }
+        assert!(hold(key).is_err() && hold_relayed(key).is_err());
+        drop(listeners);
+        let (held, _) = hold(key).unwrap();
+        assert!(!held.is_relayed);
+        assert!(hold_relayed(key).is_err());
+    }
+
+    #[test]
     fn a_port_in_use_is_not_held() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -198,7 +228,7 @@ mod tests {
                 assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address} {is_shared}");
             }
         }
-        let LoopbackListeners::Datagrams(sockets) = &loopback else { panic!("{loopback:?}") };
+        let Listeners::Datagrams(sockets) = &loopback else { panic!("{loopback:?}") };
         if sockets.len() == 2 {
             for address in [Ipv6Addr::UNSPECIFIED, Ipv6Addr::LOCALHOST] {
                 let address = SockaddrIn6::from(SocketAddrV6::new(address, port, 0, 0));

@@ -24,41 +24,49 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `links`, `uplink`, `hold`, `loopback`, `datagrams`, `refusal`.
+//! change), `flows`, `ejection`, `links`, `uplink`, `hold`, `relay`, `upstream`, `datagrams`, `refusal`.
 //!
 //! # Invariants
 //!
 //! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
 //!   restarts takes over without disturbing a connection.
-//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table, and no flow of datagrams
+//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table without such backends, and no flow of datagrams
 //!   goes to a task that the table does not name.
+//! - A backend that refuses or does not answer gets no connections of this node until it does; the last
+//!   backends of a port stay.
 //! - Nothing host-wide is changed but the forwarding of IPv4, and of IPv6 where it is served; in other
 //!   programs' tables only `filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
 //!   br_netfilter.
-//! - The end of the daemon leaves forwarding as it is; only [`Mesh::teardown`] removes it.
+//! - The end of the daemon leaves forwarding as it is; only [`Mesh::teardown`] removes it. Connections that go
+//!   through the daemon end with it: those of loopback clients, and of ports with the PROXY protocol.
 //!
 //! A published port costs the daemon four file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
 mod datagrams;
+mod ejection;
 mod flows;
 mod hold;
 mod kernel;
 mod layout;
 pub(in crate::net) mod links;
-mod loopback;
 pub(in crate::net) mod options;
 mod program;
 mod refusal;
+mod relay;
 mod routes;
 mod rules;
 mod uplink;
+mod upstream;
 
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use skep_runtime::TaskSet;
 use skep_worker_core::mesh::MeshTable;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
 pub use self::kernel::Condition;
 pub use self::options::{MarkField, Options};
@@ -66,7 +74,7 @@ pub use self::program::Program;
 pub use super::sysctl::host_has_ipv6;
 
 use self::kernel::{Kernel, ListenerChanges};
-use self::loopback::Loopback;
+use self::relay::Relays;
 use self::uplink::Uplinks;
 use super::Error;
 use super::thread::KernelThread;
@@ -85,7 +93,21 @@ pub struct Applied {
 pub struct Mesh {
     kernel: Arc<KernelThread<Kernel>>,
     uplinks: Arc<KernelThread<Uplinks>>,
-    loopback: Arc<Mutex<Loopback>>,
+    relays: Arc<Mutex<Relays>>,
+    ejection: Arc<Ejection>,
+}
+
+/// What looks for backends that do not answer, and ends with the last mesh that shares it.
+#[derive(Debug, Default)]
+struct Ejection {
+    tasks: TaskSet,
+    table_changed: Arc<Notify>,
+}
+
+impl Drop for Ejection {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+    }
 }
 
 impl Mesh {
@@ -106,9 +128,12 @@ impl Mesh {
         let mesh = Self {
             kernel: Arc::new(kernel),
             uplinks: Arc::new(uplinks),
-            loopback: Arc::new(Mutex::new(Loopback::new(underlay))),
+            relays: Arc::new(Mutex::new(Relays::new(underlay))),
+            ejection: Arc::new(Ejection::default()),
         };
         mesh.follow(changes);
+        let Ejection { tasks, table_changed } = &*mesh.ejection;
+        ejection::start(tasks, mesh.kernel.clone(), table_changed.clone());
         Ok(mesh)
     }
 
@@ -120,13 +145,26 @@ impl Mesh {
     pub async fn apply(&self, table: &MeshTable) -> Result<Applied, Error> {
         let version = table.version;
         let table = table.clone();
-        let loopback = self.loopback.clone();
+        let relays = self.relays.clone();
         let runtime = tokio::runtime::Handle::current();
+        let table_changed = self.ejection.table_changed.clone();
         // Listeners follow on the thread: a caller that stops waiting must not separate them.
         let result = self.kernel.run(move |kernel| {
             let (changes, result) = kernel.apply(&table);
             let _runtime = runtime.enter();
-            follow(&loopback, changes);
+            let is_halfway = changes.is_halfway;
+            for listening in follow(&relays, changes).into_iter().filter(|_| is_halfway) {
+                // It ends at once, and its listener with it. A panic in there is told where it happens.
+                let _ = runtime.block_on(listening);
+            }
+            let result = if is_halfway {
+                let (changes, result) = kernel.apply(&table);
+                follow(&relays, changes);
+                result
+            } else {
+                result
+            };
+            table_changed.notify_one();
             result
         });
         Ok(Applied { version, conditions: result.await?? })
@@ -162,7 +200,7 @@ impl Mesh {
     ///
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn teardown(&self) -> Result<(), Error> {
-        self.end_loopback().await;
+        self.end_tasks().await;
         self.kernel.run(Kernel::teardown).await?
     }
 
@@ -180,26 +218,30 @@ impl Mesh {
     ///
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn shutdown(&self) -> Result<(), Error> {
-        self.end_loopback().await;
+        self.end_tasks().await;
         self.kernel.run(Kernel::release).await?
     }
 
-    async fn end_loopback(&self) {
-        let tasks = self.loopback.lock().unwrap_or_else(PoisonError::into_inner).end();
+    async fn end_tasks(&self) {
+        self.ejection.tasks.clone().shutdown().await;
+        let tasks = self.relays.lock().unwrap_or_else(PoisonError::into_inner).end();
         tasks.shutdown().await;
     }
 
     fn follow(&self, changes: ListenerChanges) {
-        follow(&self.loopback, changes);
+        follow(&self.relays, changes);
     }
 }
 
-fn follow(loopback: &Mutex<Loopback>, changes: ListenerChanges) {
-    let mut loopback = loopback.lock().unwrap_or_else(PoisonError::into_inner);
-    for key in changes.withdraw {
-        loopback.withdraw(key);
+/// Returns the tasks with whose end the listeners of withdrawn ports are closed.
+fn follow(relays: &Mutex<Relays>, changes: ListenerChanges) -> Vec<JoinHandle<()>> {
+    let mut relays = relays.lock().unwrap_or_else(PoisonError::into_inner);
+    let withdrawn = changes.withdraw.into_iter().flat_map(|key| relays.withdraw(key)).collect();
+    for (key, relay) in &changes.balance {
+        relays.balance(*key, relay);
     }
     for (key, listeners) in changes.serve {
-        loopback.serve(key, listeners);
+        relays.serve(key, listeners);
     }
+    withdrawn
 }

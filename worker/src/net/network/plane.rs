@@ -113,7 +113,7 @@ impl Plane {
             if is_refused || is_same && !is_repair && !is_moved {
                 continue;
             }
-            failures.extend(self.converge(*network_id, table, &tables).err());
+            failures.extend(self.converge(*network_id, table, &tables, is_repair).err());
         }
         let balances = self.balances(&tables);
         for container in self.containers.values_mut() {
@@ -146,7 +146,7 @@ impl Plane {
                 self.secure.check(&table.name)?;
                 self.converge_secure(&tables)?;
             }
-            self.converge(network_id, table, &tables)?;
+            self.converge(network_id, table, &tables, true)?;
             let settings = self.settings(table)?;
             let segment = self.segments.get_mut(&network_id);
             let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
@@ -226,6 +226,7 @@ impl Plane {
         network_id: NetworkId,
         table: &NetworkTable,
         tables: &NetworkTables,
+        is_repair: bool,
     ) -> Result<(), Error> {
         let settings = self.settings(table)?;
         if !self.segments.contains_key(&network_id) {
@@ -239,7 +240,7 @@ impl Plane {
         }
         let segment = self.segments.get_mut(&network_id);
         let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
-        segment.converge((&self.home, &mut self.host), settings, tables, table)
+        segment.converge((&self.home, &mut self.host), settings, (tables, table), is_repair)
     }
 
     /// What the tables mean for containers; derived anew only where they changed.
