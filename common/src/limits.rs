@@ -25,6 +25,23 @@ pub const RPC_DEADLINE: Duration = Duration::from_secs(10);
 pub const CONNECT_DEADLINE: Duration = Duration::from_millis(200);
 /// Entries of a bounded queue between two tasks of one daemon where nothing better is known.
 pub const QUEUE_LENGTH: usize = 256;
+
+/// Single containers of one node, stopped ones too: what a node's user runs by hand, and not more than a node of
+/// services has. Each is an object of the store, which every manager keeps in memory.
+pub const CONTAINERS_PER_NODE_MAX: usize = 1000;
+/// The spec of a single container as text: a thousand environment variables of 256 characters.
+pub const CONTAINER_SPEC_BYTES_MAX: usize = 256 << 10;
+/// What a node says of itself as text: names, labels and addresses.
+pub const DESCRIPTION_BYTES_MAX: usize = 64 << 10;
+/// A node's description and conditions are written at most this often: each time is an entry of the log.
+pub const DESCRIPTION_PERIOD: Duration = Duration::from_millis(250);
+/// IPv6 addresses of one node that the swarm knows.
+pub const IPV6_ADDRESSES_MAX: usize = 64;
+/// Published ports that one node says it cannot serve: more than anybody reads.
+pub const PORT_CONDITIONS_MAX: usize = 256;
+/// Characters of what a node says of one port: a sentence with a program's command line.
+pub const CONDITION_CHARS_MAX: usize = 512;
+
 /// Health checks, stop grace and the like of Docker's engine, used where neither service nor image
 /// names a value.
 pub mod defaults {

@@ -144,6 +144,9 @@ pub struct NodeDescription {
     pub resources: Resources,
     /// Labels set by its own configuration: `engine.labels.X`.
     pub engine: EngineDescription,
+    /// The highest format level of stored things that its daemon knows; 0 of versions that do not say so.
+    #[serde(skip_serializing_if = "is_unsaid")]
+    pub format_level: u32,
     /// Its IPv6 addresses, where it has IPv6: published ports answer there, too.
     #[serde(rename = "IPv6Addresses", skip_serializing_if = "Option::is_none")]
     pub ipv6_addresses: Option<BTreeSet<Ipv6Addr>>,
@@ -217,6 +220,10 @@ pub struct ServiceCondition {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_unsaid(level: &u32) -> bool {
+    *level == 0
+}
+
 fn is_zero(port: &u16) -> bool {
     *port == 0
 }

@@ -13,3 +13,4 @@ pub mod manager;
 pub mod raft_rpc;
 
 pub use manager::{Manager, ManagerOptions, NewSwarm};
+pub use skep_manager_core::command::FORMAT_LEVEL;

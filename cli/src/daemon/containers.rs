@@ -41,12 +41,20 @@ impl LocalContainers {
         for manager in node.managers.all() {
             let channel = node.pool.channel(&manager, Peer::Manager);
             match ask(ContainersClient::new(channel)).await {
-                Err(status) if status.code() == Code::Unavailable => last = status,
+                Err(status) if may_another_know(status.code()) => last = status,
                 answer => return answer,
             }
         }
         Err(last)
     }
+}
+
+/// Whether it was that manager, and not the request: it is gone, hangs, or is of an earlier version.
+fn may_another_know(code: Code) -> bool {
+    matches!(
+        code,
+        Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled | Code::Unimplemented
+    )
 }
 
 fn with_deadline<T>(request: T) -> Request<T> {
@@ -116,5 +124,20 @@ impl Containers for LocalContainers {
             async move { client.remove(request).await }
         })
         .await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_manager_that_hangs_or_is_of_before_is_not_the_last_one_asked() {
+        // A request whose deadline ends at the client is cancelled there.
+        let of_manager =
+            [Code::Unavailable, Code::DeadlineExceeded, Code::Cancelled, Code::Unimplemented];
+        assert!(of_manager.into_iter().all(may_another_know));
+        let of_request = [Code::NotFound, Code::AlreadyExists, Code::InvalidArgument];
+        assert!(!of_request.into_iter().any(may_another_know));
     }
 }

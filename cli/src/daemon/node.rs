@@ -312,6 +312,7 @@ fn description(options: &Options) -> NodeDescription {
             engine_version: env!("CARGO_PKG_VERSION").to_owned(),
             labels: options.labels.clone(),
         },
+        format_level: skep_manager::FORMAT_LEVEL,
         ipv6_addresses: skep_worker::net::ipv6_addresses(),
         ..NodeDescription::default()
     }

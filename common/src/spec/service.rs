@@ -342,6 +342,11 @@ pub enum PortProtocol {
 }
 
 impl PortProtocol {
+    /// The protocol of that name.
+    pub fn of(name: &str) -> Option<Self> {
+        [Self::Tcp, Self::Udp, Self::Sctp].into_iter().find(|protocol| protocol.name() == name)
+    }
+
     /// The name as JSON has it.
     pub fn name(self) -> &'static str {
         match self {

@@ -6,26 +6,13 @@
 use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
-use skep_common::object::NetworkAttachment;
-use skep_common::object::TaskStatus;
+use skep_common::object::{NetworkAttachment, TaskStatus};
 use skep_common::{
     Kind, NetworkId, NodeId, Object, ServiceId, TaskId, TaskState, Timestamp, Version,
 };
 
-/// The highest format level that this program knows. A command has the lowest that it is understood at;
-/// a manager that meets a higher one in its log than it knows stops and says so.
-///
-/// | level | since then |
-/// |---|---|
-/// | 1 | the first |
-/// | 2 | networks: references to them are checked |
-/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies and the PROXY protocol; tasks that no service made |
-pub const FORMAT_LEVEL: u32 = 3;
-const FIRST_LEVEL: u32 = 1;
-/// From this level on, a command that contradicts a network is refused.
-pub(crate) const NETWORKS_LEVEL: u32 = 2;
-/// From this level on, objects say more of published ports, and of tasks that no service made.
-const PORTS_LEVEL: u32 = 3;
+use crate::level;
+pub use crate::level::FORMAT_LEVEL;
 
 /// A transaction.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -42,62 +29,8 @@ impl Command {
     /// A transaction of the lowest format level that it is understood at, so that managers of an earlier
     /// version go on in a swarm that does not use what is new.
     pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
-        let level = if actions.iter().any(|action| is_of_ports(action) || is_standalone(action)) {
-            PORTS_LEVEL
-        } else if actions.iter().any(is_of_networks) {
-            NETWORKS_LEVEL
-        } else {
-            FIRST_LEVEL
-        };
+        let level = level::of_actions(&actions);
         Self { level, at, actions }
-    }
-}
-
-fn is_of_ports(action: &Action) -> bool {
-    match action {
-        Action::Put { object: Object::Task(task), .. } => {
-            !task.host_ports.is_empty() || task.status.port_status.is_some()
-        }
-        Action::PatchTask(patch) => {
-            patch.status.as_ref().is_some_and(|status| status.port_status.is_some())
-        }
-        Action::Put { object: Object::Service(service), .. } => {
-            let endpoint = service.spec.endpoint_spec.as_ref();
-            endpoint.is_some_and(|endpoint| endpoint.ingress_policy.is_some())
-                || service.spec.ports().iter().any(|port| port.proxy_protocol.is_some())
-                || service.endpoint.ports.iter().any(|port| port.proxy_protocol.is_some())
-        }
-        Action::Put { object: Object::Node(node), .. } => !node.status.port_conditions.is_empty(),
-        Action::Put { .. } | Action::Delete { .. } | Action::ImageHolder { .. } => false,
-    }
-}
-
-/// Managers of an earlier version would drop the mark, and stop the task for want of a service.
-fn is_standalone(action: &Action) -> bool {
-    match action {
-        Action::Put { object: Object::Task(task), .. } => task.standalone.is_some(),
-        Action::Put { .. }
-        | Action::Delete { .. }
-        | Action::PatchTask(_)
-        | Action::ImageHolder { .. } => false,
-    }
-}
-
-fn is_of_networks(action: &Action) -> bool {
-    let is_overlay = |one: &NetworkAttachment| one.network_id.is_some();
-    match action {
-        Action::Put { object, .. } => match object {
-            Object::Network(_) => true,
-            Object::Service(service) => {
-                let is_on_some = !service.spec.networks().is_empty();
-                is_on_some || !service.endpoint.virtual_ips.is_empty()
-            }
-            Object::Task(task) => task.networks_attachments.iter().any(is_overlay),
-            _ => false,
-        },
-        Action::Delete { kind, .. } => *kind == Kind::Network,
-        Action::PatchTask(patch) => patch.networks_attachments.iter().flatten().any(is_overlay),
-        Action::ImageHolder { .. } => false,
     }
 }
 

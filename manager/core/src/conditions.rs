@@ -14,9 +14,22 @@ use crate::store::State;
 
 /// The conditions of all services that have some, in the order of nodes and ports.
 pub fn by_service(state: &State) -> BTreeMap<ServiceId, Vec<ServiceCondition>> {
+    said(state, |_| true)
+}
+
+/// The conditions of one service.
+pub fn of_service(state: &State, service_id: ServiceId) -> Vec<ServiceCondition> {
+    said(state, |id| id == service_id).remove(&service_id).unwrap_or_default()
+}
+
+fn said(
+    state: &State,
+    is_wanted: impl Fn(ServiceId) -> bool,
+) -> BTreeMap<ServiceId, Vec<ServiceCondition>> {
     let mut found: BTreeMap<ServiceId, Vec<ServiceCondition>> = BTreeMap::new();
     for node in state.nodes().values().filter(|node| node.status.state != NodeState::Down) {
-        for condition in &node.status.port_conditions {
+        let conditions = node.status.port_conditions.iter();
+        for condition in conditions.filter(|condition| is_wanted(condition.service_id)) {
             let (port, protocol) = (condition.published_port, condition.protocol.name());
             let name = node_name(node);
             found.entry(condition.service_id).or_default().push(ServiceCondition {
@@ -37,11 +50,6 @@ pub fn by_service(state: &State) -> BTreeMap<ServiceId, Vec<ServiceCondition>> {
         });
     }
     found
-}
-
-/// The conditions of one service.
-pub fn of_service(state: &State, service_id: ServiceId) -> Vec<ServiceCondition> {
-    by_service(state).remove(&service_id).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@
 
 use std::sync::Arc;
 
+use skep_common::limits::CONTAINERS_PER_NODE_MAX;
 use skep_common::object::{Standalone, TaskStatus};
 use skep_common::spec::{ServiceSpec, TaskSpec};
 use skep_common::{Meta, NodeId, Object, ServiceId, Task, TaskId, TaskState, Timestamp, Version};
@@ -94,6 +95,11 @@ pub fn run(
     // It is the task's service as well: with that of another one the container would be among its tasks.
     if state.task(id).is_some() || state.service(ServiceId(id.0)).is_some() {
         return Err(Error::Invalid(format!("id {id} is taken: run the container with a new one")));
+    }
+    if of_node(state, node_id).count() >= CONTAINERS_PER_NODE_MAX {
+        return Err(Error::Exhausted(format!(
+            "this node has {CONTAINERS_PER_NODE_MAX} containers that no service made: remove some with `skep rm`"
+        )));
     }
     let name = if request.name.is_empty() { id.short() } else { request.name };
     check_name(&name)?;

@@ -111,6 +111,25 @@ fn a_container_has_an_id_of_its_own() {
 }
 
 #[test]
+fn a_node_has_a_bounded_number_of_containers() {
+    let mut world = world();
+    let limit = CONTAINERS_PER_NODE_MAX;
+    let probe = start(&mut world, 1000, N1, request("", &["host"]));
+    let more = (1..limit).map(|n| {
+        let id = probe.id.0 + n as u128;
+        let (id, service_id) = (TaskId(id), ServiceId(id));
+        let task = Task { id, service_id, service_name: id.to_string(), ..probe.clone() };
+        Object::Task(Box::new(task))
+    });
+    world.put(more.collect());
+    let refused = format!(
+        "this node has {limit} containers that no service made: remove some with `skep rm`"
+    );
+    assert_eq!(refusal(&world, request("one-more", &[])), refused);
+    assert!(run(&world.state, TaskId(99), N2, request("elsewhere", &[]), NOW).is_ok());
+}
+
+#[test]
 fn what_cannot_run_is_refused_in_dockers_words() {
     let mut world = world();
     let probe = start(&mut world, 70, N1, request("probe", &[]));

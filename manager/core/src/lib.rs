@@ -6,6 +6,7 @@
 //! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
 //! [`container`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
 
+pub mod claims;
 pub mod command;
 pub mod store;
 
@@ -19,6 +20,7 @@ pub mod container;
 pub mod endpoints;
 mod fork;
 pub mod image;
+pub mod level;
 pub mod liveness;
 pub mod network;
 pub mod orchestrator;
@@ -36,4 +38,5 @@ pub mod testing;
 
 pub use command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
 pub use plan::{Dirty, LeaderMemory, Options, Plan, plan};
+pub use scheduler::node_name;
 pub use store::{Change, State};

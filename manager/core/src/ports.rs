@@ -10,7 +10,7 @@
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
-use skep_common::spec::{PortConfig, PortProtocol, PublishMode};
+use skep_common::spec::{PortConfig, PortProtocol, Predefined, PublishMode, predefined};
 use skep_common::{Service, ServiceId};
 
 use crate::store::State;
@@ -49,6 +49,12 @@ pub enum Error {
 pub fn allocate(state: &State, service: &Service) -> Result<Vec<PortConfig>, Error> {
     let mut ports: Vec<PortConfig> = service.spec.ports().to_vec();
     let mut taken: BTreeSet<(PortProtocol, u16)> = BTreeSet::new();
+    if predefined(service.spec.networks()).any(|one| one == Predefined::Host) {
+        // Containers listen on the node's own ports: nobody numbers those otherwise.
+        for port in ports.iter_mut().filter(|port| !is_ingress(port)) {
+            port.published_port = Some(port.target_port);
+        }
+    }
     for port in &ports {
         if let Some(number) = number(port) {
             refuse_conflict(state, service.id, port, number)?;
@@ -157,6 +163,20 @@ mod tests {
         let ports = Some(words.split_whitespace().map(port).collect());
         service.spec.endpoint_spec = Some(EndpointSpec { ports, ..EndpointSpec::default() });
         service
+    }
+
+    #[test]
+    fn on_the_nodes_network_a_port_is_the_one_that_containers_listen_on() {
+        let mut service = publishing(1, "80/host");
+        let world = World::new("", service.clone(), "");
+        let shown = |service: &Service| {
+            let ports = allocate(&world.state, service).unwrap();
+            host_mode(&ports).first().and_then(|port| port.published_port)
+        };
+        assert_eq!(shown(&service), None, "its node numbers it");
+        let on_host = serde_json::from_value(serde_json::json!([{"Target": "host"}])).unwrap();
+        service.spec.task_template.networks = Some(on_host);
+        assert_eq!(shown(&service), Some(80), "the scheduler sees to it that no other has it");
     }
 
     #[test]

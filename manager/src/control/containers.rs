@@ -1,6 +1,7 @@
 //! `skep.v1.Containers`: single containers of a node, for the node that asks. What is allowed is decided in
 //! the core.
 
+use skep_common::limits::CONTAINER_SPEC_BYTES_MAX;
 use skep_common::{NodeId, Object, Task, TaskId};
 use skep_manager_core::{Action, Refusal, State, container};
 use skep_proto::containers_server::Containers;
@@ -30,6 +31,7 @@ impl ContainersService {
     async fn start(&self, node_id: NodeId, request: RunContainerRequest) -> Result<TaskId, Error> {
         let id = request.id.parse::<TaskId>();
         let id = id.map_err(|error| Error::Invalid(error.to_string()))?;
+        check_size(&request.spec_json)?;
         let asked = container::Request {
             name: request.name,
             spec: parse_json("task spec", &request.spec_json)?,
@@ -67,6 +69,16 @@ impl ContainersService {
         self.control.write(vec![action]).await?;
         Ok(Response::new(ContainerResponse { id: task.id.to_string() }))
     }
+}
+
+fn check_size(spec_json: &str) -> Result<(), Error> {
+    if spec_json.len() <= CONTAINER_SPEC_BYTES_MAX {
+        return Ok(());
+    }
+    Err(Error::Invalid(format!(
+        "the container's spec has {} bytes, and {CONTAINER_SPEC_BYTES_MAX} at most are taken: put data into a volume or its image",
+        spec_json.len()
+    )))
 }
 
 fn is_own(task: &Task, node_id: NodeId) -> bool {
@@ -115,5 +127,17 @@ impl Containers for ContainersService {
         let node_id = Caller::node_id(&request)?;
         let RemoveContainerRequest { reference, force } = request.into_inner();
         self.change(node_id, &reference, |task| container::remove(task, force)).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_spec_has_a_bounded_size() {
+        assert!(check_size(&"x".repeat(CONTAINER_SPEC_BYTES_MAX)).is_ok());
+        let error = check_size(&"x".repeat(CONTAINER_SPEC_BYTES_MAX + 1)).unwrap_err();
+        assert!(error.to_string().starts_with("the container's spec has 262145 bytes"), "{error}");
     }
 }

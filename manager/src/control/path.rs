@@ -12,7 +12,7 @@ use skep_proto::{CheckNetworkRequest, CheckPathRequest, NetworkCheck, PathReport
 use skep_runtime::transport::Peer;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Status, Streaming};
+use tonic::{Code, Status, Streaming};
 
 use super::error::Error;
 use super::{ControlService, parse_id};
@@ -130,11 +130,12 @@ fn failed(name: &str, ends: (&str, &str), detail: String, remedy: String) -> Net
 }
 
 fn silent(node: &Node, why: &Status) -> NetworkCheck {
-    let remedy = format!(
-        "start skep on {} and let TCP through to {} from the managers",
-        node.hostname(),
-        node.address()
-    );
+    let (name, address) = (node.hostname(), node.address());
+    let remedy = match why.code() {
+        Code::ResourceExhausted => format!("wait until the checks that {name} is in have ended"),
+        Code::Unimplemented => format!("upgrade skep on {name}"),
+        _ => format!("start skep on {name} and let TCP through to {address} from the managers"),
+    };
     failed("daemon", (node.hostname(), ""), format!("no answer: {}", why.message()), remedy)
 }
 
@@ -282,6 +283,32 @@ mod tests {
             "encryption a b ok: none",
         ];
         assert_eq!(lines(&healthy(), &healthy()), expect);
+    }
+
+    #[test]
+    fn the_remedy_of_a_node_that_takes_no_part_is_that_of_its_reason() {
+        let node = Node {
+            id: NodeId(1),
+            meta: skep_common::Meta::default(),
+            spec: skep_common::spec::NodeSpec::default(),
+            description: Some(skep_common::object::NodeDescription {
+                hostname: "a".into(),
+                ..Default::default()
+            }),
+            status: skep_common::object::NodeStatus::default(),
+            manager_status: None,
+            number: 1,
+        };
+        for (why, expect) in [
+            (Status::resource_exhausted("busy"), "wait until the checks that a is in have ended"),
+            (Status::unimplemented(""), "upgrade skep on a"),
+            (
+                Status::unavailable(""),
+                "start skep on a and let TCP through to :2377 from the managers",
+            ),
+        ] {
+            assert_eq!(silent(&node, &why).remedy, expect, "{why:?}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use skep_common::{Kind, NodeId, TaskId, Timestamp};
 use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Event, Liveness};
 use skep_manager_core::{
-    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, plan,
+    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, level, node_name, plan,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -305,7 +305,7 @@ impl Leader {
         self.deadline = verdict.deadline;
         if self.queued.is_empty() {
             // Decided anew at each pass, until it is so.
-            let described = self.sessions.descriptions(&self.state);
+            let described = self.sessions.descriptions(&self.state, now);
             self.queued.extend(described.into_iter().map(|action| vec![action]));
         }
         if self.queued.is_empty() {
@@ -338,6 +338,9 @@ impl Leader {
     /// node's report would take them out, and has them stored where they are not yet.
     fn note_missed(&mut self) {
         let (state, reported) = (&self.state, &mut self.reported);
+        if level::of_managers(state) < level::FACTS {
+            self.missed.clear(); // A manager of before would not keep it; the log of this one has it.
+        }
         self.missed.retain(|task_id, names| {
             let Some(task) = state.task(*task_id) else { return false };
             let is_stored = task.status.unacknowledged == *names;
@@ -424,21 +427,15 @@ impl Leader {
         self.drain.update(&self.state, &self.not_in_balancer, now);
         self.sessions.skip_unconcerned(&mut self.drain);
         let held_back = self.drain.held_back(&self.state, now);
+        let name =
+            |id: &NodeId| self.state.node(*id).map_or_else(|| id.short(), |node| node_name(node));
         for (task_id, nodes) in self.drain.take_missed(&self.state) {
-            let names: Vec<String> = nodes.iter().map(|id| self.name_of(*id)).collect();
+            let names: Vec<String> = nodes.iter().map(name).collect();
             let nodes = names.join(", ");
             tracing::warn!(task.id = %task_id, nodes, "a task is stopped without the acknowledgement of nodes that may still balance to it");
             self.missed.insert(task_id, names);
         }
         self.sessions.dispatch(&self.state, &mut self.drain, held_back, now);
-    }
-}
-
-impl Leader {
-    /// A node's name for people.
-    fn name_of(&self, node_id: NodeId) -> String {
-        let node = self.state.node(node_id).filter(|node| !node.hostname().is_empty());
-        node.map_or_else(|| node_id.to_string(), |node| node.hostname().to_owned())
     }
 }
 

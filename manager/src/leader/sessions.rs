@@ -2,17 +2,21 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use skep_common::limits::HEARTBEAT_PERIOD;
+use skep_common::limits::{
+    CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, HEARTBEAT_PERIOD,
+    PORT_CONDITIONS_MAX,
+};
 use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
 use skep_common::wireguard::{WireguardKey, WireguardKeys};
 use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
+use skep_manager_core::claims::Claims;
 use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
 use skep_manager_core::endpoints::{self, Drain, NodeTable};
-use skep_manager_core::{Action, Expect, State};
+use skep_manager_core::{Action, Expect, State, level};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
@@ -40,6 +44,8 @@ struct Session {
     images: BTreeSet<String>,
     is_dirty: bool,
     description: NodeDescription,
+    /// When what it says of itself was last handed to the store.
+    described_at: Option<Timestamp>,
     address: std::net::SocketAddr,
 }
 
@@ -99,12 +105,10 @@ impl Sessions {
             status.metadata_mut().insert(REMOVED_METADATA, MetadataValue::from_static("true"));
             return refuse(status);
         };
-        let description: NodeDescription = match serde_json::from_str(&hello.description_json) {
+        let description = match description(&hello.description_json) {
             Ok(description) => description,
-            Err(error) => {
-                return refuse(Status::invalid_argument(format!(
-                    "the node's description: {error}"
-                )));
+            Err(why) => {
+                return refuse(Status::invalid_argument(format!("the node's description: {why}")));
             }
         };
         let address = match hello.addr.parse::<std::net::SocketAddr>() {
@@ -136,6 +140,7 @@ impl Sessions {
             images: hello.image_digests.iter().cloned().collect(),
             is_dirty: true,
             description,
+            described_at: None,
             address,
         };
         self.open.insert(node_id, session);
@@ -145,7 +150,7 @@ impl Sessions {
     /// Takes over what a node says of itself now.
     pub(super) fn note_description(&mut self, node_id: NodeId, json: &str) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
-        match serde_json::from_str(json) {
+        match description(json) {
             Ok(description) => session.description = description,
             Err(error) => {
                 tracing::warn!(node.id = %node_id, %error, "an unreadable description is ignored");
@@ -154,19 +159,31 @@ impl Sessions {
     }
 
     /// What nodes with a session say of themselves, where the store has something else.
-    pub(super) fn descriptions(&self, state: &State) -> Vec<Action> {
-        let wrong = self.open.iter().filter_map(|(node_id, session)| {
+    ///
+    /// What a manager of before does not know waits until all managers know it.
+    pub(super) fn descriptions(&mut self, state: &State, now: Timestamp) -> Vec<Action> {
+        let is_due = |session: &Session| {
+            session.described_at.is_none_or(|at| now >= at.after(DESCRIPTION_PERIOD))
+        };
+        let mut claims = Claims::of(state);
+        let is_known = level::of_managers(state) >= level::FACTS;
+        let due = self.open.iter_mut().filter(|(_, session)| is_due(session));
+        let wrong = due.filter_map(|(node_id, session)| {
             let node = state.node(*node_id)?;
             let mut changed = (**node).clone();
-            changed.description = Some(session.description.clone());
+            changed.description = Some(claims.accept(*node_id, &session.description));
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
-            if let Some(conditions) = &session.conditions {
+            let conditions = session.conditions.as_ref();
+            if let Some(conditions) = conditions.filter(|said| is_known || said.is_empty()) {
                 changed.status.port_conditions.clone_from(conditions);
             }
             let expect = Expect::Version(node.meta.version);
-            (changed != **node)
-                .then(|| Action::Put { object: Object::Node(Box::new(changed)), expect })
+            if changed == **node {
+                return None;
+            }
+            session.described_at = Some(now);
+            Some(Action::Put { object: Object::Node(Box::new(changed)), expect })
         });
         wrong.collect()
     }
@@ -211,7 +228,7 @@ impl Sessions {
     pub(super) fn note_conditions(&mut self, node_id: NodeId, conditions: Vec<PortCondition>) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
         let mut read: Vec<object::PortCondition> =
-            conditions.iter().filter_map(port_condition).collect();
+            conditions.iter().take(PORT_CONDITIONS_MAX).filter_map(port_condition).collect();
         read.sort();
         let known = session.conditions.replace(read.clone()).unwrap_or_default();
         for condition in read.iter().filter(|condition| !known.contains(condition)) {
@@ -301,13 +318,23 @@ impl Sessions {
 
 /// A condition as the store has it; one that cannot be read is of no use to anybody.
 fn port_condition(condition: &PortCondition) -> Option<object::PortCondition> {
-    let protocols = [PortProtocol::Tcp, PortProtocol::Udp, PortProtocol::Sctp];
+    // A program chose its own command line; terminals are to show this.
+    let shown = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
     Some(object::PortCondition {
         service_id: condition.service_id.parse().ok()?,
-        protocol: protocols.into_iter().find(|known| known.name() == condition.protocol)?,
+        protocol: PortProtocol::of(&condition.protocol)?,
         published_port: u16::try_from(condition.port).ok()?,
-        message: condition.message.clone(),
+        message: condition.message.chars().take(CONDITION_CHARS_MAX).map(shown).collect(),
     })
+}
+
+fn description(json: &str) -> Result<NodeDescription, String> {
+    if json.len() > DESCRIPTION_BYTES_MAX {
+        return Err(format!(
+            "it is longer than {DESCRIPTION_BYTES_MAX} bytes: give it fewer labels"
+        ));
+    }
+    serde_json::from_str(json).map_err(|error| error.to_string())
 }
 
 /// Corrects the store where it says something else than the node about what the node holds.
@@ -514,10 +541,90 @@ fn named_port(port: &NamedPort) -> skep_proto::NamedPort {
 #[cfg(test)]
 mod tests {
     use skep_common::object::Image;
+    use skep_common::spec::{NodeRole, NodeSpec};
     use skep_common::{ImageId, Meta};
     use skep_manager_core::Command;
 
     use super::*;
+
+    /// A manager, whose daemon says which level it knows.
+    fn manager(id: u16, format_level: u32) -> Action {
+        let description = NodeDescription { format_level, ..NodeDescription::default() };
+        let node = object::Node {
+            id: NodeId(id.into()),
+            meta: Meta::default(),
+            spec: NodeSpec { role: NodeRole::Manager, ..NodeSpec::default() },
+            description: Some(description),
+            status: object::NodeStatus::default(),
+            manager_status: None,
+            number: id,
+        };
+        Action::Put { object: Object::Node(Box::new(node)), expect: Expect::Absent }
+    }
+
+    /// A session of a node with that description.
+    fn session(description: NodeDescription) -> Session {
+        Session {
+            id: 1,
+            to_agent: tokio::sync::mpsc::channel(1).0,
+            stream: Stream::default(),
+            told_table: None,
+            told_managers: Vec::new(),
+            conditions: None,
+            images: BTreeSet::new(),
+            is_dirty: false,
+            description,
+            described_at: None,
+            address: std::net::SocketAddr::from(([192, 0, 2, 1], 2377)),
+        }
+    }
+
+    #[test]
+    fn what_nodes_say_of_ports_waits_until_all_managers_keep_it() {
+        let said = |port: u32| PortCondition {
+            service_id: ServiceId(7).to_string(),
+            protocol: "tcp".into(),
+            port,
+            message: "is held by nginx (pid 812)".into(),
+        };
+        for (other, expect) in [(0, 1), (3, 3)] {
+            let mut state = State::default();
+            let managers = vec![manager(1, 3), manager(2, other)];
+            state.apply(1, &Command::new(Timestamp(1), managers));
+            let mut sessions = Sessions::new(1);
+            let description = NodeDescription { format_level: 3, ..NodeDescription::default() };
+            sessions.open.insert(NodeId(1), session(description));
+            sessions.note_conditions(NodeId(1), vec![said(80)]);
+            let command = Command::new(Timestamp(2), sessions.descriptions(&state, Timestamp(2)));
+            assert_eq!((command.actions.len(), command.level), (1, expect), "its address is new");
+            state.apply(2, &command);
+            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that is stored");
+            sessions.note_description(NodeId(1), "{\"Hostname\": \"n1\"}");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that was just now");
+            let later = Timestamp(2).after(DESCRIPTION_PERIOD);
+            assert_eq!(sessions.descriptions(&state, later).len(), 1);
+        }
+    }
+
+    #[test]
+    fn what_nodes_say_is_bounded_and_safe_for_terminals() {
+        let mut sessions = Sessions::new(1);
+        sessions.open.insert(NodeId(1), session(NodeDescription::default()));
+        let said = |port: u32| PortCondition {
+            service_id: ServiceId(7).to_string(),
+            protocol: "tcp".into(),
+            port,
+            message: format!("is held by \u{1b}[2J\n{}", "x".repeat(5000)),
+        };
+        sessions.note_conditions(NodeId(1), (1..5000).map(said).collect());
+        let known = sessions.open[&NodeId(1)].conditions.clone().unwrap();
+        assert_eq!(known.len(), PORT_CONDITIONS_MAX);
+        assert!(known[0].message.starts_with("is held by \u{fffd}[2J\u{fffd}xx"));
+        assert_eq!(known[0].message.chars().count(), CONDITION_CHARS_MAX);
+        let long = format!("{{\"Hostname\": {:?}}}", "x".repeat(DESCRIPTION_BYTES_MAX));
+        sessions.note_description(NodeId(1), &long);
+        assert_eq!(sessions.open[&NodeId(1)].description, NodeDescription::default());
+    }
 
     #[test]
     fn a_node_that_lacks_an_image_corrects_a_store_that_says_it_holds_it() {

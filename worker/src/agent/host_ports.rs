@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
 use skep_common::object::{PortStatus, TaskStatus};
-use skep_common::spec::{PortConfig, PortProtocol};
+use skep_common::spec::{PortConfig, PortProtocol, Predefined, predefined};
 use skep_common::{Task, TaskId, TaskState};
 use skep_worker_core::mesh::{Backend, PublishedPort};
 
@@ -33,7 +33,8 @@ pub(super) struct HostPorts {
 struct Published {
     service_id: String,
     service: String,
-    address: Ipv4Addr,
+    /// `None` on the node's own network: the container itself listens there.
+    address: Option<Ipv4Addr>,
     ports: Vec<Port>,
 }
 
@@ -61,6 +62,12 @@ pub(super) fn runs(status: &TaskStatus) -> bool {
     has_process && !status.state.is_terminal() && status.state >= TaskState::Starting
 }
 
+/// Whether a task has its node's own interfaces.
+fn is_on_host(task: &Task) -> bool {
+    let networks = task.spec.networks.as_deref().unwrap_or_default();
+    predefined(networks).any(|one| one == Predefined::Host)
+}
+
 impl HostPorts {
     /// Publishes the ports of a task that runs; whether that is new. Ports that it had before under an
     /// earlier daemon keep their numbers.
@@ -70,7 +77,10 @@ impl HostPorts {
         earlier: Option<&PortStatus>,
         free_ports: &mut impl FreePorts,
     ) -> bool {
-        let Some(address) = task.ingress_address() else { return false };
+        let address = task.ingress_address();
+        if address.is_none() && !is_on_host(task) {
+            return false;
+        }
         if task.host_ports.is_empty() || self.tasks.contains_key(&task.id) {
             return false;
         }
@@ -153,6 +163,7 @@ impl HostPorts {
     pub(super) fn published(&self) -> impl Iterator<Item = PublishedPort> {
         self.tasks.iter().flat_map(|(task_id, published)| {
             published.ports.iter().filter_map(|port| {
+                let address = published.address?;
                 Some(PublishedPort {
                     published: port.number?,
                     protocol: protocol(port.protocol().name())?,
@@ -161,7 +172,7 @@ impl HostPorts {
                     proxy_protocol: port.wanted.proxy_protocol,
                     backends: vec![Backend {
                         task_id: task_id.to_string(),
-                        address: published.address,
+                        address,
                         target_port: port.wanted.target_port,
                     }],
                 })
@@ -227,6 +238,23 @@ mod tests {
         assert!(!ports.withdraw(TaskId(1)));
         assert_eq!(ports.status(TaskId(1)), None);
         assert_eq!(shown(&ports), ["40002 10.192.4.2:81"]);
+    }
+
+    #[test]
+    fn on_the_nodes_network_a_port_is_named_and_not_balanced() {
+        let (mut ports, mut row) = (HostPorts::default(), Row(40000));
+        let mut agent = task(1, &[(Some(80), 80)]);
+        agent.networks_attachments.clear();
+        assert!(!ports.publish(&agent, None, &mut row), "nothing reaches it");
+        let on_host = skep_common::spec::NetworkAttachmentConfig {
+            target: "host".into(),
+            ..Default::default()
+        };
+        agent.spec.networks = Some(vec![on_host]);
+        assert!(ports.publish(&agent, None, &mut row));
+        let status = ports.status(TaskId(1)).unwrap();
+        assert_eq!(status.ports[0].published_port, Some(80));
+        assert_eq!(shown(&ports), Vec::<String>::new());
     }
 
     #[test]

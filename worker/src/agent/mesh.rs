@@ -157,10 +157,8 @@ impl MeshState {
 
     /// The ports of the mesh, which no port of this node alone can have.
     pub(super) fn ingress_ports(&self) -> BTreeSet<(PortProtocol, u16)> {
-        let known = [PortProtocol::Tcp, PortProtocol::Udp, PortProtocol::Sctp];
-        let named = |name: &str| known.into_iter().find(|known| known.name() == name);
-        let keys = self.ports.keys();
-        keys.filter_map(|(protocol, port)| Some((named(&protocol.to_string())?, *port))).collect()
+        let of = |protocol: &Protocol| PortProtocol::of(&protocol.to_string());
+        self.ports.keys().filter_map(|(protocol, port)| Some((of(protocol)?, *port))).collect()
     }
 }
 

@@ -193,7 +193,7 @@ fn unmet_constraint(nodes: &[&Entry], requirement: &Requirement) -> Option<Strin
 }
 
 /// The name by which people know a node.
-pub(crate) fn node_name(node: &Node) -> String {
+pub fn node_name(node: &Node) -> String {
     let hostname = node.description.as_ref().map(|description| description.hostname.as_str());
     hostname.filter(|name| !name.is_empty()).map_or_else(|| node.id.short(), str::to_owned)
 }

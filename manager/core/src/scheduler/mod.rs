@@ -46,7 +46,7 @@ use crate::image;
 use crate::network;
 
 use filter::Requirement;
-pub(crate) use filter::node_name;
+pub use filter::node_name;
 pub(crate) use index::{Amounts, Index};
 
 /// Failures of a service's tasks on a node count for this long. SwarmKit's `monitorFailures`.

@@ -11,7 +11,8 @@ use skep_common::{
 };
 
 use super::{Change, State};
-use crate::command::{Action, Command, Expect, NETWORKS_LEVEL, Outcome, Refusal, TaskPatch};
+use crate::command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
+use crate::level;
 
 /// Node numbers have 12 bits in the packet mark; 0 and 4095 are not used.
 const NODE_NUMBER_MAX: u16 = 4094;
@@ -52,13 +53,13 @@ impl State {
             Action::Put { object, expect } => {
                 let found = self.meta_of(object.kind(), object.raw_id());
                 let meta = writer.meta(object.kind(), found, *expect, object.raw_id())?;
-                if writer.level >= NETWORKS_LEVEL {
+                if writer.level >= level::NETWORKS {
                     self.check_networks(object)?;
                 }
                 changes.push(self.put(object, meta)?);
             }
             Action::Delete { kind, id } => {
-                if *kind == Kind::Network && writer.level >= NETWORKS_LEVEL {
+                if *kind == Kind::Network && writer.level >= level::NETWORKS {
                     self.refuse_used(NetworkId(*id))?;
                 }
                 changes.extend(self.delete(*kind, *id));

@@ -12,7 +12,7 @@ use skep_common::{Object, Version};
 
 use super::State;
 use crate::command::{Expect, FORMAT_LEVEL, Outcome};
-use crate::{Action, Command};
+use crate::{Action, Command, level};
 
 /// A level at which references between objects are not checked.
 const UNCHECKED_LEVEL: u32 = 1;
@@ -54,12 +54,16 @@ pub enum DecodeError {
 impl State {
     /// The whole state as bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::new();
-        let header = Header { level: FORMAT_LEVEL, version: self.version };
-        write_line(&mut bytes, &header);
+        let mut objects = Vec::new();
+        // That of its objects: managers of an earlier version read what does not use what is new.
+        let mut level = UNCHECKED_LEVEL;
         for object in self.objects() {
-            write_line(&mut bytes, &object);
+            level = level.max(level::of_object(&object));
+            write_line(&mut objects, &object);
         }
+        let mut bytes = Vec::new();
+        write_line(&mut bytes, &Header { level, version: self.version });
+        bytes.append(&mut objects);
         bytes
     }
 

@@ -274,7 +274,7 @@ fn what_is_not_a_state_is_refused_with_its_line() {
     let text = String::from_utf8(bytes.clone()).unwrap();
     let cut = State::decode(&bytes[..bytes.len() - 10]).unwrap_err();
     assert_eq!(cut.to_string(), "line 6 of the state is not a JSON document of the expected form");
-    let newer = text.replacen("\"level\":3", "\"level\":4", 1);
+    let newer = text.replacen("\"level\":1", "\"level\":4", 1);
     let newer = State::decode(newer.as_bytes()).unwrap_err();
     assert_eq!(newer.to_string(), "the state has format level 4, this program knows 3");
     let last = text.trim_end().rsplit('\n').next().unwrap();

@@ -59,6 +59,11 @@ pub(super) struct Meaning {
     pub(super) is_virtual: bool,
 }
 
+/// Whether no service made a task: it is its own.
+fn is_single(task_id: TaskId, endpoint: &EndpointEntry) -> bool {
+    endpoint.service_id.0 == task_id.0
+}
+
 /// The names of one network, in lower case.
 #[derive(Debug)]
 pub(super) struct Names {
@@ -116,7 +121,9 @@ impl Names {
     fn add_tasks(&mut self) {
         let table = Arc::clone(&self.table);
         let mut slots: BTreeMap<&str, Vec<&EndpointEntry>> = BTreeMap::new();
-        for (task_id, endpoint) in &table.endpoints {
+        let of_services =
+            table.endpoints.iter().filter(|(id, endpoint)| !is_single(**id, endpoint));
+        for (task_id, endpoint) in of_services {
             let short = task_id.short();
             let names = [Some(&endpoint.name), Some(&short), endpoint.hostname.as_ref()];
             for name in names.into_iter().flatten() {
@@ -133,6 +140,25 @@ impl Names {
             for endpoint in endpoints.iter().filter(|one| one.serving || !is_served) {
                 self.add_of_task(slot, &endpoint.addresses);
             }
+        }
+        self.add_containers(&table);
+    }
+
+    /// Their users chose those names, with dots as they like: what means a service's tasks goes on to.
+    fn add_containers(&mut self, table: &NetworkTable) {
+        let of_services: BTreeSet<String> = self.meanings.keys().cloned().collect();
+        let single = table.endpoints.iter().filter(|(id, endpoint)| is_single(**id, endpoint));
+        for (task_id, endpoint) in single {
+            let short = task_id.short();
+            let names = [Some(&endpoint.name), Some(&short), endpoint.hostname.as_ref()];
+            for name in names.into_iter().flatten() {
+                let lower = name.to_ascii_lowercase();
+                let bare = lower.strip_suffix(&self.suffix).unwrap_or(&lower);
+                if !of_services.contains(bare) && !of_services.contains(&lower) {
+                    self.add_of_task(name, &endpoint.addresses);
+                }
+            }
+            self.add_reverse(&endpoint.name, &endpoint.addresses);
         }
     }
 

@@ -45,7 +45,7 @@ fn endpoint(service: u128, name: &str, serving: bool, own: &[&str]) -> EndpointE
 }
 
 /// `front`: `web` with addresses of both families, the alias `www`, the port `Http` and two hosts in its
-/// second slot, and others whose hosts are named like it; `db`, dnsrr, of whose tasks one does not serve; `idle`, dnsrr, without tasks; `www2` with the alias `www` too. `back`: another `db`.
+/// second slot, and others whose hosts are named like it, and single containers that are named like its slots; `db`, dnsrr, of whose tasks one does not serve; `idle`, dnsrr, without tasks; `www2` with the alias `www` too. `back`: another `db`.
 fn directory(internal: bool) -> Directory {
     let http = NamedPort { name: "Http".into(), protocol: "tcp".into(), target_port: 8080 };
     let web = service("web", &["www"], &["10.0.1.2", "fd00:1::2"]);
@@ -78,6 +78,9 @@ fn directory(internal: bool) -> Directory {
             (TaskId(24), endpoint(2, "db.4.24", false, &["10.0.1.24"])),
             (TaskId(25), named_like("Web", "10.0.1.25")),
             (TaskId(26), named_like("tasks.www", "10.0.1.26")),
+            (TaskId(31), endpoint(31, "Probe.1", true, &["10.0.1.31"])),
+            (TaskId(32), endpoint(32, "web.2", true, &["10.0.1.32"])),
+            (TaskId(33), endpoint(33, "web.3.front", true, &["10.0.1.33"])),
         ]),
         ..NetworkTable::default()
     };
@@ -151,6 +154,7 @@ fn names_mean_what_the_networks_of_the_container_say() {
         ("its host name", &front, "host-2", Kind::A, "10.0.1.12 10.0.1.13 0s"),
         ("the task of a slot", &front, "web.2", Kind::A, "10.0.1.13 0s"),
         ("one that is starting", &front, "web.3.front", Kind::A, "10.0.1.14 0s"),
+        ("a container that no service made", &front, "probe.1", Kind::A, "10.0.1.31 0s"),
         ("a slot without a task", &front, "web.4", Kind::A, "forward"),
         ("the first network", &both, "db", Kind::A, "10.0.1.21 10.0.1.22 10.0.1.23 0s"),
         ("decides", &back_first, "db", Kind::A, "10.0.2.5 5s"),

@@ -1,0 +1,216 @@
+//! Format levels: which version of the program understands a command, and a state.
+//!
+//! A command and a snapshot have the lowest level that they are understood at, so that managers of an
+//! earlier version go on in a swarm that does not use what is new. What users ask for is their decision;
+//! what the leader writes by itself waits until [`of_managers`] says that all managers understand it.
+
+use skep_common::object::{NetworkAttachment, Service, Task, TaskStatus};
+use skep_common::spec::{NetworkAttachmentConfig, NodeRole, PublishMode, ServiceSpec, predefined};
+use skep_common::{Kind, Object};
+
+use crate::command::Action;
+use crate::network::is_encrypted;
+use crate::store::State;
+
+/// The highest format level that this program knows. A manager that meets a higher one in its log stops
+/// and says so.
+///
+/// | level | since then |
+/// |---|---|
+/// | 1 | the first |
+/// | 2 | networks: references to them are checked |
+/// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies and the PROXY protocol; tasks that no service made; nodes that a stop did not wait for; encrypted networks; the networks that every node has |
+pub const FORMAT_LEVEL: u32 = 3;
+const FIRST: u32 = 1;
+/// From this level on, a command that contradicts a network is refused.
+pub(crate) const NETWORKS: u32 = 2;
+/// From this level on, objects say what a manager of before would drop, or decide without.
+pub const FACTS: u32 = 3;
+
+/// The level that every manager of the swarm understands, as far as their nodes said; the first, where
+/// one has not said anything yet.
+pub fn of_managers(state: &State) -> u32 {
+    let managers = state
+        .nodes()
+        .values()
+        .filter(|node| node.manager_status.is_some() || node.spec.role == NodeRole::Manager);
+    let known = managers.map(|node| {
+        let description = node.description.as_ref();
+        description.map_or(FIRST, |description| description.format_level.max(FIRST))
+    });
+    known.min().unwrap_or(FIRST)
+}
+
+/// The level that a transaction is understood at.
+pub(crate) fn of_actions(actions: &[Action]) -> u32 {
+    actions.iter().map(of_action).max().unwrap_or(FIRST)
+}
+
+fn of_action(action: &Action) -> u32 {
+    match action {
+        Action::Put { object, .. } => of_object(object),
+        Action::Delete { kind: Kind::Network, .. } => NETWORKS,
+        Action::PatchTask(patch) => {
+            let places = patch.networks_attachments.iter().flatten();
+            of_status(patch.status.as_ref()).max(of_places(places))
+        }
+        Action::Delete { .. } | Action::ImageHolder { .. } => FIRST,
+    }
+}
+
+/// The level that an object is understood at.
+pub(crate) fn of_object(object: &Object) -> u32 {
+    match object {
+        Object::Network(network) if is_encrypted(&network.spec) => FACTS, // In clear text, otherwise.
+        Object::Network(_) => NETWORKS,
+        Object::Service(service) => of_service(service),
+        Object::Task(task) => of_task(task),
+        Object::Node(node) if !node.status.port_conditions.is_empty() => FACTS,
+        _ => FIRST,
+    }
+}
+
+fn of_service(service: &Service) -> u32 {
+    let specs = [Some(&service.spec), service.previous_spec.as_ref()];
+    let mut ports = service.endpoint.ports.iter();
+    if specs.into_iter().flatten().any(is_new) || ports.any(|port| port.proxy_protocol.is_some()) {
+        return FACTS;
+    }
+    let is_on_some =
+        !service.spec.networks().is_empty() || !service.endpoint.virtual_ips.is_empty();
+    if is_on_some { NETWORKS } else { FIRST }
+}
+
+fn is_new(spec: &ServiceSpec) -> bool {
+    let endpoint = spec.endpoint_spec.as_ref();
+    endpoint.is_some_and(|endpoint| endpoint.ingress_policy.is_some())
+        || spec.ports().iter().any(|port| {
+            port.publish_mode == Some(PublishMode::Host) || port.proxy_protocol.is_some()
+        })
+        || is_on_predefined(spec.networks())
+}
+
+fn is_on_predefined(configs: &[NetworkAttachmentConfig]) -> bool {
+    predefined(configs).next().is_some()
+}
+
+/// Managers of before would drop a single container's mark, and stop it for want of a service.
+fn of_task(task: &Task) -> u32 {
+    let networks = task.spec.networks.as_deref().unwrap_or_default();
+    match task.standalone.is_some() || !task.host_ports.is_empty() || is_on_predefined(networks) {
+        true => FACTS,
+        false => of_status(Some(&task.status)).max(of_places(task.networks_attachments.iter())),
+    }
+}
+
+fn of_status(status: Option<&TaskStatus>) -> u32 {
+    let is_new =
+        |status: &TaskStatus| status.port_status.is_some() || !status.unacknowledged.is_empty();
+    if status.is_some_and(is_new) { FACTS } else { FIRST }
+}
+
+fn of_places<'a>(mut places: impl Iterator<Item = &'a NetworkAttachment>) -> u32 {
+    if places.any(|place| place.network_id.is_some()) { NETWORKS } else { FIRST }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+    use skep_common::object::{ManagerStatus, PortCondition};
+    use skep_common::spec::PortProtocol;
+    use skep_common::{Network, ServiceId};
+
+    use super::*;
+    use crate::command::{Command, Expect, TaskPatch};
+    use crate::testing::{NOW, WEB, World, node, service};
+
+    fn of_spec(spec: Value) -> Object {
+        let spec = serde_json::from_value(spec).unwrap();
+        Object::Service(Box::new(Service { spec, ..service(1) }))
+    }
+
+    fn network(options: Value) -> Object {
+        let document =
+            json!({"ID": skep_common::NetworkId(1), "Spec": {"Name": "x", "Options": options}});
+        Object::Network(Box::new(serde_json::from_value::<Network>(document).unwrap()))
+    }
+
+    #[test]
+    fn managers_of_before_stop_at_what_they_would_decide_or_keep_differently() {
+        let mut told = node(1);
+        told.status.port_conditions = vec![PortCondition {
+            service_id: ServiceId(1),
+            protocol: PortProtocol::Tcp,
+            published_port: 80,
+            message: "is held".into(),
+        }];
+        let port = |mode: &str| json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "PublishMode": mode}]}});
+        let on = |name: &str| json!({"TaskTemplate": {"Networks": [{"Target": name}]}});
+        let mut back = service(1);
+        back.previous_spec = Some(serde_json::from_value(port("host")).unwrap());
+        for (name, object, expect) in [
+            ("a node", Object::Node(Box::new(node(1))), FIRST),
+            ("a port that a node cannot serve", Object::Node(Box::new(told)), FACTS),
+            ("a network", network(json!({})), NETWORKS),
+            ("an encrypted network", network(json!({"encrypted": ""})), FACTS),
+            ("a service", Object::Service(Box::new(service(1))), FIRST),
+            ("a published port", of_spec(port("ingress")), FIRST),
+            ("a port in host mode", of_spec(port("host")), FACTS),
+            ("one that a rollback leads to", Object::Service(Box::new(back)), FACTS),
+            ("a service on a network", of_spec(on("front")), NETWORKS),
+            ("a service on the node's network", of_spec(on("host")), FACTS),
+            ("a service on none", of_spec(on("none")), FACTS),
+        ] {
+            assert_eq!(of_object(&object), expect, "{name}");
+            let put = Action::Put { object, expect: Expect::Present };
+            assert_eq!(Command::new(NOW, vec![put]).level, expect, "{name}");
+        }
+    }
+
+    #[test]
+    fn nodes_that_a_stop_did_not_wait_for_are_no_news_for_managers_of_before() {
+        let mut world = World::new("1", service(1), "1@1:running");
+        let task = (**world.state.tasks_of_service(WEB).next().unwrap()).clone();
+        assert_eq!(of_object(&Object::Task(Box::new(task.clone()))), FIRST);
+        let mut status = task.status.clone();
+        status.unacknowledged = vec!["n2".into()];
+        let patch = TaskPatch { status: Some(status), ..TaskPatch::of(task.id) };
+        let command = Command::new(NOW, vec![Action::PatchTask(patch)]);
+        assert_eq!(command.level, FACTS);
+        // What is in the store decides about the snapshot.
+        let level = |state: &State| {
+            let bytes = state.encode();
+            let header = bytes.split(|byte| *byte == b'\n').next().unwrap();
+            serde_json::from_slice::<Value>(header).unwrap()["level"].clone()
+        };
+        assert_eq!(level(&world.state), FIRST);
+        world.apply(command.actions);
+        assert_eq!(level(&world.state), FACTS);
+    }
+
+    #[test]
+    fn a_swarm_is_as_far_as_its_last_manager() {
+        let manager = |number: u16, format_level: u32| {
+            let mut node = node(number);
+            let manager = ManagerStatus { raft_id: number.into(), ..ManagerStatus::default() };
+            node.manager_status = Some(manager);
+            node.description.as_mut().unwrap().format_level = format_level;
+            node
+        };
+        let level = |nodes: Vec<skep_common::Node>| {
+            let mut world = World::new("", service(0), "");
+            world.put(nodes.into_iter().map(|node| Object::Node(Box::new(node))).collect());
+            of_managers(&world.state)
+        };
+        let mut unknown = manager(2, 3);
+        unknown.description = None;
+        let mut promoted = node(2);
+        promoted.spec.role = NodeRole::Manager;
+        let worker = node(3);
+        assert_eq!(level(vec![manager(1, 3), manager(2, 3), worker]), 3, "workers do not count");
+        assert_eq!(level(vec![manager(1, 3), manager(2, 0)]), 1, "one that does not say so");
+        assert_eq!(level(vec![manager(1, 3), unknown]), 1, "one that has said nothing yet");
+        assert_eq!(level(vec![manager(1, 3), promoted]), 1, "one that is about to be a manager");
+        assert_eq!(level(vec![manager(1, 4), manager(2, 3)]), 3, "a newer one");
+    }
+}
