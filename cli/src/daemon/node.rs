@@ -179,7 +179,7 @@ impl Node {
     fn follow_description(&self, options: &Options) -> watch::Receiver<NodeDescription> {
         let implementation = secure::implementation();
         let mut pairs = self.keyring.watch();
-        let mut described = description(options);
+        let mut described = description(options, self.uplink.interface());
         let mut describe = move |pairs: &Pairs| {
             described.wireguard = Some(match &implementation {
                 Ok(name) => WireguardDescription {
@@ -294,7 +294,7 @@ fn underlay(advertise_addr: &str, options: &Options, keyring: Arc<Keyring>) -> R
     Ok(Underlay { address, interface, run_dir: options.run_dir.clone(), keyring })
 }
 
-fn description(options: &Options) -> NodeDescription {
+fn description(options: &Options, interface: &str) -> NodeDescription {
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let memory = nix::sys::sysinfo::sysinfo().map(|info| info.ram_total()).unwrap_or(0);
     NodeDescription {
@@ -312,7 +312,7 @@ fn description(options: &Options) -> NodeDescription {
             engine_version: env!("CARGO_PKG_VERSION").to_owned(),
             labels: options.labels.clone(),
         },
-        ipv6_addresses: skep_worker::net::ipv6_addresses(),
+        ipv6_addresses: skep_worker::net::ipv6_addresses(interface),
         ..NodeDescription::default()
     }
 }

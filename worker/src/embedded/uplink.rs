@@ -87,6 +87,11 @@ impl Uplink {
         self.underlay.address
     }
 
+    /// The interface that has that address.
+    pub fn interface(&self) -> &str {
+        &self.underlay.interface
+    }
+
     /// What was counted, as text for a collector; empty where nothing is.
     pub async fn metrics(&self) -> Result<String, crate::net::Error> {
         let started = self.started.borrow().clone();
@@ -260,10 +265,22 @@ impl Uplink {
                 return Err(error);
             }
         };
+        let running = self.found().clone();
+        renew(&mesh, running).await;
         let accounting = self.account(table.pool).await;
         let started = Started { mesh, networks, accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
+    }
+}
+
+/// Gives containers that an earlier daemon connected what they lack by now, as IPv6.
+async fn renew(mesh: &Mesh, running: BTreeMap<TaskId, u32>) {
+    for (task_id, pid) in running {
+        if let Err(error) = mesh.renew(&task_id.to_string(), pid).await {
+            // It has ended since it was found, or goes on with what it has.
+            tracing::warn!(task.id = %task_id, error = %Chain(&error), "a container's uplink stays as it was");
+        }
     }
 }
 
