@@ -51,6 +51,8 @@ pub struct Uplink {
     tables: Arc<watch::Sender<Arc<NetworkTables>>>,
     /// The names of the same networks.
     directory: Arc<watch::Sender<Arc<Directory>>>,
+    /// What keeps encrypted networks from the other nodes.
+    encryption_failure: Arc<watch::Sender<Option<String>>>,
     /// First processes of containers that an earlier daemon left, until the mesh starts.
     found: Arc<Mutex<BTreeMap<TaskId, u32>>>,
 }
@@ -72,6 +74,7 @@ impl Uplink {
             started: Arc::new(watch::Sender::new(None)),
             tables: Arc::default(),
             directory: Arc::default(),
+            encryption_failure: Arc::default(),
             found: Arc::default(),
         }
     }
@@ -116,6 +119,23 @@ impl Uplink {
     /// The networks of this node as its leader last told them.
     pub fn tables(&self) -> watch::Receiver<Arc<NetworkTables>> {
         self.tables.subscribe()
+    }
+
+    /// Follows what keeps encrypted networks of this node from the other nodes, in words.
+    pub fn encryption_failure(&self) -> watch::Receiver<Option<String>> {
+        self.encryption_failure.subscribe()
+    }
+
+    fn note_encryption(&self, failure: Option<&crate::net::Error>) {
+        let failure = failure.map(|error| Chain(error).to_string());
+        self.encryption_failure.send_if_modified(|known| {
+            let is_news = *known != failure;
+            if is_news && let Some(error) = &failure {
+                tracing::error!(error, "encrypted networks of this node reach no other node");
+            }
+            *known = failure;
+            is_news
+        });
     }
 
     /// What names of these networks mean.
@@ -330,7 +350,7 @@ impl Balancers for Uplink {
         let (applied, connected) =
             tokio::join!(started.mesh.apply(table), started.networks.apply());
         let applied = applied?;
-        connected?;
+        self.note_encryption(connected?.as_ref());
         Ok(applied.conditions.iter().map(port_condition).collect())
     }
 
