@@ -265,3 +265,17 @@ fn a_port_that_another_program_has_keeps_no_other_network_from_changing() {
     lab.connect(&[FRONT], 11, 1).expect("connected");
     assert_eq!(lab.get(11, &get(address(12), 1)), ["12"]);
 }
+
+#[test]
+fn an_interface_whose_driver_has_failed_is_started_again() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = four_tasks();
+    lab.node(1).host.ip("link delete skep-wg0");
+    // Another one of that name, which nobody drives.
+    lab.node(1).host.ip("tuntap add dev skep-wg0 mode tun");
+    assert!(crate::is_unreached(&lab.get(11, &get(address(12), 1))));
+    lab.apply();
+    assert_eq!(lab.get(11, &get(address(12), 1)), ["12"]);
+}
