@@ -162,9 +162,7 @@ impl MeshState {
         let keys = self.ports.keys();
         keys.filter_map(|(protocol, port)| Some((named(&protocol.to_string())?, *port))).collect()
     }
-}
 
-impl MeshState {
     /// The networks of this node, as far as they are known.
     pub(super) fn networks(&self) -> Arc<NetworkTables> {
         Arc::new(NetworkTables {
