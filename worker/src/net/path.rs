@@ -93,8 +93,10 @@ pub struct Seen {
     pub echoes: u32,
     /// The sum of their round trips.
     pub round_trips: Duration,
-    /// What drops packets of the tunnel here.
+    /// What drops packets of the tunnel that come in here.
     pub obstacles: Vec<String>,
+    /// What drops those that go out.
+    pub outgoing_obstacles: Vec<String>,
 }
 
 /// A check under way, in the network namespace of the thread that opened it.
@@ -187,7 +189,8 @@ impl Path {
                 seen.round_trips += came.saturating_sub(*sent);
             }
         }
-        seen.obstacles = obstacles(self.ends.vxlan_port)?;
+        let found = obstacles(self.ends.vxlan_port)?;
+        (seen.obstacles, seen.outgoing_obstacles) = (found.incoming, found.outgoing);
         Ok(seen)
     }
 
