@@ -46,13 +46,15 @@ fn containers_find_services_by_name() {
     for (service, n_tasks) in [("web", 3), ("dnsrr", 1), ("hidden", 1)] {
         lab.wait_until_settled("n1", service, n_tasks);
     }
-    let asker = Asker::of(&lab);
+    let asker = Asker::of(&lab, "asker");
     step("what names mean");
     names_mean_addresses(&asker);
     step("single tasks");
     names_mean_single_tasks(&asker);
     step("what they do not");
     names_of_others_mean_nothing(&asker);
+    step("a name server");
+    a_name_server_has_port_53_to_itself(&asker);
     step("names follow tasks");
     names_follow_tasks(&asker);
     step("names are right at once");
@@ -76,9 +78,10 @@ struct Asker<'a> {
 }
 
 impl<'a> Asker<'a> {
-    fn of(lab: &'a Lab) -> Self {
-        let id = wait_until(SETTLES_WITHIN, "asker runs", || {
-            let tasks = lab.node("n1").tasks("asker");
+    /// The container of a service with one task, on n2.
+    fn of(lab: &'a Lab, service: &str) -> Self {
+        let id = wait_until(SETTLES_WITHIN, &format!("{service} runs"), || {
+            let tasks = lab.node("n1").tasks(service);
             let running = tasks.iter().find(|task| task.is_running());
             (running.map(|task| task.id.clone()), format!("{tasks:#?}"))
         });
@@ -158,6 +161,24 @@ fn names_of_others_mean_nothing(asker: &Asker) {
     // Names with a dot may be those of others: what the host's resolvers say depends on the machine.
     let answer = asker.nslookup(&["-type=a", "tasks.hidden"]);
     assert_eq!(addresses(&answer.stdout), BTreeSet::new(), "{answer}");
+}
+
+/// An image that is a name server itself, as the questions of its own programs go elsewhere.
+fn a_name_server_has_port_53_to_itself(asker: &Asker) {
+    let n1 = asker.lab.node("n1");
+    let serve = "while :; do echo its own answer | busybox nc -l -p 53; done";
+    let here = ["--network", NETWORK, "--constraint", "node.hostname==n2"];
+    let create = ["service", "create", "--detach", "--name", "resolver"];
+    n1.skep(&[&create[..], &here, &[BUSYBOX, "sh", "-c", serve]].concat()).ok();
+    let resolver = Asker::of(asker.lab, "resolver");
+    assert_eq!(resolver.find("web"), [virtual_ip(asker.lab, "web")].into());
+    let ask = asker.command(&["nc", "-w", "5", "resolver", "53"]);
+    wait_until(SETTLES_WITHIN, "the name server answers on port 53", || {
+        let answer = asker.lab.node("n2").exec(&ask);
+        let is_its_own = answer.stdout == "its own answer\n";
+        (is_its_own.then_some(()), answer.to_string())
+    });
+    n1.skep(&["service", "rm", "resolver"]).ok();
 }
 
 fn names_follow_tasks(asker: &Asker) {

@@ -15,10 +15,17 @@ mod machine;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::process::Command;
 
 use helper::{LARGE, Request};
 use lab::{Lab, VIP, address, address6, tcp, udp, underlay, vip6};
 use machine::can_run;
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::sched::{CloneFlags, unshare};
+use skep_worker::net::rtnetlink::{Mode, RouteChannel};
 use skep_worker_core::mesh::{MeshTable, Slices};
 
 const FRONT: u128 = 1;
@@ -467,4 +474,48 @@ fn forged(vni: u32, to: Ipv4Addr) -> Vec<u8> {
     packet.extend(ip);
     packet.extend(udp);
     packet
+}
+
+/// More than one datagram has room for; each change stands for itself.
+#[test]
+fn many_changes_are_made_at_once_and_a_refused_one_is_named() {
+    if !can_run() {
+        return;
+    }
+    let changed = || {
+        unshare(CloneFlags::CLONE_NEWNET).expect("root may");
+        let mut channel = RouteChannel::open().expect("a channel");
+        let add_cable = ["link", "add", "cable", "type", "veth"];
+        assert!(Command::new("ip").args(add_cable).status().expect("ip").success());
+        let cable = channel.link("cable").expect("a list").expect("it was added").index;
+        let entry = |number: u8| {
+            let mut entry = NeighbourMessage::default();
+            entry.header.family = AddressFamily::Inet;
+            // No interface has that index.
+            entry.header.ifindex = if number % 100 == 50 { 7_777 } else { cable };
+            entry.header.state = NeighbourState::Permanent;
+            let address = NeighbourAddress::from(IpAddr::from([10, 0, 0, number]));
+            entry.attributes.push(NeighbourAttribute::Destination(address));
+            entry
+                .attributes
+                .push(NeighbourAttribute::LinkLayerAddress(vec![2, 0, 0, 0, 0, number]));
+            entry
+        };
+        let add = |number| (Some(Mode::Create), RouteNetlinkMessage::NewNeighbour(entry(number)));
+        let delete = |number| (None, RouteNetlinkMessage::DelNeighbour(entry(number)));
+        let count = |channel: &mut RouteChannel| {
+            let mut query = NeighbourMessage::default();
+            query.header.family = AddressFamily::Inet;
+            channel.dump("list", RouteNetlinkMessage::GetNeighbour(query)).expect("a list").len()
+        };
+        let added: Vec<_> = (1..=250).map(add).collect();
+        let error = channel.change_all(&added, |number| format!("add number {number}"));
+        assert!(error.expect_err("refused").to_string().contains("add number 49"));
+        assert_eq!(count(&mut channel), 247, "all but 50, 150 and 250");
+        let deleted: Vec<_> = (1..=250).map(delete).collect();
+        channel.change_all(&deleted, |_| "delete".to_owned()).expect("what is absent is fine");
+        assert_eq!(count(&mut channel), 0);
+        channel.change_all(&[], |_| unreachable!("there is none")).expect("nothing to do");
+    };
+    std::thread::spawn(changed).join().expect("a thread in a namespace of its own");
 }

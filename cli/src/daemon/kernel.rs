@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+use nix::errno::Errno;
+use nix::mount::{MsFlags, mount};
+
 /// What is missing.
 #[derive(Debug, Default)]
 pub(super) struct Missing {
@@ -46,8 +49,7 @@ pub(super) fn check() -> Missing {
             if namespace == "user" { missing.warnings.push(what) } else { missing.fatal.push(what) }
         }
     }
-    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
-    if !filesystems.lines().any(|line| line.ends_with("\toverlay")) {
+    if !has_overlay() {
         missing.fatal.push(
             "this kernel has no overlay file system (CONFIG_OVERLAY_FS; try: modprobe overlay)"
                 .into(),
@@ -63,6 +65,17 @@ pub(super) fn check() -> Missing {
     }
     missing.warnings.extend(check_network());
     missing
+}
+
+/// Whether there are overlay file systems.
+///
+/// A module is listed only once it is loaded, which asking for such a mount has the kernel do. None is made:
+/// it has no layers.
+fn has_overlay() -> bool {
+    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap_or_default();
+    let kind = Some("overlay");
+    filesystems.lines().any(|line| line.ends_with("\toverlay"))
+        || mount(kind, "/", kind, MsFlags::MS_SILENT, None::<&str>) != Err(Errno::ENODEV)
 }
 
 /// Tries what the routing mesh needs, on a thread that ends with the network namespace it is tried in.

@@ -7,6 +7,7 @@ use std::fs;
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Unit {
     Seconds,
+    Microseconds,
     Mebibytes,
     /// Of something to something else.
     Ratio,
@@ -16,6 +17,7 @@ impl Unit {
     fn show(self, value: f64) -> String {
         match self {
             Self::Seconds => format!("{value:.3} s"),
+            Self::Microseconds => format!("{value:.0} µs"),
             Self::Mebibytes => format!("{value:.1} MiB"),
             Self::Ratio => format!("{value:.2}"),
         }

@@ -9,12 +9,16 @@ mod docker;
 mod failover;
 mod figures;
 mod mesh;
+mod place;
+mod relays;
+mod requests;
 mod saturation;
 mod start;
 mod usage;
+mod vip;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use skep_cluster_tests::{Lab, LabOptions, skep_binary};
 
@@ -52,8 +56,13 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "mesh",
-        what: "requests through the routing mesh, beside a direct connection and HAProxy",
+        what: "requests through the routing mesh, beside a direct connection, HAProxy and nginx",
         run: mesh::run,
+    },
+    Scenario {
+        name: "vip",
+        what: "requests to a virtual address of a network, beside the same others",
+        run: vip::run,
     },
 ];
 
@@ -88,8 +97,14 @@ fn bytes_as_mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
 }
 
-fn is_installed(program: &str) -> bool {
+fn is_installed(name: &str) -> bool {
+    program(name).is_some()
+}
+
+/// Where a program is.
+fn program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let root_only = ["/usr/sbin", "/sbin"].map(Path::new).map(Path::to_owned);
-    std::env::split_paths(&path).chain(root_only).any(|dir| dir.join(program).is_file())
+    let dirs = std::env::split_paths(&path).chain(root_only);
+    dirs.map(|dir| dir.join(name)).find(|path| path.is_file())
 }

@@ -91,6 +91,10 @@ pub fn run(
 ) -> Result<Action, Error> {
     let node = state.node(node_id);
     let node = node.ok_or_else(|| Error::Invalid(format!("node {node_id} is no member")))?;
+    // It is the task's service as well: with that of another one the container would be among its tasks.
+    if state.task(id).is_some() || state.service(ServiceId(id.0)).is_some() {
+        return Err(Error::Invalid(format!("id {id} is taken: run the container with a new one")));
+    }
     let name = if request.name.is_empty() { id.short() } else { request.name };
     check_name(&name)?;
     if let Some(other) = of_node(state, node_id).find(|task| task.name() == name) {

@@ -81,6 +81,35 @@ fn a_container_is_bound_to_its_node_and_named_on_its_networks() {
     assert_eq!(again.id_by_name(Kind::Task, &format!("{N2}/probe")), Some(70));
 }
 
+/// Whoever had a service's id would be told of its tasks, and be balanced to as one of them.
+#[test]
+fn a_container_has_an_id_of_its_own() {
+    let mut world = world();
+    start(&mut world, 70, N1, request("probe", &[]));
+    let web = crate::testing::WEB;
+    for taken in [70, web.0] {
+        let error = run(&world.state, TaskId(taken), N2, request("x", &[]), NOW).unwrap_err();
+        let id = TaskId(taken);
+        assert_eq!(
+            error.to_string(),
+            format!("id {id} is taken: run the container with a new one")
+        );
+    }
+    // The store has the last word, whoever of the two comes first.
+    let mut of_service = start(&mut world, 80, N1, request("other", &[]));
+    of_service.id = TaskId(web.0);
+    of_service.service_id = web;
+    of_service.service_name = "twin".to_owned();
+    let mut of_container = (**world.state.service(web).unwrap()).clone();
+    of_container.id = ServiceId(80);
+    of_container.spec.name = "twin".to_owned();
+    for object in [Object::Task(Box::new(of_service)), Object::Service(Box::new(of_container))] {
+        let put = Action::Put { object, expect: Expect::Absent };
+        let (outcome, _) = world.state.clone().apply(99, &Command::new(NOW, vec![put]));
+        assert!(matches!(&outcome, Outcome::Refused(Refusal::NameTaken { .. })), "{outcome:?}");
+    }
+}
+
 #[test]
 fn what_cannot_run_is_refused_in_dockers_words() {
     let mut world = world();

@@ -6,7 +6,7 @@ use skep_manager_core::{Action, Refusal, State, container};
 use skep_proto::containers_server::Containers;
 use skep_proto::{
     ContainerRequest, ContainerResponse, ListContainersRequest, ListContainersResponse,
-    RemoveContainerRequest, RunContainerRequest, RunContainerResponse, WatchEvent, WatchRequest,
+    RemoveContainerRequest, RunContainerRequest, RunContainerResponse, WatchEvent,
 };
 use skep_runtime::access::Caller;
 use skep_runtime::clock;
@@ -102,10 +102,7 @@ impl Containers for ContainersService {
         let state = self.control.read().await?;
         let reference = request.into_inner().reference;
         let task = container::find(&state, node_id, &reference).map_err(Error::Container)?;
-        // Nothing else has its service.
-        let service_ids = vec![task.service_id.to_string()];
-        let selection = WatchRequest { kinds: vec!["task".to_owned()], service_ids };
-        Ok(Response::new(watch::start(&self.control, selection)?))
+        Ok(Response::new(watch::start_of_task(&self.control, task.id)))
     }
 
     async fn stop(&self, request: Request<ContainerRequest>) -> Answer<ContainerResponse> {

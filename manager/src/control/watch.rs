@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use skep_common::limits::QUEUE_LENGTH;
 use skep_common::object::ServiceCondition;
-use skep_common::{Kind, Object, ServiceId};
+use skep_common::{Kind, Object, ServiceId, TaskId};
 use skep_manager_core::{Change, State, conditions};
 use skep_proto::watch_event::Action as EventAction;
 use skep_proto::{WatchEvent, WatchRequest};
@@ -20,11 +20,18 @@ use super::lookup;
 struct Selection {
     kinds: Vec<Kind>,
     service_ids: Vec<String>,
+    /// The one object, where only that is wanted.
+    id: Option<u128>,
 }
 
 impl Selection {
+    fn of_task(task_id: TaskId) -> Self {
+        Self { kinds: vec![Kind::Task], service_ids: Vec::new(), id: Some(task_id.0) }
+    }
+
     fn wants(&self, kind: Kind, id: u128, service_id: Option<skep_common::ServiceId>) -> bool {
-        if !self.kinds.is_empty() && !self.kinds.contains(&kind) {
+        let is_kind = self.kinds.is_empty() || self.kinds.contains(&kind);
+        if !is_kind || self.id.is_some_and(|only| only != id) {
             return false;
         }
         let service = match kind {
@@ -42,14 +49,28 @@ pub(super) fn start(
     request: WatchRequest,
 ) -> Result<ReceiverStream<Result<WatchEvent, Status>>, Error> {
     let kinds = request.kinds.iter().map(|name| kind_of(name)).collect::<Result<Vec<_>, _>>()?;
-    let selection = Selection { kinds, service_ids: request.service_ids };
+    Ok(follow(control, Selection { kinds, service_ids: request.service_ids, id: None }))
+}
+
+/// Watches one task, and nothing else.
+pub(super) fn start_of_task(
+    control: &ControlService,
+    task_id: TaskId,
+) -> ReceiverStream<Result<WatchEvent, Status>> {
+    follow(control, Selection::of_task(task_id))
+}
+
+fn follow(
+    control: &ControlService,
+    selection: Selection,
+) -> ReceiverStream<Result<WatchEvent, Status>> {
     let (events, stream) = mpsc::channel(QUEUE_LENGTH);
     let (control, tasks) = (control.clone(), control.inner.tasks.clone());
     tasks.spawn("watch", async move {
         // An error means that the client is gone.
         let _ = run(&control, &selection, &events).await;
     });
-    Ok(ReceiverStream::new(stream))
+    ReceiverStream::new(stream)
 }
 
 type Events = mpsc::Sender<Result<WatchEvent, Status>>;
@@ -191,6 +212,19 @@ mod tests {
     use skep_common::spec::PortProtocol;
 
     use super::*;
+
+    #[test]
+    fn who_watches_a_task_sees_no_other() {
+        let selection = Selection::of_task(TaskId(7));
+        for (kind, id, expect) in [
+            (Kind::Task, 7, true),
+            (Kind::Task, 8, false), // Even of the service with the task's id.
+            (Kind::Service, 7, false),
+            (Kind::Node, 7, false),
+        ] {
+            assert_eq!(selection.wants(kind, id, Some(ServiceId(7))), expect, "{kind:?} {id}");
+        }
+    }
 
     #[test]
     fn a_service_changes_with_what_nodes_say_of_it() {

@@ -8,7 +8,9 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 
-use netlink_packet_core::{NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR,
+};
 use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike as _};
@@ -24,6 +26,9 @@ const DUMP_ATTEMPTS: u32 = 20;
 
 /// Room for the answers to a large batch: an answer takes under 1 KiB of accounted memory.
 const ANSWER_BUFFER_BYTES: usize = 1 << 10;
+
+/// Requests in one datagram: should all be refused, the answers have room in a socket's buffer.
+const REQUESTS_AT_ONCE: usize = 100;
 
 /// One message from the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,6 +164,40 @@ impl Channel {
                 }
             }
         }
+    }
+
+    /// Sends requests that each change one object, and returns the refusals with the number of the request.
+    /// A refused one keeps no other from being carried out.
+    pub fn request_all(
+        &mut self,
+        requests: &[(u16, u16, Vec<u8>)],
+    ) -> io::Result<Vec<(usize, Refusal)>> {
+        let (mut refusals, mut n_sent) = (Vec::new(), 0);
+        for part in requests.chunks(REQUESTS_AT_ONCE) {
+            let mut bytes = Vec::new();
+            let first = self.sequence.wrapping_add(1);
+            for (number, (kind, flags, body)) in part.iter().enumerate() {
+                let is_last = number + 1 == part.len();
+                // Refusals come anyway, and requests are carried out in their order.
+                let flags = if is_last { flags | NLM_F_ACK } else { flags & !NLM_F_ACK };
+                let sequence = self.next_sequence();
+                push_message(&mut bytes, *kind, flags, sequence, body);
+            }
+            self.send(&bytes)?;
+            let mut is_done = false;
+            while !is_done {
+                for frame in self.receive()?.iter().filter(|frame| frame.kind == NLMSG_ERROR) {
+                    let number = frame.sequence.wrapping_sub(first) as usize;
+                    if number < part.len() {
+                        let refusal = check_answer(frame).err();
+                        refusals.extend(refusal.map(|refusal| (n_sent + number, refusal)));
+                        is_done |= number + 1 == part.len();
+                    }
+                }
+            }
+            n_sent += part.len();
+        }
+        Ok(refusals)
     }
 
     /// The raw socket, for options that this type does not cover.

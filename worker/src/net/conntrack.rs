@@ -10,7 +10,7 @@ use skep_worker_core::network::Connection;
 
 use super::Error;
 use super::channel::Channel;
-use super::nft::{Attributes, find};
+use super::nft::{Attributes, be32, find};
 
 const SUBSYSTEM: u16 = 1;
 const GET: u16 = 1;
@@ -20,8 +20,10 @@ const HEADER_LENGTH: usize = 4;
 
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
+const CTA_STATUS: u16 = 3;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
+const CTA_STATUS_MASK: u16 = 26;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
@@ -32,11 +34,16 @@ const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 
+/// `IPS_SEEN_REPLY`.
+const STATUS_SEEN_REPLY: u32 = 1 << 1;
+
 /// An entry of the table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
     /// What decides about it.
     pub connection: Connection,
+    /// Whether it was answered, be it with a refusal.
+    pub is_answered: bool,
     family: u8,
     /// What names it to the kernel: its first direction, its id, and its zone where it has one in both
     /// directions (that of one direction is part of it).
@@ -61,7 +68,9 @@ impl Entry {
         };
         let id = find(body, CTA_ID)?.to_vec();
         let zone = find(body, CTA_ZONE).map(<[u8]>::to_vec);
-        Some(Self { connection, family, original: original.to_vec(), id, zone })
+        let status = find(body, CTA_STATUS).and_then(be32).unwrap_or(STATUS_SEEN_REPLY);
+        let is_answered = status & STATUS_SEEN_REPLY != 0;
+        Some(Self { connection, is_answered, family, original: original.to_vec(), id, zone })
     }
 }
 
@@ -94,9 +103,22 @@ impl Conntrack {
 
     /// All connections of IPv4 and IPv6.
     pub fn list(&mut self) -> Result<Vec<Entry>, Error> {
-        let any_family = [0; HEADER_LENGTH];
-        let frames =
-            self.channel.request(SUBSYSTEM << 8 | GET, NLM_F_REQUEST | NLM_F_DUMP, &any_family);
+        self.dump(&Attributes::new())
+    }
+
+    /// Those that were not answered.
+    pub fn list_unanswered(&mut self) -> Result<Vec<Entry>, Error> {
+        // An older kernel does not know the filter and lists all.
+        let filter = Attributes::new().be32(CTA_STATUS, 0);
+        let mut entries = self.dump(&filter.be32(CTA_STATUS_MASK, STATUS_SEEN_REPLY))?;
+        entries.retain(|entry| !entry.is_answered);
+        Ok(entries)
+    }
+
+    fn dump(&mut self, filter: &Attributes) -> Result<Vec<Entry>, Error> {
+        let mut body = vec![0; HEADER_LENGTH]; // Of any family.
+        body.extend(filter.as_bytes());
+        let frames = self.channel.request(SUBSYSTEM << 8 | GET, NLM_F_REQUEST | NLM_F_DUMP, &body);
         let frames = frames.map_err(|refusal| Error::kernel("list connections", refusal))?;
         Ok(frames.iter().filter_map(|frame| Entry::read(&frame.payload)).collect())
     }

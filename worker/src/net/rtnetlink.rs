@@ -135,6 +135,27 @@ impl RouteChannel {
         }
     }
 
+    /// Changes, or deletes where there is no mode, many objects in their order. `describe` says of the
+    /// number of one what [`Self::change`] is told. A failure keeps no other from being changed; the
+    /// first is returned.
+    pub fn change_all(
+        &mut self,
+        changes: &[(Option<Mode>, RouteNetlinkMessage)],
+        describe: impl Fn(usize) -> String,
+    ) -> Result<(), Error> {
+        let encode = |(mode, message): &(Option<Mode>, RouteNetlinkMessage)| {
+            let flags = NLM_F_REQUEST | mode.map_or(0, Mode::flags);
+            (message.message_type(), flags, encoded(message))
+        };
+        let requests: Vec<_> = changes.iter().map(encode).collect();
+        let failed = |number: usize, refusal| Error::kernel(describe(number), refusal);
+        let refusals = self.channel.request_all(&requests).map_err(|e| failed(0, e.into()))?;
+        let mut refusals = refusals.into_iter();
+        let first =
+            refusals.find(|(number, refusal)| changes[*number].0.is_some() || !is_absent(refusal));
+        first.map_or(Ok(()), |(number, refusal)| Err(failed(number, refusal)))
+    }
+
     /// All objects of the message's kind.
     pub fn dump(
         &mut self,
@@ -175,9 +196,7 @@ impl RouteChannel {
         message: &RouteNetlinkMessage,
         flags: u16,
     ) -> Result<Vec<RouteNetlinkMessage>, Refusal> {
-        let mut body = vec![0; message.buffer_len()];
-        message.serialize(&mut body);
-        let frames = self.channel.request(message.message_type(), flags, &body)?;
+        let frames = self.channel.request(message.message_type(), flags, &encoded(message))?;
         let decode = |frame: &super::channel::Frame| {
             let mut header = NetlinkHeader::default();
             header.message_type = frame.kind;
@@ -187,6 +206,12 @@ impl RouteChannel {
         };
         Ok(frames.iter().filter_map(decode).collect())
     }
+}
+
+fn encoded(message: &RouteNetlinkMessage) -> Vec<u8> {
+    let mut body = vec![0; message.buffer_len()];
+    message.serialize(&mut body);
+    body
 }
 
 fn links(messages: Vec<RouteNetlinkMessage>) -> impl Iterator<Item = Link> {

@@ -153,6 +153,10 @@ impl State {
 
     fn put_service(&mut self, mut service: Service, meta: Meta) -> Result<(), Refusal> {
         let old = self.services.get(&service.id).cloned();
+        let twin = self.tasks.get(&TaskId(service.id.0));
+        if twin.is_some_and(|task| task.standalone.is_some()) {
+            return Err(id_taken(Kind::Service, service.id.0));
+        }
         let old_name = old.as_ref().map(|old| old.spec.name.as_str());
         self.rename(Kind::Service, service.id.0, old_name, &service.spec.name)?;
         if let Some(old) = &old {
@@ -184,6 +188,9 @@ impl State {
 
     fn put_task(&mut self, mut task: Task, meta: Meta) -> Result<Change, Refusal> {
         task.meta = meta;
+        if task.standalone.is_some() && self.services.contains_key(&task.service_id) {
+            return Err(id_taken(Kind::Task, task.id.0));
+        }
         if let Some(old) = self.tasks.get(&task.id).cloned() {
             task.desired_state = task.desired_state.max(old.desired_state);
             if task.status.state < old.status.state {
@@ -357,6 +364,11 @@ fn change_of(task: &Task) -> Change {
     }
 }
 
+/// Nothing has the id of another object; a task that no service made has none that a service has, either.
+fn id_taken(kind: Kind, id: u128) -> Refusal {
+    Refusal::NameTaken { kind, name: TaskId(id).to_string() }
+}
+
 /// What names a task that no service made. Each node has names of its own, and a slash is in none of them.
 fn name_on_node(task: &Task) -> Option<String> {
     task.standalone.as_ref()?;
@@ -393,7 +405,7 @@ impl Writer {
         let created_at = match (found, expect) {
             (None, Expect::Absent) => self.at,
             (Some(_), Expect::Absent) => {
-                return Err(Refusal::NameTaken { kind, name: skep_common::TaskId(id).to_string() });
+                return Err(id_taken(kind, id));
             }
             (None, Expect::Version(_) | Expect::Present) => return Err(Refusal::NotFound { kind }),
             (Some(meta), Expect::Version(given)) if meta.version != given => {

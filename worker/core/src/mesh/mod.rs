@@ -15,7 +15,8 @@
 //! # Reading order
 //!
 //! [`MeshTable`] (input), [`Slices`] and [`twin`] (address arithmetic), [`Objects`] and [`Op`] (output),
-//! [`Flows`] (what the kernel must forget of flows that have no end of their own).
+//! [`Flows`] (what the kernel must forget of flows that have no end of their own), [`Ejections`] (which
+//! backends the node goes without because it saw them fail).
 //!
 //! # Invariants
 //!
@@ -30,6 +31,9 @@
 //! Absent on purpose: I/O, interface names, marks and table numbers, which belong to the shell.
 
 mod address;
+mod ejection;
+#[cfg(test)]
+mod ejection_tests;
 mod flows;
 mod objects;
 mod policy;
@@ -39,6 +43,7 @@ mod tests;
 mod twin;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
+pub use ejection::{Change, Ejections, Outcome, PATIENCE, Reason, Times, leave_out};
 pub use flows::Flows;
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;

@@ -7,8 +7,11 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use skep_worker_core::mesh::{MeshTable, Objects, Op, PortKey, Protocol, Slices, twin_net};
+use skep_worker_core::mesh::{
+    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Slices, leave_out, twin_net,
+};
 
+use super::ejection::{Ejector, Sample};
 use super::flows::KernelFlows;
 use super::hold::{Hold, LoopbackListeners, hold};
 use super::layout::Layout;
@@ -16,7 +19,7 @@ use super::links;
 use super::options::Options;
 use super::program::{Program, holder_after};
 use super::routes::Routes;
-use super::rules::Rules;
+use super::rules::{Rules, Wanted};
 use crate::net::rtnetlink::RouteChannel;
 use crate::net::{Error, sysctl};
 
@@ -106,6 +109,9 @@ pub(super) struct Kernel {
     rules: Rules,
     holds: BTreeMap<PortKey, Hold>,
     flows: KernelFlows,
+    ejector: Ejector,
+    /// What the last table wants, of IPv4 and IPv6; nothing before there was one.
+    wanted: Option<(Objects, Option<Objects>)>,
     /// Ports that the last table could not be given.
     conditions: Vec<Condition>,
     lock: File,
@@ -133,6 +139,8 @@ impl Kernel {
             rules,
             holds: BTreeMap::new(),
             flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
+            ejector: Ejector::open()?,
+            wanted: None,
             conditions: Vec::new(),
             options,
             slices,
@@ -179,6 +187,7 @@ impl Kernel {
         if let Some(twin) = &mut twin {
             twin.ports.retain(|key, _| wanted.ports.contains_key(key));
         }
+        self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
         // Listeners are bound by now: they must be served also if something below fails.
         self.converge(&wanted, twin.as_ref())?;
         let published: BTreeSet<PortKey> = wanted.ports.keys().copied().collect();
@@ -249,7 +258,8 @@ impl Kernel {
             of_one.collect()
         };
         failures.extend(change_routing(false));
-        self.rules.converge((wanted, twin))?;
+        self.wanted = Some((wanted.clone(), twin.cloned()));
+        failures.extend(converge_rules(&mut self.rules, &mut self.ejector, (wanted, twin))?);
         let ports = [wanted, twin.unwrap_or(&nothing)];
         failures.extend(self.flows.converge(ports, &mut self.channel).err());
         failures.extend(change_routing(true));
@@ -259,6 +269,28 @@ impl Kernel {
             tracing::warn!(error = &error as &dyn std::error::Error, "mesh routing is incomplete");
         }
         first.map_or(Ok(()), Err)
+    }
+
+    /// Reads which backends answer.
+    pub(super) fn sample(&mut self) -> Result<Sample, Error> {
+        let sample = self.ejector.sample()?;
+        self.follow_ejector()?;
+        Ok(sample)
+    }
+
+    /// Takes over how the node's own attempt to connect to a backend ended.
+    pub(super) fn conclude(&mut self, endpoint: &Endpoint, outcome: Outcome) -> Result<(), Error> {
+        self.ejector.conclude(endpoint, outcome);
+        self.follow_ejector()
+    }
+
+    fn follow_ejector(&mut self) -> Result<(), Error> {
+        if !self.ejector.is_due() {
+            return Ok(());
+        }
+        let Some((wanted, twin)) = &self.wanted else { return Ok(()) };
+        let wanted = (wanted, twin.as_ref());
+        converge_rules(&mut self.rules, &mut self.ejector, wanted)?.map_or(Ok(()), Err)
     }
 
     /// Lets go of the ports and of the lock; forwarding stays.
@@ -285,6 +317,26 @@ impl Kernel {
         let routes = [Some(&mut routes), routes6.as_mut()];
         remove_all(&mut rules, routes, &mut RouteChannel::open()?)
     }
+}
+
+/// Brings the rules to what is wanted, without the backends that do not answer. What fails after that is
+/// returned beside.
+fn converge_rules(
+    rules: &mut Rules,
+    ejector: &mut Ejector,
+    (wanted, twin): Wanted<'_>,
+) -> Result<Option<Error>, Error> {
+    let left_out = ejector.left_out();
+    if left_out.is_empty() {
+        rules.converge((wanted, twin))?;
+    } else {
+        let (mut wanted, mut twin) = (wanted.clone(), twin.cloned());
+        for objects in [Some(&mut wanted), twin.as_mut()].into_iter().flatten() {
+            leave_out(&mut objects.ports, &left_out);
+        }
+        rules.converge((&wanted, twin.as_ref()))?;
+    }
+    Ok(ejector.settle().err())
 }
 
 fn remove_all(

@@ -4,9 +4,11 @@
 //! guard         prerouting -300  drop VXLAN of our networks from tasks, and from outside of the cluster
 //! guard-out     output     -300  drop VXLAN of encrypted networks that would leave in clear
 //! separate      prerouting -300  connections through each peer live in a conntrack zone of their own
-//! remember      prerouting -150  mark connections by the peer they came through, and their answers
+//! remember      prerouting -150  note which backend took a connection; mark connections by the peer they
+//!                                came through, and their answers
 //! publish       prerouting -100  ┐ (protocol, port) ──@ports──► chain tcp-8080: dnat to
 //! publish-local output     -100  ┘                              numgen inc mod N map {...}
+//! ask           postrouting  99  note which backend a connection is asked of, once for each connection
 //! protect       forward       0  from outside, only published ports of tasks are reachable
 //! source        postrouting 100  masquerade clients inside the cluster, and what tasks send out
 //! ```
@@ -21,7 +23,9 @@
 //! turns together. A port without backends refuses: with a TCP reset, or as a host does where nothing
 //! listens.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::time::Duration;
 
 use ipnet::IpNet;
 use skep_common::wireguard::SLOTS;
@@ -43,6 +47,15 @@ pub(super) const ZONES: &str = "zones";
 pub(super) const SENDERS: &str = "senders";
 /// The map from a connection's mark to the chain that marks its answers.
 pub(super) const WAYS_BACK: &str = "ways-back";
+/// The set of backends that connections were asked of, for as long as [`NOTED`].
+pub(super) const ASKED: &str = "asked";
+/// The set of backends that took connections, likewise.
+pub(super) const ANSWERED: &str = "answered";
+/// How long a note stays.
+pub(super) const NOTED: Duration = Duration::from_secs(1);
+/// Backends that are noted at a time; more are served all the same.
+const NOTED_MAX: u32 = 1 << 16;
+
 /// The map from protocol and port to the port's chain.
 pub(super) const PORTS: &str = "ports";
 
@@ -141,6 +154,23 @@ impl Layout {
         ]
     }
 
+    /// The sets that rules note backends in, and their kind.
+    fn notes(&self) -> ([&'static str; 2], SetKind) {
+        let (address_type, length) = self.address_type();
+        let kind = SetKind {
+            key_type: address_type << CONCATENATION_BITS | TYPE_SERVICE,
+            key_length: length + 4,
+            is_host_order: false,
+            value: Value::None,
+        };
+        ([ASKED, ANSWERED], kind)
+    }
+
+    /// The names of all sets that are always there.
+    pub(super) fn set_names(&self) -> BTreeSet<&'static str> {
+        self.sets().map(|(name, _)| name).into_iter().chain(self.notes().0).collect()
+    }
+
     /// The chains that are always there.
     pub(super) fn base_chains(&self) -> Vec<BaseChain> {
         let chain = |name, kind, number, priority, rules| BaseChain {
@@ -157,6 +187,7 @@ impl Layout {
             chain("remember", "filter", PREROUTING, -150, self.remember()),
             chain("publish", "nat", PREROUTING, -100, vec![self.publish(false)]),
             chain("publish-local", "nat", OUTPUT, -100, vec![self.publish(true)]),
+            chain("ask", "nat", POSTROUTING, 99, vec![self.ask()]),
             chain("protect", "filter", FORWARD, 0, Self::protect().to_vec()),
             chain("source", "nat", POSTROUTING, 100, self.source().to_vec()),
         ];
@@ -227,10 +258,29 @@ impl Layout {
             rule::connection_is_reply().to_vec(),
             rule::connection_mark_to_verdict(self.marks.mask(), WAYS_BACK).to_vec(),
         ];
+        // Most packets go past this rule at its third expression.
+        let taken = [
+            rule::tcp_handshake(true).to_vec(),
+            rule::connection_is_reply().to_vec(),
+            rule::connection_is_published(true).to_vec(),
+            rule::note_source_in(self.is_ipv4(), ANSWERED).to_vec(),
+        ];
         vec![
+            Rule::new("backends that answer", taken),
             Rule::new("the peer that a connection came through", new),
             Rule::new("answers go back through that peer", answer),
         ]
+    }
+
+    /// Chains of translation see the first packet of a connection alone. This one comes before those of
+    /// other programs, of which the first that translates is the last that sees the packet.
+    fn ask(&self) -> Rule {
+        let parts = [
+            rule::tcp_handshake(false).to_vec(),
+            rule::connection_is_published(true).to_vec(),
+            rule::note_destination_in(self.is_ipv4(), ASKED).to_vec(),
+        ];
+        Rule::new("backends that are asked", parts)
     }
 
     fn publish(&self, is_local: bool) -> Rule {
@@ -334,6 +384,10 @@ impl Layout {
         batch.add_table(TABLE);
         for (name, kind) in self.sets() {
             batch.add_set(TABLE, name, &kind);
+        }
+        let (notes, kind) = self.notes();
+        for name in notes {
+            batch.add_expiring_set(TABLE, name, &kind, NOTED_MAX, NOTED);
         }
         for chain in self.base_chains() {
             batch.add_chain(TABLE, chain.name, Some(&chain.hook));
@@ -490,7 +544,7 @@ pub(super) fn read_address(bytes: &[u8]) -> Option<IpAddr> {
     }
 }
 
-/// A value of a port's anonymous map.
+/// A value of a port's anonymous map, or a key of [`ASKED`] and [`ANSWERED`].
 pub(super) fn endpoint_bytes(endpoint: Endpoint) -> Vec<u8> {
     let mut bytes = address_bytes(endpoint.address);
     bytes.extend(endpoint.port.to_be_bytes());
@@ -498,7 +552,7 @@ pub(super) fn endpoint_bytes(endpoint: Endpoint) -> Vec<u8> {
     bytes
 }
 
-/// The endpoint that a value of a port's anonymous map stands for.
+/// The endpoint that such bytes stand for.
 pub(super) fn read_endpoint(bytes: &[u8]) -> Option<Endpoint> {
     let (address, port) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
     let port = u16::from_be_bytes(*port.first_chunk()?);

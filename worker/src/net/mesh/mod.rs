@@ -24,14 +24,16 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `links`, `uplink`, `hold`, `loopback`, `datagrams`, `refusal`.
+//! change), `flows`, `ejection`, `links`, `uplink`, `hold`, `loopback`, `datagrams`, `refusal`.
 //!
 //! # Invariants
 //!
 //! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
 //!   restarts takes over without disturbing a connection.
-//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table, and no flow of datagrams
+//! - When [`Mesh::apply`] returns, the kernel's rules are those of the table without such backends, and no flow of datagrams
 //!   goes to a task that the table does not name.
+//! - A backend that refuses or does not answer gets no connections of this node until it does; the last
+//!   backends of a port stay.
 //! - Nothing host-wide is changed but the forwarding of IPv4, and of IPv6 where it is served; in other
 //!   programs' tables only `filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
 //!   br_netfilter.
@@ -41,6 +43,7 @@
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
 mod datagrams;
+mod ejection;
 mod flows;
 mod hold;
 mod kernel;
@@ -58,7 +61,9 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use skep_runtime::TaskSet;
 use skep_worker_core::mesh::MeshTable;
+use tokio::sync::Notify;
 
 pub use self::kernel::Condition;
 pub use self::options::{MarkField, Options};
@@ -86,6 +91,20 @@ pub struct Mesh {
     kernel: Arc<KernelThread<Kernel>>,
     uplinks: Arc<KernelThread<Uplinks>>,
     loopback: Arc<Mutex<Loopback>>,
+    ejection: Arc<Ejection>,
+}
+
+/// What looks for backends that do not answer, and ends with the last mesh that shares it.
+#[derive(Debug, Default)]
+struct Ejection {
+    tasks: TaskSet,
+    table_changed: Arc<Notify>,
+}
+
+impl Drop for Ejection {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+    }
 }
 
 impl Mesh {
@@ -107,8 +126,11 @@ impl Mesh {
             kernel: Arc::new(kernel),
             uplinks: Arc::new(uplinks),
             loopback: Arc::new(Mutex::new(Loopback::new(underlay))),
+            ejection: Arc::new(Ejection::default()),
         };
         mesh.follow(changes);
+        let Ejection { tasks, table_changed } = &*mesh.ejection;
+        ejection::start(tasks, mesh.kernel.clone(), table_changed.clone());
         Ok(mesh)
     }
 
@@ -122,11 +144,13 @@ impl Mesh {
         let table = table.clone();
         let loopback = self.loopback.clone();
         let runtime = tokio::runtime::Handle::current();
+        let table_changed = self.ejection.table_changed.clone();
         // Listeners follow on the thread: a caller that stops waiting must not separate them.
         let result = self.kernel.run(move |kernel| {
             let (changes, result) = kernel.apply(&table);
             let _runtime = runtime.enter();
             follow(&loopback, changes);
+            table_changed.notify_one();
             result
         });
         Ok(Applied { version, conditions: result.await?? })
@@ -168,7 +192,7 @@ impl Mesh {
     ///
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn teardown(&self) -> Result<(), Error> {
-        self.end_loopback().await;
+        self.end_tasks().await;
         self.kernel.run(Kernel::teardown).await?
     }
 
@@ -186,11 +210,12 @@ impl Mesh {
     ///
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn shutdown(&self) -> Result<(), Error> {
-        self.end_loopback().await;
+        self.end_tasks().await;
         self.kernel.run(Kernel::release).await?
     }
 
-    async fn end_loopback(&self) {
+    async fn end_tasks(&self) {
+        self.ejection.tasks.clone().shutdown().await;
         let tasks = self.loopback.lock().unwrap_or_else(PoisonError::into_inner).end();
         tasks.shutdown().await;
     }

@@ -72,8 +72,10 @@ impl Rules {
 
     /// What the kernel has of ours; nothing if the table is missing or damaged.
     pub(super) fn observe(&mut self) -> Result<(Objects, Option<Objects>), Error> {
-        let (_, [ipv4, ipv6]) = self.current()?;
-        Ok((ipv4.objects.unwrap_or_default(), ipv6.objects))
+        let (generation, observed) = self.current()?;
+        let [ipv4, ipv6] = observed.each_ref().map(|observed| observed.objects.clone());
+        self.observed = Some((generation, observed));
+        Ok((ipv4.unwrap_or_default(), ipv6))
     }
 
     /// Brings the rules to those of `wanted`, and the host's forwarding chains to let them work.
@@ -88,20 +90,15 @@ impl Rules {
             }
             if batch.is_empty() {
                 if self.ipv4.channel.generation()? == generation {
+                    self.observed = Some((generation, observed));
                     return Ok(());
                 }
                 continue;
             }
             match self.ipv4.channel.commit(&batch, Some(generation)) {
-                Ok(()) => {
-                    self.remember(generation, wanted)?;
-                    return Ok(());
-                }
-                Err(CommitError::Outdated) => self.observed = None,
-                Err(CommitError::Refused(error)) => {
-                    self.observed = None;
-                    return Err(error);
-                }
+                Ok(()) => return self.remember(generation, &observed, wanted),
+                Err(CommitError::Outdated) => {}
+                Err(CommitError::Refused(error)) => return Err(error),
             }
         }
         Err(Error::Contended { attempts: ATTEMPTS })
@@ -129,26 +126,29 @@ impl Rules {
     }
 
     /// After a commit of ours the kernel has what was wanted, and its generation grew by one.
-    fn remember(&mut self, generation: u32, (ipv4, ipv6): Wanted<'_>) -> Result<(), Error> {
-        self.observed = None;
+    fn remember(
+        &mut self,
+        generation: u32,
+        [before, before6]: &[Observed; 2],
+        (ipv4, ipv6): Wanted<'_>,
+    ) -> Result<(), Error> {
         let after = self.ipv4.channel.generation()?;
         if after == generation.wrapping_add(1) {
-            let observed = [self.ipv4.remember(Some(ipv4))?, self.ipv6.remember(ipv6)?];
+            let ipv4 = self.ipv4.remember(before, Some(ipv4))?;
+            let observed = [ipv4, self.ipv6.remember(before6, ipv6)?];
             self.observed = Some((after, observed));
         }
         Ok(())
     }
 
+    /// Takes the last observation, or makes another where it is no longer true. Whoever changes nothing
+    /// puts it back.
     fn current(&mut self) -> Result<(u32, [Observed; 2]), Error> {
         let generation = self.ipv4.channel.generation()?;
-        if let Some((known, observed)) = &self.observed
-            && *known == generation
-        {
-            return Ok((generation, observed.clone()));
+        match self.observed.take() {
+            Some((known, observed)) if known == generation => Ok((generation, observed)),
+            _ => Ok((generation, [self.ipv4.observe()?, self.ipv6.observe()?])),
         }
-        let observed = [self.ipv4.observe()?, self.ipv6.observe()?];
-        self.observed = Some((generation, observed.clone()));
-        Ok((generation, observed))
     }
 }
 
@@ -166,9 +166,10 @@ impl Table {
             }
             return forget_host_rules(observed, batch);
         };
-        let present = observed.objects.clone().unwrap_or_else(|| {
+        let nothing = Objects::default();
+        let present = observed.objects.as_ref().unwrap_or_else(|| {
             self.layout.build(batch);
-            Objects::default()
+            &nothing
         });
         let ops = present.diff(wanted);
         for op in ops.iter().filter(|op| op.is_rules()) {
@@ -178,15 +179,20 @@ impl Table {
         plan_host_rules(observed, batch);
     }
 
-    /// What is there after a commit for `wanted`.
-    fn remember(&mut self, wanted: Option<&Objects>) -> Result<Observed, Error> {
+    /// What is there after a commit for `wanted`, before which there was `before`.
+    fn remember(&mut self, before: &Observed, wanted: Option<&Objects>) -> Result<Observed, Error> {
         let objects = wanted.map(|wanted| Objects {
             node_addresses: wanted.node_addresses.clone(),
             peers: wanted.peers.clone(),
             ports: wanted.ports.clone(),
             ..Objects::default()
         });
-        let host_chain = self.observe_host_chain()?;
+        let host_chain = match &before.host_chain {
+            Some(chain) if wanted.is_none() || !has_host_rules(chain) => {
+                self.observe_host_chain()?
+            }
+            unchanged => unchanged.clone(),
+        };
         Ok(Observed { has_table: wanted.is_some(), objects, host_chain })
     }
 
@@ -236,8 +242,8 @@ impl Table {
             .filter(|set| !set.is_anonymous)
             .map(|set| set.name)
             .collect();
-        let expected = self.layout.sets().map(|(name, _)| name.to_owned());
-        if named != BTreeSet::from(expected) {
+        let expected = self.layout.set_names();
+        if !named.iter().map(String::as_str).eq(expected) {
             tracing::warn!(
                 table = TABLE,
                 "sets of the mesh were changed; building its rules again"
@@ -259,18 +265,22 @@ fn forget_host_rules(observed: &Observed, batch: &mut Batch) {
     }
 }
 
-fn plan_host_rules(observed: &Observed, batch: &mut Batch) {
-    let Some(chain) = &observed.host_chain else { return };
+/// Whether exactly our rules are in the host's chain.
+fn has_host_rules(chain: &HostChain) -> bool {
     let rules = Layout::accept_rules();
     let mut wanted: Vec<&str> = rules.iter().map(|rule| rule.comment.as_str()).collect();
     let mut present: Vec<&str> = chain.ours.iter().map(|(comment, _)| comment.as_str()).collect();
     wanted.sort_unstable();
     present.sort_unstable();
-    if wanted == present {
+    wanted == present
+}
+
+fn plan_host_rules(observed: &Observed, batch: &mut Batch) {
+    if observed.host_chain.as_ref().is_none_or(has_host_rules) {
         return;
     }
     forget_host_rules(observed, batch);
-    for Rule { expressions, comment } in rules.iter().rev() {
+    for Rule { expressions, comment } in Layout::accept_rules().iter().rev() {
         batch.insert_rule(HOST_TABLE, HOST_CHAIN, expressions, comment);
     }
 }

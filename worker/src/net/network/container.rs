@@ -68,9 +68,9 @@ impl Container {
         let changes = self.neighbour_changes(before.as_ref().filter(|_| !is_repair), &known)?;
         let (gone, known_first): (Vec<_>, Vec<_>) =
             changes.into_iter().partition(|(_, op)| matches!(op, ReachOp::DeleteNeighbour(_)));
-        self.change_neighbours(known_first)?;
+        reach::change(&mut self.neighbours, &known_first)?;
         self.rules.converge(&Vips::union(known.values().map(|balance| &balance.vips)))?;
-        self.change_neighbours(gone)?;
+        reach::change(&mut self.neighbours, &gone)?;
         let has_lost = |before: BTreeMap<_, Arc<Balance>>| {
             known
                 .iter()
@@ -101,11 +101,6 @@ impl Container {
             changes.extend(ops.iter().map(|op| (index, *op)));
         }
         Ok(changes)
-    }
-
-    fn change_neighbours(&mut self, changes: Vec<(u32, ReachOp)>) -> Result<(), Error> {
-        let mut changes = changes.into_iter();
-        changes.try_for_each(|(index, op)| reach::change(&mut self.neighbours, index, op))
     }
 
     fn forget_stale(&mut self, known: &BTreeMap<NetworkId, Arc<Balance>>) -> Result<(), Error> {

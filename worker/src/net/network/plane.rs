@@ -114,7 +114,7 @@ impl Plane {
             if is_refused || is_same && !is_repair && !is_moved {
                 continue;
             }
-            let failure = self.converge(*network_id, table, &tables).err();
+            let failure = self.converge(*network_id, table, &tables, is_repair).err();
             match &unencrypted {
                 Some(_) if table.encrypted => {} // It follows from that.
                 _ => failures.extend(failure),
@@ -151,7 +151,7 @@ impl Plane {
                 self.secure.check(&table.name)?;
                 self.converge_secure(&tables)?;
             }
-            self.converge(network_id, table, &tables)?;
+            self.converge(network_id, table, &tables, true)?;
             let settings = self.settings(table)?;
             let segment = self.segments.get_mut(&network_id);
             let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
@@ -231,6 +231,7 @@ impl Plane {
         network_id: NetworkId,
         table: &NetworkTable,
         tables: &NetworkTables,
+        is_repair: bool,
     ) -> Result<(), Error> {
         let settings = self.settings(table)?;
         if !self.segments.contains_key(&network_id) {
@@ -244,7 +245,7 @@ impl Plane {
         }
         let segment = self.segments.get_mut(&network_id);
         let segment = segment.ok_or(Error::NetworkUnknown { network_id })?;
-        segment.converge((&self.home, &mut self.host), settings, tables, table)
+        segment.converge((&self.home, &mut self.host), settings, (tables, table), is_repair)
     }
 
     /// What the tables mean for containers; derived anew only where they changed.

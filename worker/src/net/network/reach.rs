@@ -32,28 +32,32 @@ pub(super) fn observe(channel: &mut RouteChannel, index: u32) -> Result<Reach, E
     Ok(reach)
 }
 
-/// Carries out one operation.
-pub(super) fn change(channel: &mut RouteChannel, index: u32, op: ReachOp) -> Result<(), Error> {
-    let action = op.to_string();
-    tracing::debug!(%op, "network");
-    match op {
-        ReachOp::SetForwarding(mac, underlay) => {
-            let message = forwarding(index, mac, Some(underlay));
-            channel.change(&action, Mode::Replace, RouteNetlinkMessage::NewNeighbour(message))
+/// Carries out operations in their order, each on the interface with the index beside it. A failure keeps no
+/// other from being carried out.
+pub(super) fn change(channel: &mut RouteChannel, ops: &[(u32, ReachOp)]) -> Result<(), Error> {
+    let message = |(index, op): &(u32, ReachOp)| {
+        tracing::debug!(%op, "network");
+        match *op {
+            ReachOp::SetForwarding(mac, underlay) => {
+                let message = forwarding(*index, mac, Some(underlay));
+                (Some(Mode::Replace), RouteNetlinkMessage::NewNeighbour(message))
+            }
+            ReachOp::SetNeighbour(address, mac) => {
+                let message = neighbour(*index, address, Some(mac));
+                (Some(Mode::Replace), RouteNetlinkMessage::NewNeighbour(message))
+            }
+            ReachOp::DeleteNeighbour(address) => {
+                let message = neighbour(*index, address, None);
+                (None, RouteNetlinkMessage::DelNeighbour(message))
+            }
+            ReachOp::DeleteForwarding(mac) => {
+                let message = forwarding(*index, mac, None);
+                (None, RouteNetlinkMessage::DelNeighbour(message))
+            }
         }
-        ReachOp::SetNeighbour(address, mac) => {
-            let message = neighbour(index, address, Some(mac));
-            channel.change(&action, Mode::Replace, RouteNetlinkMessage::NewNeighbour(message))
-        }
-        ReachOp::DeleteNeighbour(address) => {
-            let message = neighbour(index, address, None);
-            channel.delete(&action, RouteNetlinkMessage::DelNeighbour(message))
-        }
-        ReachOp::DeleteForwarding(mac) => {
-            let message = forwarding(index, mac, None);
-            channel.delete(&action, RouteNetlinkMessage::DelNeighbour(message))
-        }
-    }
+    };
+    let changes: Vec<_> = ops.iter().map(message).collect();
+    channel.change_all(&changes, |number| ops[number].1.to_string())
 }
 
 /// Has the bridge know which of its ports leads to an Ethernet address, whatever it learned before.

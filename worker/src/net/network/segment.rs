@@ -41,6 +41,8 @@ pub(super) struct Segment {
     path: PathBuf,
     namespace: File,
     channel: RouteChannel,
+    /// The entries that its tunnel was brought to last, and the tunnel's index.
+    in_force: Option<(u32, Reach)>,
 }
 
 /// What a network's interfaces are made with.
@@ -77,23 +79,24 @@ impl Segment {
         // Devices of this namespace speak for nobody.
         let namespace = home.make_kept(&path, sysctl::ensure_no_ipv6_by_default)?;
         let channel = home.within(&namespace, RouteChannel::open)??;
-        Ok(Self { path, namespace, channel })
+        Ok(Self { path, namespace, channel, in_force: None })
     }
 
     /// The namespace that `path` keeps, if it does.
     pub(super) fn open(home: &Home, path: PathBuf) -> Result<Option<Self>, Error> {
         let Some(namespace) = namespace::open_kept(&path)? else { return Ok(None) };
         let channel = home.within(&namespace, RouteChannel::open)??;
-        Ok(Some(Self { path, namespace, channel }))
+        Ok(Some(Self { path, namespace, channel, in_force: None }))
     }
 
-    /// Brings interfaces and entries to what the table asks for.
+    /// Brings interfaces and entries to what the table asks for; looks at the kernel's entries also where
+    /// they were brought to a table before, if `is_repair`.
     pub(super) fn converge(
         &mut self,
         (home, host): (&Home, &mut RouteChannel),
         settings: Settings,
-        tables: &NetworkTables,
-        table: &NetworkTable,
+        (tables, table): (&NetworkTables, &NetworkTable),
+        is_repair: bool,
     ) -> Result<(), Error> {
         let bridge = self.ensure_bridge(settings)?;
         let tunnel = self.ensure_tunnel(host, settings, bridge)?;
@@ -101,10 +104,14 @@ impl Segment {
             // It answers for neighbours with IPv6, though it has no address itself.
             home.within(&self.namespace, || sysctl::ensure_ipv6(TUNNEL))??;
         }
-        let present = reach::observe(&mut self.channel, tunnel)?;
-        for op in present.diff(&Reach::of(tables, table)) {
-            reach::change(&mut self.channel, tunnel, op)?;
-        }
+        let present = match self.in_force.take() {
+            Some((index, reach)) if index == tunnel && !is_repair => reach,
+            _ => reach::observe(&mut self.channel, tunnel)?,
+        };
+        let wanted = Reach::of(tables, table);
+        let ops: Vec<_> = present.diff(&wanted).into_iter().map(|op| (tunnel, op)).collect();
+        reach::change(&mut self.channel, &ops)?;
+        self.in_force = Some((tunnel, wanted));
         Ok(())
     }
 

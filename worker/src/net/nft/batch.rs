@@ -1,5 +1,7 @@
 //! An atomic batch of changes to nftables.
 
+use std::time::Duration;
+
 use netlink_packet_core::{NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST};
 
 use super::attribute::Attributes;
@@ -243,6 +245,25 @@ impl Batch {
         let body = set_body(table, set, kind, NFT_SET_EVAL, self.n_maps);
         let label = format!("add set {table} {set}");
         let body = body.nested(NFTA_SET_DESC, &size);
+        self.push(NFT_MSG_NEWSET, NLM_F_CREATE | NLM_F_EXCL, label, body);
+    }
+
+    /// Adds a set that rules put elements into, `size` at most, each of which goes when no rule has put it
+    /// there for as long as `timeout`.
+    pub fn add_expiring_set(
+        &mut self,
+        table: &str,
+        set: &str,
+        kind: &SetKind,
+        size: u32,
+        timeout: Duration,
+    ) {
+        self.n_maps += 1;
+        let size = Attributes::new().be32(NFTA_SET_DESC_SIZE, size);
+        let milliseconds = u64::try_from(timeout.as_millis()).expect("timeouts are short");
+        let body = set_body(table, set, kind, NFT_SET_EVAL | NFT_SET_TIMEOUT, self.n_maps);
+        let body = body.nested(NFTA_SET_DESC, &size).be64(NFTA_SET_TIMEOUT, milliseconds);
+        let label = format!("add set {table} {set}");
         self.push(NFT_MSG_NEWSET, NLM_F_CREATE | NLM_F_EXCL, label, body);
     }
 

@@ -330,6 +330,45 @@ pub fn connection_is_refused() -> [Expression; 8] {
     ]
 }
 
+/// `tcp flags & (fin | syn | rst | ack) == syn`: a request for a connection; or `== syn | ack`: the answer
+/// that takes it.
+pub fn tcp_handshake(is_answer: bool) -> [Expression; 5] {
+    const TCP: u8 = 6;
+    const FIN: u8 = 1;
+    const SYN: u8 = 1 << 1;
+    const RST: u8 = 1 << 2;
+    const ACK: u8 = 1 << 4;
+    let [protocol, is_tcp] = transport_protocol(TCP);
+    [
+        protocol,
+        is_tcp,
+        payload(REGISTER, TRANSPORT_HEADER, 13, 1),
+        bitwise(&[FIN | SYN | RST | ACK], &[0]),
+        compare(true, &[if is_answer { SYN | ACK } else { SYN }]),
+    ]
+}
+
+/// `update @SET { ip daddr . th dport }`, in a table of IPv4, or of IPv6 with `ip6 daddr`.
+pub fn note_destination_in(is_ipv4: bool, set: &str) -> [Expression; 3] {
+    note_in(is_ipv4, if is_ipv4 { 16 } else { 24 }, 2, set)
+}
+
+/// `update @SET { ip saddr . th sport }`, in a table of IPv4, or of IPv6 with `ip6 saddr`.
+pub fn note_source_in(is_ipv4: bool, set: &str) -> [Expression; 3] {
+    note_in(is_ipv4, if is_ipv4 { 12 } else { 8 }, 0, set)
+}
+
+fn note_in(is_ipv4: bool, address: u32, port: u32, set: &str) -> [Expression; 3] {
+    const OPERATION_UPDATE: u32 = 1;
+    let (length, register) = if is_ipv4 { (4, REGISTER_SECOND) } else { (16, REGISTER_FIFTH) };
+    let list = Attributes::new().text(1, set).be32(3, OPERATION_UPDATE).be32(4, REGISTER);
+    [
+        payload(REGISTER, NETWORK_HEADER, address, length),
+        payload(register, TRANSPORT_HEADER, port, 2),
+        named("dynset", &list),
+    ]
+}
+
 /// `ct state related icmp type destination-unreachable icmp code != frag-needed`.
 pub fn connection_is_unreachable() -> [Expression; 9] {
     const ICMP: u8 = 1;

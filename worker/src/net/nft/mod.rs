@@ -17,7 +17,7 @@ mod socket;
 pub use attribute::{Attributes, attributes, be32, be64, find, text};
 pub use batch::{Batch, Element, Family, Hook, SetKind, Value};
 pub use expression::Expression;
-pub use read::{ChainRecord, CountRecord, ElementRecord, RuleRecord, SetRecord};
+pub use read::{AgeRecord, ChainRecord, CountRecord, ElementRecord, RuleRecord, SetRecord};
 pub use socket::{CommitError, NftChannel};
 
 /// Attribute and message numbers, named as in the kernel's headers.
@@ -71,6 +71,7 @@ pub mod uapi {
     pub const NFTA_SET_DATA_LEN: u16 = 7;
     pub const NFTA_SET_DESC: u16 = 9;
     pub const NFTA_SET_ID: u16 = 10;
+    pub const NFTA_SET_TIMEOUT: u16 = 11;
     pub const NFTA_SET_USERDATA: u16 = 13;
     pub const NFTA_SET_DESC_SIZE: u16 = 1;
     pub const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
@@ -79,6 +80,7 @@ pub mod uapi {
     pub const NFTA_SET_ELEM_LIST_SET_ID: u16 = 4;
     pub const NFTA_SET_ELEM_KEY: u16 = 1;
     pub const NFTA_SET_ELEM_DATA: u16 = 2;
+    pub const NFTA_SET_ELEM_EXPIRATION: u16 = 5;
     pub const NFTA_SET_ELEM_EXPR: u16 = 7;
     pub const NFTA_COUNTER_BYTES: u16 = 1;
     pub const NFTA_COUNTER_PACKETS: u16 = 2;
@@ -94,6 +96,7 @@ pub mod uapi {
     pub const NFT_SET_ANONYMOUS: u32 = 0x1;
     pub const NFT_SET_CONSTANT: u32 = 0x2;
     pub const NFT_SET_MAP: u32 = 0x8;
+    pub const NFT_SET_TIMEOUT: u32 = 0x10;
     pub const NFT_SET_EVAL: u32 = 0x20;
     pub const NFT_DATA_VERDICT: u32 = 0xffff_ff00;
 

@@ -1,5 +1,7 @@
 //! What the kernel says about chains, rules and sets.
 
+use std::time::Duration;
+
 use super::attribute::{attributes, be32, be64, find, text};
 use super::uapi::*;
 
@@ -150,6 +152,29 @@ impl CountRecord {
         let number = |kind| find(counter, kind).and_then(be64);
         let (packets, bytes) = (number(NFTA_COUNTER_PACKETS)?, number(NFTA_COUNTER_BYTES)?);
         Some(Self { key, packets, bytes })
+    }
+}
+
+/// An element of a set whose elements expire, as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AgeRecord {
+    /// Its key.
+    pub key: Vec<u8>,
+    /// How long it has left.
+    pub expires_in: Duration,
+}
+
+impl AgeRecord {
+    /// The elements that expire in one message of a dump.
+    pub(super) fn read_all(body: &[u8]) -> Vec<Self> {
+        let list = find(body, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+        attributes(list).filter_map(|(_, element)| Self::read(element)).collect()
+    }
+
+    fn read(element: &[u8]) -> Option<Self> {
+        let key = find(find(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?.to_vec();
+        let milliseconds = find(element, NFTA_SET_ELEM_EXPIRATION).and_then(be64)?;
+        Some(Self { key, expires_in: Duration::from_millis(milliseconds) })
     }
 }
 

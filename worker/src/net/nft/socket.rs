@@ -7,7 +7,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::attribute::{Attributes, be32, find};
 use super::batch::{Batch, Family, header};
-use super::read::{ChainRecord, CountRecord, ElementRecord, RuleRecord, SetRecord};
+use super::read::{AgeRecord, ChainRecord, CountRecord, ElementRecord, RuleRecord, SetRecord};
 use super::uapi::*;
 use crate::net::Error;
 use crate::net::channel::{Channel, check_answer};
@@ -164,6 +164,15 @@ impl NftChannel {
         let action = format!("list counters of {table} {set}");
         let bodies = self.dump(NFT_MSG_GETSETELEM, &filter, &action)?;
         Ok(bodies.iter().flat_map(|body| CountRecord::read_all(body)).collect())
+    }
+
+    /// The elements of one set whose elements expire.
+    pub fn ages(&mut self, table: &str, set: &str) -> Result<Vec<AgeRecord>, Error> {
+        let filter = Attributes::new().text(NFTA_SET_ELEM_LIST_TABLE, table);
+        let filter = filter.text(NFTA_SET_ELEM_LIST_SET, set);
+        let action = format!("list elements of {table} {set}");
+        let bodies = self.dump(NFT_MSG_GETSETELEM, &filter, &action)?;
+        Ok(bodies.iter().flat_map(|body| AgeRecord::read_all(body)).collect())
     }
 
     fn dump(
