@@ -106,7 +106,7 @@ impl WireguardKeys {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct WireguardDescription {
-    /// What carries the tunnels: `kernel` or `user space (boringtun)`; or why the node can have none.
+    /// What carries the tunnels: `kernel` or `user space (boringtun)`; or why the node has none.
     pub implementation: String,
     /// Its public keys; none where it can have no tunnels.
     #[serde(flatten)]

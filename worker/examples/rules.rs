@@ -126,6 +126,7 @@ fn mesh_table(first_port: u16, n_ports: u16) -> Result<MeshTable> {
             protocol: Protocol::Tcp,
             service_id: format!("service-{service}"),
             service: format!("service-{service}"),
+            proxy_protocol: None,
             backends: (1..=N_BACKENDS).map(backend).collect(),
         });
     }

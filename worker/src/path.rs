@@ -114,6 +114,10 @@ fn report(seen: &Seen) -> PathReport {
         echoes: seen.echoes,
         round_trip_nanos: u64::try_from(mean.as_nanos()).unwrap_or(u64::MAX),
         obstacles: seen.obstacles.clone(),
-        encryption: "none".to_owned(),
+        outgoing_obstacles: seen.outgoing_obstacles.clone(),
+        encryption: match crate::net::secure::implementation() {
+            Ok(name) => format!("of encrypted networks alone: {name}"),
+            Err(reason) => format!("none: {reason}"),
+        },
     }
 }

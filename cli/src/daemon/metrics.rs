@@ -4,6 +4,7 @@
 //! Plain HTTP without any proof of who asks, so that the address is the operator's choice alone.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -11,6 +12,7 @@ use skep_runtime::TaskSet;
 use skep_runtime::telemetry::Chain;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 use super::machine::Machine;
 
@@ -18,6 +20,10 @@ use super::machine::Machine;
 const HEAD_LENGTH_MAX: usize = 8 << 10;
 /// From the connection to the end of the answer.
 const DEADLINE: Duration = Duration::from_secs(10);
+/// Requests at once, each a file descriptor of the daemon; more wait in the backlog.
+const REQUESTS_MAX: usize = 32;
+/// How long to wait before accepting again when no file descriptor is left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves the page at `address` until the tasks end.
 pub(super) async fn serve(address: SocketAddr, machine: Machine, tasks: &TaskSet) -> Result<()> {
@@ -25,13 +31,23 @@ pub(super) async fn serve(address: SocketAddr, machine: Machine, tasks: &TaskSet
         format!("failed to serve metrics at {address}: free it, or change metrics_addr")
     })?;
     let connections = tasks.clone();
+    let permits = Arc::new(Semaphore::new(REQUESTS_MAX));
     tasks.spawn("metrics", async move {
         loop {
-            let Ok((stream, _)) = listener.accept().await else { continue };
+            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+            let stream = match listener.accept().await {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::debug!(%error, "failed to accept a request for metrics");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                    continue;
+                }
+            };
             let machine = machine.clone();
             connections.spawn("metrics request", async move {
                 // A collector that went away or is slow gets no answer.
                 let _ = tokio::time::timeout(DEADLINE, answer(stream, &machine)).await;
+                drop(permit);
             });
         }
     });

@@ -179,11 +179,12 @@ impl Node {
     fn follow_description(&self, options: &Options) -> watch::Receiver<NodeDescription> {
         let implementation = secure::implementation();
         let mut pairs = self.keyring.watch();
-        let mut described = description(options);
-        let mut describe = move |pairs: &Pairs| {
+        let mut failure = self.uplink.encryption_failure();
+        let mut described = description(options, self.uplink.interface());
+        let mut describe = move |pairs: &Pairs, failure: &Option<String>| {
             described.wireguard = Some(match &implementation {
                 Ok(name) => WireguardDescription {
-                    implementation: (*name).to_owned(),
+                    implementation: failure.clone().unwrap_or_else(|| (*name).to_owned()),
                     public: pairs.public(),
                 },
                 Err(reason) => WireguardDescription {
@@ -193,10 +194,19 @@ impl Node {
             });
             described.clone()
         };
-        let (sender, receiver) = watch::channel(describe(&pairs.borrow_and_update()));
+        let first = describe(&pairs.borrow_and_update(), &failure.borrow_and_update());
+        let (sender, receiver) = watch::channel(first);
         self.tasks.spawn("describe keys", async move {
-            while pairs.changed().await.is_ok() {
-                sender.send_replace(describe(&pairs.borrow_and_update()));
+            loop {
+                let changed = tokio::select! {
+                    changed = pairs.changed() => changed,
+                    changed = failure.changed() => changed,
+                };
+                if changed.is_err() {
+                    return;
+                }
+                let described = describe(&pairs.borrow_and_update(), &failure.borrow_and_update());
+                sender.send_replace(described);
             }
         });
         receiver
@@ -294,7 +304,7 @@ fn underlay(advertise_addr: &str, options: &Options, keyring: Arc<Keyring>) -> R
     Ok(Underlay { address, interface, run_dir: options.run_dir.clone(), keyring })
 }
 
-fn description(options: &Options) -> NodeDescription {
+fn description(options: &Options, interface: &str) -> NodeDescription {
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let memory = nix::sys::sysinfo::sysinfo().map(|info| info.ram_total()).unwrap_or(0);
     NodeDescription {
@@ -313,7 +323,7 @@ fn description(options: &Options) -> NodeDescription {
             labels: options.labels.clone(),
         },
         format_level: skep_manager::FORMAT_LEVEL,
-        ipv6_addresses: skep_worker::net::ipv6_addresses(),
+        ipv6_addresses: skep_worker::net::ipv6_addresses(interface),
         ..NodeDescription::default()
     }
 }

@@ -5,7 +5,8 @@ use std::fmt;
 
 use tracing_subscriber::EnvFilter;
 
-/// Writes logs to standard error; `SKEP_LOG` has the filter (default `info`, and of openraft errors alone).
+/// Writes logs to standard error; `SKEP_LOG` has the filter (default `info`, of openraft errors
+/// alone, and nothing of boringtun).
 pub fn init() {
     let filter = EnvFilter::try_from_env("SKEP_LOG")
         .unwrap_or_else(|_| EnvFilter::new("info,openraft=error,boringtun=off"));

@@ -189,7 +189,7 @@ fn tunnel(
         return passed("vxlan", ends, "UDP 4789 gets through");
     }
     let (detail, culprit, obstacles) = match arrived {
-        0 => ("UDP 4789 does not arrive at the interface", from.0, &from.1.obstacles),
+        0 => ("UDP 4789 does not arrive at the interface", from.0, &from.1.outgoing_obstacles),
         _ => ("UDP 4789 arrives at the interface and is dropped there", to.0, &to.1.obstacles),
     };
     let named = match obstacles.is_empty() {
@@ -255,6 +255,7 @@ mod tests {
             echoes: 50,
             round_trip_nanos: 250_000,
             obstacles: Vec::new(),
+            outgoing_obstacles: Vec::new(),
             encryption: "none".into(),
         }
     }
@@ -327,7 +328,8 @@ mod tests {
         );
         other.arrived.clear();
         let mut one = healthy();
-        one.obstacles = vec!["chain output has the policy drop".into()];
+        one.outgoing_obstacles = vec!["chain output has the policy drop".into()];
+        one.obstacles = vec!["chain input has the policy drop".into()];
         assert_eq!(
             failures(&one, &other),
             [

@@ -85,8 +85,9 @@ struct Owner {
 pub struct Owners(BTreeMap<Key, Owner>);
 
 impl Owners {
-    /// Takes a table over. Gives the keys whose counts are of nobody any more: their addresses went to
-    /// other tasks, or their tasks have been gone for [`RETENTION`].
+    /// Takes a table over. Gives the keys whose counts, where there are any, are not of their owners: their
+    /// addresses went to other tasks, also where connections of one that was forgotten had gone on, or
+    /// their tasks have been gone for [`RETENTION`].
     pub fn learn(&mut self, table: &MeshTable, now: Timestamp) -> Vec<Key> {
         let mut stale = Vec::new();
         let mut present = BTreeSet::new();
@@ -99,7 +100,7 @@ impl Owners {
                 let owner = Owner { service: service.clone(), task_id, gone_at: None };
                 present.insert(key);
                 let old = self.0.insert(key, owner);
-                if old.is_some_and(|old| old.task_id != backend.task_id) {
+                if old.is_none_or(|old| old.task_id != backend.task_id) {
                     stale.push(key);
                 }
             }
@@ -211,6 +212,7 @@ mod tests {
     #[test]
     fn counts_go_with_their_task_not_with_its_address() {
         let mut owners = Owners::default();
+        assert_eq!(owners.learn(&table("a@1 b@2"), NOW), [key(1), key(2)], "of nobody known");
         assert_eq!(owners.learn(&table("a@1 b@2"), NOW), []);
         assert_eq!(owners.learn(&table("a@1"), NOW), [], "b may end what it has");
         assert!(owners.render(&BTreeMap::new()).contains("task=\"b\""));
@@ -220,6 +222,12 @@ mod tests {
         assert_eq!(owners.learn(&table("a@1"), NOW), []);
         assert_eq!(owners.learn(&table("a@1"), NOW.after(RETENTION)), [key(2)], "long gone");
         assert!(!owners.render(&BTreeMap::new()).contains("task=\"c\""));
+        let later = NOW.after(RETENTION);
+        assert_eq!(
+            owners.learn(&table("a@1 d@2"), later),
+            [key(2)],
+            "what c's clients went on with"
+        );
     }
 
     #[test]

@@ -69,20 +69,21 @@ fn is_on_host(task: &Task) -> bool {
 }
 
 impl HostPorts {
-    /// Publishes the ports of a task that runs; whether that is new. Ports that it had before under an
-    /// earlier daemon keep their numbers.
+    /// Publishes the ports of a task that runs; gives the tasks whose ports have other numbers since, or
+    /// `None` where it publishes nothing new. Ports that it had before under an earlier daemon keep their
+    /// numbers.
     pub(super) fn publish(
         &mut self,
         task: &Task,
         earlier: Option<&PortStatus>,
         free_ports: &mut impl FreePorts,
-    ) -> bool {
+    ) -> Option<BTreeSet<TaskId>> {
         let address = task.ingress_address();
         if address.is_none() && !is_on_host(task) {
-            return false;
+            return None;
         }
         if task.host_ports.is_empty() || self.tasks.contains_key(&task.id) {
-            return false;
+            return None;
         }
         let had: Vec<&PortConfig> = earlier.iter().flat_map(|status| &status.ports).collect();
         let numbered = |wanted: &PortConfig| {
@@ -101,8 +102,7 @@ impl HostPorts {
             ports: ports.collect(),
         };
         self.tasks.insert(task.id, published);
-        self.settle(&BTreeSet::new(), free_ports);
-        true
+        Some(self.settle(&BTreeSet::new(), free_ports))
     }
 
     /// Withdraws the ports of a task; whether there were any.
@@ -225,10 +225,11 @@ mod tests {
     #[test]
     fn each_port_leads_to_its_task_while_that_runs() {
         let (mut ports, mut row) = (HostPorts::default(), Row(40000));
-        assert!(ports.publish(&task(1, &[(Some(8080), 80), (None, 81)]), None, &mut row));
-        assert!(!ports.publish(&task(1, &[(Some(8080), 80), (None, 81)]), None, &mut row));
-        assert!(ports.publish(&task(2, &[(None, 81)]), None, &mut row));
-        assert!(!ports.publish(&task(3, &[]), None, &mut row), "it publishes nothing");
+        let two = task(1, &[(Some(8080), 80), (None, 81)]);
+        assert_eq!(ports.publish(&two, None, &mut row), Some([TaskId(1)].into()));
+        assert_eq!(ports.publish(&two, None, &mut row), None);
+        assert!(ports.publish(&task(2, &[(None, 81)]), None, &mut row).is_some());
+        assert_eq!(ports.publish(&task(3, &[]), None, &mut row), None, "it publishes nothing");
         let expect = ["8080 10.192.4.1:80", "40001 10.192.4.1:81", "40002 10.192.4.2:81"];
         assert_eq!(shown(&ports), expect);
         let status = ports.status(TaskId(1)).unwrap();
@@ -245,16 +246,31 @@ mod tests {
         let (mut ports, mut row) = (HostPorts::default(), Row(40000));
         let mut agent = task(1, &[(Some(80), 80)]);
         agent.networks_attachments.clear();
-        assert!(!ports.publish(&agent, None, &mut row), "nothing reaches it");
+        assert_eq!(ports.publish(&agent, None, &mut row), None, "nothing reaches it");
         let on_host = skep_common::spec::NetworkAttachmentConfig {
             target: "host".into(),
             ..Default::default()
         };
         agent.spec.networks = Some(vec![on_host]);
-        assert!(ports.publish(&agent, None, &mut row));
+        assert!(ports.publish(&agent, None, &mut row).is_some());
         let status = ports.status(TaskId(1)).unwrap();
         assert_eq!(status.ports[0].published_port, Some(80));
         assert_eq!(shown(&ports), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_task_that_found_no_free_port_is_named_when_it_gets_one() {
+        struct Full;
+        impl FreePorts for Full {
+            fn free_port(&mut self, _: PortProtocol) -> Option<u16> {
+                None
+            }
+        }
+        let mut ports = HostPorts::default();
+        assert_eq!(ports.publish(&task(1, &[(None, 81)]), None, &mut Full), Some([].into()));
+        let changed = ports.publish(&task(2, &[(Some(8080), 80)]), None, &mut Row(40000));
+        assert_eq!(changed, Some([TaskId(1)].into()));
+        assert_eq!(ports.status(TaskId(1)).unwrap().ports[0].published_port, Some(40001));
     }
 
     #[test]

@@ -160,9 +160,7 @@ impl MeshState {
         let of = |protocol: &Protocol| PortProtocol::of(&protocol.to_string());
         self.ports.keys().filter_map(|(protocol, port)| Some((of(protocol)?, *port))).collect()
     }
-}
 
-impl MeshState {
     /// The networks of this node, as far as they are known.
     pub(super) fn networks(&self) -> Arc<NetworkTables> {
         Arc::new(NetworkTables {

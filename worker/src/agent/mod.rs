@@ -326,10 +326,25 @@ impl Agent {
     /// Publishes what a task that runs has in host mode; whether that is new.
     fn publish_host_ports(&mut self, task_id: TaskId, status: &TaskStatus) -> bool {
         let Some(held) = self.held.get(&task_id) else { return false };
-        let assigned = held.assigned.borrow();
-        host_ports::runs(status)
-            && !assigned.is_ending()
-            && self.mesh.host.publish(&assigned.task, held.status.port_status.as_ref(), &mut Kernel)
+        if !host_ports::runs(status) || held.assigned.borrow().is_ending() {
+            return false;
+        }
+        let task = Arc::clone(&held.assigned.borrow().task);
+        let earlier = held.status.port_status.as_ref();
+        let published = self.mesh.host.publish(&task, earlier, &mut Kernel);
+        let is_new = published.is_some();
+        self.note_host_ports(&published.unwrap_or_default());
+        is_new
+    }
+
+    /// Has the numbers of these tasks' ports reported.
+    fn note_host_ports(&mut self, changed: &BTreeSet<TaskId>) {
+        for task_id in changed {
+            let Some(held) = self.held.get_mut(task_id) else { continue };
+            held.status.port_status = self.mesh.host.status(*task_id);
+            self.unsent.insert(*task_id);
+            self.remember(*task_id);
+        }
     }
 
     /// Gives ports that this node numbers another number where theirs is not to be had, by the mesh's
@@ -344,12 +359,7 @@ impl Agent {
         };
         taken.extend(self.mesh.host.numbers().filter(|key| refused(*key)));
         let changed = self.mesh.host.settle(&taken, &mut Kernel);
-        for task_id in &changed {
-            let Some(held) = self.held.get_mut(task_id) else { continue };
-            held.status.port_status = self.mesh.host.status(*task_id);
-            self.unsent.insert(*task_id);
-            self.remember(*task_id);
-        }
+        self.note_host_ports(&changed);
         if !changed.is_empty() {
             self.apply_tables();
         }

@@ -51,6 +51,8 @@ pub struct Uplink {
     tables: Arc<watch::Sender<Arc<NetworkTables>>>,
     /// The names of the same networks.
     directory: Arc<watch::Sender<Arc<Directory>>>,
+    /// What keeps encrypted networks from the other nodes.
+    encryption_failure: Arc<watch::Sender<Option<String>>>,
     /// First processes of containers that an earlier daemon left, until the mesh starts.
     found: Arc<Mutex<BTreeMap<TaskId, u32>>>,
 }
@@ -72,6 +74,7 @@ impl Uplink {
             started: Arc::new(watch::Sender::new(None)),
             tables: Arc::default(),
             directory: Arc::default(),
+            encryption_failure: Arc::default(),
             found: Arc::default(),
         }
     }
@@ -85,6 +88,11 @@ impl Uplink {
     /// Where the tunnel ends on this node.
     pub fn underlay(&self) -> Ipv4Addr {
         self.underlay.address
+    }
+
+    /// The interface that has that address.
+    pub fn interface(&self) -> &str {
+        &self.underlay.interface
     }
 
     /// What was counted, as text for a collector; empty where nothing is.
@@ -111,6 +119,23 @@ impl Uplink {
     /// The networks of this node as its leader last told them.
     pub fn tables(&self) -> watch::Receiver<Arc<NetworkTables>> {
         self.tables.subscribe()
+    }
+
+    /// Follows what keeps encrypted networks of this node from the other nodes, in words.
+    pub fn encryption_failure(&self) -> watch::Receiver<Option<String>> {
+        self.encryption_failure.subscribe()
+    }
+
+    fn note_encryption(&self, failure: Option<&crate::net::Error>) {
+        let failure = failure.map(|error| Chain(error).to_string());
+        self.encryption_failure.send_if_modified(|known| {
+            let is_news = *known != failure;
+            if is_news && let Some(error) = &failure {
+                tracing::error!(error, "encrypted networks of this node reach no other node");
+            }
+            *known = failure;
+            is_news
+        });
     }
 
     /// What names of these networks mean.
@@ -260,10 +285,22 @@ impl Uplink {
                 return Err(error);
             }
         };
+        let running = self.found().clone();
+        renew(&mesh, running).await;
         let accounting = self.account(table.pool).await;
         let started = Started { mesh, networks, accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
+    }
+}
+
+/// Gives containers that an earlier daemon connected what they lack by now, as IPv6.
+async fn renew(mesh: &Mesh, running: BTreeMap<TaskId, u32>) {
+    for (task_id, pid) in running {
+        if let Err(error) = mesh.renew(&task_id.to_string(), pid).await {
+            // It has ended since it was found, or goes on with what it has.
+            tracing::warn!(task.id = %task_id, error = %Chain(&error), "a container's uplink stays as it was");
+        }
     }
 }
 
@@ -313,7 +350,7 @@ impl Balancers for Uplink {
         let (applied, connected) =
             tokio::join!(started.mesh.apply(table), started.networks.apply());
         let applied = applied?;
-        connected?;
+        self.note_encryption(connected?.as_ref());
         Ok(applied.conditions.iter().map(port_condition).collect())
     }
 

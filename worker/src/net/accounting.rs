@@ -28,7 +28,7 @@ use skep_worker_core::mesh::MeshTable;
 
 use super::Error;
 use super::nft::expression as rule;
-use super::nft::{Batch, CommitError, Element, Expression, Hook, NftChannel, SetKind, Value};
+use super::nft::{Batch, Element, Expression, Hook, NftChannel, SetKind, Value};
 use super::thread::KernelThread;
 
 const TABLE: &str = "skep-accounting";
@@ -67,7 +67,7 @@ impl Accounting {
     pub async fn start(pool: Ipv4Net) -> Result<Self, Error> {
         let start = move || {
             let mut channel = NftChannel::open()?;
-            commit(&mut channel, &layout(pool))?;
+            channel.commit_any(&layout(pool))?;
             Ok((Kernel { channel, owners: Owners::default() }, ()))
         };
         let (kernel, ()) = KernelThread::start("skep-accounting", start).await?;
@@ -91,7 +91,7 @@ impl Accounting {
             let mut batch = Batch::new();
             batch.add_table(TABLE); // Deleting a table needs it to exist.
             batch.delete_table(TABLE);
-            Ok(((), commit(&mut NftChannel::open()?, &batch)?))
+            Ok(((), NftChannel::open()?.commit_any(&batch)?))
         };
         KernelThread::start("skep-accounting", remove).await.map(drop)
     }
@@ -111,7 +111,7 @@ impl Kernel {
             let elements: Vec<Element> = counted.map(Element::key).collect();
             batch.delete_elements(TABLE, set, &elements);
         }
-        if batch.is_empty() { Ok(()) } else { commit(&mut self.channel, &batch) }
+        if batch.is_empty() { Ok(()) } else { self.channel.commit_any(&batch) }
     }
 
     fn text(&mut self) -> Result<String, Error> {
@@ -129,14 +129,6 @@ impl Kernel {
             }
         }
         Ok(self.owners.render(&all))
-    }
-}
-
-fn commit(channel: &mut NftChannel, batch: &Batch) -> Result<(), Error> {
-    match channel.commit(batch, None) {
-        Ok(()) => Ok(()),
-        Err(CommitError::Refused(error)) => Err(error),
-        Err(CommitError::Outdated) => unreachable!("the batch names no generation"),
     }
 }
 

@@ -6,11 +6,22 @@ use std::net::Ipv6Addr;
 use nix::ifaddrs::getifaddrs;
 use skep_worker_core::mesh::of_twin;
 
+use super::mesh::links::has_room_for_ipv6;
+use super::rtnetlink::RouteChannel;
 use super::sysctl;
 
-/// The addresses by which others know this host, where it has IPv6; `None` where it has not.
-pub fn ipv6_addresses() -> Option<BTreeSet<Ipv6Addr>> {
+/// The addresses by which others know this host, where it has IPv6 and its mesh carries it over the
+/// `underlay` interface; `None` where not.
+pub fn ipv6_addresses(underlay: &str) -> Option<BTreeSet<Ipv6Addr>> {
     if !sysctl::host_has_ipv6() {
+        return None;
+    }
+    let link = RouteChannel::open().and_then(|mut channel| channel.link(underlay));
+    let link = link.unwrap_or_else(|error| {
+        tracing::warn!(%error, interface = underlay, "published ports have no IPv6 here");
+        None
+    });
+    if !link.is_some_and(|link| has_room_for_ipv6(link.mtu)) {
         return None;
     }
     let interfaces = getifaddrs().inspect_err(|error| {
@@ -29,6 +40,13 @@ fn is_known_elsewhere(address: &Ipv6Addr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_whose_mesh_has_no_room_for_ipv6_has_none() {
+        assert!(has_room_for_ipv6(1330) && !has_room_for_ipv6(1329));
+        assert_eq!(ipv6_addresses("no-such-thing"), None);
+        assert_eq!(ipv6_addresses("lo").is_some(), sysctl::host_has_ipv6());
+    }
 
     #[test]
     fn addresses_that_others_may_see_are_named() {

@@ -28,7 +28,7 @@ use skep_worker_core::mesh::Mac;
 use super::Error;
 use super::firewall::obstacles;
 use super::nft::expression as rule;
-use super::nft::{Batch, CommitError, Hook, NftChannel, SetKind, Value};
+use super::nft::{Batch, Hook, NftChannel, SetKind, Value};
 use super::rtnetlink::RouteChannel;
 use crate::sys;
 
@@ -93,8 +93,10 @@ pub struct Seen {
     pub echoes: u32,
     /// The sum of their round trips.
     pub round_trips: Duration,
-    /// What drops packets of the tunnel here.
+    /// What drops packets of the tunnel that come in here.
     pub obstacles: Vec<String>,
+    /// What drops those that go out.
+    pub outgoing_obstacles: Vec<String>,
 }
 
 /// A check under way, in the network namespace of the thread that opened it.
@@ -134,7 +136,7 @@ impl Path {
         limited.map_err(|error| Error::kernel("limit a wait", std::io::Error::from(error)))?;
         let echo = socket.try_clone().map_err(action("share a socket"))?;
         let mut nft = NftChannel::open()?;
-        commit(&mut nft, &table(&ends))?;
+        nft.commit_any(&table(&ends))?;
         let (started, is_ended) = (clock::monotonic(), Arc::new(AtomicBool::new(false)));
         let until = Arc::clone(&is_ended);
         let receive = move || receive(&frames, &echo, &ends, started, &until);
@@ -187,7 +189,8 @@ impl Path {
                 seen.round_trips += came.saturating_sub(*sent);
             }
         }
-        seen.obstacles = obstacles(self.ends.vxlan_port)?;
+        let found = obstacles(self.ends.vxlan_port)?;
+        (seen.obstacles, seen.outgoing_obstacles) = (found.incoming, found.outgoing);
         Ok(seen)
     }
 
@@ -203,7 +206,7 @@ impl Drop for Path {
         self.end();
         let mut batch = Batch::new();
         batch.delete_table(TABLE);
-        if let Err(error) = commit(&mut self.nft, &batch) {
+        if let Err(error) = self.nft.commit_any(&batch) {
             tracing::warn!(%error, "the table of a check stays until the next one");
         }
     }
@@ -302,14 +305,6 @@ fn table(ends: &Ends) -> Batch {
     ];
     batch.add_rule(TABLE, "observe", &parts.concat(), "probes of another node");
     batch
-}
-
-fn commit(channel: &mut NftChannel, batch: &Batch) -> Result<(), Error> {
-    match channel.commit(batch, None) {
-        Ok(()) => Ok(()),
-        Err(CommitError::Refused(error)) => Err(error),
-        Err(CommitError::Outdated) => unreachable!("the batch names no generation"),
-    }
 }
 
 #[cfg(test)]

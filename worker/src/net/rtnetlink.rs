@@ -11,6 +11,9 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use super::Error;
 use super::channel::{Channel, Refusal};
 
+/// Marks routes and rules as ours; not in use by the daemons of `/etc/iproute2/rt_protos`.
+pub const ROUTE_PROTOCOL: u8 = 115;
+
 /// How a new object treats one that exists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {

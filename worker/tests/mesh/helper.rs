@@ -42,6 +42,11 @@ pub(crate) enum Request {
         pid: u32,
         address: Ipv4Addr,
     },
+    /// As the next daemon does with a container that it finds.
+    Renew {
+        task_id: String,
+        pid: u32,
+    },
     Detach {
         task_id: String,
     },
@@ -225,6 +230,11 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         Request::Attach { task_id, pid, address } => {
             let mesh = state.mesh.as_ref().expect("started");
             mesh.attach(&task_id, pid, "eth0", address).await.map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::Renew { task_id, pid } => {
+            let mesh = state.mesh.as_ref().expect("started");
+            mesh.renew(&task_id, pid).await.map_err(text)?;
             Ok(Value::Null)
         }
         Request::Detach { task_id } => {

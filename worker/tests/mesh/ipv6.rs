@@ -211,3 +211,24 @@ fn long_answers_and_ways_out_are_as_with_ipv4() {
     assert_eq!(lab.node(2).host.ip("-6 rule show").lines().count(), 2, "of the kernel itself");
     assert_eq!(lab.node(2).host.ask(&Request::ChainsOfIpv6), serde_json::json!([]));
 }
+
+#[test]
+fn containers_of_the_time_before_get_ipv6_with_their_node() {
+    if !can_run_ipv6() {
+        return;
+    }
+    let mut lab = lab(2);
+    lab.ipv6.insert(3, BTreeSet::from([underlay6(3)]));
+    lab.start(3);
+    let (task_id, pid) = (task_name(3), lab.node(3).task.pid());
+    for _ in 0..2 {
+        lab.node(3).daemon.ask(&Request::Renew { task_id: task_id.clone(), pid });
+    }
+    let stranger = Request::Renew { task_id: "stranger".into(), pid };
+    lab.node(3).daemon.ask(&stranger);
+    lab.publish(&[(PORT, ALL)]);
+    for through in 1..=N {
+        assert_turns(&mut lab, Client::Outside, node_address6(through, PORT));
+        lab.assert_turns(Client::Outside, node_address(through, PORT));
+    }
+}

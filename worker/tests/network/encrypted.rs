@@ -240,3 +240,42 @@ fn a_key_is_changed_without_losing_a_packet() {
     assert_eq!(lab.get(11, &get(address(12), 1)), ["12"]);
     assert_eq!(kinds(&captured(&mut lab, 1)), ["udp 4790"], "the lower port is the other node's");
 }
+
+#[test]
+fn a_port_that_another_program_has_keeps_no_other_network_from_changing() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    let address_of_wireguard = SocketAddr::new(underlay(1).into(), 4790);
+    lab.node(1).host.ask(&Request::HoldUdp { address: Some(address_of_wireguard) });
+    lab.add_network(FRONT).encrypted = true;
+    lab.add_network(BACK);
+    lab.place(FRONT, 11, 1);
+    lab.add_task(FRONT, 12, 2);
+    lab.add_task(BACK, 21, 1);
+    lab.add_task(BACK, 22, 2);
+    let expect = "failed to start WireGuard on skep-wg0 at 10.98.0.1:4790: Address already in use (os error 98)";
+    assert_eq!(lab.apply_on(1), expect);
+    assert_eq!(lab.get(21, &get(address(22), 1)), ["22"]);
+    assert_eq!(lab.connect(&[FRONT], 11, 1).unwrap_err(), expect);
+
+    lab.node(1).host.ask(&Request::HoldUdp { address: None });
+    assert_eq!(lab.apply_on(1), serde_json::Value::Null);
+    lab.connect(&[FRONT], 11, 1).expect("connected");
+    assert_eq!(lab.get(11, &get(address(12), 1)), ["12"]);
+}
+
+#[test]
+fn an_interface_whose_driver_has_failed_is_started_again() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = four_tasks();
+    lab.node(1).host.ip("link delete skep-wg0");
+    // Another one of that name, which nobody drives.
+    lab.node(1).host.ip("tuntap add dev skep-wg0 mode tun");
+    assert!(crate::is_unreached(&lab.get(11, &get(address(12), 1))));
+    lab.apply();
+    assert_eq!(lab.get(11, &get(address(12), 1)), ["12"]);
+}

@@ -133,6 +133,10 @@ pub(crate) enum Request {
     Rotate {
         step: Step,
     },
+    /// Holds a port of UDP as any other program would, or lets go of it.
+    HoldUdp {
+        address: Option<SocketAddr>,
+    },
     /// Sends one datagram and waits for nothing.
     Send {
         to: SocketAddr,
@@ -218,7 +222,8 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             let networks = networks.into_iter().map(table).collect();
             let tables = NetworkTables { version, self_number: number, peers, keys, networks };
             state.tables.as_ref().expect("started").send_replace(Arc::new(tables));
-            state.networks.as_ref().expect("started").apply().await.map_err(text)?;
+            let applied = state.networks.as_ref().expect("started").apply().await.map_err(text)?;
+            return Ok(json!(applied.map(text)));
         }
         Request::Attach { task, pid, attachments } => {
             let attachments = attachments.into_iter().map(|(id, interface, address, ipv6)| {
@@ -340,6 +345,12 @@ fn handle_socket(state: &mut State, request: Request) -> std::io::Result<Value> 
             return Ok(json!(capture.counts(clear.as_bytes())?));
         }
         Request::Datagrams => return Ok(json!(*state.datagrams.lock().expect("counts"))),
+        Request::HoldUdp { address } => {
+            state.sockets.remove("held");
+            if let Some(address) = address {
+                state.sockets.insert("held".to_owned(), UdpSocket::bind(address)?);
+            }
+        }
         Request::Send { to, bytes } => {
             UdpSocket::bind("0.0.0.0:0")?.send_to(&bytes, to)?;
         }

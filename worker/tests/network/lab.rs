@@ -216,7 +216,7 @@ impl Lab {
     }
 
     #[track_caller]
-    pub(crate) fn apply_on(&mut self, number: u16) {
+    pub(crate) fn apply_on(&mut self, number: u16) -> Value {
         let request = Request::Apply {
             version: self.version,
             number,
@@ -224,7 +224,7 @@ impl Lab {
             keys: self.keys.clone(),
             networks: self.networks.values().cloned().collect(),
         };
-        self.node(number).daemon.ask(&request);
+        self.node(number).daemon.ask(&request)
     }
 
     /// What a task's connections are answered: which task, each time.

@@ -20,9 +20,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::refusal;
 
-/// Sessions of all ports at once, each a file descriptor; the one that was used the longest time ago
-/// makes room.
+/// Sessions of all ports at once, each a file descriptor; the port's own that was used the longest time
+/// ago makes room.
 pub(super) const SESSIONS_MAX: usize = 2048;
+
+/// Sessions that each loopback socket may have besides, so that no port's clients keep out another's.
+const SESSIONS_RESERVED: usize = 16;
 
 /// A session ends after one to two of these without a datagram: the kernel forgets a flow after as long.
 const IDLE: Duration = Duration::from_secs(60);
@@ -36,7 +39,7 @@ const DATAGRAM_MAX: usize = 1 << 16;
 /// Serves the clients of one loopback socket until it is dropped.
 pub(super) async fn relay(listener: UdpSocket, target: SocketAddrV4, permits: Arc<Semaphore>) {
     let listener = Arc::new(listener);
-    let mut sessions = Sessions { permits, ..Sessions::default() };
+    let mut sessions = Sessions::new(permits);
     let mut answers = FuturesUnordered::new();
     let mut buffer = vec![0; DATAGRAM_MAX];
     loop {
@@ -81,25 +84,27 @@ struct Session {
 
 struct Sessions {
     permits: Arc<Semaphore>,
+    /// Of this socket alone, for when the others are given.
+    reserved: Arc<Semaphore>,
     by_client: BTreeMap<SocketAddr, Session>,
     /// Counts datagrams, which orders them and names sessions.
     turn: u64,
 }
 
-impl Default for Sessions {
-    fn default() -> Self {
-        Self { permits: Arc::new(Semaphore::new(0)), by_client: BTreeMap::new(), turn: 0 }
-    }
-}
-
 impl Sessions {
+    fn new(permits: Arc<Semaphore>) -> Self {
+        let reserved = Arc::new(Semaphore::new(SESSIONS_RESERVED));
+        Self { permits, reserved, by_client: BTreeMap::new(), turn: 0 }
+    }
+
     /// Makes a session for a client that has none.
     async fn of(&mut self, client: SocketAddr, target: SocketAddrV4) -> Option<Answering> {
         self.turn += 1;
         if self.by_client.contains_key(&client) {
             return None;
         }
-        let permit = match self.permits.clone().try_acquire_owned() {
+        let permit = self.permits.clone().try_acquire_owned();
+        let permit = match permit.or_else(|_| self.reserved.clone().try_acquire_owned()) {
             Ok(permit) => permit,
             Err(_) => self.evict()?,
         };
@@ -199,5 +204,24 @@ fn refuse(listener: &UdpSocket, client: SocketAddr) {
     let refused = listener.local_addr().and_then(|server| refusal::send(client, server));
     if let Err(error) = refused {
         tracing::debug!(%client, %error, "failed to refuse a loopback client's datagram");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_port_has_room_for_some_clients_whatever_others_hold() {
+        let target = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 9);
+        let client = |n: usize| SocketAddr::from(([127, 0, 0, 1], u16::try_from(n).unwrap()));
+        let mut sessions = Sessions::new(Arc::new(Semaphore::new(0)));
+        for n in 1..=SESSIONS_RESERVED + 1 {
+            assert!(sessions.of(client(n), target).await.is_some(), "client {n}");
+        }
+        assert_eq!(sessions.by_client.len(), SESSIONS_RESERVED);
+        assert!(!sessions.by_client.contains_key(&client(1)), "the oldest made room");
+        sessions.end(client(2), 2);
+        assert!(sessions.of(client(1), target).await.is_some());
     }
 }

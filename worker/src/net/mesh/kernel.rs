@@ -18,7 +18,7 @@ use super::hold::{Hold, Listeners, hold, hold_relayed};
 use super::layout::Layout;
 use super::links;
 use super::options::Options;
-use super::program::{Program, holder_of};
+use super::program::{Program, holder_after};
 use super::routes::Routes;
 use super::rules::{Rules, Wanted};
 use crate::net::rtnetlink::RouteChannel;
@@ -246,7 +246,8 @@ impl Kernel {
                         wanted.ports.remove(&key);
                         changes.balance.remove(&key);
                     }
-                    conditions.push(refused(published.service_id.clone(), key, &error));
+                    let known = self.conditions.iter().find(|known| known.port() == key);
+                    conditions.push(refused(published.service_id.clone(), key, &error, known));
                 }
             }
         }
@@ -381,10 +382,20 @@ fn is_without_sctp(port: PortKey, error: &io::Error) -> bool {
     port.protocol == Protocol::Sctp && error.kind() == io::ErrorKind::Unsupported
 }
 
-fn refused(service_id: String, port: PortKey, error: &io::Error) -> Condition {
+/// Why a port could not be taken; `known` is what was said of it before.
+fn refused(
+    service_id: String,
+    port: PortKey,
+    error: &io::Error,
+    known: Option<&Condition>,
+) -> Condition {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            Condition::PortHeld { service_id, port, program: holder_of(port) }
+            let known = match known {
+                Some(Condition::PortHeld { program, .. }) => program.as_ref(),
+                _ => None,
+            };
+            Condition::PortHeld { service_id, port, program: holder_after(port, known) }
         }
         _ if is_without_sctp(port, error) => {
             let reason = "this kernel has no SCTP (CONFIG_IP_SCTP; try: modprobe sctp)".to_owned();

@@ -27,6 +27,9 @@ const TABLE_LOCAL: u32 = 255;
 /// Routes with a shorter prefix are default routes; VPN programs write theirs as two halves.
 const DEFAULT_ROUTE_PREFIX_MAX: u8 = 1;
 
+/// The kernel refuses IPv6 on interfaces with a smaller MTU.
+const IPV6_MTU_MIN: u32 = 1280;
+
 /// The indexes of the node's own interfaces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Devices {
@@ -115,10 +118,14 @@ pub(super) fn ensure(
     Ok(Devices { bridge, tunnel, has_ipv6 })
 }
 
-/// Whether the mesh of a node carries IPv6: the kernel refuses it on interfaces with a smaller MTU.
+/// Whether the mesh of a node carries IPv6.
 pub(super) fn carries_ipv6(options: &Options, mtu: u32) -> bool {
-    const MTU_MIN: u32 = 1280;
-    options.ipv6 && mtu >= MTU_MIN
+    options.ipv6 && mtu >= IPV6_MTU_MIN
+}
+
+/// Whether a mesh over an interface with that MTU can carry IPv6.
+pub(in crate::net) fn has_room_for_ipv6(underlay_mtu: u32) -> bool {
+    underlay_mtu.saturating_sub(VXLAN_OVERHEAD) >= IPV6_MTU_MIN
 }
 
 /// Removes both interfaces, and the uplinks of tasks, with everything that depends on them.
@@ -211,6 +218,27 @@ fn ensure_link(
     }
     let link = channel.link(name)?;
     Ok(link.ok_or(Error::NoInterface { interface: name.to_owned() })?.index)
+}
+
+/// The IPv4 addresses of an interface.
+pub(super) fn ipv4_addresses(
+    channel: &mut RouteChannel,
+    link: &Link,
+) -> Result<Vec<Ipv4Addr>, Error> {
+    let mut query = AddressMessage::default();
+    query.header.family = AddressFamily::Inet;
+    let action = format!("list addresses of {}", link.name);
+    let messages = channel.dump(&action, RouteNetlinkMessage::GetAddress(query))?;
+    let addresses = messages.into_iter().filter_map(|message| match message {
+        RouteNetlinkMessage::NewAddress(found) if found.header.index == link.index => {
+            found.attributes.into_iter().find_map(|attribute| match attribute {
+                AddressAttribute::Local(IpAddr::V4(address)) => Some(address),
+                _ => None,
+            })
+        }
+        _ => None,
+    });
+    Ok(addresses.collect())
 }
 
 /// Gives an interface exactly one address of the IP version, but for those of the link.

@@ -189,6 +189,12 @@ impl Mesh {
         self.uplinks.run(move |uplinks| uplinks.attach(&task_id, pid, &interface, address)).await?
     }
 
+    /// Gives a container that an earlier daemon connected what its uplink lacks by now. Fine if it has none.
+    pub async fn renew(&self, task_id: &str, pid: u32) -> Result<(), Error> {
+        let task_id = task_id.to_owned();
+        self.uplinks.run(move |uplinks| uplinks.renew(&task_id, pid)).await?
+    }
+
     /// Takes the uplink of a task away. Fine if there is none.
     pub async fn detach(&self, task_id: &str) -> Result<(), Error> {
         let task_id = task_id.to_owned();

@@ -58,6 +58,12 @@ pub(super) fn holder_of(port: PortKey) -> Option<Program> {
     })
 }
 
+/// The same, where it was `known` before: all processes are looked through only if that has let go of it.
+pub(super) fn holder_after(port: PortKey, known: Option<&Program>) -> Option<Program> {
+    let known = known.filter(|known| known.holds_still()).cloned();
+    known.or_else(|| holder_of(port))
+}
+
 /// Inodes of the sockets on a local port, those that listen first.
 fn socket_inodes(port: PortKey) -> Vec<u64> {
     let mut found = Vec::new();
@@ -111,9 +117,15 @@ fn command_of(pid: u32) -> String {
         .collect();
     if words.is_empty() {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        return name.trim().to_owned();
+        return printable(name.trim());
     }
-    words.join(" ").chars().take(COMMAND_LENGTH_MAX).collect()
+    printable(&words.join(" "))
+}
+
+/// The beginning of a program's own words, which must not be obeyed by the terminal that shows them.
+fn printable(text: &str) -> String {
+    let shown = text.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
+    shown.take(COMMAND_LENGTH_MAX).collect()
 }
 
 #[cfg(test)]
@@ -138,6 +150,15 @@ mod tests {
     }
 
     #[test]
+    fn what_a_program_calls_itself_moves_no_cursor() {
+        assert_eq!(
+            printable("nginx -g \u{1b}[2Jx\r\ny\u{9b}1m"),
+            "nginx -g \u{fffd}[2Jx\u{fffd}\u{fffd}y\u{fffd}1m"
+        );
+        assert_eq!(printable(&"é".repeat(500)).chars().count(), COMMAND_LENGTH_MAX);
+    }
+
+    #[test]
     fn this_test_is_found_as_a_holder() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let socket =
@@ -151,7 +172,13 @@ mod tests {
         holder(Protocol::Udp, socket.local_addr());
         let program = holder(Protocol::Tcp, listener.local_addr());
         assert!(program.holds_still());
+        let port = listener.local_addr().unwrap().port();
+        let known = Program { command: "as it was".into(), ..program.clone() };
+        let after = |known| holder_after(PortKey { protocol: Protocol::Tcp, port }, known);
+        assert_eq!(after(Some(&known)), Some(known.clone()), "not looked for again");
+        assert_eq!(after(None), Some(program.clone()));
         drop(listener);
         assert!(!program.holds_still());
+        assert_eq!(after(Some(&known)), None);
     }
 }

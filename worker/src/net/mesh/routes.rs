@@ -17,10 +17,7 @@ use super::links::Devices;
 use super::options::{BRIDGE, MarkField, Options};
 use crate::net::Error;
 use crate::net::neighbour::{entries, forwarding, neighbour};
-use crate::net::rtnetlink::{Mode, RouteChannel};
-
-/// Marks routes and rules as ours; not in use by the daemons of `/etc/iproute2/rt_protos`.
-const PROTOCOL: u8 = 115;
+use crate::net::rtnetlink::{Mode, ROUTE_PROTOCOL, RouteChannel};
 
 /// Rules of ours come before those of VPN programs (from 5000) and the main table (32766): they
 /// match nothing but marked answers of tasks.
@@ -149,7 +146,7 @@ impl Routes {
         let query = RouteNetlinkMessage::GetRoute(query);
         for message in self.filtered.dump("list routes of the tunnel", query)? {
             let RouteNetlinkMessage::NewRoute(route) = message else { continue };
-            if route.header.protocol != RouteProtocol::Other(PROTOCOL) {
+            if route.header.protocol != RouteProtocol::Other(ROUTE_PROTOCOL) {
                 continue;
             }
             let mut table = u32::from(route.header.table);
@@ -191,7 +188,7 @@ impl Routes {
         let mut message = RouteMessage::default();
         message.header.address_family = self.family;
         message.header.destination_prefix_length = key.destination.prefix_len();
-        message.header.protocol = RouteProtocol::Other(PROTOCOL);
+        message.header.protocol = RouteProtocol::Other(ROUTE_PROTOCOL);
         message.header.kind = RouteType::Unicast;
         message.header.scope = match via {
             Some(_) => RouteScope::Universe,
@@ -223,7 +220,7 @@ impl Routes {
         query.header.family = self.family;
         let query = RouteNetlinkMessage::GetRule(query);
         let found = self.channel.dump("list routing rules", query)?;
-        let protocol = RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL));
+        let protocol = RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL));
         let input = RuleAttribute::Iifname(BRIDGE.to_owned());
         let ours = found.into_iter().filter_map(|message| match message {
             RouteNetlinkMessage::NewRule(rule) => Some(rule),
@@ -261,7 +258,7 @@ impl Routes {
             RuleAttribute::FwMark(self.marks.mark(number)),
             RuleAttribute::FwMask(self.marks.mask()),
             RuleAttribute::Table(self.table_base + u32::from(number)),
-            RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)),
+            RuleAttribute::Protocol(RouteProtocol::Other(ROUTE_PROTOCOL)),
         ];
         message
     }

@@ -103,6 +103,20 @@ impl Uplinks {
         Ok(())
     }
 
+    /// Gives a container that an earlier daemon connected what its uplink lacks by now, as IPv6 where this
+    /// node had none then. Nothing to do for a container without an uplink.
+    pub(super) fn renew(&mut self, task_id: &str, pid: u32) -> Result<(), Error> {
+        let Some(outer) = self.channel.link(&interface_name(task_id))? else { return Ok(()) };
+        let namespace = self.home.of_container(task_id, pid)?;
+        let mut inside = self.home.within(&namespace, RouteChannel::open)??;
+        let inner = inside.links()?.into_iter().find(|link| Some(link.index) == outer.peer);
+        let Some(inner) = inner else { return Ok(()) };
+        let addresses = links::ipv4_addresses(&mut inside, &inner)?;
+        let number = self.options.self_number;
+        let own = addresses.into_iter().find(|own| self.slices.is_task_address(number, *own));
+        own.map_or(Ok(()), |address| self.attach(task_id, pid, &inner.name, address))
+    }
+
     /// Takes the uplink of a task away; fine where it has none.
     pub(super) fn detach(&mut self, task_id: &str) -> Result<(), Error> {
         let name = interface_name(task_id);

@@ -99,8 +99,9 @@ impl Networks {
     }
 
     /// Puts the newest tables into effect; returns when the kernel is changed. After an error the same
-    /// tables may be applied again.
-    pub async fn apply(&self) -> Result<(), Error> {
+    /// tables may be applied again. Gives what keeps encrypted networks from the other nodes, where something
+    /// does; all others are in force then.
+    pub async fn apply(&self) -> Result<Option<Error>, Error> {
         self.plane.run(Plane::apply).await?
     }
 

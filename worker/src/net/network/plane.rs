@@ -96,15 +96,16 @@ impl Plane {
     }
 
     /// Puts the newest tables into effect. A failure of one network or container keeps no other from
-    /// changing; the first is returned.
-    pub(super) fn apply(&mut self) -> Result<(), Error> {
+    /// changing; the first is returned. What keeps encryption alone from its tables is no failure of theirs:
+    /// nothing is sent in clear meanwhile, and all other networks are in force.
+    pub(super) fn apply(&mut self) -> Result<Option<Error>, Error> {
         let tables = self.tables.borrow().clone();
         let mut failures = Vec::new();
         let before = self.in_force.take();
         let is_repair = before.as_ref().is_none_or(|before| Arc::ptr_eq(before, &tables));
         let places = |tables: &NetworkTables| (tables.peers.clone(), tables.keys.clone());
         let is_moved = before.as_ref().is_none_or(|before| places(before) != places(&tables));
-        failures.extend(self.converge_secure(&tables).err());
+        let unencrypted = self.converge_secure(&tables).err();
         for (network_id, table) in &tables.networks {
             let known = before.as_ref().and_then(|before| before.networks.get(network_id));
             let is_same = known.is_some_and(|known| Arc::ptr_eq(known, table));
@@ -113,7 +114,11 @@ impl Plane {
             if is_refused || is_same && !is_repair && !is_moved {
                 continue;
             }
-            failures.extend(self.converge(*network_id, table, &tables, is_repair).err());
+            let failure = self.converge(*network_id, table, &tables, is_repair).err();
+            match &unencrypted {
+                Some(_) if table.encrypted => {} // It follows from that.
+                _ => failures.extend(failure),
+            }
         }
         let balances = self.balances(&tables);
         for container in self.containers.values_mut() {
@@ -124,7 +129,7 @@ impl Plane {
         if failures.is_empty() {
             self.in_force = Some(tables);
         }
-        first_of(failures)
+        first_of(failures).map(|()| unencrypted)
     }
 
     /// Connects a container to its networks, whose tables are known. Fine if it is connected already.

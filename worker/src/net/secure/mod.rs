@@ -153,7 +153,8 @@ impl Secure {
         underlay_mtu: u32,
     ) -> Result<Link, Error> {
         let name = interface_name(slot);
-        if !self.interfaces.contains_key(&slot) || host.link(&name)?.is_none() {
+        let is_driven = self.interfaces.get(&slot).is_some_and(|(_, driver)| driver.is_at_work());
+        if !is_driven || host.link(&name)?.is_none() {
             self.interfaces.remove(&slot);
             let listen = SocketAddrV4::new(underlay, port(slot));
             let driver = Driver::start(&name, key, listen).map_err(|error| {
@@ -179,8 +180,13 @@ impl Secure {
         Ok(link)
     }
 
-    /// The nodes that there are sessions with, by slot.
+    /// The nodes that there are sessions with, by slot. Those without one in the slot that waits to become
+    /// the current one are asked for it: sessions that nobody uses end, while the switch waits for all.
     pub(super) fn sessions(&self) -> Sessions {
+        let coming = rotation::coming(&self.keyring.pairs());
+        if let Some((_, driver)) = coming.and_then(|slot| self.interfaces.get(&slot)) {
+            driver.greet_strangers();
+        }
         self.interfaces.iter().map(|(slot, (_, driver))| (*slot, driver.sessions())).collect()
     }
 

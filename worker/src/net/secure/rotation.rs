@@ -28,6 +28,10 @@ const KEY_AGE_MAX: Duration = Duration::from_secs(12 * 60 * 60);
 /// (`REJECT_AFTER_TIME` of WireGuard).
 const OLD_KEPT: Duration = Duration::from_secs(10 * 60);
 
+/// After this time without a switch it is said that one is waited for: a peer that lives has been asked for
+/// a session many times by then.
+const SWITCH_EXPECTED: Duration = Duration::from_secs(5 * 60);
+
 /// What is to be done now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
@@ -59,12 +63,39 @@ fn next_step(pairs: &Pairs, now: Timestamp, sessions: &Sessions) -> Option<Step>
     (is_unused && now.since(pairs.switched) >= OLD_KEPT).then_some(Step::End)
 }
 
+/// The slot that waits to become the current one.
+pub(super) fn coming(pairs: &Pairs) -> Option<u8> {
+    let current = pairs.keys.get(&pairs.current)?;
+    let mut others = pairs.keys.iter().filter(|(slot, _)| **slot != pairs.current);
+    others.find(|(_, other)| other.made > current.made).map(|(slot, _)| *slot)
+}
+
+/// The nodes that a switch has waited for too long: those with a session in the current slot alone.
+fn awaited(pairs: &Pairs, now: Timestamp, sessions: &Sessions) -> BTreeSet<Ipv4Addr> {
+    let Some(slot) = coming(pairs) else { return BTreeSet::new() };
+    if now.since(pairs.keys[&slot].made) < SWITCH_EXPECTED {
+        return BTreeSet::new();
+    }
+    let of = |slot| sessions.get(&slot).cloned().unwrap_or_default();
+    of(pairs.current).difference(&of(slot)).copied().collect()
+}
+
 /// Changes the node's key again and again.
 pub async fn rotate(keyring: Arc<Keyring>, sessions: impl AsyncFn() -> Option<Sessions>) {
+    let mut was_awaited = false;
     loop {
         tokio::time::sleep(LOOK_PERIOD).await;
         let Some(sessions) = sessions().await else { continue };
         let (pairs, now) = (keyring.pairs(), clock::now());
+        let awaited = awaited(&pairs, now, &sessions);
+        if !awaited.is_empty() && !was_awaited {
+            tracing::warn!(
+                ?awaited,
+                "the key of encrypted networks changes only when these addresses within the tunnels answer to \
+                 the new one: look whether their nodes hear of a leader, and let UDP 4790 and 4791 through"
+            );
+        }
+        was_awaited = !awaited.is_empty();
         let Some(step) = next_step(&pairs, now, &sessions) else { continue };
         tracing::info!(?step, "this node changes its key of encrypted networks");
         let done = match step {
@@ -104,6 +135,21 @@ mod tests {
             (slot.parse().unwrap(), nodes.collect())
         };
         words.split_whitespace().map(slot).collect()
+    }
+
+    #[test]
+    fn whoever_keeps_a_switch_waiting_is_asked_and_then_named() {
+        for (name, pairs, now, slot, expect) in [
+            ("one key", pairs(&[0], 0, 0), 6000, None, ""),
+            ("it may still come", pairs(&[0, 50], 0, 0), 349, Some(1), ""),
+            ("it does not come", pairs(&[0, 50], 0, 0), 350, Some(1), "198.18.0.3"),
+            ("switched", pairs(&[0, 50], 1, 60), 6000, None, ""),
+        ] {
+            assert_eq!(coming(&pairs), slot, "{name}");
+            let awaited = awaited(&pairs, Timestamp::from_secs(now), &sessions("0:2,3 1:2"));
+            let awaited: Vec<String> = awaited.iter().map(ToString::to_string).collect();
+            assert_eq!(awaited.join(" "), expect, "{name}");
+        }
     }
 
     #[test]

@@ -10,10 +10,10 @@ use netlink_packet_route::route::{
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::net::Error;
-use crate::net::rtnetlink::{Mode, RouteChannel};
+use crate::net::rtnetlink::{Mode, ROUTE_PROTOCOL, RouteChannel};
 
-/// Marks routes as ours, as those of the mesh.
-const PROTOCOL: RouteProtocol = RouteProtocol::Other(115);
+/// Marks routes as ours.
+const PROTOCOL: RouteProtocol = RouteProtocol::Other(ROUTE_PROTOCOL);
 
 /// All addresses within tunnels.
 const ALL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(198, 18, 0, 0), 15);

@@ -64,6 +64,8 @@ struct Shared {
     limiter: Arc<RateLimiter>,
     peers: RwLock<Arc<Peers>>,
     is_ended: AtomicBool,
+    /// A thread has failed.
+    is_broken: AtomicBool,
 }
 
 impl std::fmt::Debug for Shared {
@@ -110,6 +112,7 @@ impl Driver {
             public,
             peers: RwLock::default(),
             is_ended: AtomicBool::new(false),
+            is_broken: AtomicBool::new(false),
         });
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?);
         let mut driver = Self { shared, wake, threads: Vec::new() };
@@ -127,7 +130,8 @@ impl Driver {
         let (shared, wake) = (Arc::clone(&self.shared), Arc::clone(&self.wake));
         let run = move || {
             if let Err(error) = work(&shared, &wake) {
-                tracing::error!(%error, "encrypted networks stand still until the daemon restarts");
+                tracing::error!(%error, "encrypted networks stand still until their interface is started again");
+                shared.is_broken.store(true, Ordering::Release);
             }
         };
         self.threads.push(std::thread::Builder::new().name(name.to_owned()).spawn(run)?);
@@ -165,6 +169,20 @@ impl Driver {
         for peer in fresh {
             self.shared.greet(&peer);
         }
+    }
+
+    /// Asks every peer that there is no session with for one; nothing where that is under way.
+    pub(super) fn greet_strangers(&self) {
+        for peer in self.shared.peers().by_key.values() {
+            if peer.tunnel().time_since_last_handshake().is_none() {
+                self.shared.greet(peer);
+            }
+        }
+    }
+
+    /// Whether all of its threads are at work.
+    pub(super) fn is_at_work(&self) -> bool {
+        !self.shared.is_broken.load(Ordering::Acquire)
     }
 
     /// The peers that there is a session with, by their addresses.
