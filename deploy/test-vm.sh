@@ -91,8 +91,10 @@ ip link set lo up
 ip link add switch type bridge
 ip address add "$CLIENT/24" dev switch
 ip link set switch up
+# A machine whose instructions are interpreted takes seconds to start the program of a health check.
+sed 's/interval: 1s/interval: 5s/; s/timeout: 3s/timeout: 30s/' deploy/examples/whoami.yml >"$work/whoami.yml"
 deploy/vm/image.sh "$SKEP_VM_KERNEL" "$work" "$SKEP_BINARY" \
-    "$target/vm/whoami.tar" "$target/vm/tools.tar" "$target/vm/tools/bin/sctp" deploy/examples/whoami.yml
+    "$target/vm/whoami.tar" "$target/vm/tools.tar" "$target/vm/tools/bin/sctp" "$work/whoami.yml"
 for node in n1 n2 n3; do
     ip tuntap add "$node" mode tap
     ip link set "$node" master switch up

@@ -189,11 +189,7 @@ fn ensure_link(
             _ => true,
         })
     };
-    let settings = [
-        LinkAttribute::IfName(name.to_owned()),
-        LinkAttribute::Address(mac.0.to_vec()),
-        LinkAttribute::Mtu(mtu),
-    ];
+    let settings = [LinkAttribute::Address(mac.0.to_vec()), LinkAttribute::Mtu(mtu)];
     let mut message = LinkMessage::default();
     message.header.flags = LinkFlags::Up;
     message.header.change_mask = LinkFlags::Up;
@@ -206,11 +202,14 @@ fn ensure_link(
             return Ok(link.index);
         }
         Some(link) => {
+            // Without its name: older kernels take that for a change of it, and refuse while it is up. A
+            // bridge without ports has another MTU than it was given.
             message.header.index = link.index;
             let action = format!("adjust interface {name}");
             channel.change(&action, Mode::Change, RouteNetlinkMessage::SetLink(message))?;
         }
         None => {
+            message.attributes.push(LinkAttribute::IfName(name.to_owned()));
             message.attributes.push(LinkAttribute::LinkInfo(info));
             let action = format!("make interface {name}");
             channel.change(&action, Mode::Create, RouteNetlinkMessage::NewLink(message))?;
