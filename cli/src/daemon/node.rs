@@ -184,7 +184,7 @@ impl Node {
         let mut describe = move |pairs: &Pairs, failure: &Option<String>| {
             described.wireguard = Some(match &implementation {
                 Ok(name) => WireguardDescription {
-                    implementation: failure.clone().unwrap_or_else(|| (*name).to_owned()),
+                    implementation: failure.clone().unwrap_or_else(|| name.to_string()),
                     public: pairs.public(),
                 },
                 Err(reason) => WireguardDescription {

@@ -12,7 +12,7 @@
 //! # Reading order
 //!
 //! `keyring` (the node's key pairs), `rotation` (when they change), [`Secure`] (the order of things),
-//! `routes`, `user_space`.
+//! `routes`, then what carries packets: `kernel` where the kernel has WireGuard, else `user_space`.
 //!
 //! # Invariants
 //!
@@ -21,27 +21,29 @@
 //!   interface takes, and a rule of the mesh's table drops what would leave elsewhere.
 //! - The interfaces stay when the daemon ends; what is sent meanwhile is lost, not sent in clear.
 
+mod kernel;
 mod keyring;
 mod rotation;
 mod routes;
 mod user_space;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use skep_common::wireguard::{SLOTS, port, tunnel_address};
+use skep_common::wireguard::{PublicKey, SLOTS, port, tunnel_address};
+use skep_runtime::telemetry::Chain;
 use skep_worker_core::network::{
-    NetworkTables, are_any_encrypted, nodes_without_key, secure_peers,
+    NetworkTables, SecurePeer, are_any_encrypted, nodes_without_key, secure_peers,
 };
 
 pub use self::keyring::{Keyring, Pair, Pairs, PrivateKey};
 pub use self::rotation::{Sessions, rotate};
 
-use self::user_space::Driver;
 use super::mesh::links::ensure_address;
 use super::rtnetlink::{Link, Mode, RouteChannel};
 use super::{Error, sysctl};
@@ -64,13 +66,84 @@ pub(super) fn interface_name(slot: u8) -> String {
     format!("skep-wg{slot}")
 }
 
-/// What carries WireGuard on this node, in words.
-pub fn implementation() -> Result<&'static str, String> {
+/// What carries WireGuard on a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Implementation {
+    /// The kernel.
+    Kernel,
+    /// This daemon, by boringtun.
+    UserSpace,
+}
+
+impl fmt::Display for Implementation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kernel => "kernel",
+            Self::UserSpace => "user space (boringtun)",
+        })
+    }
+}
+
+/// What carries WireGuard on this node, or why nothing can.
+pub fn implementation() -> Result<Implementation, String> {
+    if kernel::is_there() {
+        return Ok(Implementation::Kernel);
+    }
     match std::fs::File::options().read(true).write(true).open(TUN) {
-        Ok(_) => Ok("user space (boringtun)"),
+        Ok(_) => Ok(Implementation::UserSpace),
         Err(error) => Err(format!(
             "this machine has no {TUN} (CONFIG_TUN; try: modprobe tun), which encrypted networks need: {error}"
         )),
+    }
+}
+
+/// One slot's interface, by what carries it.
+#[derive(Debug)]
+enum Driver {
+    Kernel(kernel::Driver),
+    UserSpace(user_space::Driver),
+}
+
+impl Driver {
+    fn set_peers(&mut self, wanted: &BTreeMap<PublicKey, SecurePeer>) -> Result<(), Error> {
+        match self {
+            Self::Kernel(driver) => driver.set_peers(wanted),
+            Self::UserSpace(driver) => {
+                driver.set_peers(wanted);
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether packets still pass by it.
+    fn is_at_work(&self) -> bool {
+        match self {
+            Self::Kernel(_) => true,
+            Self::UserSpace(driver) => driver.is_at_work(),
+        }
+    }
+
+    /// Asks every peer that there is no session with for one.
+    fn greet_strangers(&mut self) {
+        match self {
+            Self::Kernel(driver) => {
+                if let Err(error) = driver.greet_strangers() {
+                    tracing::warn!(error = %Chain(&error), "the node's key changes later");
+                }
+            }
+            Self::UserSpace(driver) => driver.greet_strangers(),
+        }
+    }
+
+    /// The peers that there is a session with, by their addresses.
+    fn sessions(&mut self) -> BTreeSet<Ipv4Addr> {
+        match self {
+            Self::Kernel(driver) => driver.sessions().unwrap_or_else(|error| {
+                tracing::warn!(error = %Chain(&error), "the node's key changes later: sessions are not known");
+                BTreeSet::new()
+            }),
+            Self::UserSpace(driver) => driver.sessions(),
+        }
     }
 }
 
@@ -78,11 +151,11 @@ pub fn implementation() -> Result<&'static str, String> {
 #[derive(Debug)]
 pub(super) struct Secure {
     keyring: Arc<Keyring>,
-    implementation: Result<&'static str, String>,
+    implementation: Result<Implementation, String>,
     /// The interfaces that are up, each with the pair that it was made with.
     interfaces: BTreeMap<u8, (PrivateKey, Driver)>,
     /// Nodes that were said to have no key.
-    without_key: std::collections::BTreeSet<u16>,
+    without_key: BTreeSet<u16>,
 }
 
 impl Secure {
@@ -91,7 +164,7 @@ impl Secure {
             keyring,
             implementation: implementation(),
             interfaces: BTreeMap::new(),
-            without_key: std::collections::BTreeSet::new(),
+            without_key: BTreeSet::new(),
         }
     }
 
@@ -131,12 +204,13 @@ impl Secure {
             let link = self.ensure(host, (*slot, &pair.key), underlay, underlay_mtu)?;
             let address = tunnel_address(tables.self_number, *slot);
             ensure_address(host, &link.name, link.index, Ipv4Net::from(address))?;
-            let (_, driver) = &self.interfaces[slot];
-            driver.set_peers(&peers);
+            if let Some((_, driver)) = self.interfaces.get_mut(slot) {
+                driver.set_peers(&peers)?;
+            }
             // Others are sent to by the interface of the current slot alone.
             let wanted = match *slot == pairs.current {
                 true => peers.values().map(|peer| peer.address).collect(),
-                false => std::collections::BTreeSet::new(),
+                false => BTreeSet::new(),
             };
             routes::converge(host, link.index, address, &wanted)?;
         }
@@ -156,10 +230,7 @@ impl Secure {
         let is_driven = self.interfaces.get(&slot).is_some_and(|(_, driver)| driver.is_at_work());
         if !is_driven || host.link(&name)?.is_none() {
             self.interfaces.remove(&slot);
-            let listen = SocketAddrV4::new(underlay, port(slot));
-            let driver = Driver::start(&name, key, listen).map_err(|error| {
-                Error::kernel(format!("start WireGuard on {name} at {listen}"), error)
-            })?;
+            let driver = self.start(host, (slot, key), underlay)?;
             self.interfaces.insert(slot, (key.clone(), driver));
         }
         let missing = || Error::NoInterface { interface: name.clone() };
@@ -180,14 +251,31 @@ impl Secure {
         Ok(link)
     }
 
+    fn start(
+        &self,
+        host: &mut RouteChannel,
+        (slot, key): (u8, &PrivateKey),
+        underlay: Ipv4Addr,
+    ) -> Result<Driver, Error> {
+        let name = interface_name(slot);
+        if self.implementation == Ok(Implementation::Kernel) {
+            return kernel::Driver::start(host, &name, key, port(slot)).map(Driver::Kernel);
+        }
+        let listen = SocketAddrV4::new(underlay, port(slot));
+        let driver = user_space::Driver::start(&name, key, listen);
+        driver
+            .map(Driver::UserSpace)
+            .map_err(|error| Error::kernel(format!("start WireGuard on {name} at {listen}"), error))
+    }
+
     /// The nodes that there are sessions with, by slot. Those without one in the slot that waits to become
     /// the current one are asked for it: sessions that nobody uses end, while the switch waits for all.
-    pub(super) fn sessions(&self) -> Sessions {
+    pub(super) fn sessions(&mut self) -> Sessions {
         let coming = rotation::coming(&self.keyring.pairs());
-        if let Some((_, driver)) = coming.and_then(|slot| self.interfaces.get(&slot)) {
+        if let Some((_, driver)) = coming.and_then(|slot| self.interfaces.get_mut(&slot)) {
             driver.greet_strangers();
         }
-        self.interfaces.iter().map(|(slot, (_, driver))| (*slot, driver.sessions())).collect()
+        self.interfaces.iter_mut().map(|(slot, (_, driver))| (*slot, driver.sessions())).collect()
     }
 
     /// Removes WireGuard from this node.
