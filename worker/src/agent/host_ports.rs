@@ -15,7 +15,7 @@ use skep_common::spec::{PortConfig, PortProtocol, Predefined, predefined};
 use skep_common::{Task, TaskId, TaskState};
 use skep_worker_core::mesh::{Backend, PublishedPort};
 
-use super::mesh::protocol;
+use super::mesh::carried;
 
 /// Says which port of the node is free.
 pub(super) trait FreePorts {
@@ -166,7 +166,7 @@ impl HostPorts {
                 let address = published.address?;
                 Some(PublishedPort {
                     published: port.number?,
-                    protocol: protocol(port.protocol().name())?,
+                    protocol: carried(port.protocol()),
                     service_id: published.service_id.clone(),
                     service: published.service.clone(),
                     proxy_protocol: port.wanted.proxy_protocol,

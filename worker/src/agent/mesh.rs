@@ -173,13 +173,12 @@ impl MeshState {
     }
 }
 
-/// The protocol of that name, where the mesh carries it.
-pub(super) fn protocol(name: &str) -> Option<Protocol> {
-    match name {
-        "tcp" => Some(Protocol::Tcp),
-        "udp" => Some(Protocol::Udp),
-        "sctp" => Some(Protocol::Sctp),
-        _ => None,
+/// The mesh's word for a protocol.
+pub(super) fn carried(protocol: PortProtocol) -> Protocol {
+    match protocol {
+        PortProtocol::Tcp => Protocol::Tcp,
+        PortProtocol::Udp => Protocol::Udp,
+        PortProtocol::Sctp => Protocol::Sctp,
     }
 }
 
@@ -197,7 +196,7 @@ fn keys(message: &skep_proto::WireguardKeys) -> Option<WireguardKeys> {
 }
 
 fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
-    let protocol = protocol(&port.protocol)?;
+    let protocol = carried(PortProtocol::of(&port.protocol)?);
     let backends = port.backends.iter().map(|backend| {
         Some(Backend {
             task_id: backend.task_id.clone(),
@@ -222,6 +221,8 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
 
 #[cfg(test)]
 mod tests {
+    use skep_proto::{MeshBackend, MeshPeer, MeshPort, MeshPortKey};
+
     use super::*;
 
     #[test]
@@ -245,7 +246,6 @@ mod tests {
         state.update(MeshUpdate { removed_peers: vec![1], ..MeshUpdate::default() });
         assert!(state.networks().keys.is_empty());
     }
-    use skep_proto::{MeshBackend, MeshPeer, MeshPort, MeshPortKey};
 
     fn port(published: u32, tasks: &[u128]) -> MeshPort {
         let backend = |task: &u128| MeshBackend {

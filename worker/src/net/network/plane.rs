@@ -103,8 +103,10 @@ impl Plane {
         let mut failures = Vec::new();
         let before = self.in_force.take();
         let is_repair = before.as_ref().is_none_or(|before| Arc::ptr_eq(before, &tables));
-        let places = |tables: &NetworkTables| (tables.peers.clone(), tables.keys.clone());
-        let is_moved = before.as_ref().is_none_or(|before| places(before) != places(&tables));
+        let is_elsewhere = |before: &Arc<NetworkTables>| {
+            before.peers != tables.peers || before.keys != tables.keys
+        };
+        let is_moved = before.as_ref().is_none_or(is_elsewhere);
         let unencrypted = self.converge_secure(&tables).err();
         for (network_id, table) in &tables.networks {
             let known = before.as_ref().and_then(|before| before.networks.get(network_id));
