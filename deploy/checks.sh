@@ -25,6 +25,11 @@ is_running() { [ "$(running | wc -l)" -eq "$1" ]; }
 node_status() { n1 skep node ls --format json | field_where Hostname "$1" Status; }
 is_down() { [ "$(node_status "$1")" = Down ]; }
 is_ready() { [ "$(node_status "$1")" = Ready ]; }
+is_removed() { [ -z "$(n1 skep service ls --format json)" ]; } # No service is left.
+# A filter that reads to the end: `grep -q` ends early, and what it reads from fails then.
+has_replica_on() { [ -n "$(tasks | field_where Node "$1" Name)" ]; } # NODE
+# COUNT NODE: so many replicas run, and none of them on the node.
+is_replaced() { is_running "$1" && [ -z "$(running | field_where Node "$2" Name)" ]; }
 
 # COUNT ADDRESS: so many requests by the outside client, a new connection each; an answer a line.
 requests() {
@@ -64,4 +69,26 @@ stop_load() { # WHAT: fails when a request failed
     n_failed=$(sed 's/.*"Failed":\([0-9]*\).*/\1/' "$work/load")
     echo "$1: $n_all requests, $n_failed failed"
     [ "$n_all" -gt 0 ] && [ "$n_failed" -eq 0 ] || { cat "$work/load" >&2; fail "no request may fail"; }
+}
+
+# SECONDS NODE: the service is given seven replicas, which answer in turns through the node.
+check_seven_replicas() {
+    say "Seven replicas"
+    show n1 skep service scale "$SERVICE=7"
+    until_true "$1" "seven replicas run" is_running 7
+    requests 70 "$(address "$2")" >"$work/answers"
+    expect_spread "through $2" "$work/answers" "$(each 7 10)"
+}
+# SECONDS NODE…: its seven replicas are replaced while the nodes are asked.
+check_rolling_update() {
+    local seconds=$1
+    shift
+    say "A rolling update under load: each replica is replaced, and no request fails"
+    tasks | field ID | sort >"$work/before"
+    start_load "$@"
+    show n1 skep service update --env-add GREETING=hello "$SERVICE"
+    until_true "$seconds" "seven replicas run" is_running 7
+    stop_load "through all nodes, while every replica was replaced"
+    tasks | field ID | sort >"$work/after"
+    [ -z "$(comm -12 "$work/before" "$work/after")" ] || fail "a task of before the update still runs"
 }

@@ -133,36 +133,22 @@ echo "the client is $CLIENT; addresses seen, with their number: $seen"
 [ "$seen" = "150 $CLIENT" ] || fail "expected 150 $CLIENT"
 
 say "n3 loses its power"
-tasks | field_where Node n3 Name | grep . >/dev/null || fail "no replica ran on n3"
+has_replica_on n3 || fail "no replica ran on n3"
 power_off n3
 until_true 60 "n3 is seen down" is_down n3
 start_load n1 n2
-is_replaced() { is_running 5 && ! running | grep -q '"Node":"n3"'; }
-until_true 120 "five replicas run on the two others" is_replaced
+until_true 120 "five replicas run on the two others" is_replaced 5 n3
 stop_load "through the two living nodes, while replicas were replaced"
 requests 50 "$(address n1)" >"$work/answers"
 expect_spread "through n1" "$work/answers" "$(each 5 10)"
 power_on n3
 until_true 120 "n3 is ready again, with what its disk has" is_ready n3
 
-say "Seven replicas"
-show n1 skep service scale $SERVICE=7
-until_true 120 "seven replicas run" is_running 7
-requests 70 "$(address n3)" >"$work/answers"
-expect_spread "through n3" "$work/answers" "$(each 7 10)"
-
-say "A rolling update under load: each replica is replaced, and no request fails"
-tasks | field ID | sort >"$work/before"
-start_load n1 n2 n3
-show n1 skep service update --env-add GREETING=hello $SERVICE
-until_true 120 "seven replicas run" is_running 7
-stop_load "through all nodes, while every replica was replaced"
-tasks | field ID | sort >"$work/after"
-[ -z "$(comm -12 "$work/before" "$work/after")" ] || fail "a task of before the update still runs"
+check_seven_replicas 120 n3
+check_rolling_update 120 n1 n2 n3
 
 say "The stack goes"
 show n1 skep stack rm whoami
-is_removed() { [ -z "$(n1 skep service ls --format json)" ]; }
 until_true 60 "the service is gone" is_removed
 
 say "SCTP: a port that is published, and asked through nodes without the task"
