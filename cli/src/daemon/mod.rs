@@ -22,7 +22,9 @@ mod node;
 mod options;
 mod record;
 mod renewal;
+mod restore;
 mod resume;
+mod unlock;
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;

@@ -42,6 +42,7 @@ pub fn node(number: u16) -> Node {
         status: skep_common::object::NodeStatus::default(),
         manager_status: None,
         number,
+        role: None,
     };
     node.status.state = NodeState::Ready;
     node.status.addr = format!("192.0.2.{}", number % 250 + 1);
@@ -60,6 +61,10 @@ pub fn cluster() -> Cluster {
         ingress_pool: crate::allocator::DEFAULT_POOL,
         default_addr_pool: Vec::new(),
         subnet_size: 0,
+        root_rotation: None,
+        unlock_key: None,
+        unlock_key_version: 0,
+        blacklisted: Default::default(),
     }
 }
 
@@ -105,6 +110,8 @@ pub fn service(replicas: u64) -> Service {
         endpoint: skep_common::object::Endpoint::default(),
         pending_delete: false,
         conditions: Vec::new(),
+        job_status: None,
+        revision: 0,
     }
 }
 
@@ -124,7 +131,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
     let mut task = Task {
         id: TaskId(id),
         meta: Meta::default(),
-        spec: service.spec.task_template.clone(),
+        spec: service.spec.task_template.clone().into(),
         spec_version: Version { index },
         service_id: service.id,
         slot: slot.parse().expect("a slot is a number"),
@@ -141,10 +148,14 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         start_after: None,
         host_ports: crate::ports::host_mode(&service.endpoint.ports),
         standalone: None,
+        job_iteration: None,
+        preset_node: None,
+        assigned_generic_resources: Vec::new(),
+        service_labels: None,
     };
     task.status.applied_at = Some(NOW);
     if index != service.spec_version.index {
-        task.spec.force_update = Some(1); // What makes it differ from the service's template.
+        std::sync::Arc::make_mut(&mut task.spec).force_update = Some(1); // What makes it differ from the service's template.
     }
     task
 }
@@ -269,7 +280,7 @@ fn render_action(state: &State, action: &Action) -> String {
     match action {
         Action::Put { object: Object::Task(task), expect: Expect::Absent } => {
             let waits = if task.desired_state == TaskState::Ready { ">ready" } else { "" };
-            format!("+{}@{}{waits}", task.slot, at(task.node_id))
+            format!("+{}@{}{waits}", task.slot_key(), at(task.node_id))
         }
         Action::Put { object: Object::Task(task), .. } => {
             format!("{}@{}", task.id.0, at(task.node_id))

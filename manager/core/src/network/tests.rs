@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 use skep_common::spec::NetworkAttachmentConfig;
-use skep_common::{Image, ImageId, Kind, NodeId, Service, ServiceId, Task, TaskId};
+use skep_common::{Image, ImageId, Kind, NodeId, Service, ServiceId, Task, TaskId, TaskState};
 
 use super::*;
 use crate::command::{Command, Outcome, Refusal};
