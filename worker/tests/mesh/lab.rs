@@ -251,6 +251,7 @@ impl Lab {
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: (1..=N).map(|number| Peer { number, underlay: underlay(number) }).collect(),
             ipv6: self.ipv6.clone(),
+            daemons: BTreeMap::new(),
             ports: ports.collect(),
         }
     }
