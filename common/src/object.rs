@@ -122,8 +122,12 @@ pub struct Node {
 impl Node {
     /// `ip:port` at which other nodes reach it.
     pub fn address(&self) -> String {
-        let port = if self.status.port == 0 { NODE_PORT } else { self.status.port };
-        format!("{}:{port}", self.status.addr)
+        format!("{}:{}", self.status.addr, self.port())
+    }
+
+    /// Where it listens at that address.
+    pub fn port(&self) -> u16 {
+        if self.status.port == 0 { NODE_PORT } else { self.status.port }
     }
 
     /// Its host name; empty until its first session.
