@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use skep_common::spec::ProxyProtocol;
-use skep_worker_core::mesh::{Relay, Turns, proxy_header};
+use skep_worker_core::mesh::{Relay, Target, Turns, proxy_header};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
+
+use super::passage::{Carrier, Passages};
 
 /// How long a task may take to accept where the rules choose it: three of the kernel's attempts (after 1,
 /// 3 and 7 s).
@@ -18,75 +20,133 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long one task may take to accept where others may be asked instead: two of the kernel's attempts.
 const CONNECT_TIMEOUT_EACH: Duration = Duration::from_secs(2);
 
-/// Where the connections of a listener go on.
-#[derive(Debug, Clone)]
-pub(super) enum Upstream {
-    /// To the same port of the node's underlay address, where the rules take them.
-    Rules(SocketAddrV4),
-    /// To the tasks in turn.
-    Tasks(Arc<Balance>),
-}
-
 /// The tasks of a port that the daemon balances to, and whose turn it is.
 #[derive(Debug, Default)]
 pub(super) struct Balance {
-    state: Mutex<State>,
+    /// Nothing where the rules balance.
+    tasks: Mutex<Option<Tasks>>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct Tasks {
     turns: Turns,
     proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// Whom a client is given to.
+enum Next {
+    /// Whomever the rules choose.
+    ByRules,
+    Task(Target, Option<ProxyProtocol>),
+    Nobody,
 }
 
 impl Balance {
     /// From now on connections go to these tasks. Those that are established go on.
     pub(super) fn set(&self, relay: &Relay) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        state.turns.set(&relay.backends);
-        state.proxy_protocol = relay.proxy_protocol;
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        let tasks = tasks.get_or_insert_default();
+        tasks.turns.set(&relay.backends);
+        tasks.proxy_protocol = relay.proxy_protocol;
     }
 
-    fn take(
-        &self,
-        failed: &BTreeSet<SocketAddrV4>,
-    ) -> Option<(SocketAddrV4, Option<ProxyProtocol>)> {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let backend = state.turns.take(failed)?;
-        Some((backend, state.proxy_protocol))
+    /// From now on connections go where the rules lead them.
+    pub(super) fn leave_to_rules(&self) {
+        *self.tasks.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    /// Connects to the next task that accepts. A client whose task is gone is given another one, as long as
-    /// there is one: nothing of what it sends has been read.
-    async fn connect(&self, client: &TcpStream) -> Option<TcpStream> {
+    fn next(&self, failed: &BTreeSet<Target>) -> Next {
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(tasks) = &mut *tasks else { return Next::ByRules };
+        match tasks.turns.take(failed) {
+            Some(target) => Next::Task(target, tasks.proxy_protocol),
+            None => Next::Nobody,
+        }
+    }
+}
+
+/// A connection to a task.
+#[derive(Debug)]
+pub(super) enum Backend {
+    /// Of the node's own kernel.
+    Stream(TcpStream),
+    /// Through the daemon of the task's node.
+    Carrier(Box<dyn Carrier>),
+}
+
+/// Where the connections of a port go on.
+#[derive(Debug, Clone)]
+pub(super) struct Upstream {
+    /// The same port of the node's underlay address, where the rules take them.
+    pub(super) rules: SocketAddrV4,
+    pub(super) balance: Arc<Balance>,
+    /// Absent where nothing is carried through other nodes' daemons.
+    pub(super) passages: Option<Arc<dyn Passages>>,
+}
+
+impl Upstream {
+    /// The connection that a client's goes on in; `None` where nobody takes it. A client whose task is gone
+    /// is given another one, as long as there is one: nothing of what it sends has been read.
+    pub(super) async fn connect(&self, client: &TcpStream) -> Option<Backend> {
         let ends = client.peer_addr().and_then(|peer| Ok((peer, client.local_addr()?)));
         let ends =
             ends.inspect_err(|error| tracing::debug!(%error, "a client went away at once")).ok()?;
         let mut failed = BTreeSet::new();
-        while let Some((backend, proxy_protocol)) = self.take(&failed) {
-            let connect = connect_with_header(backend, proxy_protocol, ends);
+        loop {
+            let (target, proxy_protocol) = match self.balance.next(&failed) {
+                Next::ByRules => return self.connect_by_rules(ends.1).await,
+                Next::Task(target, proxy_protocol) => (target, proxy_protocol),
+                Next::Nobody => return None,
+            };
+            let connect = self.connect_to(&target, proxy_protocol, ends);
             match within(CONNECT_TIMEOUT_EACH, connect).await {
-                Ok(stream) => return Some(stream),
-                Err(error) => tracing::debug!(%backend, %error, "a task did not accept a client"),
+                Ok(backend) => return Some(backend),
+                Err(error) => {
+                    tracing::debug!(backend = %target.address, %error, "a task did not accept a client");
+                }
             }
-            failed.insert(backend);
+            failed.insert(target);
         }
-        None
     }
-}
 
-impl Upstream {
-    /// The connection that a client's goes on in; `None` where nobody takes it.
-    pub(super) async fn connect(&self, client: &TcpStream) -> Option<TcpStream> {
-        match self {
-            Self::Tasks(balance) => balance.connect(client).await,
-            Self::Rules(target) => {
-                let connected = within(CONNECT_TIMEOUT, TcpStream::connect(target)).await;
-                let refused = |error: &io::Error| {
-                    tracing::debug!(%target, %error, "failed to connect for a loopback client");
-                };
-                connected.inspect_err(refused).ok()
+    /// For a client that the rules do not see: of loopback, or of IPv6 where they serve IPv4 alone.
+    async fn connect_by_rules(&self, server: SocketAddr) -> Option<Backend> {
+        let server = server.ip().to_canonical();
+        if server.is_ipv4() && !server.is_loopback() {
+            // The rules are not there: what they should have taken would come here again and again.
+            tracing::debug!(target = %self.rules, "a client came past the rules");
+            return None;
+        }
+        let target = self.rules;
+        let connected = within(CONNECT_TIMEOUT, TcpStream::connect(target)).await;
+        let refused = |error: &io::Error| {
+            tracing::debug!(%target, %error, "failed to connect for a loopback client");
+        };
+        connected.inspect_err(refused).ok().map(Backend::Stream)
+    }
+
+    async fn connect_to(
+        &self,
+        target: &Target,
+        proxy_protocol: Option<ProxyProtocol>,
+        (client, server): (SocketAddr, SocketAddr),
+    ) -> io::Result<Backend> {
+        let header = proxy_protocol.map(|version| match version {
+            ProxyProtocol::V2 => proxy_header(client, server),
+        });
+        let header = header.unwrap_or_default();
+        match (&target.passage, &self.passages) {
+            (None, _) => {
+                let mut stream = TcpStream::connect(target.address).await?;
+                stream.write_all(&header).await?;
+                Ok(Backend::Stream(stream))
             }
+            (Some(passage), Some(passages)) => {
+                let mut carrier = passages.open(passage).await?;
+                carrier.write_all(&header).await?;
+                Ok(Backend::Carrier(carrier))
+            }
+            (Some(_), None) => Err(io::ErrorKind::NetworkUnreachable.into()),
         }
     }
 }
@@ -94,17 +154,4 @@ impl Upstream {
 async fn within<T>(time: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     let result = tokio::time::timeout(time, work).await;
     result.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
-}
-
-async fn connect_with_header(
-    backend: SocketAddrV4,
-    proxy_protocol: Option<ProxyProtocol>,
-    (client, server): (SocketAddr, SocketAddr),
-) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(backend).await?;
-    match proxy_protocol {
-        None => {}
-        Some(ProxyProtocol::V2) => stream.write_all(&proxy_header(client, server)).await?,
-    }
-    Ok(stream)
 }
