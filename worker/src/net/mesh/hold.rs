@@ -38,20 +38,32 @@ pub(super) enum Listeners {
 }
 
 /// Holds a port on all addresses, and listens for those that the rules leave to the daemon.
-pub(super) fn hold(key: PortKey) -> io::Result<(Hold, Listeners)> {
+///
+/// A port of TCP is listened on by every IPv6 address only where `all_ipv6`: elsewhere clients are to be refused, who
+/// then go on to IPv4.
+pub(super) fn hold(key: PortKey, all_ipv6: bool) -> io::Result<(Hold, Listeners)> {
     match key.protocol {
-        Protocol::Tcp => hold_streams(key),
+        Protocol::Tcp => hold_streams(key, all_ipv6),
         Protocol::Udp => hold_datagrams(key),
         Protocol::Sctp => hold_associations(key),
     }
 }
 
-fn hold_streams(key: PortKey) -> io::Result<(Hold, Listeners)> {
+fn hold_streams(key: PortKey, all_ipv6: bool) -> io::Result<(Hold, Listeners)> {
     // Reuse lets connections be of which the last packets are still on their way; another listener keeps the port.
     let mut listeners = vec![listening(bound(Transport::Stream, true, &any(key))?)?];
     let ipv6 = if_ipv6(bound(Transport::Stream, true, &any6(key)))?;
-    listeners.extend(ipv6.map(listening).transpose()?);
-    Ok((Hold { _sockets: Vec::new() }, Listeners::Streams(listeners)))
+    if all_ipv6 {
+        listeners.extend(ipv6.map(listening).transpose()?);
+        return Ok((Hold { _sockets: Vec::new() }, Listeners::Streams(listeners)));
+    }
+    if let Some(holder) = &ipv6 {
+        let local = if_ipv6(bound(Transport::Stream, true, &local6(key)))?;
+        listeners.extend(local.map(listening).transpose()?);
+        // It does not listen, and conflicts with everybody else's from now on.
+        setsockopt(holder, sockopt::ReuseAddr, &false)?;
+    }
+    Ok((Hold { _sockets: ipv6.into_iter().collect() }, Listeners::Streams(listeners)))
 }
 
 /// Fails with [`io::ErrorKind::Unsupported`] where the kernel has no SCTP: then no program of this
@@ -159,22 +171,24 @@ mod tests {
     #[test]
     fn a_held_port_is_refused_to_others_and_free_after() {
         let key = PortKey { protocol: Protocol::Tcp, port: free_port() };
-        let (hold, loopback) = hold(key).unwrap();
-        for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]", "[::1]"] {
-            // `TcpListener::bind` sets SO_REUSEADDR, as most servers do.
-            let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+        for all_ipv6 in [true, false] {
+            let (hold, listeners) = hold(key, all_ipv6).unwrap();
+            for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]", "[::1]"] {
+                // `TcpListener::bind` sets SO_REUSEADDR, as most servers do.
+                let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+            }
+            assert!(super::hold(key, true).is_err());
+            drop((hold, listeners));
+            TcpListener::bind(("0.0.0.0", key.port)).unwrap();
         }
-        assert!(super::hold(key).is_err());
-        drop((hold, loopback));
-        TcpListener::bind(("0.0.0.0", key.port)).unwrap();
     }
 
     #[test]
     fn a_port_in_use_is_not_held() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let error = hold(PortKey { protocol: Protocol::Tcp, port }).unwrap_err();
+        let error = hold(PortKey { protocol: Protocol::Tcp, port }, true).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
     }
 
@@ -182,7 +196,7 @@ mod tests {
     fn a_held_port_of_datagrams_is_refused_to_others_and_free_after() {
         let port = UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
         let key = PortKey { protocol: Protocol::Udp, port };
-        let (hold, loopback) = hold(key).unwrap();
+        let (hold, loopback) = hold(key, true).unwrap();
         let addresses = ["0.0.0.0", "127.0.0.1", "127.0.0.2"].map(|text| text.parse().unwrap());
         let theirs = |address| SockaddrIn::from(SocketAddrV4::new(address, port));
         for address in addresses {
@@ -203,8 +217,8 @@ mod tests {
 
         // A server that shares its address with whoever asks for it has the port all the same.
         let server = bound(Transport::Datagram, true, &theirs(addresses[2])).unwrap();
-        assert_eq!(super::hold(key).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(super::hold(key, true).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(server);
-        super::hold(key).unwrap();
+        super::hold(key, true).unwrap();
     }
 }

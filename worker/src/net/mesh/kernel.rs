@@ -68,6 +68,7 @@ impl Kernel {
             sysctl::ensure_ipv6_forwarding()?;
         }
         links::ensure(&mut channel, &options, &slices)?;
+        let mtu = links::mesh_mtu(&mut channel, &options)?;
         let mut rules = open_rules(&options, &slices)?;
         // What an earlier daemon published stays until the first table says otherwise.
         let (present, present6) = rules.observe()?;
@@ -76,7 +77,7 @@ impl Kernel {
             routes: Routes::open(&options)?,
             routes6: open_routes6(&options)?,
             rules,
-            ports: Ports::default(),
+            ports: Ports::new(links::carries_ipv6(&options, mtu)),
             flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
             ejector: Ejector::open()?,
             wanted: None,

@@ -108,17 +108,24 @@ pub(super) struct ListenerChanges {
 pub(super) type Follow<'a> = &'a mut dyn FnMut(ListenerChanges);
 
 /// The ports that are held, and those that could not be.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Ports {
+    /// Whether every IPv6 address of the node is listened on.
+    all_ipv6: bool,
     holds: BTreeMap<PortKey, Hold>,
     /// Of the last table.
     conditions: Vec<Condition>,
 }
 
 impl Ports {
+    /// None yet; see [`hold`] for `all_ipv6`.
+    pub(super) fn new(all_ipv6: bool) -> Self {
+        Self { all_ipv6, holds: BTreeMap::new(), conditions: Vec::new() }
+    }
+
     /// Holds a port again that an earlier daemon served.
     pub(super) fn hold_again(&mut self, key: PortKey, changes: &mut ListenerChanges) {
-        match hold(key) {
+        match hold(key, self.all_ipv6) {
             Ok((hold, listeners)) => {
                 self.holds.insert(key, hold);
                 changes.serve.push((key, listeners));
@@ -141,7 +148,7 @@ impl Ports {
             if self.holds.contains_key(&key) {
                 continue;
             }
-            match hold(key) {
+            match hold(key, self.all_ipv6) {
                 Ok((hold, listeners)) => {
                     self.holds.insert(key, hold);
                     changes.serve.push((key, listeners));
@@ -180,7 +187,7 @@ impl Ports {
         self.conditions.iter().any(|condition| match condition {
             Condition::PortHeld { program: Some(program), .. } => !program.holds_still(),
             Condition::PortHeld { .. } | Condition::PortFailed { .. } => {
-                hold(condition.port()).is_ok()
+                hold(condition.port(), self.all_ipv6).is_ok()
             }
             Condition::NotCarried { .. } => false,
         })

@@ -109,10 +109,9 @@ impl Upstream {
         }
     }
 
-    /// For a client that the rules do not see: of loopback, or of IPv6 where they serve IPv4 alone.
+    /// For a client that the rules do not see, which is one of loopback.
     async fn connect_by_rules(&self, server: SocketAddr) -> Option<Backend> {
-        let server = server.ip().to_canonical();
-        if server.is_ipv4() && !server.is_loopback() {
+        if !server.ip().is_loopback() {
             // The rules are not there: what they should have taken would come here again and again.
             tracing::debug!(target = %self.rules, "a client came past the rules");
             return None;

@@ -36,7 +36,7 @@ impl UserSpace {
         links::check_pool(&mut channel, slices.pool())?;
         forget_rules(&options, &slices, &mut channel)?;
         links::ensure_bridge(&mut channel, &options, &slices)?;
-        Ok(Self { options, channel, slices, ports: Ports::default(), lock })
+        Ok(Self { options, channel, slices, ports: Ports::new(true), lock })
     }
 }
 
