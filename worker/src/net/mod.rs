@@ -43,4 +43,4 @@ pub use mesh::{
     Applied, Carrier, Condition, MarkField, Mesh, Options, Passages, Program, host_has_ipv6,
 };
 pub use network::{Attachment, NetworkOptions, Networks};
-pub use probe::probe;
+pub use probe::{Probed, probe};

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use ipnet::IpNet;
 use skep_worker_core::mesh::{
-    Endpoint, MeshTable, Objects, Op, Outcome, Slices, leave_out, relays, twin_net,
+    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Slices, leave_out, relays,
+    twin_net,
 };
 
 use super::ejection::{Ejector, Sample};
@@ -208,6 +209,17 @@ impl Balancing for Kernel {
         let removed = remove_all(&mut self.rules, routes, &mut self.channel);
         removed.and(self.release())
     }
+}
+
+/// Makes the rules of a published port in the calling thread's network namespace, which must be a scratch one.
+pub(in crate::net) fn probe_rules() -> Result<(), Error> {
+    let options = Options::new(1, Ipv4Addr::LOCALHOST, "", PathBuf::new());
+    let slices = options.slices()?;
+    let key = PortKey { protocol: Protocol::Tcp, port: 1 };
+    let endpoint = |address: Ipv4Addr| Endpoint { address: address.into(), port: 1 };
+    let backends = slices.task_addresses(1).take(2).map(endpoint).collect();
+    let wanted = Objects { ports: [(key, backends)].into(), ..Objects::default() };
+    open_rules(&options, &slices)?.converge((&wanted, None))
 }
 
 /// Brings the rules to what is wanted, without the backends that do not answer. What fails after that is

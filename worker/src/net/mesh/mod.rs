@@ -78,6 +78,7 @@ pub use self::ports::Condition;
 pub use self::program::Program;
 pub use super::sysctl::host_has_ipv6;
 
+pub(in crate::net) use self::kernel::probe_rules;
 use self::kernel::{Balancing, Kernel};
 use self::relay::Relays;
 use self::uplink::Uplinks;
