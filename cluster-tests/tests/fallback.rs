@@ -20,7 +20,10 @@ const WEB: &str = "fallback_web";
 /// More than all windows and buffers of a connection hold.
 const N_BYTES: usize = 16 << 20;
 
+/// Without a network of its own, which would keep it off that node.
 const STACK: &str = r#"
+networks:
+  default: {external: true, name: bridge}
 services:
   web:
     image: IMAGE

@@ -38,6 +38,9 @@ const CONNECTIONS_MAX: usize = 8192;
 /// How long a task may take to accept: less than the caller waits, who then asks another one.
 const ACCEPT_TIMEOUT: Duration = Duration::from_millis(1900);
 
+/// How long the table that names a task may come to its own node after it came to the caller's.
+const TABLE_WAIT: Duration = Duration::from_millis(300);
+
 /// Where connections of other nodes may end, by task and port.
 pub type OwnTargets = BTreeMap<(String, u16), SocketAddrV4>;
 
@@ -98,7 +101,7 @@ impl Entrance {
         let connect = async {
             let first = pieces.message().await?.and_then(|piece| piece.target);
             let first = first.ok_or_else(|| Status::invalid_argument("no task is named"))?;
-            let address = self.target(&first)?;
+            let address = self.target(&first).await?;
             let stream = TcpStream::connect(address).await;
             stream.map_err(|error| {
                 Status::unavailable(format!("task {} did not accept: {error}", first.task_id))
@@ -120,15 +123,19 @@ impl Entrance {
         Ok(ReceiverStream::new(answer))
     }
 
-    fn target(&self, wanted: &ConnectTarget) -> Result<SocketAddrV4, Status> {
+    async fn target(&self, wanted: &ConnectTarget) -> Result<SocketAddrV4, Status> {
         let ConnectTarget { task_id, port } = wanted;
-        let key = u16::try_from(*port).ok().map(|port| (task_id.clone(), port));
-        let address = key.and_then(|key| self.targets.borrow().get(&key).copied());
-        address.ok_or_else(|| {
+        let not_here = || {
             Status::not_found(format!(
                 "no task {task_id} serves a published port by port {port} here"
             ))
-        })
+        };
+        let key = (task_id.clone(), u16::try_from(*port).map_err(|_| not_here())?);
+        let mut targets = self.targets.clone();
+        let named = targets.wait_for(|targets| targets.contains_key(&key));
+        let named = tokio::time::timeout(TABLE_WAIT, named).await;
+        let targets = named.ok().and_then(Result::ok).ok_or_else(not_here)?;
+        targets.get(&key).copied().ok_or_else(not_here)
     }
 }
 

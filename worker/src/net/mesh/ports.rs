@@ -98,7 +98,7 @@ pub(super) struct ListenerChanges {
     pub(super) serve: Vec<(PortKey, Listeners)>,
     /// What the daemon balances ports to.
     pub(super) balance: BTreeMap<PortKey, Relay>,
-    /// Ports that the rules balance.
+    /// Ports that passed from the daemon to the rules.
     pub(super) by_rules: Vec<PortKey>,
     /// Ports that are not published any more.
     pub(super) withdraw: Vec<PortKey>,

@@ -264,6 +264,7 @@ mod tests {
     use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+    use super::super::upstream::Next;
     use super::*;
 
     async fn backend() -> (TcpListener, SocketAddrV4) {
@@ -361,19 +362,19 @@ mod tests {
         let (mut relays, key, port) = serve(None, &[address]);
         let _first = TcpStream::connect(port).await.unwrap();
         task.accept().await.unwrap();
-        // The rules' end of the port is the underlay's, which is the listener's own address here.
         relays.follow(ListenerChanges { by_rules: vec![key], ..ListenerChanges::default() });
+        // Of two clients the rules serve that of loopback, and who came past them is still given to a task.
         let upstream = Upstream {
             rules: address,
             balance: relays.served[&key].balance.clone(),
             passages: None,
         };
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let _client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (client, _) = listener.accept().await.unwrap();
-        let by_rules = upstream.connect(&client).await;
-        assert!(matches!(by_rules, Some(Backend::Stream(_))), "{by_rules:?}");
-        task.accept().await.unwrap();
+        let other: std::net::IpAddr = [192, 0, 2, 1].into();
+        let nobody = std::collections::BTreeSet::new();
+        let next = upstream.balance.next(&nobody, other);
+        assert!(matches!(next, Next::Task(..)), "it came before the rules");
+        let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::ByRules), "loopback");
         balance(&mut relays, key, &[address]);
         let _second = TcpStream::connect(port).await.unwrap();
         task.accept().await.unwrap();

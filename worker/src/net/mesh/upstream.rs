@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{SocketAddr, SocketAddrV4};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use skep_common::spec::ProxyProtocol;
+use skep_runtime::clock;
 use skep_worker_core::mesh::{Relay, Target, Turns, proxy_header};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -20,11 +21,21 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(8);
 /// How long one task may take to accept where others may be asked instead: two of the kernel's attempts.
 const CONNECT_TIMEOUT_EACH: Duration = Duration::from_secs(2);
 
+/// How long clients may wait to be accepted who came before the rules took their port.
+const HANDOVER: Duration = Duration::from_secs(5);
+
 /// The tasks of a port that the daemon balances to, and whose turn it is.
 #[derive(Debug, Default)]
 pub(super) struct Balance {
-    /// Nothing where the rules balance.
-    tasks: Mutex<Option<Tasks>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Nothing where the rules balanced from the start.
+    tasks: Option<Tasks>,
+    /// When the rules took the port.
+    by_rules_since: Option<Instant>,
 }
 
 #[derive(Debug, Default)]
@@ -34,7 +45,7 @@ struct Tasks {
 }
 
 /// Whom a client is given to.
-enum Next {
+pub(super) enum Next {
     /// Whomever the rules choose.
     ByRules,
     Task(Target, Option<ProxyProtocol>),
@@ -44,20 +55,26 @@ enum Next {
 impl Balance {
     /// From now on connections go to these tasks. Those that are established go on.
     pub(super) fn set(&self, relay: &Relay) {
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        let tasks = tasks.get_or_insert_default();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.by_rules_since = None;
+        let tasks = state.tasks.get_or_insert_default();
         tasks.turns.set(&relay.backends);
         tasks.proxy_protocol = relay.proxy_protocol;
     }
 
-    /// From now on connections go where the rules lead them.
+    /// From now on the rules take connections; whoever came before them still goes to the tasks.
     pub(super) fn leave_to_rules(&self) {
-        *self.tasks.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.by_rules_since.get_or_insert_with(clock::monotonic);
     }
 
-    fn next(&self, failed: &BTreeSet<Target>) -> Next {
-        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(tasks) = &mut *tasks else { return Next::ByRules };
+    pub(super) fn next(&self, failed: &BTreeSet<Target>, server: IpAddr) -> Next {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_past = |since: Instant| clock::monotonic() - since > HANDOVER;
+        if state.by_rules_since.is_some_and(|since| server.is_loopback() || is_past(since)) {
+            return Next::ByRules;
+        }
+        let Some(tasks) = &mut state.tasks else { return Next::ByRules };
         match tasks.turns.take(failed) {
             Some(target) => Next::Task(target, tasks.proxy_protocol),
             None => Next::Nobody,
@@ -93,7 +110,7 @@ impl Upstream {
             ends.inspect_err(|error| tracing::debug!(%error, "a client went away at once")).ok()?;
         let mut failed = BTreeSet::new();
         loop {
-            let (target, proxy_protocol) = match self.balance.next(&failed) {
+            let (target, proxy_protocol) = match self.balance.next(&failed, ends.1.ip()) {
                 Next::ByRules => return self.connect_by_rules(ends.1).await,
                 Next::Task(target, proxy_protocol) => (target, proxy_protocol),
                 Next::Nobody => return None,
