@@ -228,3 +228,214 @@ impl AsyncWrite for Pieces {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use skep_common::spec::NodeRole;
+    use skep_common::{ClusterId, NodeId};
+    use skep_proto::peer_server::{Peer as PeerApi, PeerServer};
+    use skep_proto::{
+        BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, TaskLogsRequest,
+    };
+    use skep_runtime::clock;
+    use skep_runtime::identity::{Authority, Credentials, Csr};
+    use skep_runtime::transport::{Tls, serve_tls};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+    use tonic::service::Routes;
+    use tonic::{Request, Response};
+
+    use super::*;
+
+    const OTHER: NodeId = NodeId(2);
+
+    /// A node that takes connections and nothing else.
+    struct Other(Entrance, TaskSet);
+
+    type Answers<T> = futures::stream::BoxStream<'static, Result<T, Status>>;
+
+    #[tonic::async_trait]
+    impl PeerApi for Other {
+        type BlobStream = Answers<BlobChunk>;
+        type TaskLogsStream = Answers<LogRecord>;
+        type CheckPathStream = Answers<PathReport>;
+        type ConnectStream = Answers<Piece>;
+
+        async fn blob(
+            &self,
+            _: Request<BlobRequest>,
+        ) -> Result<Response<Self::BlobStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn task_logs(
+            &self,
+            _: Request<TaskLogsRequest>,
+        ) -> Result<Response<Self::TaskLogsStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn check_path(
+            &self,
+            _: Request<Streaming<CheckPathRequest>>,
+        ) -> Result<Response<Self::CheckPathStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn connect(
+            &self,
+            request: Request<Streaming<Piece>>,
+        ) -> Result<Response<Self::ConnectStream>, Status> {
+            let answer = self.0.connect(request.into_inner(), &self.1).await?;
+            Ok(Response::new(Box::pin(futures::StreamExt::map(answer, Ok))))
+        }
+    }
+
+    struct Swarm {
+        daemons: Daemons,
+        address: SocketAddrV4,
+        task: TcpListener,
+        targets: watch::Sender<Arc<OwnTargets>>,
+        _tasks: TaskSet,
+    }
+
+    fn v4(listener: &TcpListener) -> SocketAddrV4 {
+        listener.local_addr().unwrap().to_string().parse().unwrap()
+    }
+
+    /// This node, and another one with a task.
+    async fn swarm() -> Swarm {
+        let authority = Authority::generate(clock::now()).unwrap();
+        let tls = |node_id| {
+            let csr = Csr::generate().unwrap();
+            let life = Duration::from_secs(3600);
+            let (role, cluster) = (NodeRole::Worker, ClusterId(1));
+            let signed =
+                authority.sign(&csr.csr_pem, node_id, role, cluster, clock::now(), life).unwrap();
+            let root_pem = authority.root_pem().to_owned();
+            Tls::new(Credentials { certificate_pem: signed, key_pem: csr.key_pem, root_pem })
+                .unwrap()
+        };
+        let task = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let known = OwnTargets::from([(("task".to_owned(), 80), v4(&task))]);
+        let (targets, receiver) = watch::channel(Arc::new(known));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, tasks) = (v4(&listener), TaskSet::new());
+        let other = PeerServer::new(Other(Entrance::new(receiver), tasks.clone()));
+        let (serving, server) = (tasks.clone(), tls(OTHER));
+        tasks.spawn("test server", async move {
+            serve_tls(listener, server, Routes::new(other), &serving).await.unwrap();
+        });
+        let daemons = Daemons::new(&ChannelPool::new(tls(NodeId(1))));
+        Swarm { daemons, address, task, targets, _tasks: tasks }
+    }
+
+    impl Swarm {
+        fn passage(&self, task_id: &str, target_port: u16) -> Passage {
+            let (node_id, daemon) = (OTHER, self.address);
+            Passage { node_id, daemon, task_id: task_id.to_owned(), target_port }
+        }
+
+        async fn open(&self) -> (Box<dyn Carrier>, TcpStream) {
+            let passage = self.passage("task", 80);
+            let (carrier, accepted) = tokio::join!(self.daemons.open(&passage), self.task.accept());
+            (carrier.unwrap(), accepted.unwrap().0)
+        }
+    }
+
+    #[tokio::test]
+    async fn bytes_and_the_end_of_each_direction_arrive() {
+        let swarm = swarm().await;
+        let (mut carrier, mut task) = swarm.open().await;
+        let question = vec![7; 3 << 20];
+        let send = async {
+            carrier.write_all(&question).await.unwrap();
+            carrier.shutdown().await.unwrap();
+        };
+        let mut seen = Vec::new();
+        let ((), read) = tokio::join!(send, task.read_to_end(&mut seen));
+        read.unwrap();
+        assert!(seen == question);
+        // The other direction goes on after that.
+        task.write_all(b"answer").await.unwrap();
+        drop(task);
+        let mut seen = Vec::new();
+        carrier.read_to_end(&mut seen).await.unwrap();
+        assert_eq!(seen, b"answer");
+    }
+
+    #[tokio::test]
+    async fn what_breaks_on_one_side_breaks_on_the_other() {
+        let swarm = swarm().await;
+        let (mut carrier, task) = swarm.open().await;
+        task.set_zero_linger().unwrap();
+        drop(task);
+        let error = carrier.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+
+        let (carrier, mut task) = swarm.open().await;
+        drop(carrier);
+        let error = task.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn only_published_ports_of_own_tasks_are_reached() {
+        let mut swarm = swarm().await;
+        for (task_id, port) in [("task", 81), ("another", 80)] {
+            let error = swarm.daemons.open(&swarm.passage(task_id, port)).await.unwrap_err();
+            let expect = format!("no task {task_id} serves a published port by port {port} here");
+            assert_eq!(error.to_string(), expect);
+        }
+        let passage = Passage { node_id: NodeId(3), ..swarm.passage("task", 80) };
+        swarm.daemons.open(&passage).await.expect_err("that is another node");
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let gone = std::mem::replace(&mut swarm.task, free);
+        drop(gone);
+        let error = swarm.daemons.open(&swarm.passage("task", 80)).await.unwrap_err();
+        assert!(error.to_string().starts_with("task task did not accept"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_task_whose_table_comes_a_moment_later_is_reached() {
+        let swarm = swarm().await;
+        let passage = swarm.passage("late", 80);
+        let come = async {
+            swarm.task.accept().await.unwrap();
+        };
+        let tell = async {
+            // Until the other node waits for its table.
+            while swarm.targets.receiver_count() < 2 {
+                tokio::task::yield_now().await;
+            }
+            let known = OwnTargets::from([(("late".to_owned(), 80), v4(&swarm.task))]);
+            swarm.targets.send_replace(Arc::new(known));
+        };
+        let (opened, (), ()) = tokio::join!(swarm.daemons.open(&passage), come, tell);
+        opened.unwrap();
+    }
+
+    #[tokio::test]
+    async fn clients_and_tasks_that_do_not_read_keep_nobody_waiting() {
+        const N: usize = 24;
+        let swarm = swarm().await;
+        let mut stalled = Vec::new();
+        let much = vec![0; 64 << 10];
+        for _ in 0..N {
+            let (mut carrier, mut task) = swarm.open().await;
+            // Until no more goes either way.
+            let pause = Duration::from_millis(50);
+            while tokio::time::timeout(pause, task.write_all(&much)).await.is_ok() {}
+            while tokio::time::timeout(pause, carrier.write_all(&much)).await.is_ok() {}
+            stalled.push((carrier, task));
+        }
+        let (mut carrier, mut task) = swarm.open().await;
+        for _ in 0..2 {
+            carrier.write_all(b"question").await.unwrap();
+            let mut seen = [0; 8];
+            task.read_exact(&mut seen).await.unwrap();
+            task.write_all(b"answer").await.unwrap();
+            carrier.read_exact(&mut seen[..6]).await.unwrap();
+        }
+    }
+}
