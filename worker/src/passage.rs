@@ -429,13 +429,16 @@ mod tests {
             while tokio::time::timeout(pause, carrier.write_all(&much)).await.is_ok() {}
             stalled.push((carrier, task));
         }
-        let (mut carrier, mut task) = swarm.open().await;
-        for _ in 0..2 {
-            carrier.write_all(b"question").await.unwrap();
-            let mut seen = [0; 8];
-            task.read_exact(&mut seen).await.unwrap();
-            task.write_all(b"answer").await.unwrap();
-            carrier.read_exact(&mut seen[..6]).await.unwrap();
-        }
+        let another = async {
+            let (mut carrier, mut task) = swarm.open().await;
+            for _ in 0..2 {
+                carrier.write_all(b"question").await.unwrap();
+                let mut seen = [0; 8];
+                task.read_exact(&mut seen).await.unwrap();
+                task.write_all(b"answer").await.unwrap();
+                carrier.read_exact(&mut seen[..6]).await.unwrap();
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), another).await.expect("it is carried");
     }
 }
