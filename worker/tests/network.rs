@@ -4,6 +4,8 @@
 
 #[path = "support/capture.rs"]
 mod capture;
+#[path = "network/connections.rs"]
+mod connections;
 #[path = "network/encrypted.rs"]
 mod encrypted;
 #[path = "network/helper.rs"]
@@ -272,6 +274,27 @@ fn a_withdrawn_task_keeps_its_tcp_and_loses_all_else() {
     lab.remove_endpoint(FRONT, 12);
     lab.apply();
     assert_eq!(lab.task(11).ask(&using("tcp")), "ConnectionReset");
+}
+
+#[test]
+fn a_request_that_was_lost_goes_elsewhere_when_its_task_is_withdrawn() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::new();
+    lab.add_network(FRONT);
+    lab.add_task(FRONT, 11, 1);
+    lab.add_task(FRONT, 12, 2);
+    lab.endpoint(FRONT, 11).serving = false;
+    lab.apply();
+    lab.task(12).ip("link set eth0 down");
+    let SocketAddr::V4(address) = tcp(VIP) else { panic!("of IPv4") };
+    lab.task(11).ask(&Request::Begin { id: "lost".into(), address });
+    lab.add_task(FRONT, 13, 3);
+    lab.endpoint(FRONT, 12).serving = false;
+    lab.apply();
+    lab.node(1).daemon.ask(&Request::Settle);
+    assert_eq!(lab.task(11).ask(&using("lost")), "13 10.0.1.11");
 }
 
 #[test]

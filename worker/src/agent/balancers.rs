@@ -22,6 +22,10 @@ const REPAIR_PERIOD: Duration = Duration::from_secs(10);
 /// free.
 const CONDITION_PERIOD: Duration = Duration::from_secs(1);
 
+/// How long after a table came into force what was under way to withdrawn tasks is judged: many times what
+/// an answer takes within a swarm, and less than the second after which a client sends its request again.
+const SETTLE_AFTER: Duration = Duration::from_millis(200);
+
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
 pub trait Balancers: Send + fmt::Debug + 'static {
@@ -32,6 +36,9 @@ pub trait Balancers: Send + fmt::Debug + 'static {
         table: &MeshTable,
         networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
+
+    /// Has the kernel forget requests that withdrawn tasks did not answer. Called a moment after each table.
+    async fn settle(&mut self) {}
 
     /// Whether what stood in the way of a port has changed since. Asked each second as long as something
     /// does, so it must look at nothing else.
@@ -110,12 +117,20 @@ async fn run(
     let mut last_error = None;
     let mut acknowledged: Option<(u64, u64, Vec<PortCondition>)> = None;
     let mut repair_at = Instant::now() + REPAIR_PERIOD;
+    let mut settle_at: Option<Instant> = None;
     loop {
         let has_conditions = acknowledged.as_ref().is_some_and(|(.., found)| !found.is_empty());
         let look_at = Instant::now() + CONDITION_PERIOD;
         let wake_at = if has_conditions { look_at.min(repair_at) } else { repair_at };
         tokio::select! {
             changed = tables.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep_until(settle_at.unwrap_or(repair_at)), if settle_at.is_some() => {
+                settle_at = None;
+                if let Some(balancers) = &mut balancers {
+                    balancers.settle().await;
+                }
+                continue;
+            }
             () = tokio::time::sleep_until(wake_at) => {
                 let is_news = match &mut balancers {
                     Some(balancers) if has_conditions => balancers.has_other_conditions().await,
@@ -136,6 +151,8 @@ async fn run(
             Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
         };
+        // Tables that follow each other closely do not put it off.
+        settle_at.get_or_insert_with(|| Instant::now() + SETTLE_AFTER);
         match result {
             Ok(conditions) => {
                 last_error = None;

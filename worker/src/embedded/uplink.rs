@@ -421,6 +421,18 @@ impl Balancers for Uplink {
         Ok(applied.conditions.iter().map(port_condition).collect())
     }
 
+    async fn settle(&mut self) {
+        let started = self.started.borrow().clone();
+        let Some(Started { mesh, networks, .. }) = started else { return };
+        let (ports, containers) = tokio::join!(mesh.settle(), networks.settle());
+        for error in [ports.err(), containers.err()].into_iter().flatten() {
+            tracing::warn!(
+                error = %Chain(&error),
+                "clients whose requests were lost may wait longer than they must"
+            );
+        }
+    }
+
     async fn has_other_conditions(&mut self) -> bool {
         let started = self.started.borrow().clone();
         match started {

@@ -111,6 +111,13 @@ fn a_task_that_refuses_is_left_out_until_it_accepts_again() {
     }
 }
 
+fn silence(address: SocketAddr) -> Request {
+    match address {
+        SocketAddr::V4(_) => Request::DropForwarded,
+        SocketAddr::V6(_) => Request::DropForwardedIpv6,
+    }
+}
+
 #[test]
 fn a_task_that_is_silent_is_left_out_and_who_asked_it_gets_another() {
     if !can_run() {
@@ -120,11 +127,7 @@ fn a_task_that_is_silent_is_left_out_and_who_asked_it_gets_another() {
     for address in addresses {
         await_turns(&mut lab, address, ALL);
         let sent = stream(&mut lab, address, |lab| {
-            let silence = match address {
-                SocketAddr::V4(_) => Request::DropForwarded,
-                SocketAddr::V6(_) => Request::DropForwardedIpv6,
-            };
-            lab.node(3).host.ask(&silence);
+            lab.node(3).host.ask(&silence(address));
         });
         assert_soon_over(&sent, Sent::is_slow);
         let is_answered = |sent: &Sent| !sent.answer.starts_with(char::is_alphabetic);
@@ -136,6 +139,27 @@ fn a_task_that_is_silent_is_left_out_and_who_asked_it_gets_another() {
         // The same table again lets forwarded packets through.
         lab.publish(&[(PORT, ALL)]);
         await_turns(&mut lab, address, ALL);
+    }
+}
+
+#[test]
+fn a_request_that_was_lost_goes_elsewhere_when_its_task_is_withdrawn() {
+    if !can_run() {
+        return;
+    }
+    let (mut lab, addresses) = lab();
+    for address in addresses {
+        // The only task of a port is never left out for its silence.
+        lab.publish(&[(PORT, &[2])]);
+        lab.node(2).host.ask(&silence(address));
+        let sent = stream(&mut lab, address, |lab| {
+            lab.version += 1;
+            let table = lab.table(1, &[(PORT, &[1])]);
+            lab.node(1).daemon.ask(&Request::Apply(table));
+            lab.node(1).daemon.ask(&Request::Settle);
+        });
+        assert!(sent.first().is_some_and(Sent::is_slow), "it was lost: {sent:?}");
+        assert!(sent.iter().all(|sent| sent.answer.starts_with("1 ")), "{sent:?}");
     }
 }
 

@@ -38,6 +38,8 @@ pub(crate) enum Request {
         is_in_user_space: bool,
     },
     Apply(MeshTable),
+    /// Has the kernel forget what withdrawn tasks did not answer.
+    Settle,
     Attach {
         task_id: String,
         pid: u32,
@@ -228,6 +230,10 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             let applied = mesh.apply(&table).await.map_err(text)?;
             assert_eq!(applied.version, table.version);
             Ok(json!(applied.conditions.iter().map(ToString::to_string).collect::<Vec<_>>()))
+        }
+        Request::Settle => {
+            state.mesh.as_ref().expect("started").settle().await.map_err(text)?;
+            Ok(Value::Null)
         }
         Request::Attach { task_id, pid, address } => {
             let mesh = state.mesh.as_ref().expect("started");

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -108,6 +108,13 @@ pub(crate) enum Request {
         address: SocketAddr,
         is_udp: bool,
     },
+    /// Sends the request for a connection, and does not wait for its answer.
+    Begin {
+        id: String,
+        address: SocketAddrV4,
+    },
+    /// Has the kernel forget what withdrawn tasks did not answer.
+    Settle,
     /// A question on it.
     Use {
         id: String,
@@ -240,6 +247,9 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         Request::Detach { task } => {
             state.networks.as_ref().expect("started").detach(TaskId(task)).await.map_err(text)?;
         }
+        Request::Settle => {
+            state.networks.as_ref().expect("started").settle().await.map_err(text)?
+        }
         Request::Remove { run_dir } => {
             Networks::remove(run_dir.as_ref()).await.map_err(text)?;
             // It finds nothing the second time.
@@ -324,6 +334,9 @@ fn handle_socket(state: &mut State, request: Request) -> std::io::Result<Value> 
         Request::Open { id, address, is_udp: false } => {
             state.streams.insert(id, connect(address)?);
         }
+        Request::Begin { id, address } => {
+            state.streams.insert(id, begin(address)?);
+        }
         Request::Use { id, text } => {
             let answer = match state.streams.get_mut(&id) {
                 Some(stream) => ask(stream, &text),
@@ -363,6 +376,21 @@ fn handle_socket(state: &mut State, request: Request) -> std::io::Result<Value> 
 fn connect(address: SocketAddr) -> std::io::Result<TcpStream> {
     let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+/// What is written to it waits for the answer.
+fn begin(address: SocketAddrV4) -> std::io::Result<TcpStream> {
+    let (inet, stream) = (sys::AddressFamily::Inet, sys::SockType::Stream);
+    let socket = sys::socket(inet, stream, sys::SockFlag::SOCK_NONBLOCK, None)?;
+    match sys::connect(socket.as_raw_fd(), &sys::SockaddrIn::from(address)) {
+        Err(nix::Error::EINPROGRESS) => {}
+        other => other?,
+    }
+    let stream = TcpStream::from(socket);
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
     Ok(stream)
 }
 

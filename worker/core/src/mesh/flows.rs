@@ -1,8 +1,10 @@
-//! Which flows of datagrams the kernel must forget when published ports change.
+//! Which flows the kernel must forget when published ports change.
 //!
 //! The kernel translates the first packet of a flow and gives all others the same way. A TCP
 //! connection that its backend ends is opened anew by its client. UDP has no end: a client that keeps
 //! sending from one port would go on sending to a task that is gone, so the flow must be judged anew.
+//! So must a TCP connection whose first packet was lost: its client sends it again after a second, when
+//! the task that it was for may have ended.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -50,9 +52,55 @@ impl Flows {
     }
 }
 
+/// The TCP backends of `before` that `after` goes without, each with its port.
+pub fn lost_backends(before: &Objects, after: &Objects) -> BTreeSet<(PortKey, Endpoint)> {
+    let connected = before.ports.iter().filter(|(key, _)| key.protocol == Protocol::Tcp);
+    let lost = connected.flat_map(|(key, endpoints)| {
+        let kept = after.ports.get(key).map_or(&[][..], Vec::as_slice);
+        // Most ports are as they were, which is cheap to see.
+        let endpoints = if kept == endpoints { &[][..] } else { endpoints };
+        let kept: BTreeSet<&Endpoint> =
+            if endpoints.is_empty() { BTreeSet::new() } else { kept.iter().collect() };
+        let lost = endpoints.iter().filter(move |endpoint| !kept.contains(endpoint));
+        lost.map(|endpoint| (*key, *endpoint))
+    });
+    lost.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_backend_is_lost_by_its_own_port_only() {
+        let key = |protocol, port| PortKey { protocol, port };
+        let (web, dns) = (key(Protocol::Tcp, 80), key(Protocol::Udp, 53));
+        let endpoint = |last| Endpoint { address: IpAddr::from([10, 192, 4, last]), port: 80 };
+        let objects = |ports: &[(PortKey, &[u8])]| {
+            let ports = ports.iter().map(|(key, backends)| {
+                (*key, backends.iter().map(|last| endpoint(*last)).collect())
+            });
+            Objects { ports: ports.collect(), ..Objects::default() }
+        };
+        let other = key(Protocol::Tcp, 81);
+        let before = objects(&[(web, &[1, 2, 3]), (other, &[1]), (dns, &[1])]);
+        for (name, after, expect) in [
+            ("nothing changed", before.clone(), [].into()),
+            ("one less", objects(&[(web, &[1, 3]), (other, &[1])]), [(web, endpoint(2))].into()),
+            (
+                "another one",
+                objects(&[(web, &[1, 2, 3, 4]), (other, &[4])]),
+                [(other, endpoint(1))].into(),
+            ),
+            (
+                "a port is withdrawn",
+                objects(&[(other, &[1])]),
+                BTreeSet::from([1, 2, 3].map(|last| (web, endpoint(last)))),
+            ),
+        ] {
+            assert_eq!(lost_backends(&before, &after), expect, "{name}");
+        }
+    }
 
     #[test]
     fn a_flow_is_forgotten_when_its_port_or_backend_is_not_what_it_was() {

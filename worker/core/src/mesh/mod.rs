@@ -47,7 +47,7 @@ mod twin;
 
 pub use address::{Mac, NODE_NUMBER_MAX, Slices, interface_name};
 pub use ejection::{Change, Ejections, Outcome, PATIENCE, Reason, Times, leave_out};
-pub use flows::Flows;
+pub use flows::{Flows, lost_backends};
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;
 pub use proxy_protocol::proxy_header;

@@ -118,23 +118,22 @@ fn connections_end_with_their_endpoint_and_datagrams_move_on_before() {
         answers_from: answers_from.parse().unwrap(),
         answers_from_port: 80,
     };
-    for (name, protocol, destination, answers_from, is_stale) in [
-        ("TCP to a serving one", 6, "10.0.1.2", "10.0.1.3", false),
-        ("UDP to a serving one", 17, "10.0.1.2", "10.0.1.3", false),
-        ("TCP to a withdrawn one", 6, "10.0.1.2", "10.0.1.4", false),
-        ("UDP to a withdrawn one", 17, "10.0.1.2", "10.0.1.4", true),
-        ("echo to a withdrawn one", 1, "10.0.1.2", "10.0.1.4", true),
-        ("UDP to its own address", 17, "10.0.1.4", "10.0.1.4", false),
-        ("TCP to a removed one", 6, "10.0.1.2", "10.0.1.9", true),
-        ("TCP to a removed one's own address", 6, "10.0.1.9", "10.0.1.9", true),
-        ("UDP that was sent before the address was known", 17, "10.0.1.2", "10.0.1.2", true),
-        ("what is on no network", 17, "192.0.2.1", "192.0.2.1", false),
+    for (name, protocol, destination, answers_from, is_stale, is_astray) in [
+        ("TCP to a serving one", 6, "10.0.1.2", "10.0.1.3", false, false),
+        ("UDP to a serving one", 17, "10.0.1.2", "10.0.1.3", false, false),
+        ("TCP to a withdrawn one", 6, "10.0.1.2", "10.0.1.4", false, true),
+        ("UDP to a withdrawn one", 17, "10.0.1.2", "10.0.1.4", true, true),
+        ("echo to a withdrawn one", 1, "10.0.1.2", "10.0.1.4", true, true),
+        ("TCP to its own address", 6, "10.0.1.4", "10.0.1.4", false, false),
+        ("UDP to its own address", 17, "10.0.1.4", "10.0.1.4", false, false),
+        ("TCP to a removed one", 6, "10.0.1.2", "10.0.1.9", true, true),
+        ("TCP to a removed one's own address", 6, "10.0.1.9", "10.0.1.9", true, true),
+        ("UDP that was sent before the address was known", 17, "10.0.1.2", "10.0.1.2", true, true),
+        ("what is on no network", 17, "192.0.2.1", "192.0.2.1", false, false),
     ] {
-        assert_eq!(
-            peers.is_stale(&connection(protocol, destination, answers_from)),
-            is_stale,
-            "{name}"
-        );
+        let connection = connection(protocol, destination, answers_from);
+        assert_eq!(peers.is_stale(&connection), is_stale, "{name}");
+        assert_eq!(peers.is_astray(&connection), is_astray, "{name}, without an answer");
     }
     let of = |endpoints| Peers::of(&network(endpoints, ""));
     for (name, old, new, has_lost) in [

@@ -179,6 +179,12 @@ impl Balance {
     pub fn is_stale(&self, connection: &Connection) -> bool {
         self.peers.is_stale(connection)
     }
+
+    /// Whether the kernel must forget a request of a container on the network that nobody answered; see
+    /// [`Peers::is_astray`].
+    pub fn is_astray(&self, request: &Connection) -> bool {
+        self.peers.is_astray(request)
+    }
 }
 
 fn neighbours(network: &NetworkTable) -> Reach {
@@ -235,18 +241,40 @@ impl Peers {
     /// table may bring in one step; TCP is reset there by the task that does not know it.
     pub fn is_stale(&self, connection: &Connection) -> bool {
         const TCP: u8 = 6;
-        let address = connection.answers_from;
-        if !self.subnets.iter().any(|subnet| subnet.contains(&address)) {
-            return false;
-        }
-        match self.endpoints.get(&address) {
-            None => true,
-            Some((service_id, serving)) => {
-                let is_translated = connection.destination != address;
-                let stands_for = self.virtual_ips.get(&connection.destination);
-                let is_backend = *serving && stands_for == Some(service_id);
-                is_translated && !is_backend && connection.protocol != TCP
-            }
+        match self.target(connection) {
+            Target::Valid => false,
+            Target::Withdrawn => connection.protocol != TCP,
+            Target::Gone => true,
         }
     }
+
+    /// Whether the kernel must forget a request for a connection that nobody answered, so that it goes
+    /// elsewhere when its client sends it again: the one that it went to is no backend any more, and may
+    /// have ended by then.
+    pub fn is_astray(&self, request: &Connection) -> bool {
+        self.target(request) != Target::Valid
+    }
+
+    fn target(&self, connection: &Connection) -> Target {
+        let address = connection.answers_from;
+        if !self.subnets.iter().any(|subnet| subnet.contains(&address)) {
+            return Target::Valid;
+        }
+        let Some((service_id, serving)) = self.endpoints.get(&address) else { return Target::Gone };
+        let is_translated = connection.destination != address;
+        let is_backend =
+            *serving && self.virtual_ips.get(&connection.destination) == Some(service_id);
+        if is_translated && !is_backend { Target::Withdrawn } else { Target::Valid }
+    }
+}
+
+/// What a connection leads to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// An endpoint that may be reached so, or something that is not of the network.
+    Valid,
+    /// An endpoint that is no backend of the virtual address any more.
+    Withdrawn,
+    /// No endpoint.
+    Gone,
 }

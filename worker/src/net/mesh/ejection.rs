@@ -15,12 +15,12 @@ use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use skep_runtime::{TaskSet, clock};
 use skep_worker_core::mesh::{
-    Change, Ejections, Endpoint, MeshTable, Objects, Outcome, PATIENCE, PortKey, Protocol, Reason,
-    Times,
+    Change, Ejections, Endpoint, MeshTable, Objects, Outcome, PATIENCE, PortKey, Reason, Times,
 };
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
+use super::flows::forget_unanswered;
 use super::kernel::Kernel;
 use super::layout::{self, ANSWERED, ASKED, NOTED};
 use super::options::TABLE;
@@ -130,7 +130,10 @@ impl Ejector {
         }
         let before = std::mem::replace(&mut self.left_out, left_out);
         let added: BTreeSet<_> = self.left_out.difference(&before).copied().collect();
-        if added.is_empty() { Ok(()) } else { self.forget(&added) }
+        if added.is_empty() {
+            return Ok(());
+        }
+        forget_unanswered(&mut self.connections, &added)
     }
 
     fn report(&self, change: &Change) {
@@ -157,26 +160,6 @@ impl Ejector {
                 );
             }
         }
-    }
-
-    /// Has the kernel forget which backend requests without an answer went to: when their clients send
-    /// them again, they go to another one.
-    fn forget(&mut self, left_out: &BTreeSet<(PortKey, Endpoint)>) -> Result<(), Error> {
-        let connections = match &mut self.connections {
-            Some(connections) => connections,
-            none => none.insert(Conntrack::open()?),
-        };
-        for entry in connections.list_unanswered()? {
-            let connection = &entry.connection;
-            let key = PortKey { protocol: Protocol::Tcp, port: connection.destination_port };
-            let backend =
-                Endpoint { address: connection.answers_from, port: connection.answers_from_port };
-            if connection.protocol == Protocol::Tcp.number() && left_out.contains(&(key, backend)) {
-                tracing::debug!(?connection, "forgetting a request that was not answered");
-                connections.delete(&entry)?;
-            }
-        }
-        Ok(())
     }
 }
 

@@ -1,4 +1,4 @@
-//! Has the kernel forget flows of datagrams that are no longer as the published ports say.
+//! Has the kernel forget flows that are no longer as the published ports say.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::Ipv4Net;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use skep_worker_core::mesh::{Flows, Objects};
+use skep_worker_core::mesh::{Endpoint, Flows, Objects, PortKey, Protocol, lost_backends};
 
 use crate::net::Error;
 use crate::net::conntrack::Conntrack;
@@ -16,47 +16,97 @@ use crate::net::rtnetlink::RouteChannel;
 #[derive(Debug)]
 pub(super) struct KernelFlows {
     pool: Ipv4Net,
-    /// Opened when it is needed first: most swarms publish TCP alone.
+    /// Opened when it is needed first.
     connections: Option<Conntrack>,
     flows: Flows,
-    /// Whether a packet may have been under way by the rules of before when the last were forgotten.
-    is_due: bool,
+    ports: [Objects; 2],
+    /// What was under way when the ports changed, and is yet to be judged.
+    unsettled: Unsettled,
+}
+
+#[derive(Debug, Default)]
+struct Unsettled {
+    /// A datagram of before makes its entry only when it leaves.
+    has_datagrams: bool,
+    /// TCP backends that may still answer requests.
+    lost: BTreeSet<(PortKey, Endpoint)>,
 }
 
 impl KernelFlows {
     /// What the kernel has by the rules that were found there.
     pub(super) fn new(present: [&Objects; 2], pool: Ipv4Net) -> Self {
         let flows = Flows::of(present, pool);
-        Self { pool, connections: None, flows, is_due: false }
+        let ports = present.map(Objects::clone);
+        Self { pool, connections: None, flows, ports, unsettled: Unsettled::default() }
     }
 
-    /// Forgets what the ports of `wanted` do not explain, if they differ from the last ones; and once
-    /// more the next time, since such a packet makes its entry only when it leaves. To be called when the
-    /// rules are changed.
+    /// Forgets flows of datagrams that the ports of `wanted` do not explain, if they differ from the last
+    /// ones. To be called when the rules are changed.
     pub(super) fn converge(
         &mut self,
         wanted: [&Objects; 2],
         channel: &mut RouteChannel,
     ) -> Result<(), Error> {
+        for (before, wanted) in self.ports.iter_mut().zip(wanted) {
+            self.unsettled.lost.extend(lost_backends(before, wanted));
+            before.clone_from(wanted);
+        }
         let flows = Flows::of(wanted, self.pool);
-        let is_changed = flows != self.flows;
-        if !is_changed && !self.is_due {
+        if flows == self.flows {
             return Ok(());
         }
+        self.flows = flows;
+        self.unsettled.has_datagrams = true;
+        self.forget_datagrams(channel)
+    }
+
+    /// Judges what was under way when the ports changed last. To be called when answers must have come.
+    pub(super) fn settle(&mut self, channel: &mut RouteChannel) -> Result<(), Error> {
+        let Unsettled { has_datagrams, lost } = std::mem::take(&mut self.unsettled);
+        if has_datagrams {
+            self.forget_datagrams(channel)?;
+        }
+        if lost.is_empty() { Ok(()) } else { forget_unanswered(&mut self.connections, &lost) }
+    }
+
+    fn forget_datagrams(&mut self, channel: &mut RouteChannel) -> Result<(), Error> {
         let own = own_addresses(channel)?;
-        let connections = match &mut self.connections {
-            Some(connections) => connections,
-            none => none.insert(Conntrack::open()?),
-        };
+        let connections = opened(&mut self.connections)?;
         for entry in connections.list()? {
-            if flows.is_stale(&entry.connection, &own) {
+            if self.flows.is_stale(&entry.connection, &own) {
                 tracing::debug!(flow = ?entry.connection, "forgetting a flow of the mesh");
                 connections.delete(&entry)?;
             }
         }
-        (self.flows, self.is_due) = (flows, is_changed);
         Ok(())
     }
+}
+
+/// Has the kernel forget TCP connections to these backends that they have not answered: when their
+/// clients send their requests again, they go to another one.
+pub(super) fn forget_unanswered(
+    connections: &mut Option<Conntrack>,
+    backends: &BTreeSet<(PortKey, Endpoint)>,
+) -> Result<(), Error> {
+    let connections = opened(connections)?;
+    for entry in connections.list_unanswered()? {
+        let connection = &entry.connection;
+        let key = PortKey { protocol: Protocol::Tcp, port: connection.destination_port };
+        let backend =
+            Endpoint { address: connection.answers_from, port: connection.answers_from_port };
+        if connection.protocol == Protocol::Tcp.number() && backends.contains(&(key, backend)) {
+            let is_forgotten = connections.delete_unanswered(&entry)?;
+            tracing::debug!(?connection, is_forgotten, "a request was not answered");
+        }
+    }
+    Ok(())
+}
+
+fn opened(connections: &mut Option<Conntrack>) -> Result<&mut Conntrack, Error> {
+    Ok(match connections {
+        Some(connections) => connections,
+        none => none.insert(Conntrack::open()?),
+    })
 }
 
 /// The node's addresses, but for those of loopback: what comes in there is not published by rules.

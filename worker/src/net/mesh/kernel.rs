@@ -133,6 +133,11 @@ impl Kernel {
         first.map_or(Ok(()), Err)
     }
 
+    /// Has the kernel forget requests that backends did not answer before they were withdrawn.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        self.flows.settle(&mut self.channel)
+    }
+
     /// Reads which backends answer.
     pub(super) fn sample(&mut self) -> Result<Sample, Error> {
         let sample = self.ejector.sample()?;

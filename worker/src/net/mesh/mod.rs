@@ -197,6 +197,13 @@ impl Mesh {
         Ok(Applied { version, conditions: result.await?? })
     }
 
+    /// Has the kernel forget requests for connections that tasks did not answer before the table withdrew
+    /// them: sent again, they go to other tasks. To be called when answers that were under way at
+    /// [`Mesh::apply`] have come.
+    pub async fn settle(&self) -> Result<(), Error> {
+        self.kernel.run(Kernel::settle).await?
+    }
+
     /// Whether a port that another program had is free, or has another holder, since the last
     /// [`Mesh::apply`]: applying the table again then changes what is served or said.
     pub async fn has_other_conditions(&self) -> Result<bool, Error> {

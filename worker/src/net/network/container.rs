@@ -28,6 +28,8 @@ pub(super) struct Container {
     connections: Conntrack,
     /// What is in force, once something is, of each of its networks.
     in_force: Option<BTreeMap<NetworkId, Arc<Balance>>>,
+    /// Whether requests may be under way to what the rules know no longer.
+    is_unsettled: bool,
 }
 
 impl Container {
@@ -41,7 +43,7 @@ impl Container {
         let open = || (Rules::open(task_id.0), RouteChannel::open(), Conntrack::open());
         let (rules, neighbours, connections) = home.within(namespace, open)?;
         let (rules, neighbours, connections) = (rules?, neighbours?, connections?);
-        Ok(Self { networks, rules, neighbours, connections, in_force: None })
+        Ok(Self { networks, rules, neighbours, connections, in_force: None, is_unsettled: false })
     }
 
     /// Brings the rules to those of its networks; looks at the kernel also where nothing changed, if
@@ -78,9 +80,25 @@ impl Container {
         };
         // Only then: what is forgotten is judged by the new rules.
         if before.is_none_or(has_lost) {
+            self.is_unsettled = true;
             self.forget_stale(&known)?;
         }
         self.in_force = Some(known);
+        Ok(())
+    }
+
+    /// Forgets requests for connections that were not answered by what has left the rules, or serves no
+    /// longer. To be called when answers that were under way have come.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        let Some(in_force) = self.in_force.as_ref().filter(|_| self.is_unsettled) else {
+            return Ok(());
+        };
+        self.is_unsettled = false;
+        for entry in self.connections.list_unanswered()? {
+            if in_force.values().any(|balance| balance.is_astray(&entry.connection)) {
+                self.connections.delete_unanswered(&entry)?;
+            }
+        }
         Ok(())
     }
 

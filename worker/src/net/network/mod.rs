@@ -105,6 +105,12 @@ impl Networks {
         self.plane.run(Plane::apply).await?
     }
 
+    /// Has the kernel forget requests for connections that tasks did not answer before the tables withdrew
+    /// them. To be called when answers that were under way at [`Networks::apply`] have come.
+    pub async fn settle(&self) -> Result<(), Error> {
+        self.plane.run(Plane::settle).await?
+    }
+
     /// Connects the container of a task to its networks, whose tables have come. Fine if it is.
     pub async fn attach(
         &self,

@@ -134,6 +134,12 @@ impl Plane {
         first_of(failures).map(|()| unencrypted)
     }
 
+    /// Has the kernel forget requests for connections that withdrawn tasks did not answer.
+    pub(super) fn settle(&mut self) -> Result<(), Error> {
+        let settled = self.containers.values_mut().map(Container::settle);
+        first_of(settled.filter_map(Result::err).collect())
+    }
+
     /// Connects a container to its networks, whose tables are known. Fine if it is connected already.
     pub(super) fn attach(
         &mut self,
