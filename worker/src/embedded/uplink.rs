@@ -424,7 +424,13 @@ impl Balancers for Uplink {
     async fn settle(&mut self) {
         let started = self.started.borrow().clone();
         let Some(Started { mesh, networks, .. }) = started else { return };
-        let (ports, containers) = tokio::join!(mesh.settle(), networks.settle());
+        let of_networks = async {
+            match networks {
+                Some(networks) => networks.settle().await,
+                None => Ok(()),
+            }
+        };
+        let (ports, containers) = tokio::join!(mesh.settle(), of_networks);
         for error in [ports.err(), containers.err()].into_iter().flatten() {
             tracing::warn!(
                 error = %Chain(&error),

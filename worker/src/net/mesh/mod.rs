@@ -201,7 +201,10 @@ impl Mesh {
     /// them: sent again, they go to other tasks. To be called when answers that were under way at
     /// [`Mesh::apply`] have come.
     pub async fn settle(&self) -> Result<(), Error> {
-        self.kernel.run(Kernel::settle).await?
+        match &self.driver {
+            Driver::Kernel(thread) => thread.run(Kernel::settle).await?,
+            Driver::UserSpace(_) => Ok(()), // Nothing of it is in the kernel.
+        }
     }
 
     /// Whether a port that another program had is free, or has another holder, since the last
