@@ -163,8 +163,12 @@ impl Node {
 
     /// `ip:port` at which other nodes reach it.
     pub fn address(&self) -> String {
-        let port = if self.status.port == 0 { NODE_PORT } else { self.status.port };
-        format!("{}:{port}", self.status.addr)
+        format!("{}:{}", self.status.addr, self.port())
+    }
+
+    /// Where it listens at that address.
+    pub fn port(&self) -> u16 {
+        if self.status.port == 0 { NODE_PORT } else { self.status.port }
     }
 
     /// Its host name; empty until its first session.
@@ -197,9 +201,52 @@ pub struct NodeDescription {
     /// Its certificates; absent of nodes of versions that do not say so.
     #[serde(rename = "TLSInfo", skip_serializing_if = "Option::is_none")]
     pub tls_info: Option<TlsInfo>,
+    /// What balances published ports there; absent of nodes of versions that know the kernel alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<IngressDescription>,
     /// Kept and not acted on: CSIInfo, ….
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+impl NodeDescription {
+    /// Whether the node's daemon balances published ports, so that no tunnel and no overlay network ends there.
+    pub fn is_in_user_space(&self) -> bool {
+        let ingress = self.ingress.as_ref();
+        ingress.is_some_and(|ingress| ingress.balancer == IngressBalancer::UserSpace)
+    }
+}
+
+/// How a node serves published ports.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct IngressDescription {
+    /// What gives connections to tasks.
+    pub balancer: IngressBalancer,
+    /// Why it is not the kernel, in a sentence.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// What gives connections to tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IngressBalancer {
+    /// Rules of the kernel, and a tunnel to the other nodes.
+    #[default]
+    Kernel,
+    /// The node's daemon, and those of the other nodes.
+    UserSpace,
+}
+
+impl IngressBalancer {
+    /// Its word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::UserSpace => "user-space",
+        }
+    }
 }
 
 /// The daemon's version and labels.

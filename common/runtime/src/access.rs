@@ -98,6 +98,7 @@ const TABLE: &[(&str, &str, u8)] = &[
     ("Peer", "Blob", NODES),
     ("Peer", "TaskLogs", MANAGER),
     ("Peer", "CheckPath", MANAGER),
+    ("Peer", "Connect", NODES),
 ];
 
 static BY_PATH: LazyLock<HashMap<String, u8>> = LazyLock::new(|| {

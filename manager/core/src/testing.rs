@@ -1,6 +1,7 @@
 //! Clusters as words, and plans as words: what the tables of the tests are written in.
 //!
 //! A node is `NUMBER[:ATTRIBUTE]…` with attributes `down`, `disconnected`, `unknown`, `drain`, `pause`,
+//! `user-space`,
 //! `cpu=CORES`, `mem=MIB`, `KEY=VALUE` (a label). A task is `SLOT@NODE:STATE[>DESIRED][~VERSION]`, `-`
 //! for no node; the state `unhealthy` is `running` with a failing health check. Task ids count from
 //! 1 in the order written.
@@ -11,7 +12,9 @@
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use skep_common::object::{NodeDescription, NodeState, TaskStatus};
+use skep_common::object::{
+    IngressBalancer, IngressDescription, NodeDescription, NodeState, TaskStatus,
+};
 use skep_common::spec::{Availability, Platform, Replicated, ServiceMode, ServiceSpec};
 use skep_common::{
     Cluster, ClusterId, Kind, Meta, Node, NodeId, Object, Service, ServiceId, Task, TaskId,
@@ -85,6 +88,13 @@ pub fn parse_node(word: &str) -> Node {
             ("pause", _) => node.spec.availability = Availability::Pause,
             ("cpu", cores) => {
                 resources.nano_cpus = cores.parse::<i64>().ok().map(|cores| cores * 1_000_000_000);
+            }
+            ("user-space", _) => {
+                let ingress = IngressDescription {
+                    balancer: IngressBalancer::UserSpace,
+                    ..IngressDescription::default()
+                };
+                node.description.as_mut().expect("made above").ingress = Some(ingress);
             }
             ("mem", mib) => resources.memory_bytes = mib.parse::<i64>().ok().map(|mib| mib << 20),
             (key, value) => {

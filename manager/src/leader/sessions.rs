@@ -446,6 +446,9 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
         has_ipv6: peer.ipv6.is_some(),
         ipv6: peer.ipv6.iter().flatten().map(ToString::to_string).collect(),
         wireguard: peer.wireguard.as_ref().map(wireguard_keys),
+        node_id: peer.node_id.to_string(),
+        port: peer.port.into(),
+        user_space: peer.is_in_user_space,
     };
     MeshUpdate {
         version,

@@ -47,6 +47,12 @@ pub struct Peer {
     pub ipv6: Option<BTreeSet<Ipv6Addr>>,
     /// Its keys, where it takes part in encrypted networks.
     pub wireguard: Option<WireguardKeys>,
+    /// The node itself.
+    pub node_id: NodeId,
+    /// Where its daemon listens at the underlay address.
+    pub port: u16,
+    /// Whether its daemon balances, so that no tunnel leads to its tasks.
+    pub is_in_user_space: bool,
 }
 
 /// A port that answers on every node.
@@ -82,7 +88,11 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
             let keys = description.and_then(|description| description.wireguard.as_ref());
             let keys = keys.filter(|keys| !keys.public.keys.is_empty());
             let wireguard = keys.map(|keys| keys.public.clone());
-            table.peers.insert(node.number, Peer { underlay, ipv6, wireguard });
+            let is_in_user_space =
+                description.is_some_and(|description| description.is_in_user_space());
+            let (node_id, port) = (node.id, node.port());
+            let peer = Peer { underlay, ipv6, wireguard, node_id, port, is_in_user_space };
+            table.peers.insert(node.number, peer);
         }
     }
     for service in state.services().values() {
