@@ -108,7 +108,7 @@ pub(crate) fn task_spec(spec: &TaskSpec) -> Outcome {
     let placement = spec.placement.as_ref();
     let expressions = placement.and_then(|placement| placement.constraints.as_deref());
     constraint::parse_all(expressions.unwrap_or_default())
-        .map(|_| ())
+        .and_then(|constraints| constraint::check_keys(&constraints))
         .map_err(|error| Error(error.to_string()))
 }
 
@@ -464,6 +464,11 @@ mod tests {
             (
                 json!({"TaskTemplate": {"Placement": {"Constraints": ["node.role=manager"]}}}),
                 "constraint expected one operator from ==, !=: \"node.role=manager\"",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Constraints": ["node.rule==manager"]}}}),
+                "invalid constraint key node.rule: use node.id, node.hostname, node.ip, node.role, \
+                 node.platform.os, node.platform.arch, node.labels.KEY or engine.labels.KEY",
             ),
             (
                 json!({"UpdateConfig": {"MaxFailureRatio": 1.5}}),
