@@ -14,6 +14,7 @@ use skep_common::spec::{
 
 use crate::constraint;
 use crate::orchestrator::MAX_ATTEMPTS_COUNTED;
+use crate::scheduler::parse_preferences;
 
 /// A thousandth of a core.
 const NANO_CPUS_MIN: i64 = 1_000_000;
@@ -109,7 +110,8 @@ pub(crate) fn task_spec(spec: &TaskSpec) -> Outcome {
     let expressions = placement.and_then(|placement| placement.constraints.as_deref());
     constraint::parse_all(expressions.unwrap_or_default())
         .and_then(|constraints| constraint::check_keys(&constraints))
-        .map_err(|error| Error(error.to_string()))
+        .map_err(|error| Error(error.to_string()))?;
+    parse_preferences(placement).map(|_| ()).map_err(Error)
 }
 
 fn not_negative(what: &str, duration: Option<Nanos>) -> Outcome {
@@ -315,21 +317,16 @@ fn has_deadline(config: Option<&UpdateConfig>) -> bool {
 }
 
 /// Fields of a task that nothing acts on yet, and whether they are given.
-fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 6] {
+fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 4] {
     let container = task.container_spec.as_ref();
     let secrets = container.and_then(|container| container.secrets.as_ref());
     let configs = container.and_then(|container| container.configs.as_ref());
-    let placement = task.placement.as_ref();
-    let preferences = placement.and_then(|placement| placement.preferences.as_ref());
-    let strategy = placement.and_then(|placement| placement.strategy);
     let resources = task.resources.as_ref();
     let reserved = resources.and_then(|all| all.reservations.as_ref()?.generic_resources.as_ref());
     let limited = resources.and_then(|all| all.limits.as_ref()?.generic_resources.as_ref());
     [
         ("TaskTemplate.ContainerSpec.Secrets", secrets.is_some_and(|list| !list.is_empty())),
         ("TaskTemplate.ContainerSpec.Configs", configs.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Placement.Preferences", preferences.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Placement.Strategy", strategy.is_some()),
         ("TaskTemplate.Resources.GenericResources", reserved.is_some_and(|list| !list.is_empty())),
         ("TaskTemplate.Resources.GenericResources", limited.is_some_and(|list| !list.is_empty())),
     ]
@@ -469,6 +466,24 @@ mod tests {
                 json!({"TaskTemplate": {"Placement": {"Constraints": ["node.rule==manager"]}}}),
                 "invalid constraint key node.rule: use node.id, node.hostname, node.ip, node.role, \
                  node.platform.os, node.platform.arch, node.labels.KEY or engine.labels.KEY",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Preferences": [
+                    {"Spread": {"SpreadDescriptor": "node.labels.zone"}},
+                    {"Spread": {"SpreadDescriptor": "engine.labels.rack"}},
+                ]}}}),
+                "",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Preferences": [
+                    {"Spread": {"SpreadDescriptor": "node.hostname"}},
+                ]}}}),
+                "invalid placement preference: cannot spread over \"node.hostname\": use node.labels.KEY \
+                 or engine.labels.KEY",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Preferences": [{}]}}}),
+                "invalid placement preference: it must have Spread",
             ),
             (
                 json!({"UpdateConfig": {"MaxFailureRatio": 1.5}}),

@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 
-use skep_common::spec::{Platform, PortProtocol};
+use skep_common::spec::{PlacementStrategy, Platform, PortProtocol};
 use skep_common::{Node, ServiceId, Task};
 
 use super::index::{self, Amounts, Entry, Index};
-use crate::constraint::{self, Constraint};
+use super::preference;
+use crate::constraint::{self, Constraint, LabelKey};
 use crate::network::{self, Wanted};
 use crate::store::State;
 
@@ -23,6 +24,10 @@ pub(super) struct Requirement {
     pub(super) pinned_image: Option<String>,
     /// The networks to be on.
     pub(super) networks: Vec<Wanted>,
+    /// What tasks are spread over first.
+    pub(super) preferences: Vec<LabelKey>,
+    /// Which of the nodes that fit comes first.
+    pub(super) strategy: PlacementStrategy,
     /// Whether an address of the node's slice is needed.
     pub(super) has_uplink: bool,
 }
@@ -33,6 +38,7 @@ impl Requirement {
         let networks = network::wanted_by(state, &task.spec)?;
         let service = state.service(task.service_id).map(|service| &**service);
         let placement = task.spec.placement.clone().unwrap_or_default();
+        let preferences = preference::parse_all(Some(&placement))?;
         Ok(Self {
             amounts: Amounts::reserved_by(&task.spec),
             constraints: constraint::parse_all(
@@ -43,10 +49,23 @@ impl Requirement {
             ports: index::host_ports(task),
             replicas_max: placement.max_replicas.unwrap_or(0),
             pinned_image: None,
+            preferences,
+            strategy: placement.strategy.unwrap_or_else(|| default_strategy(state)),
             has_uplink: network::wants_uplink(service, &task.spec, &networks),
             networks,
         })
     }
+
+    /// Whether CPU or memory is reserved.
+    pub(super) fn reserves(&self) -> bool {
+        self.amounts != Amounts::default()
+    }
+}
+
+/// The swarm's strategy, for services that name none.
+fn default_strategy(state: &State) -> PlacementStrategy {
+    let orchestration = state.cluster().and_then(|cluster| cluster.spec.orchestration.as_ref());
+    orchestration.and_then(|config| config.strategy).unwrap_or_default()
 }
 
 /// The filters in the order in which a node meets them: first what no placement changes, so that the
