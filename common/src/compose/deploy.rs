@@ -8,8 +8,9 @@ use super::service::plain_pairs;
 use super::tree::Value;
 use super::{Report, known};
 use crate::spec::{
-    IngressPolicy, Labels, Placement, ReplicatedJob, ResourceRequirements, Resources,
-    RestartCondition, RestartPolicy, ServiceMode, UpdateConfig,
+    IngressPolicy, Labels, Placement, PlacementPreference, PlacementStrategy, ReplicatedJob,
+    ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceMode, SpreadOver,
+    UpdateConfig,
 };
 
 /// What `deploy` says.
@@ -128,13 +129,32 @@ fn amounts(
 
 fn placement(field: &Field<'_>, report: &mut Report) -> Placement {
     let section = field.section(report);
-    section.check(known::PLACEMENT, known::PLACEMENT_LATER, report);
+    section.check(known::PLACEMENT, &[], report);
     let constraints = section.get("constraints").map(|field| field.texts(report));
     Placement {
         constraints: constraints.filter(|list| !list.is_empty()),
+        preferences: section
+            .get("preferences")
+            .map(|field| preferences(&field, report))
+            .filter(|list| !list.is_empty()),
         max_replicas: section.get("max_replicas_per_node").and_then(|field| field.number(report)),
+        strategy: section
+            .get("x-skep-strategy")
+            .and_then(|field| field.word(&["spread", "binpack"], report))
+            .and_then(|word| PlacementStrategy::of(&word)),
         ..Placement::default()
     }
+}
+
+fn preferences(field: &Field<'_>, report: &mut Report) -> Vec<PlacementPreference> {
+    let items = field.items(report);
+    let read = |item| {
+        let section = field.item(item).section(report);
+        section.check(known::PREFERENCE, &[], report);
+        let spread_descriptor = section.get("spread").and_then(|field| field.text(report))?;
+        Some(PlacementPreference { spread: Some(SpreadOver { spread_descriptor }) })
+    };
+    items.iter().filter_map(read).collect()
 }
 
 fn restart_policy(field: &Field<'_>, report: &mut Report) -> RestartPolicy {

@@ -133,9 +133,9 @@ pub(super) const DEPLOY: &[&str] = &[
     "update_config",
 ];
 /// Of `deploy.placement`, acted on.
-pub(super) const PLACEMENT: &[&str] = &["constraints", "max_replicas_per_node"];
-/// Of `deploy.placement`, not yet.
-pub(super) const PLACEMENT_LATER: &[&str] = &["preferences"];
+pub(super) const PLACEMENT: &[&str] = &["constraints", "max_replicas_per_node", "preferences"];
+/// Of one of `deploy.placement.preferences`.
+pub(super) const PREFERENCE: &[&str] = &["spread"];
 /// Of `deploy.resources`.
 pub(super) const RESOURCES: &[&str] = &["limits", "reservations"];
 /// Of `deploy.resources.limits`.
