@@ -8,9 +8,9 @@ use super::service::plain_pairs;
 use super::tree::Value;
 use super::{Report, known};
 use crate::spec::{
-    IngressPolicy, Labels, Placement, PlacementPreference, PlacementStrategy, ReplicatedJob,
-    ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceMode, SpreadOver,
-    UpdateConfig,
+    GenericResource, IngressPolicy, Labels, Placement, PlacementPreference, PlacementStrategy,
+    ReplicatedJob, ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceMode,
+    SpreadOver, UpdateConfig,
 };
 
 /// What `deploy` says.
@@ -123,8 +123,27 @@ fn amounts(
             .get("pids")
             .filter(|_| known.contains(&"pids"))
             .and_then(|field| field.number(report)),
+        generic_resources: section
+            .get("generic_resources")
+            .filter(|_| known.contains(&"generic_resources"))
+            .map(|field| generic_resources(&field, report))
+            .filter(|list| !list.is_empty()),
         ..Resources::default()
     }
+}
+
+fn generic_resources(field: &Field<'_>, report: &mut Report) -> Vec<GenericResource> {
+    let items = field.items(report);
+    let read = |item| {
+        let section = field.item(item).section(report);
+        section.check(known::GENERIC_RESOURCE, &[], report);
+        let section = section.get("discrete_resource_spec")?.section(report);
+        section.check(known::DISCRETE_RESOURCE, &[], report);
+        let kind = section.get("kind").and_then(|field| field.text(report))?;
+        let value = section.get("value").and_then(|field| field.number(report))?;
+        Some(GenericResource::Discrete { kind, value })
+    };
+    items.iter().filter_map(read).collect()
 }
 
 fn placement(field: &Field<'_>, report: &mut Report) -> Placement {

@@ -141,9 +141,13 @@ pub(super) const RESOURCES: &[&str] = &["limits", "reservations"];
 /// Of `deploy.resources.limits`.
 pub(super) const LIMITS: &[&str] = &["cpus", "memory", "pids"];
 /// Of `deploy.resources.reservations`, acted on.
-pub(super) const RESERVATIONS: &[&str] = &["cpus", "memory"];
+pub(super) const RESERVATIONS: &[&str] = &["cpus", "generic_resources", "memory"];
+/// Of one of `generic_resources`.
+pub(super) const GENERIC_RESOURCE: &[&str] = &["discrete_resource_spec"];
+/// Of its `discrete_resource_spec`.
+pub(super) const DISCRETE_RESOURCE: &[&str] = &["kind", "value"];
 /// Of `deploy.resources.reservations`, not yet.
-pub(super) const RESERVATIONS_LATER: &[&str] = &["devices", "generic_resources", "pids"];
+pub(super) const RESERVATIONS_LATER: &[&str] = &["devices", "pids"];
 /// Of `deploy.restart_policy`.
 pub(super) const RESTART_POLICY: &[&str] = &["condition", "delay", "max_attempts", "window"];
 /// Of `deploy.update_config` and `deploy.rollback_config`.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rand::Rng;
 use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
-use skep_common::spec::TaskSpec;
+use skep_common::spec::{GenericResource, TaskSpec};
 use skep_common::{
     Kind, NetworkId, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
 };
@@ -153,13 +153,14 @@ impl<'a> Fork<'a> {
         }
     }
 
-    /// Gives a waiting task a node and its addresses.
+    /// Gives a waiting task a node, its addresses, and what it was given of the node's generic resources.
     pub(crate) fn place(
         &mut self,
         task_id: TaskId,
         node_id: NodeId,
         pinned: Option<String>,
         attachments: Vec<NetworkAttachment>,
+        generic: Vec<GenericResource>,
     ) {
         let now = self.now;
         self.touch(task_id);
@@ -167,6 +168,7 @@ impl<'a> Fork<'a> {
             debug_assert!(task.node_id.is_none(), "a task is placed once");
             task.node_id = Some(node_id);
             task.networks_attachments = attachments;
+            task.assigned_generic_resources = generic;
             if let Some(pinned) = pinned
                 && let Some(container) = &mut Arc::make_mut(&mut task.spec).container_spec
             {
@@ -326,6 +328,8 @@ fn task_action(old: Option<&Arc<Task>>, new: Option<&Arc<Task>>) -> Option<Actio
     patch.node_id = new.node_id.filter(|_| old.node_id.is_none());
     patch.networks_attachments = (old.networks_attachments != new.networks_attachments)
         .then(|| new.networks_attachments.clone());
+    patch.generic_resources = (old.assigned_generic_resources != new.assigned_generic_resources)
+        .then(|| new.assigned_generic_resources.clone());
     patch.status = (old.status != new.status).then(|| new.status.clone());
     Some(Action::PatchTask(patch))
 }

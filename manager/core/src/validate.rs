@@ -7,9 +7,11 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use skep_common::spec::generic::is_kind;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol,
-    PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, Nanos, NodeSpec,
+    PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec,
+    UpdateConfig,
 };
 
 use crate::constraint;
@@ -212,7 +214,33 @@ fn health_config(config: &HealthConfig) -> Outcome {
 
 fn requirements(requirements: &ResourceRequirements) -> Outcome {
     requirements.limits.as_ref().map_or(Ok(()), resources)?;
-    requirements.reservations.as_ref().map_or(Ok(()), resources)
+    requirements.reservations.as_ref().map_or(Ok(()), resources)?;
+    let reserved = requirements.reservations.as_ref();
+    generic(reserved.and_then(|all| all.generic_resources.as_deref()).unwrap_or_default())
+}
+
+fn generic(wanted: &[GenericResource]) -> Outcome {
+    let mut kinds = BTreeSet::new();
+    for resource in wanted {
+        let kind = resource.kind();
+        let GenericResource::Discrete { value, .. } = resource else {
+            return refuse(format!(
+                "generic resource {kind:?}: a service asks for a number, not for one by name"
+            ));
+        };
+        if !is_kind(kind) {
+            return refuse(format!(
+                "generic resource {kind:?}: a name has letters, digits, '-', '_' and '.'"
+            ));
+        }
+        if *value < 1 {
+            return refuse(format!("generic resource {kind:?}: ask for 1 or more, not {value}"));
+        }
+        if !kinds.insert(kind) {
+            return refuse(format!("generic resource {kind:?} is asked for twice"));
+        }
+    }
+    Ok(())
 }
 
 fn resources(resources: &Resources) -> Outcome {
@@ -317,18 +345,19 @@ fn has_deadline(config: Option<&UpdateConfig>) -> bool {
 }
 
 /// Fields of a task that nothing acts on yet, and whether they are given.
-fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 4] {
+fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 3] {
     let container = task.container_spec.as_ref();
     let secrets = container.and_then(|container| container.secrets.as_ref());
     let configs = container.and_then(|container| container.configs.as_ref());
     let resources = task.resources.as_ref();
-    let reserved = resources.and_then(|all| all.reservations.as_ref()?.generic_resources.as_ref());
     let limited = resources.and_then(|all| all.limits.as_ref()?.generic_resources.as_ref());
     [
         ("TaskTemplate.ContainerSpec.Secrets", secrets.is_some_and(|list| !list.is_empty())),
         ("TaskTemplate.ContainerSpec.Configs", configs.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Resources.GenericResources", reserved.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Resources.GenericResources", limited.is_some_and(|list| !list.is_empty())),
+        (
+            "TaskTemplate.Resources.Limits.GenericResources",
+            limited.is_some_and(|list| !list.is_empty()),
+        ),
     ]
 }
 
@@ -437,6 +466,7 @@ mod tests {
 
     #[test]
     fn resources_policies_and_ports_are_refused_in_swarms_words() {
+        let reserved = |list| json!({"TaskTemplate": {"Resources": {"Reservations": {"GenericResources": list}}}});
         for (part, expect) in [
             (
                 json!({"TaskTemplate": {"Resources": {"Limits": {"NanoCPUs": 999_999}}}}),
@@ -484,6 +514,26 @@ mod tests {
             (
                 json!({"TaskTemplate": {"Placement": {"Preferences": [{}]}}}),
                 "invalid placement preference: it must have Spread",
+            ),
+            (reserved(json!([{"DiscreteResourceSpec": {"Kind": "GPU", "Value": 2}}])), ""),
+            (
+                reserved(json!([{"DiscreteResourceSpec": {"Kind": "GPU", "Value": 0}}])),
+                "generic resource \"GPU\": ask for 1 or more, not 0",
+            ),
+            (
+                reserved(json!([{"NamedResourceSpec": {"Kind": "GPU", "Value": "a"}}])),
+                "generic resource \"GPU\": a service asks for a number, not for one by name",
+            ),
+            (
+                reserved(json!([{"DiscreteResourceSpec": {"Kind": "G U", "Value": 1}}])),
+                "generic resource \"G U\": a name has letters, digits, '-', '_' and '.'",
+            ),
+            (
+                reserved(json!([
+                    {"DiscreteResourceSpec": {"Kind": "GPU", "Value": 1}},
+                    {"DiscreteResourceSpec": {"Kind": "GPU", "Value": 1}},
+                ])),
+                "generic resource \"GPU\" is asked for twice",
             ),
             (
                 json!({"UpdateConfig": {"MaxFailureRatio": 1.5}}),

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use skep_common::compose::units::capabilities;
+use skep_common::spec::generic::parse_wanted;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, PlacementPreference,
-    ServiceMode, ServiceSpec, TaskSpec, Ulimit,
+    ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels, NetworkAttachmentConfig,
+    PlacementPreference, ServiceMode, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
 
@@ -15,7 +16,7 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, sort_ports,
 };
-use super::placement::{change_preferences, parse_preference};
+use super::placement::{change_generic, change_preferences, parse_preference};
 use super::{Waiting, caller_environment, converge, names};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
@@ -56,6 +57,9 @@ pub(crate) struct CreateArgs {
     /// Placement preferences
     #[arg(long, value_parser = parse_preference, value_name = "spread=KEY")]
     placement_pref: Vec<PlacementPreference>,
+    /// User defined resources
+    #[arg(long, value_parser = parse_wanted, value_name = "KIND=NUMBER")]
+    generic_resource: Vec<GenericResource>,
     /// Set one or more supplementary user groups for the container
     #[arg(long)]
     group: Vec<String>,
@@ -182,6 +186,7 @@ fn spec(
         spec.task_template.placement.get_or_insert_default().constraints = Some(constraints);
     }
     change_preferences(&mut spec.task_template, &args.placement_pref, &[]);
+    change_generic(&mut spec.task_template, &args.generic_resource, &[]);
     args.flags.apply(&mut spec)?;
     Ok(spec)
 }
@@ -365,7 +370,7 @@ mod tests {
             "--limit-cpu 0.5 --limit-memory 64M --limit-pids 10 --reserve-cpu .25 --reserve-memory 32m \
              --constraint node.role==worker --constraint 'node.labels.a != b' --replicas-max-per-node 2 \
              --placement-pref spread=node.labels.zone --placement-pref spread=engine.labels.rack \
-             --placement-strategy binpack \
+             --placement-strategy binpack --generic-resource GPU=2 \
              --restart-condition on-failure --restart-delay 1s --restart-max-attempts 3 --restart-window 1m \
              --update-parallelism 2 --update-delay 1s --update-order start-first --update-failure-action rollback \
              --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
@@ -385,7 +390,10 @@ mod tests {
                     },
                     "Resources": {
                         "Limits": {"NanoCPUs": 500_000_000, "MemoryBytes": 67_108_864, "Pids": 10},
-                        "Reservations": {"NanoCPUs": 250_000_000, "MemoryBytes": 33_554_432},
+                        "Reservations": {
+                            "NanoCPUs": 250_000_000, "MemoryBytes": 33_554_432,
+                            "GenericResources": [{"DiscreteResourceSpec": {"Kind": "GPU", "Value": 2}}],
+                        },
                     },
                     "RestartPolicy": {
                         "Condition": "on-failure", "Delay": 1_000_000_000, "MaxAttempts": 3,
@@ -457,6 +465,7 @@ mod tests {
                 "ulimit soft limit must be less than or equal to hard limit",
             ),
             ("--placement-pref binpack=x img", "only spread is supported"),
+            ("--generic-resource GPU=UUID1 img", "write a number of 1 or more"),
             ("--placement-pref spread= img", "nothing to spread over"),
             ("--placement-strategy random img", "must be spread or binpack"),
             ("-e =x img", "invalid environment variable: =x"),

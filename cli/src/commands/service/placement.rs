@@ -3,7 +3,9 @@
 
 use anyhow::Result;
 use clap::Args;
-use skep_common::spec::{Placement, PlacementPreference, PlacementStrategy, SpreadOver, TaskSpec};
+use skep_common::spec::{
+    GenericResource, Placement, PlacementPreference, PlacementStrategy, SpreadOver, TaskSpec,
+};
 
 /// Flags that set what there is one of.
 #[derive(Debug, Args)]
@@ -64,6 +66,21 @@ pub(super) fn change_preferences(
         }
     }
     placement.preferences = (!preferences.is_empty()).then_some(preferences);
+}
+
+/// Takes kinds of generic resources away, and sets the numbers of others.
+pub(super) fn change_generic(task: &mut TaskSpec, set: &[GenericResource], remove: &[String]) {
+    let reserved = task.resources.as_ref().and_then(|all| all.reservations.as_ref());
+    let before = reserved.and_then(|all| all.generic_resources.clone()).unwrap_or_default();
+    let is_set = |known: &GenericResource| set.iter().any(|new| new.kind() == known.kind());
+    let mut after = before.clone();
+    after.retain(|known| !is_set(known) && !remove.iter().any(|kind| kind == known.kind()));
+    after.extend(set.iter().cloned());
+    if after != before {
+        let resources = task.resources.get_or_insert_default();
+        resources.reservations.get_or_insert_default().generic_resources =
+            (!after.is_empty()).then_some(after);
+    }
 }
 
 /// Preferences as flags have them.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use skep_common::spec::{PlacementStrategy, Platform, PortProtocol};
 use skep_common::{Node, ServiceId, Task};
 
+use super::generic;
 use super::index::{self, Amounts, Entry, Index};
 use super::preference;
 use crate::constraint::{self, Constraint, LabelKey};
@@ -15,6 +16,8 @@ use crate::store::State;
 #[derive(Debug)]
 pub(super) struct Requirement {
     amounts: Amounts,
+    /// Numbers of generic resources.
+    pub(super) generic: generic::Wanted,
     constraints: Vec<Constraint>,
     platforms: Vec<Platform>,
     ports: Vec<(PortProtocol, u16)>,
@@ -41,6 +44,7 @@ impl Requirement {
         let preferences = preference::parse_all(Some(&placement))?;
         Ok(Self {
             amounts: Amounts::reserved_by(&task.spec),
+            generic: generic::wanted(&task.spec),
             constraints: constraint::parse_all(
                 placement.constraints.as_deref().unwrap_or_default(),
             )
@@ -78,6 +82,7 @@ pub(super) enum Filter {
     Platform,
     Overlay,
     Resource,
+    Generic,
     HostPort,
     Replicas,
     Address,
@@ -94,6 +99,7 @@ impl Filter {
             Self::Overlay if n_nodes == 1 => "1 node cannot carry overlay networks".to_owned(),
             Self::Overlay => format!("{nodes} cannot carry overlay networks"),
             Self::Resource => format!("insufficient resources on {nodes}"),
+            Self::Generic => format!("insufficient generic resources on {nodes}"),
             Self::HostPort => format!("host-mode port already in use on {nodes}"),
             Self::Replicas => format!("max replicas per node limit exceeded on {nodes}"),
             Self::Address => format!("no free ingress address on {nodes}"),
@@ -121,6 +127,7 @@ pub(super) fn first_miss(
             is_short(amounts.nano_cpus, entry.free.nano_cpus)
                 || is_short(amounts.memory_bytes, entry.free.memory_bytes),
         ),
+        (Filter::Generic, entry.generic.lacks(&requirement.generic).is_some()),
         (Filter::HostPort, requirement.ports.iter().any(|port| entry.ports.contains_key(port))),
         (
             Filter::Replicas,
@@ -179,6 +186,7 @@ pub(super) fn explain(
     let nearest = missed
         .get(&Filter::Resource)
         .and_then(|nodes| nearest_by_resources(nodes, &requirement.amounts))
+        .or_else(|| nearest_by_generic(missed.get(&Filter::Generic)?, &requirement.generic))
         .or_else(|| unmet_constraint(missed.get(&Filter::Constraint)?, requirement));
     match nearest {
         Some(nearest) => format!("no suitable node ({words}): {nearest}"),
@@ -209,6 +217,18 @@ fn nearest_by_resources(nodes: &[&Entry], wanted: &Amounts) -> Option<String> {
         let (free, wanted) = (cpus(best.free.nano_cpus), cpus(wanted.nano_cpus));
         format!("most free CPU: {free} on {name}, {wanted} wanted")
     })
+}
+
+/// Of the nodes that have too little of a kind, the one that has most of it.
+fn nearest_by_generic(nodes: &[&Entry], wanted: &generic::Wanted) -> Option<String> {
+    let short = nodes.iter().filter_map(|entry| {
+        let (kind, count) = entry.generic.lacks(wanted)?;
+        Some((std::cmp::Reverse(entry.generic.free(kind).max(0)), entry.id, kind, count, entry))
+    });
+    let (std::cmp::Reverse(free), _, kind, count, entry) =
+        short.min_by_key(|(free, id, ..)| (*free, *id))?;
+    let name = entry.node.as_deref().map_or_else(|| entry.id.short(), node_name);
+    Some(format!("most free {kind}: {free} on {name}, {count} wanted"))
 }
 
 /// A constraint that none of these nodes meets.

@@ -31,6 +31,7 @@
 //! [`PlacementStrategy::Binpack`].
 
 mod filter;
+mod generic;
 mod index;
 mod preference;
 #[cfg(test)]
@@ -50,6 +51,7 @@ use crate::network;
 use filter::Requirement;
 pub(crate) use filter::carries_overlays;
 pub use filter::node_name;
+pub(crate) use generic::Stock;
 pub(crate) use index::{Amounts, Index};
 use preference::Candidates;
 pub(crate) use preference::parse_all as parse_preferences;
@@ -169,7 +171,9 @@ fn place_group(
         let mut attachments = network::attach(fork.state(), &mut cursors.networks, networks)?;
         attachments.extend(uplink);
         let pinned = requirement.pinned_image.clone();
-        fork.place(task_id, index.entry(number).id, pinned, attachments);
+        let entry = index.entry(number);
+        let generic = entry.generic.choose(&requirement.generic);
+        fork.place(task_id, entry.id, pinned, attachments, generic);
         index.sync_task(fork.state(), task_id);
         counts[number] += 1;
         if let Some(node) = index.entry(number).node.as_deref() {

@@ -12,7 +12,7 @@ use super::Index;
 use crate::testing::{NOW, World, service};
 
 /// `needs` has words: `cpu=CORES`, `mem=MIB`, `KEY==VALUE`, `max=N`, `arch=NAME`, `host=PORT`,
-/// `spread=KEY`, `strategy=NAME`.
+/// `spread=KEY`, `strategy=NAME`, `needs-KIND=N`.
 fn service_with(replicas: u64, needs: &str) -> Service {
     let mut service = service(replicas);
     let mut placement = Placement::default();
@@ -32,6 +32,11 @@ fn service_with(replicas: u64, needs: &str) -> Service {
                 let spread = Some(SpreadOver { spread_descriptor: key.to_owned() });
                 let preferences = placement.preferences.get_or_insert_default();
                 preferences.push(PlacementPreference { spread });
+            }
+            (key, n) if key.starts_with("needs-") => {
+                let text = format!("{}={n}", &key["needs-".len()..]);
+                let list = reservations.generic_resources.get_or_insert_default();
+                list.push(skep_common::spec::generic::parse_wanted(&text).unwrap());
             }
             ("strategy", name) => placement.strategy = PlacementStrategy::of(name),
             ("host", port) => service.endpoint.ports.push(PortConfig {
@@ -215,6 +220,99 @@ fn a_service_that_says_nothing_is_placed_as_the_swarm_says() {
         world.put(vec![Object::Cluster(Box::new(cluster))]);
         world.expect_step(needs, expect);
     }
+}
+
+/// What each task that has not ended was given, by slot.
+fn given(world: &World) -> Vec<String> {
+    let tasks = world.state.tasks().values().filter(|task| !task.status.state.is_terminal());
+    let given = |resources| skep_common::spec::generic::environment(resources).join(" ");
+    let mut words: Vec<String> = tasks
+        .map(|task| format!("{} {}", task.slot, given(&task.assigned_generic_resources)))
+        .map(|line| line.replace("DOCKER_RESOURCE_", "").trim_end().to_owned())
+        .collect();
+    words.sort();
+    words
+}
+
+#[test]
+fn generic_resources_are_given_while_there_are_any() {
+    for (name, nodes, needs, replicas, expect, given_expect) in [
+        ("numbers", "1:has-SSD=3 2:has-SSD=1", "needs-SSD=2", 2, "+1@1 +2@-", vec!["1 SSD=2", "2"]),
+        (
+            "names, the first that are free",
+            "1:has-GPU=b:has-GPU=a:has-GPU=c 2",
+            "needs-GPU=1",
+            4,
+            "+1@1 +2@1 +3@1 +4@-",
+            vec!["1 GPU=a", "2 GPU=b", "3 GPU=c", "4"],
+        ),
+        (
+            "more kinds",
+            "1:has-SSD=3:has-GPU=a 2:has-GPU=x:has-GPU=y:has-SSD=2",
+            "needs-GPU=2 needs-SSD=2",
+            1,
+            "+1@2",
+            vec!["1 GPU=x,y SSD=2"],
+        ),
+    ] {
+        let mut world = World::new(nodes, service_with(replicas, needs), "");
+        world.expect_step(name, expect);
+        assert_eq!(given(&world), given_expect, "{name}");
+        let anew = Index::rebuild(&world.state).describe();
+        assert_eq!(world.memory.index().describe(), anew, "{name}");
+    }
+}
+
+#[test]
+fn a_generic_resource_is_free_once_its_task_has_ended() {
+    let mut world = World::new("1:has-GPU=a", service_with(2, "needs-GPU=1"), "");
+    world.expect_step("one for two", "+1@1 +2@-");
+    let by_slot = |world: &World, slot| {
+        let mut tasks = world.state.tasks().values();
+        tasks.find(|task| task.slot == slot).unwrap().clone()
+    };
+    let (holder, waiting) = (by_slot(&world, 1), by_slot(&world, 2));
+    assert_eq!(
+        waiting.status.err,
+        "no suitable node (insufficient generic resources on 1 node): most free GPU: 0 on n1, 1 wanted"
+    );
+    world.report(holder.id, TaskState::Failed);
+    world.step();
+    let holders = world.state.tasks().values().filter(|task| {
+        !task.status.state.is_terminal() && !task.assigned_generic_resources.is_empty()
+    });
+    let holders: Vec<TaskId> = holders.map(|task| task.id).collect();
+    assert_eq!(holders.len(), 1, "one for two still");
+    assert_ne!(holders[0], holder.id);
+}
+
+#[test]
+fn holders_of_what_a_node_lost_leave() {
+    let mut world = World::new(
+        "1:has-GPU=a:has-GPU=b:has-SSD=4 2",
+        service_with(2, "needs-GPU=1 needs-SSD=2"),
+        "",
+    );
+    world.expect_step("both have one", "+1@1 +2@1");
+    for id in world.state.tasks().keys().copied().collect::<Vec<_>>() {
+        world.report(id, TaskState::Running);
+    }
+    world.expect_step("they run", "");
+    assert_eq!(given(&world), ["1 GPU=a SSD=2", "2 GPU=b SSD=2"]);
+    let holder = |world: &World, slot| {
+        let mut tasks = world.state.tasks().values();
+        tasks
+            .find(|task| task.slot == slot && task.desired_state == TaskState::Running)
+            .unwrap()
+            .id
+            .0
+    };
+    let first = holder(&world, 1);
+    world.replace(Object::Node(Box::new(crate::testing::parse_node("1:has-GPU=b:has-SSD=4"))));
+    let words = world.step();
+    assert!(words.contains(&format!("!{first}")) && words.matches('!').count() == 1, "{words}");
+    assert!(words.contains("+1@-"), "nobody else has one: {words}");
+    world.expect_settled("the holder of b stays");
 }
 
 #[test]
