@@ -144,7 +144,7 @@ impl Node {
             self.tls.clone(),
             self.tasks.clone(),
         );
-        let peer = peer.with_underlay(self.uplink.underlay());
+        let peer = peer.with_uplink(self.uplink.clone());
         let _ = self.peer.set(peer.clone()); // A node is served once.
         let mut routes = Routes::new(PeerServer::new(peer));
         if let Some(manager) = &self.manager {

@@ -21,7 +21,7 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
-use crate::net::secure::{Keyring, Sessions};
+use crate::net::secure::{Keyring, PeerSession, Sessions};
 use crate::net::{
     Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, host_has_ipv6,
 };
@@ -222,6 +222,20 @@ impl Uplink {
     pub async fn sessions(&self) -> Option<Sessions> {
         let started = self.started.borrow().clone();
         started?.networks.sessions().await.ok()
+    }
+
+    /// What WireGuard has with the node of that number, which is greeted before if asked for; `None` where no
+    /// encrypted network has tasks on both.
+    pub(crate) async fn session_with(
+        &self,
+        number: u16,
+        is_greeted: bool,
+    ) -> Result<Option<PeerSession>, crate::net::Error> {
+        let (started, tables) = (self.started.borrow().clone(), self.tables.borrow().clone());
+        match started {
+            Some(started) => started.networks.session_with(tables, number, is_greeted).await,
+            None => Ok(None),
+        }
     }
 
     /// Removes everything of the mesh and of networks from this node: when it leaves the swarm.
