@@ -107,7 +107,7 @@ impl Uplink {
     /// Begins to count, or removes what an earlier daemon counted by. Ports are served in any case.
     async fn account(&self, pool: Ipv4Net) -> Option<Accounting> {
         let accounting = match self.is_counting {
-            true => Accounting::start(pool).await.map(Some),
+            true => Accounting::start(pool, host_has_ipv6()).await.map(Some),
             false => Accounting::remove().await.map(|()| None),
         };
         accounting.unwrap_or_else(|error| {

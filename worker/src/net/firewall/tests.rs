@@ -63,17 +63,18 @@ fn is_root() -> bool {
 }
 
 const SETS: &str = "
-    set blocked { type inet_service; elements = { 53, 4790 } }
-    set others { type inet_service; elements = { 53, 123 } }
-    set ranges { type inet_service; flags interval; elements = { 1000-2000, 4700-4800 } }
-    set gap { type inet_service; flags interval; elements = { 1000-4789, 4791-5000 } }
-    set bad { type ipv4_addr; flags interval; elements = { 198.51.100.0/24, 192.0.2.2 } }
-    set good { type ipv4_addr; elements = { 192.0.2.7 } }
-    set pairs { type ipv4_addr . inet_service; elements = { 192.0.2.2 . 4790 } }
-    set boxes { type ipv4_addr . inet_service; flags interval; elements = { 192.0.2.0/24 . 4700-4800 } }
-    map ports { type inet_service : verdict; elements = { 53 : accept, 4790 : drop } }
-    map from { type ipv4_addr : verdict; flags interval; elements = { 192.0.2.0/30 : jump inner } }
-    chain inner { udp dport 4000-5000 drop }";
+    set blocked { type inet_service; elements = { 53, 4790 }; }
+    set others { type inet_service; elements = { 53, 123 }; }
+    set ranges { type inet_service; flags interval; elements = { 1000-2000, 4700-4800 }; }
+    set gap { type inet_service; flags interval; elements = { 1000-4789, 4791-5000 }; }
+    set bad { type ipv4_addr; flags interval; elements = { 198.51.100.0/24, 192.0.2.2 }; }
+    set good { type ipv4_addr; elements = { 192.0.2.7 }; }
+    set pairs { type ipv4_addr . inet_service; elements = { 192.0.2.2 . 4790 }; }
+    set boxes { type ipv4_addr . inet_service; flags interval; elements = { 192.0.2.0/24 . 4700-4800 }; }
+    map ports { type inet_service : verdict; elements = { 53 : accept, 4790 : drop }; }
+    map from { type ipv4_addr : verdict; flags interval; elements = { 192.0.2.0/30 : jump inner }; }
+    chain inner { udp dport 4000-5000 drop; }
+";
 
 /// The first rule of `chain in`, as a decision about the packet that comes in.
 #[test]
@@ -133,7 +134,7 @@ fn a_rule_drops_what_it_is_about() {
     ] {
         let body = rules.replace("; ", "\n");
         let text = format!(
-            "table inet fw {{ {SETS}\n chain in {{ type filter hook input priority 0\n {body}\n }} }}"
+            "table inet fw {{ {SETS}\n chain in {{ type filter hook input priority 0;\n {body}\n }}\n }}"
         );
         let [incoming, outgoing] = found("nft", &["-f", "-"], &text);
         assert_eq!(incoming.join(", "), expect, "{rules}");
@@ -160,7 +161,7 @@ fn a_policy_is_in_the_way_where_nothing_accepts() {
     ] {
         let body = rules.replace("; ", "\n");
         let text = format!(
-            "table ip fw {{ chain in {{ type filter hook input priority 0; policy drop;\n {body}\n }} }}"
+            "table ip fw {{ chain in {{ type filter hook input priority 0; policy drop;\n {body}\n }}\n }}"
         );
         let [incoming, _] = found("nft", &["-f", "-"], &text);
         assert_eq!(incoming.join(", "), expect, "{rules}");
@@ -178,7 +179,8 @@ fn obstacles_stand_in_the_way_of_their_own_direction() {
         chain out { type filter hook output priority 0; oifname eth0 ip daddr 192.0.2.2 drop; }
         chain unused { udp dport 4790 drop; }
     }
-    table ip skep-mesh { chain own { type filter hook input priority 0; policy drop; } }";
+    table ip skep-mesh { chain own { type filter hook input priority 0; policy drop; }
+    }";
     let [incoming, outgoing] = found("nft", &["-f", "-"], rules);
     assert_eq!(incoming, ["a rule of chain early in table ip fw drops UDP 4790"]);
     assert_eq!(outgoing, ["a rule of chain out in table ip fw drops UDP 4790"]);
