@@ -26,7 +26,7 @@ for word in $(cat /proc/cmdline); do
 done
 # A kernel that was built without these.
 for module in $(echo "$without" | tr , ' '); do
-    find /lib/modules -name "$module.ko" -delete
+    find /lib/modules -name "$module.ko" -exec rm {} +
 done
 [ -z "$without" ] || depmod
 modprobe virtio_net
