@@ -1,0 +1,51 @@
+//! What invariants are shown of a run, each at the moment when it happens.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use skep_common::{NodeId, TaskId, TaskState, Timestamp};
+use skep_manager_core::endpoints::Table;
+use skep_manager_core::{Action, Change, Command, Outcome, State};
+
+use crate::message::{Assignments, MachineId};
+
+/// One fact.
+#[derive(Debug, Clone)]
+pub(crate) enum Seen {
+    /// The first manager applied an entry.
+    Committed {
+        before: State,
+        after: State,
+        changes: Vec<Change>,
+        command: Arc<Command>,
+        outcome: Outcome,
+    },
+    /// A manager applied an entry, or was given all up to it.
+    Applied { manager: MachineId, term: u64, proposal: Option<u64>, state: State },
+    /// A manager's state after a restart, from its disk.
+    Restored { manager: MachineId, state: State },
+    /// A leader decided.
+    Planned { state: State, actions: Arc<Vec<Action>>, now: Timestamp },
+    /// A manager began to lead.
+    Led { manager: MachineId, term: u64 },
+    /// A leader has a new table.
+    Tabled { term: u64, version: u64, table: Arc<Table>, state: State, silent: BTreeSet<NodeId> },
+    /// A leader told a node.
+    Told { term: u64, node_id: NodeId, what: Arc<Assignments> },
+    /// An agent does as it was told.
+    Accepted { machine: MachineId, term: u64, what: Arc<Assignments> },
+    /// A kernel balances by another table.
+    Programmed { machine: MachineId },
+    /// A container runs.
+    Started { machine: MachineId, task_id: TaskId },
+    /// A container is no more.
+    Ended { machine: MachineId, task_id: TaskId, state: TaskState },
+    /// A client was told that its wish was granted, at this version.
+    Granted { kind: skep_common::Kind, id: u128, index: u64 },
+    /// A client was given a linearizable view that was asked for at a moment with so many granted wishes.
+    Read { state: State, n_granted: usize },
+    /// A second has passed.
+    Second,
+    /// Everything has come to rest, or has not within the bound.
+    AtRest { is_settled: bool },
+}
