@@ -5,7 +5,7 @@ use std::time::Duration;
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 use skep_common::spec::{
-    Availability, ContainerSpec, EndpointSpec, Ipam, Nanos, NetworkAttachmentConfig, NetworkSpec,
+    Availability, ContainerSpec, EndpointSpec, Nanos, NetworkAttachmentConfig, NetworkSpec,
     NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements, Resources,
     RestartPolicy, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
 };
@@ -32,7 +32,6 @@ pub(crate) fn network(number: u16) -> NetworkSpec {
     NetworkSpec {
         name: network_name(number),
         attachable: Some(true),
-        ipam: None::<Ipam>,
         ..NetworkSpec::default()
     }
 }
@@ -135,7 +134,7 @@ fn publish(spec: &mut ServiceSpec, port: PortConfig) {
 
 fn on_network(number: u16) -> NetworkAttachmentConfig {
     NetworkAttachmentConfig {
-        target: Some(network_name(number)),
+        target: network_name(number),
         ..NetworkAttachmentConfig::default()
     }
 }
