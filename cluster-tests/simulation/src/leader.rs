@@ -68,7 +68,13 @@ pub(crate) struct Leader {
 }
 
 impl Leader {
-    pub(crate) fn new(state: State, term: u64, now: Timestamp, seed: u64) -> Self {
+    pub(crate) fn new(
+        state: State,
+        term: u64,
+        now: Timestamp,
+        monotonic: Timestamp,
+        seed: u64,
+    ) -> Self {
         Self {
             term,
             dirty: Dirty::all(),
@@ -86,7 +92,7 @@ impl Leader {
             queued: VecDeque::new(),
             in_flight: None,
             deadline: None,
-            tick_at: now.after(TICK),
+            tick_at: monotonic.after(TICK),
             probes: Vec::new(),
         }
     }
@@ -121,7 +127,7 @@ impl Leader {
     }
 
     /// Time has passed; what it passed too much is the leader's own fault.
-    pub(crate) fn tick(&mut self, now: Timestamp, monotonic: Timestamp) {
+    pub(crate) fn tick(&mut self, monotonic: Timestamp) {
         let late_by = monotonic.since(self.tick_at);
         if late_by > TICK {
             self.liveness.observe(Event::Tick { late_by });
@@ -133,7 +139,7 @@ impl Leader {
         for node_id in gone {
             self.close(node_id);
         }
-        if self.in_flight.as_ref().is_some_and(|(_, since, _)| now > since.after(PATIENCE)) {
+        if self.in_flight.as_ref().is_some_and(|(_, since, _)| monotonic > since.after(PATIENCE)) {
             self.retry();
         }
     }
@@ -209,7 +215,13 @@ impl Leader {
     }
 
     /// The next command, where none is in flight; `id` names it.
-    pub(crate) fn decide(&mut self, now: Timestamp, id: u64, seen: &mut Vec<Seen>) -> Option<Command> {
+    pub(crate) fn decide(
+        &mut self,
+        now: Timestamp,
+        monotonic: Timestamp,
+        id: u64,
+        seen: &mut Vec<Seen>,
+    ) -> Option<Command> {
         if self.in_flight.is_some() {
             return None;
         }
@@ -235,7 +247,7 @@ impl Leader {
         if actions.is_empty() {
             return None;
         }
-        self.in_flight = Some((id, now, carried));
+        self.in_flight = Some((id, monotonic, carried));
         Some(Command::new(now, actions))
     }
 
@@ -313,8 +325,16 @@ impl Leader {
         }
         self.held_back = held_back;
         let state = &self.state;
-        self.sessions.retain(|node_id, _| state.node(*node_id).is_some());
         let mut out = Vec::new();
+        let drain = &mut self.drain;
+        self.sessions.retain(|node_id, session| {
+            let is_member = state.node(*node_id).is_some();
+            if !is_member {
+                drain.session_closed(*node_id);
+                out.push((session.machine, Message::End { session: session.id }));
+            }
+            is_member
+        });
         let nodes: Vec<NodeId> = self.sessions.keys().copied().collect();
         for node_id in nodes {
             if let Some(message) = self.news(node_id, seen) {
