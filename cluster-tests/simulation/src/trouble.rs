@@ -124,9 +124,9 @@ impl World {
     /// A leader and fewer managers than a majority are cut off from the others, in one direction or both.
     fn isolate(&mut self) {
         let Some(leader) = self.leaders().next().map(|(id, _)| id) else { return };
-        let n_with = self.trouble_rng.random_range(0..=self.n_managers / 2 - usize::from(self.n_managers == 3));
+        let n_with = self.trouble_rng.random_range(0..self.n_managers / 2);
         let n_nodes_with = self.trouble_rng.random_range(0..=self.machines.len() - self.n_managers);
-        let managers = (0..self.n_managers).filter(|id| *id != leader).take(n_with.min(self.n_managers / 2 - 1 + usize::from(n_with == 0)));
+        let managers = (0..self.n_managers).filter(|id| *id != leader).take(n_with);
         let nodes = (self.n_managers..self.machines.len()).take(n_nodes_with);
         let inside: Vec<MachineId> = std::iter::once(leader).chain(managers).chain(nodes).collect();
         let time = self.millis(1000..12_000);

@@ -1,0 +1,63 @@
+//! 2. At most one unfenced running task per slot once a partition has healed.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use skep_common::{ServiceId, TaskId, TaskState};
+
+use super::{Invariant, ensure};
+use crate::agent::Link;
+use crate::seen::Seen;
+use crate::world::World;
+
+/// After this a node that was cut off has been told, has withdrawn and has stopped what was replaced.
+const HEAL_WAIT: Duration = Duration::from_secs(20);
+
+pub(super) struct OnePerSlot;
+
+impl Invariant for OnePerSlot {
+    fn name(&self) -> &'static str {
+        "2: at most one running task per slot once a partition has healed"
+    }
+
+    fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
+        if !matches!(seen, Seen::Second | Seen::Started { .. }) {
+            return Ok(());
+        }
+        let Some((_, leader)) = world.leaders().max_by_key(|(_, leader)| leader.term) else {
+            return Ok(());
+        };
+        let now = world.now();
+        let is_healed = |machine: &crate::machine::Machine| {
+            let is_open = matches!(machine.agent.link, Link::Open { term, .. } if term == leader.term);
+            is_open && machine.is_calm(now, HEAL_WAIT) && now >= machine.session_since.after(HEAL_WAIT)
+        };
+        let mut slots: BTreeMap<(ServiceId, u64), Vec<TaskId>> = BTreeMap::new();
+        for machine in world.machines.iter().filter(|machine| is_healed(machine)) {
+            for task_id in &machine.agent.running {
+                let Some(held) = machine.agent.held.get(task_id) else {
+                    return Err(format!("{task_id} runs and nobody holds it"));
+                };
+                let task = &held.task;
+                let is_start_first = world.ledger.service(task.service_id).is_some_and(|service| {
+                    let config = service.spec.update_config.as_ref();
+                    config.is_some_and(|config| config.order.as_deref() == Some("start-first"))
+                });
+                // With start-first the old one stops only when the new one runs.
+                let is_told_to_stop = task.desired_state > TaskState::Running;
+                if task.standalone.is_none() && !(is_start_first && is_told_to_stop) {
+                    let limit = if is_start_first { 2 } else { 1 };
+                    let tasks = slots.entry((task.service_id, task.slot)).or_default();
+                    tasks.push(*task_id);
+                    ensure!(
+                        tasks.len() <= limit,
+                        "{} of {tasks:?} run in one slot of {}",
+                        tasks.len(),
+                        task.name()
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
