@@ -135,7 +135,12 @@ impl Agent {
     }
 
     /// Applies what a leader says; the tasks to look at. `Err`: it does not follow from what is here.
-    pub(crate) fn apply(&mut self, what: &Assignments, now: Timestamp) -> Result<Vec<TaskId>, ()> {
+    pub(crate) fn apply(
+        &mut self,
+        what: &Assignments,
+        now: Timestamp,
+        clock: Timestamp,
+    ) -> Result<Vec<TaskId>, ()> {
         let Some((_, _, term)) = self.session() else { return Ok(Vec::new()) };
         if let Some(tasks) = &what.tasks {
             if tasks.applies_to != 0 && tasks.applies_to != self.sequence {
@@ -150,7 +155,7 @@ impl Agent {
         let mut touched = Vec::new();
         let named: BTreeSet<TaskId> = message.changes.tasks.iter().map(|one| one.task.id).collect();
         for assigned in &message.changes.tasks {
-            self.assign(assigned.to_task(), now);
+            self.assign(assigned.to_task(), now, clock);
             touched.push(assigned.task.id);
         }
         let is_whole = message.applies_to == 0;
@@ -166,7 +171,7 @@ impl Agent {
         Ok(touched)
     }
 
-    fn assign(&mut self, task: Task, now: Timestamp) {
+    fn assign(&mut self, task: Task, now: Timestamp, clock: Timestamp) {
         if let Some(held) = self.held.get_mut(&task.id) {
             if !held.is_removed {
                 held.task = task;
@@ -179,17 +184,17 @@ impl Agent {
         let (task_id, stop_at) = (task.id, None);
         let held = Held { task, is_removed: false, status, was_unhealthy, due: now, stop_at };
         self.held.insert(task_id, held);
-        self.expect_container(task_id, now);
+        self.expect_container(task_id, clock);
     }
 
     /// A container that should run and does not is lost.
-    fn expect_container(&mut self, task_id: TaskId, now: Timestamp) {
+    fn expect_container(&mut self, task_id: TaskId, clock: Timestamp) {
         let is_running = self.running.contains(&task_id);
         let Some(held) = self.held.get_mut(&task_id) else { return };
         let state = held.status.state;
         if !is_running && state >= TaskState::Starting && !state.is_terminal() {
             "its container was gone when the daemon started again".clone_into(&mut held.status.err);
-            self.report(task_id, TaskState::Failed, now);
+            self.report(task_id, TaskState::Failed, clock);
         }
     }
 
@@ -200,12 +205,12 @@ impl Agent {
     }
 
     /// The daemon was killed and starts again.
-    pub(crate) fn restart(&mut self, now: Timestamp) -> Vec<TaskId> {
+    pub(crate) fn restart(&mut self, now: Timestamp, clock: Timestamp) -> Vec<TaskId> {
         self.link = Link::None;
         (self.unsent_mesh, self.told_table) = (None, None);
         let task_ids: Vec<TaskId> = self.held.keys().copied().collect();
         for task_id in &task_ids {
-            self.expect_container(*task_id, now);
+            self.expect_container(*task_id, clock);
             if let Some(held) = self.held.get_mut(task_id) {
                 (held.due, held.stop_at) = (now, None);
             }
@@ -233,10 +238,10 @@ impl Agent {
         is_current
     }
 
-    fn report(&mut self, task_id: TaskId, state: TaskState, now: Timestamp) {
+    fn report(&mut self, task_id: TaskId, state: TaskState, clock: Timestamp) {
         let Some(held) = self.held.get_mut(&task_id) else { return };
         if state > held.status.state {
-            held.status.timestamp = now;
+            held.status.timestamp = clock;
         }
         held.status.state = state;
         if state.is_terminal() {
@@ -246,7 +251,7 @@ impl Agent {
     }
 
     /// A container ended by itself.
-    pub(crate) fn exit(&mut self, task_id: TaskId, is_failure: bool, now: Timestamp) -> Option<TaskState> {
+    pub(crate) fn exit(&mut self, task_id: TaskId, is_failure: bool, clock: Timestamp) -> Option<TaskState> {
         if !self.running.remove(&task_id) {
             return None;
         }
@@ -259,7 +264,7 @@ impl Agent {
         if is_failure {
             "task: non-zero exit (1)".clone_into(&mut held.status.err);
         }
-        self.report(task_id, state, now);
+        self.report(task_id, state, clock);
         Some(state)
     }
 
@@ -274,12 +279,12 @@ impl Agent {
         is_healthy
     }
 
-    /// One step of a task's life, and when to look again.
+    /// One step of a task's life, and when to look again. `clock` is what the machine's clock shows `now`.
     pub(crate) fn step(
         &mut self,
         task_id: TaskId,
         rates: &Rates,
-        now: Timestamp,
+        (now, clock): (Timestamp, Timestamp),
         rng: &mut StdRng,
     ) -> (Stepped, Option<Duration>) {
         let is_running = self.running.contains(&task_id);
@@ -294,10 +299,10 @@ impl Agent {
             return (Stepped::Erased, None);
         }
         if is_running && is_ending {
-            return self.stop(task_id, now, rng);
+            return self.stop(task_id, (now, clock), rng);
         }
         if is_ending {
-            self.report(task_id, TaskState::Shutdown, now);
+            self.report(task_id, TaskState::Shutdown, clock);
             return (Stepped::Reported(TaskState::Shutdown), Some(Duration::ZERO));
         }
         if now < held.due || state == TaskState::Running {
@@ -326,11 +331,16 @@ impl Agent {
         };
         let delay = Duration::from_millis(rng.random_range(millis));
         held.due = now.after(delay);
-        self.report(task_id, next, now);
+        self.report(task_id, next, clock);
         (Stepped::Reported(next), Some(delay))
     }
 
-    fn stop(&mut self, task_id: TaskId, now: Timestamp, rng: &mut StdRng) -> (Stepped, Option<Duration>) {
+    fn stop(
+        &mut self,
+        task_id: TaskId,
+        (now, clock): (Timestamp, Timestamp),
+        rng: &mut StdRng,
+    ) -> (Stepped, Option<Duration>) {
         let Some(held) = self.held.get_mut(&task_id) else { return (Stepped::Nothing, None) };
         match held.stop_at {
             None => {
@@ -343,7 +353,7 @@ impl Agent {
                 let state =
                     if held.was_unhealthy { TaskState::Failed } else { TaskState::Shutdown };
                 self.running.remove(&task_id);
-                self.report(task_id, state, now);
+                self.report(task_id, state, clock);
                 (Stepped::Ended(state), Some(Duration::ZERO))
             }
         }

@@ -65,7 +65,9 @@ impl Wish {
 }
 
 /// What a manager proposes for a wish, and the object that it is about; `None` where there is nothing to do.
-pub(crate) type Decision = Option<(Vec<Action>, (Kind, u128))>;
+///
+/// What a task is asked to do has no version of its own.
+pub(crate) type Decision = Option<(Vec<Action>, Option<(Kind, u128)>)>;
 
 /// Decides as the control API does. An error is a refusal.
 pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> Result<Decision, String> {
@@ -75,7 +77,7 @@ pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> R
             let id = ServiceId::random(&mut rng);
             let spec = samples::spec(*number, &mut rng);
             let (id, action) = service::create(state, id, spec).map_err(text)?;
-            Ok(Some((vec![action], (Kind::Service, id.0))))
+            Ok(Some((vec![action], Some((Kind::Service, id.0)))))
         }
         Wish::UpdateService(_) | Wish::Refresh(_) | Wish::Scale(..) | Wish::Rollback(_) | Wish::RemoveService(_) => {
             about_service(wish, state, &mut rng, now)
@@ -83,13 +85,13 @@ pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> R
         Wish::CreateNetwork(number) => {
             let id = NetworkId::random(&mut rng);
             let (id, action) = network::create(state, id, samples::network(*number)).map_err(text)?;
-            Ok(Some((vec![action], (Kind::Network, id.0))))
+            Ok(Some((vec![action], Some((Kind::Network, id.0)))))
         }
         Wish::RemoveNetwork(number) => {
             let found = state.network_by_name(&samples::network_name(*number));
             let found = found.ok_or("no such network")?;
             let action = network::remove(state, found).map_err(text)?;
-            Ok(action.map(|action| (vec![action], (Kind::Network, found.id.0))))
+            Ok(action.map(|action| (vec![action], Some((Kind::Network, found.id.0)))))
         }
         Wish::UpdateNode(node_id) | Wish::Activate(node_id) => {
             let mut node = Node::clone(state.node(*node_id).ok_or("no such node")?);
@@ -99,7 +101,7 @@ pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> R
                 _ => NodeSpec { availability: skep_common::spec::Availability::Active, ..node.spec },
             };
             let object = Object::Node(Box::new(node));
-            Ok(Some((vec![Action::Put { object, expect }], (Kind::Node, node_id.0))))
+            Ok(Some((vec![Action::Put { object, expect }], Some((Kind::Node, node_id.0)))))
         }
         Wish::RemoveNode(node_id, is_forced) => remove_node(state, *node_id, *is_forced, now),
         Wish::Join(machine, node_id) => {
@@ -108,7 +110,7 @@ pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> R
             (node.id, node.number, node.status.state) = (*node_id, 0, NodeState::Unknown);
             let object = Object::Node(Box::new(node));
             let put = Action::Put { object, expect: Expect::Absent };
-            Ok(Some((vec![put], (Kind::Node, node_id.0))))
+            Ok(Some((vec![put], Some((Kind::Node, node_id.0)))))
         }
         Wish::RunContainer(_) | Wish::StopContainer(_) | Wish::RemoveContainer(..) => {
             about_container(wish, state, &mut rng, now)
@@ -151,7 +153,7 @@ fn about_service(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp) -
             service::update(state, found, version, new).map_err(text)?
         }
     };
-    Ok(action.map(|action| (vec![action], (Kind::Service, found.id.0))))
+    Ok(action.map(|action| (vec![action], Some((Kind::Service, found.id.0)))))
 }
 
 /// Its tasks will never be heard of again: what they held is free from now on.
@@ -170,7 +172,7 @@ fn remove_node(state: &State, node_id: NodeId, is_forced: bool, now: Timestamp) 
     });
     let mut actions: Vec<Action> = orphaned.collect();
     actions.push(Action::Delete { kind: Kind::Node, id: node_id.0 });
-    Ok(Some((actions, (Kind::Node, node_id.0))))
+    Ok(Some((actions, Some((Kind::Node, node_id.0)))))
 }
 
 fn about_container(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp) -> Result<Decision, String> {
@@ -180,23 +182,23 @@ fn about_container(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp)
     };
     let of_node = container::of_node(state, *node_id);
     let found = of_node.filter(|task| task.desired_state < TaskState::Remove).last();
-    let (action, id) = match (wish, found) {
+    let (action, made) = match (wish, found) {
         (Wish::RunContainer(_), _) => {
             let id = TaskId::random(rng);
-            let image = format!("i@sha256:{}", "1".repeat(64));
+            let image = samples::image(1);
             let container_spec = Some(ContainerSpec { image, ..ContainerSpec::default() });
             let request = container::Request {
                 name: String::new(),
                 spec: TaskSpec { container_spec, ..TaskSpec::default() },
                 auto_remove: rng.random_bool(0.5),
             };
-            (container::run(state, id, *node_id, request, now).map_err(text)?, id)
+            (container::run(state, id, *node_id, request, now).map_err(text)?, Some((Kind::Task, id.0)))
         }
         (_, None) => return Err("no such container".into()),
         (Wish::RemoveContainer(_, is_forced), Some(task)) => {
-            (container::remove(task, *is_forced).map_err(text)?, task.id)
+            (container::remove(task, *is_forced).map_err(text)?, None)
         }
-        (_, Some(task)) => (container::stop(task), task.id),
+        (_, Some(task)) => (container::stop(task), None),
     };
-    Ok(Some((vec![action], (Kind::Task, id.0))))
+    Ok(Some((vec![action], made)))
 }

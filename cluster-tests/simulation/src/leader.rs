@@ -214,14 +214,14 @@ impl Leader {
         }
     }
 
-    /// The next command, where none is in flight; `id` names it.
+    /// The next command, where none is in flight, and whether it was decided on this very state; `id` names it.
     pub(crate) fn decide(
         &mut self,
         now: Timestamp,
         monotonic: Timestamp,
         id: u64,
         seen: &mut Vec<Seen>,
-    ) -> Option<Command> {
+    ) -> Option<(Command, bool)> {
         if self.in_flight.is_some() {
             return None;
         }
@@ -247,8 +247,9 @@ impl Leader {
         if actions.is_empty() {
             return None;
         }
+        let is_plan = carried.is_plan;
         self.in_flight = Some((id, monotonic, carried));
-        Some(Command::new(now, actions))
+        Some((Command::new(now, actions), is_plan))
     }
 
     fn plan(&mut self, now: Timestamp, seen: &mut Vec<Seen>) -> Vec<Action> {

@@ -292,7 +292,7 @@ impl World {
                 leader.take(&state, &changes);
                 manager.is_due = true;
             }
-            self.note_committed(&before, &state, outcome.as_ref(), changes);
+            self.note_committed(&before, &state, outcome.as_ref(), changes, proposal);
             self.see(&Seen::Applied { manager: machine, term: entry.term, proposal, state });
             if let (Some(id), Some((outcome, _))) = (proposal, outcome) {
                 self.resolve(machine, id, &outcome);
@@ -313,6 +313,7 @@ impl World {
         after: &State,
         outcome: Option<&(Outcome, Arc<Command>)>,
         changes: Vec<skep_manager_core::Change>,
+        proposal: Option<u64>,
     ) {
         if after.version() <= self.ledger.version() {
             return;
@@ -327,7 +328,8 @@ impl World {
         self.note(format_args!("committed {index}: {n_actions} actions, {outcome:?}, {changes:?}"));
         let (before, after) = (before.clone(), after.clone());
         let (command, outcome) = (command.clone(), outcome.clone());
-        self.see(&Seen::Committed { before, after, changes, command, outcome });
+        let proposal = proposal.unwrap_or(0);
+        self.see(&Seen::Committed { proposal, before, after, changes, command, outcome });
     }
 
     fn resolve(&mut self, machine: MachineId, id: u64, outcome: &Outcome) {
@@ -424,7 +426,7 @@ impl World {
             }
         };
         if let Some(request) = manager.requests.get_mut(&id) {
-            request.about = Some(about);
+            request.about = about;
         }
         let command = Arc::new(Command::new(clock, actions));
         if manager.replica.is_leader() {
@@ -442,11 +444,11 @@ impl World {
     fn finish(&mut self, machine: MachineId, id: u64, outcome: Option<&Outcome>, may_commit: bool) {
         let Some(request) = self.manager(machine).requests.remove(&id) else { return };
         self.note(format_args!("{id} ends: {outcome:?}, may still commit: {may_commit}"));
-        let (Some(Outcome::Applied(version)), Some((kind, object_id))) = (outcome, request.about) else {
-            return;
-        };
-        self.n_granted += 1;
-        self.see(&Seen::Granted { kind, id: object_id, index: version.index });
+        let Some(Outcome::Applied(version)) = outcome else { return };
+        if let Some((kind, id)) = request.about {
+            self.n_granted += 1;
+            self.see(&Seen::Granted { kind, id, index: version.index });
+        }
         if let client::Wish::Join(joined, node_id) = request.wish {
             self.machines[joined].node_id = node_id;
             self.machines[joined].agent.n_failed = 0;
@@ -517,8 +519,11 @@ impl World {
         }
         let Some(leader) = &mut manager.leader else { return };
         let mut seen = Vec::new();
-        if let Some(command) = leader.decide(clock, now, id, &mut seen) {
-            let command = Arc::new(command);
+        if let Some((command, is_plan)) = leader.decide(clock, now, id, &mut seen) {
+            let (command, view) = (Arc::new(command), leader.state.version().index);
+            if is_plan {
+                seen.push(Seen::Decided { proposal: id, view });
+            }
             manager.replica.append(Payload::Command { id, command });
             manager.replica.speak(now, out);
             manager.waiting.insert(id, Waiter::Loop);

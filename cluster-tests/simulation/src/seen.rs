@@ -14,6 +14,7 @@ use crate::message::{Assignments, MachineId};
 pub(crate) enum Seen {
     /// The first manager applied an entry.
     Committed {
+        proposal: u64,
         before: State,
         after: State,
         changes: Vec<Change>,
@@ -26,6 +27,8 @@ pub(crate) enum Seen {
     Restored { manager: MachineId, state: State },
     /// A leader decided.
     Planned { state: State, actions: Arc<Vec<Action>>, now: Timestamp },
+    /// A leader proposes, on a view of this version.
+    Decided { proposal: u64, view: u64 },
     /// A manager began to lead.
     Led { manager: MachineId, term: u64 },
     /// A leader has a new table.

@@ -1,5 +1,6 @@
 //! The services, networks and nodes that simulated swarms have.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use rand::RngExt as _;
@@ -9,7 +10,8 @@ use skep_common::spec::{
     NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements, Resources,
     RestartPolicy, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
 };
-use skep_common::{Node, Object};
+use skep_common::object::Image;
+use skep_common::{ImageId, Meta, Node, NodeId, Object};
 use skep_manager_core::testing;
 
 /// Names of services: few, so that wishes meet.
@@ -65,6 +67,9 @@ pub(crate) fn founding(n_managers: u16, n_nodes: u16) -> Vec<Object> {
     let mut objects = vec![Object::Cluster(Box::new(testing::cluster()))];
     let nodes = (1..=n_nodes).map(|n| if n <= n_managers { manager(n) } else { node(n) });
     objects.extend(nodes.map(|node| Object::Node(Box::new(node))));
+    let holders: BTreeSet<NodeId> = (1..=n_managers).map(|number| NodeId(number.into())).collect();
+    let images = (1..=N_IMAGES).map(|number| image_record(number, holders.clone()));
+    objects.extend(images.map(|image| Object::Image(Box::new(image))));
     objects
 }
 
@@ -72,11 +77,32 @@ fn seconds(seconds: u64) -> Option<Nanos> {
     Some(Nanos::from(Duration::from_secs(seconds)))
 }
 
+/// How many images there are.
+const N_IMAGES: u8 = 3;
+
+/// The name of an image.
+pub(crate) fn image(number: u8) -> String {
+    format!("i{number}")
+}
+
+fn image_record(number: u8, holders: BTreeSet<NodeId>) -> Image {
+    Image {
+        id: ImageId(number.into()),
+        meta: Meta::default(),
+        name: format!("docker.io/library/{}:latest", image(number)),
+        digest: format!("sha256:{}", number.to_string().repeat(64)),
+        size: 1,
+        created: None,
+        holders,
+    }
+}
+
 /// What a user asks of a service of this number. Each number has its own kind:
 ///
 /// 1 is published, 2 constrained and sized, 3 start-first and published, 4 on networks, 5 in host mode.
 pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
-    let container = ContainerSpec { image: "i:1".into(), ..ContainerSpec::default() };
+    let image = image(rng.random_range(1..=N_IMAGES));
+    let container = ContainerSpec { image, ..ContainerSpec::default() };
     let mut template = TaskSpec { container_spec: Some(container), ..TaskSpec::default() };
     template.restart_policy =
         Some(RestartPolicy { delay: seconds(1), ..RestartPolicy::default() });

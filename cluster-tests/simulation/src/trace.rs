@@ -5,7 +5,7 @@ use std::fmt::{self, Write as _};
 use sha2::{Digest as _, Sha256};
 use skep_common::Timestamp;
 
-/// The hash of every line so far, and the last lines for people.
+/// The hash of every line so far.
 pub(crate) struct Trace {
     hash: Sha256,
     line: String,
@@ -14,9 +14,9 @@ pub(crate) struct Trace {
 
 impl Trace {
     pub(crate) fn new(is_printed: bool) -> Self {
+        Self { hash: Sha256::new(), line: String::new(), is_printed }
     }
 
-    #[expect(clippy::print_stderr, reason = "a person asked to read along")]
     pub(crate) fn note(&mut self, now: Timestamp, what: fmt::Arguments<'_>) {
         self.line.clear();
         let written = writeln!(self.line, "{} {what}", now.0);

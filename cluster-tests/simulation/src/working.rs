@@ -129,7 +129,8 @@ impl World {
                 let open = self.machines[to].agent.session();
                 let Some((_, _, term)) = open.filter(|(current, ..)| *current == session) else { return };
                 self.hear(to);
-                match self.machines[to].agent.apply(&what, now) {
+                let clock = self.machines[to].clock(now);
+                match self.machines[to].agent.apply(&what, now, clock) {
                     Err(()) => {
                         self.note(format_args!("{to} asks for everything again"));
                         self.end_session(to);
@@ -164,7 +165,7 @@ impl World {
         let (now, rates) = (self.now(), self.rates);
         let one = &mut self.machines[machine];
         let clock = one.clock(now);
-        let (stepped, next) = one.agent.step(task_id, &rates, clock, &mut one.rng);
+        let (stepped, next) = one.agent.step(task_id, &rates, (now, clock), &mut one.rng);
         if let Some(delay) = next {
             self.timer(machine, delay, Timer::Step { task_id });
         }

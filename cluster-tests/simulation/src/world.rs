@@ -226,7 +226,8 @@ impl World {
         let one = &mut self.machines[machine];
         one.is_up = true;
         let delay = Duration::from_millis(one.rng.random_range(1..200));
-        for task_id in one.agent.restart(now) {
+        let clock = one.clock(now);
+        for task_id in one.agent.restart(now, clock) {
             self.timer(machine, Duration::ZERO, Timer::Step { task_id });
         }
         self.timer(machine, delay, Timer::Connect);

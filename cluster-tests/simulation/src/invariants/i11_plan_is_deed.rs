@@ -1,5 +1,4 @@
-//! 11. A plan is what is done when nothing changed between: it is not refused, and planning once more on
-//!     its result gives nothing.
+//! 11. A plan is what is done when nothing changed between: what a leader decided is not refused then.
 
 use std::collections::BTreeMap;
 
@@ -11,9 +10,10 @@ use crate::world::World;
 
 #[derive(Default)]
 pub(super) struct PlanIsDeed {
-    /// The version of the view that each version follows without any change in between.
+    /// The version of the last entry that changed something.
     last_change: u64,
-    planned_on: BTreeMap<usize, u64>,
+    /// The version of the view that each command of a leader was decided on.
+    views: BTreeMap<u64, u64>,
 }
 
 impl Invariant for PlanIsDeed {
@@ -23,16 +23,21 @@ impl Invariant for PlanIsDeed {
 
     fn check(&mut self, _: &World, seen: &Seen) -> Result<(), String> {
         match seen {
-            Seen::Planned { state, actions, .. } => {
-                self.planned_on.insert(actions.as_ptr() as usize, state.version().index);
-                self.planned_on.clear();
+            Seen::Decided { proposal, view } => {
+                self.views.insert(*proposal, *view);
             }
-            Seen::Committed { after, outcome: Outcome::Applied(_), .. } => {
-                self.last_change = after.version().index;
+            Seen::Committed { after, outcome, proposal, .. } => {
+                let view = self.views.remove(proposal);
+                if let (Outcome::Refused(refusal), Some(view)) = (outcome, view) {
+                    let is_current = self.last_change <= view;
+                    ensure!(!is_current, "a decision on the state that it met is refused: {refusal}");
+                }
+                if matches!(outcome, Outcome::Applied(_)) {
+                    self.last_change = after.version().index;
+                }
             }
             _ => {}
         }
-        ensure!(self.planned_on.is_empty(), "unreachable");
         Ok(())
     }
 }

@@ -46,7 +46,12 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
             .filter(|task| task.desired_state <= TaskState::Running)
             .collect();
         let replicas = service.spec.replicas().unwrap_or(0);
-        ensure!(live.len() as u64 == replicas, "{name} has {} tasks of {replicas}", live.len());
+        ensure!(
+            live.len() as u64 == replicas,
+            "{name}, whose update is {update:?}, has {} tasks of {replicas}: {}",
+            live.len(),
+            words(&live)
+        );
         for task in live {
             let is_waiting = task.node_id.is_none() && !task.status.err.is_empty();
             let is_running = task.status.state == TaskState::Running && !task.status.unhealthy;
@@ -62,6 +67,14 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
     let plan = plan(state, &mut LeaderMemory::default(), &Dirty::all(), clock, &mut rng);
     ensure!(plan.actions.is_empty(), "a new leader would do {:?}", plan.actions);
     Ok(())
+}
+
+fn words(tasks: &[&Task]) -> String {
+    let word = |task: &&Task| {
+        let (state, desired, version) = (task.status.state, task.desired_state, task.spec_version);
+        format!("{}:{state}>{desired}~{version} {:?}", task.slot, task.status.err)
+    };
+    tasks.iter().map(word).collect::<Vec<String>>().join(" ")
 }
 
 /// An update whose next task has no place waits for its deadline.
