@@ -10,7 +10,7 @@ use skep_common::Timestamp;
 
 use crate::fault::Fault;
 use crate::message::{MachineId, Message};
-use crate::world::{Event, World};
+use crate::world::{Event, Timer, World};
 
 impl World {
     /// Whether a message gets from one machine to another now.
@@ -37,7 +37,7 @@ impl World {
         let overtakes = may_be_overtaken(&message) && rates.hits(Fault::Reorder, rng);
         if is_lost || !self.is_reachable(from, to) {
             if let Some(session) = message.stream() {
-                self.broken.insert(session);
+                self.break_session(session, from, to);
             }
             return;
         }
@@ -58,6 +58,18 @@ impl World {
             self.queue.at(at, Event::Deliver { from, to, message: message.clone() });
         }
         self.queue.at(at, Event::Deliver { from, to, message });
+    }
+}
+
+impl World {
+    /// A connection lost something for good: each end finds out when nothing answers on it any more.
+    fn break_session(&mut self, session: u64, one: MachineId, other: MachineId) {
+        if self.broken.insert(session) {
+            for (machine, peer) in [(one, other), (other, one)] {
+                let delay = Duration::from_millis(self.network_rng.random_range(500..4000));
+                self.timer(machine, delay, Timer::Broken { session, peer });
+            }
+        }
     }
 }
 

@@ -41,6 +41,8 @@ pub(crate) enum Timer {
     Beat { session: u64 },
     Step { task_id: TaskId },
     Program { session: u64, version: u64 },
+    /// A session's connection is found broken.
+    Broken { session: u64, peer: MachineId },
     /// A client's request is tried again.
     Request { id: u64 },
     RequestDeadline { id: u64 },
@@ -298,6 +300,10 @@ impl World {
                 if !is_stopped {
                     self.handle_manager_timer(machine, timer);
                 }
+            }
+            Timer::Broken { session, peer } => {
+                self.end_at_agent(machine, session);
+                self.end_at_manager(peer, machine, session);
             }
             Timer::Connect
             | Timer::WelcomeDeadline { .. }

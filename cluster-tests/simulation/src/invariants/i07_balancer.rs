@@ -81,7 +81,8 @@ impl Balancer {
         };
         let since = self.withdrawn.get(&(term, task_id)).copied();
         // A clock that jumped may have cut the wait short.
-        let had_time = since.is_none_or(|at| now >= at.after(DRAIN_ACK_WAIT))
+        let runs = world.machines.iter().any(|machine| machine.agent.running.contains(&task_id));
+        let had_time = !runs ||  since.is_none_or(|at| now >= at.after(DRAIN_ACK_WAIT))
             || !world.machines[id].is_calm(now, DRAIN_ACK_WAIT * 2);
         if had_time {
             return Ok(());

@@ -55,7 +55,7 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         for task in live {
             let is_waiting = task.node_id.is_none() && !task.status.err.is_empty();
             let is_running = task.status.state == TaskState::Running && !task.status.unhealthy;
-            ensure!(is_waiting || is_running, "{} is {:?}", task.name(), task.status);
+            ensure!(is_waiting || is_running, "{} ({} on {:?}) is {:?}", task.name(), task.id, task.node_id, task.status);
         }
     }
     for task in state.tasks().values().filter(|task| task.desired_state > TaskState::Running) {
