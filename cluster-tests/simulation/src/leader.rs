@@ -33,6 +33,7 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
+    opened_at: Timestamp,
     heard_at: Timestamp,
 }
 
@@ -102,9 +103,9 @@ impl Leader {
         self.sessions.values().map(|session| (session.machine, session.id))
     }
 
-    /// Nodes that have a session.
-    pub(crate) fn nodes(&self) -> impl Iterator<Item = NodeId> {
-        self.sessions.keys().copied()
+    /// Nodes that have a session, since when.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = (NodeId, Timestamp)> {
+        self.sessions.iter().map(|(node_id, session)| (*node_id, session.opened_at))
     }
 
     /// Takes what was applied on this manager.
@@ -168,6 +169,7 @@ impl Leader {
             stream: Stream::default(),
             told_table: None,
             is_dirty: true,
+            opened_at: monotonic,
             heard_at: monotonic,
         };
         self.sessions.insert(node_id, session);

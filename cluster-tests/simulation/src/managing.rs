@@ -449,7 +449,10 @@ impl World {
             self.n_granted += 1;
             self.see(&Seen::Granted { kind, id, index: version.index });
         }
-        if let client::Wish::Join(joined, node_id) = request.wish {
+        let is_stranger = |joined: MachineId| self.ledger.node(self.machines[joined].node_id).is_none();
+        if let client::Wish::Join(joined, node_id) = request.wish
+            && is_stranger(joined)
+        {
             self.machines[joined].node_id = node_id;
             self.machines[joined].agent.n_failed = 0;
         }

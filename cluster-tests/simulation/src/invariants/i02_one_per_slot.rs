@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use skep_common::{ServiceId, TaskId, TaskState};
+use skep_common::{ServiceId, TaskId, TaskState, Version};
 
 use super::{Invariant, ensure};
 use crate::agent::Link;
@@ -12,6 +12,9 @@ use crate::world::World;
 
 /// After this a node that was cut off has been told, has withdrawn and has stopped what was replaced.
 const HEAL_WAIT: Duration = Duration::from_secs(20);
+
+/// With start-first updates there may be one of each spec.
+type Slot = (ServiceId, u64, Option<Version>);
 
 pub(super) struct OnePerSlot;
 
@@ -32,7 +35,7 @@ impl Invariant for OnePerSlot {
             let is_open = matches!(machine.agent.link, Link::Open { term, .. } if term == leader.term);
             is_open && machine.is_calm(now, HEAL_WAIT) && now >= machine.session_since.after(HEAL_WAIT)
         };
-        let mut slots: BTreeMap<(ServiceId, u64), Vec<TaskId>> = BTreeMap::new();
+        let mut slots: BTreeMap<Slot, Vec<TaskId>> = BTreeMap::new();
         for machine in world.machines.iter().filter(|machine| is_healed(machine)) {
             for task_id in &machine.agent.running {
                 let Some(held) = machine.agent.held.get(task_id) else {
@@ -46,11 +49,11 @@ impl Invariant for OnePerSlot {
                 // With start-first the old one stops only when the new one runs.
                 let is_told_to_stop = task.desired_state > TaskState::Running;
                 if task.standalone.is_none() && !(is_start_first && is_told_to_stop) {
-                    let limit = if is_start_first { 2 } else { 1 };
-                    let tasks = slots.entry((task.service_id, task.slot)).or_default();
+                    let of_spec = is_start_first.then_some(task.spec_version);
+                    let tasks = slots.entry((task.service_id, task.slot, of_spec)).or_default();
                     tasks.push(*task_id);
                     ensure!(
-                        tasks.len() <= limit,
+                        tasks.len() == 1,
                         "{} of {tasks:?} run in one slot of {}",
                         tasks.len(),
                         task.name()

@@ -87,7 +87,9 @@ impl Balancer {
         if had_time {
             return Ok(());
         }
-        for node_id in leader.nodes() {
+        // Who came later was not waited for.
+        let waited_for = leader.nodes().filter(|(_, opened_at)| since.is_none_or(|at| *opened_at < at));
+        for (node_id, _) in waited_for {
             let Some(machine) = world.machine_of(node_id) else { continue };
             let kernel = &world.machines[machine].agent.kernel;
             let still = backends(&kernel.table.table).contains(&task_id) && kernel.term == term;

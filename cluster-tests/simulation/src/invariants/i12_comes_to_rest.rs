@@ -59,7 +59,7 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         }
     }
     for task in state.tasks().values().filter(|task| task.desired_state > TaskState::Running) {
-        ensure!(task.status.state.is_terminal() || task.node_id.is_none(), "{} is still stopping", task.name());
+        ensure!(task.status.state.is_terminal() || task.node_id.is_none(), "{} ({} on {:?}) is still stopping: {:?}", task.name(), task.id, task.node_id, task.status);
     }
     // A leader with an empty memory finds nothing to do either, and no other reason for whom waits.
     let mut rng = StdRng::seed_from_u64(1);
