@@ -62,6 +62,8 @@ pub(crate) struct Leader {
     missed: BTreeMap<TaskId, Vec<String>>,
     queued: VecDeque<Vec<Action>>,
     in_flight: Option<(u64, Timestamp, Carried)>,
+    /// A command of before may still be committed: nothing is decided on a state without it.
+    is_uncertain: bool,
     deadline: Option<Timestamp>,
     tick_at: Timestamp,
     /// Nodes to probe, taken by the machine.
@@ -92,6 +94,7 @@ impl Leader {
             missed: BTreeMap::new(),
             queued: VecDeque::new(),
             in_flight: None,
+            is_uncertain: true,
             deadline: None,
             tick_at: monotonic.after(TICK),
             probes: Vec::new(),
@@ -141,6 +144,7 @@ impl Leader {
             self.close(node_id);
         }
         if self.in_flight.as_ref().is_some_and(|(_, since, _)| monotonic > since.after(PATIENCE)) {
+            self.is_uncertain = true;
             self.retry();
         }
     }
@@ -226,6 +230,10 @@ impl Leader {
     ) -> Option<(Command, bool)> {
         if self.in_flight.is_some() {
             return None;
+        }
+        if std::mem::take(&mut self.is_uncertain) {
+            self.in_flight = Some((id, monotonic, Carried::default()));
+            return Some((Command::new(now, Vec::new()), false));
         }
         let verdict = self.liveness.decide(&self.state, now);
         self.probes.extend(verdict.probes);

@@ -119,6 +119,7 @@ fn calm_phase(world: &mut World) {
     if !come_to_rest(world, REST_WAIT) {
         return;
     }
+    world.is_quiet = true;
     let services: Vec<u16> = (1..=crate::service::N_SERVICES).collect();
     for number in services {
         let name = crate::service::name(number);
@@ -151,7 +152,7 @@ fn restore_nodes(world: &mut World) {
         };
         let closed = world.ledger.nodes().values().filter(|node| is_closed(node));
         wishes.extend(closed.map(|node| Wish::Activate(node.id)));
-        if wishes.is_empty() {
+        if wishes.is_empty() || world.violation.is_some() {
             return;
         }
         for wish in wishes {

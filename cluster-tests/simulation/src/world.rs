@@ -70,6 +70,8 @@ pub(crate) struct World {
     pub(crate) rates: Rates,
     /// Whether wishes are made and faults drawn.
     pub(crate) is_rough: bool,
+    /// Whether everything has come to rest once: what happens from then on is asked for.
+    pub(crate) is_quiet: bool,
     pub(crate) machines: Vec<Machine>,
     pub(crate) n_managers: usize,
     /// Until when a machine does not hear another: (from, to).
@@ -142,6 +144,7 @@ impl World {
             trace: Trace::new(is_printed),
             rates: Rates::NONE,
             is_rough: false,
+            is_quiet: false,
             machines,
             n_managers,
             cuts: BTreeMap::new(),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use skep_common::object::NodeState;
 use skep_common::{ServiceId, TaskId, TaskState, Version};
 
 use super::{Invariant, ensure};
@@ -33,7 +34,9 @@ impl Invariant for OnePerSlot {
         let now = world.now();
         let is_healed = |machine: &crate::machine::Machine| {
             let is_open = matches!(machine.agent.link, Link::Open { term, .. } if term == leader.term);
-            is_open && machine.is_calm(now, HEAL_WAIT) && now >= machine.session_since.after(HEAL_WAIT)
+            let node = world.ledger.node(machine.node_id);
+            let is_member = node.is_some_and(|node| node.status.state == NodeState::Ready);
+            is_member && is_open && machine.is_calm(now, HEAL_WAIT) && now >= machine.session_since.after(HEAL_WAIT)
         };
         let mut slots: BTreeMap<Slot, Vec<TaskId>> = BTreeMap::new();
         for machine in world.machines.iter().filter(|machine| is_healed(machine)) {

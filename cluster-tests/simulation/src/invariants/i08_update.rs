@@ -35,7 +35,7 @@ impl Invariant for Update {
 
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
         let Seen::Committed { before, after, .. } = seen else { return Ok(()) };
-        if world.is_rough {
+        if !world.is_quiet {
             self.promised.clear();
             return Ok(());
         }
