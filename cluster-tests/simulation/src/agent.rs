@@ -171,7 +171,7 @@ impl Agent {
         Ok(touched)
     }
 
-    fn assign(&mut self, task: Task, now: Timestamp, clock: Timestamp) {
+    pub(crate) fn assign(&mut self, task: Task, now: Timestamp, clock: Timestamp) {
         if let Some(held) = self.held.get_mut(&task.id) {
             if !held.is_removed {
                 held.task = task;
@@ -251,7 +251,12 @@ impl Agent {
     }
 
     /// A container ended by itself.
-    pub(crate) fn exit(&mut self, task_id: TaskId, is_failure: bool, clock: Timestamp) -> Option<TaskState> {
+    pub(crate) fn exit(
+        &mut self,
+        task_id: TaskId,
+        is_failure: bool,
+        clock: Timestamp,
+    ) -> Option<TaskState> {
         if !self.running.remove(&task_id) {
             return None;
         }

@@ -5,7 +5,9 @@ use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use skep_common::object::NodeState;
 use skep_common::spec::{ContainerSpec, NodeSpec, TaskSpec};
-use skep_common::{Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, TaskId, TaskState, Timestamp};
+use skep_common::{
+    Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, TaskId, TaskState, Timestamp,
+};
 use skep_manager_core::{Action, Expect, State, TaskPatch, container, network, service};
 
 use crate::message::MachineId;
@@ -70,7 +72,12 @@ impl Wish {
 pub(crate) type Decision = Option<(Vec<Action>, Option<(Kind, u128)>)>;
 
 /// Decides as the control API does. An error is a refusal.
-pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> Result<Decision, String> {
+pub(crate) fn decide(
+    wish: &Wish,
+    state: &State,
+    seed: u64,
+    now: Timestamp,
+) -> Result<Decision, String> {
     let mut rng = StdRng::seed_from_u64(seed);
     match wish {
         Wish::CreateService(number) => {
@@ -79,12 +86,15 @@ pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> R
             let (id, action) = service::create(state, id, spec).map_err(text)?;
             Ok(Some((vec![action], Some((Kind::Service, id.0)))))
         }
-        Wish::UpdateService(_) | Wish::Refresh(_) | Wish::Scale(..) | Wish::Rollback(_) | Wish::RemoveService(_) => {
-            about_service(wish, state, &mut rng, now)
-        }
+        Wish::UpdateService(_)
+        | Wish::Refresh(_)
+        | Wish::Scale(..)
+        | Wish::Rollback(_)
+        | Wish::RemoveService(_) => about_service(wish, state, &mut rng, now),
         Wish::CreateNetwork(number) => {
             let id = NetworkId::random(&mut rng);
-            let (id, action) = network::create(state, id, samples::network(*number)).map_err(text)?;
+            let (id, action) =
+                network::create(state, id, samples::network(*number)).map_err(text)?;
             Ok(Some((vec![action], Some((Kind::Network, id.0)))))
         }
         Wish::RemoveNetwork(number) => {
@@ -98,7 +108,9 @@ pub(crate) fn decide(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> R
             let expect = Expect::Version(node.meta.version);
             node.spec = match wish {
                 Wish::UpdateNode(_) => samples::node_spec(&node.spec, &mut rng),
-                _ => NodeSpec { availability: skep_common::spec::Availability::Active, ..node.spec },
+                _ => {
+                    NodeSpec { availability: skep_common::spec::Availability::Active, ..node.spec }
+                }
             };
             let object = Object::Node(Box::new(node));
             Ok(Some((vec![Action::Put { object, expect }], Some((Kind::Node, node_id.0)))))
@@ -123,7 +135,12 @@ fn text(error: impl ToString) -> String {
     error.to_string()
 }
 
-fn about_service(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp) -> Result<Decision, String> {
+fn about_service(
+    wish: &Wish,
+    state: &State,
+    rng: &mut StdRng,
+    now: Timestamp,
+) -> Result<Decision, String> {
     let (Wish::UpdateService(number)
     | Wish::Refresh(number)
     | Wish::Scale(number, _)
@@ -132,7 +149,8 @@ fn about_service(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp) -
     else {
         return Ok(None);
     };
-    let found: &Service = state.service_by_name(&samples::name(*number)).ok_or("no such service")?;
+    let found: &Service =
+        state.service_by_name(&samples::name(*number)).ok_or("no such service")?;
     let version = found.meta.version;
     let mut spec = found.spec.clone();
     let action = match wish {
@@ -157,7 +175,12 @@ fn about_service(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp) -
 }
 
 /// Its tasks will never be heard of again: what they held is free from now on.
-fn remove_node(state: &State, node_id: NodeId, is_forced: bool, now: Timestamp) -> Result<Decision, String> {
+fn remove_node(
+    state: &State,
+    node_id: NodeId,
+    is_forced: bool,
+    now: Timestamp,
+) -> Result<Decision, String> {
     let node = state.node(node_id).ok_or("no such node")?;
     if node.manager_status.is_some() {
         return Err("it is a manager".into());
@@ -175,8 +198,15 @@ fn remove_node(state: &State, node_id: NodeId, is_forced: bool, now: Timestamp) 
     Ok(Some((actions, Some((Kind::Node, node_id.0)))))
 }
 
-fn about_container(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp) -> Result<Decision, String> {
-    let (Wish::RunContainer(node_id) | Wish::StopContainer(node_id) | Wish::RemoveContainer(node_id, _)) = wish
+fn about_container(
+    wish: &Wish,
+    state: &State,
+    rng: &mut StdRng,
+    now: Timestamp,
+) -> Result<Decision, String> {
+    let (Wish::RunContainer(node_id)
+    | Wish::StopContainer(node_id)
+    | Wish::RemoveContainer(node_id, _)) = wish
     else {
         return Ok(None);
     };
@@ -192,7 +222,10 @@ fn about_container(wish: &Wish, state: &State, rng: &mut StdRng, now: Timestamp)
                 spec: TaskSpec { container_spec, ..TaskSpec::default() },
                 auto_remove: rng.random_bool(0.5),
             };
-            (container::run(state, id, *node_id, request, now).map_err(text)?, Some((Kind::Task, id.0)))
+            (
+                container::run(state, id, *node_id, request, now).map_err(text)?,
+                Some((Kind::Task, id.0)),
+            )
         }
         (_, None) => return Err("no such container".into()),
         (Wish::RemoveContainer(_, is_forced), Some(task)) => {

@@ -138,8 +138,12 @@ impl Leader {
         }
         self.tick_at = monotonic.after(TICK);
         let silent = |session: &Session| monotonic > session.heard_at.after(KEEP_ALIVE);
-        let gone: Vec<NodeId> =
-            self.sessions.iter().filter(|(_, session)| silent(session)).map(|(id, _)| *id).collect();
+        let gone: Vec<NodeId> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| silent(session))
+            .map(|(id, _)| *id)
+            .collect();
         for node_id in gone {
             self.close(node_id);
         }
@@ -314,7 +318,11 @@ impl Leader {
     }
 
     /// What is new for each node.
-    pub(crate) fn dispatch(&mut self, now: Timestamp, seen: &mut Vec<Seen>) -> Vec<(MachineId, Message)> {
+    pub(crate) fn dispatch(
+        &mut self,
+        now: Timestamp,
+        seen: &mut Vec<Seen>,
+    ) -> Vec<(MachineId, Message)> {
         self.drain.update(&self.state, &self.not_in_balancer, now);
         if self.drain.version() != self.seen_version {
             self.seen_version = self.drain.version();

@@ -1,8 +1,8 @@
 //! `skep-sim`: runs seeds of the simulation.
 
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use skep_simulation::run::STEPS;

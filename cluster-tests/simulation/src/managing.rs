@@ -117,7 +117,8 @@ impl World {
         let state = &self.machines[machine].manager.as_ref()?.state;
         let address = &state.node(node_id)?.status.addr;
         let target = (0..self.machines.len()).find(|id| {
-            skep_manager_core::testing::node(u16::try_from(id + 1).unwrap_or(0)).status.addr == *address
+            skep_manager_core::testing::node(u16::try_from(id + 1).unwrap_or(0)).status.addr
+                == *address
         })?;
         if !self.is_reachable(machine, target) || !self.is_reachable(target, machine) {
             return Some(false);
@@ -125,10 +126,17 @@ impl World {
         self.machines[target].is_up.then_some(true)
     }
 
-    pub(crate) fn handle_manager_message(&mut self, from: MachineId, to: MachineId, message: Message) {
+    pub(crate) fn handle_manager_message(
+        &mut self,
+        from: MachineId,
+        to: MachineId,
+        message: Message,
+    ) {
         let now = self.now();
         let one = &mut self.machines[to];
-        let Some(manager) = one.manager.as_mut().filter(|manager| !manager.is_stopped) else { return };
+        let Some(manager) = one.manager.as_mut().filter(|manager| !manager.is_stopped) else {
+            return;
+        };
         let mut out = Vec::new();
         match message {
             Message::Raft(message) => {
@@ -395,7 +403,8 @@ impl World {
     fn serve_requests(&mut self, machine: MachineId, out: &mut Vec<Outgoing>) {
         let manager = self.manager(machine);
         let applied = manager.state.version().index;
-        let is_ready = |request: &Request| matches!(request.stage, Stage::Catching(index) if index <= applied);
+        let is_ready =
+            |request: &Request| matches!(request.stage, Stage::Catching(index) if index <= applied);
         let ready = manager.requests.iter().filter(|(_, request)| is_ready(request));
         let ready: Vec<u64> = ready.map(|(id, _)| *id).collect();
         for id in ready {
@@ -449,7 +458,8 @@ impl World {
             self.n_granted += 1;
             self.see(&Seen::Granted { kind, id, index: version.index });
         }
-        let is_stranger = |joined: MachineId| self.ledger.node(self.machines[joined].node_id).is_none();
+        let is_stranger =
+            |joined: MachineId| self.ledger.node(self.machines[joined].node_id).is_none();
         if let client::Wish::Join(joined, node_id) = request.wish
             && is_stranger(joined)
         {
@@ -538,7 +548,8 @@ impl World {
             let delay = at.since(clock).max(Duration::from_millis(1));
             now.after(delay)
         });
-        let is_sooner = |at: &skep_common::Timestamp| manager.wakes_at.is_none_or(|known| *at < known);
+        let is_sooner =
+            |at: &skep_common::Timestamp| manager.wakes_at.is_none_or(|known| *at < known);
         if let Some(at) = wake_at.filter(is_sooner) {
             manager.wakes_at = Some(at);
             self.timer(machine, at.since(now), Timer::Wake);

@@ -17,26 +17,63 @@ pub(crate) type MachineId = usize;
 pub(crate) enum Message {
     Raft(RaftMessage),
     /// An agent asks for a session.
-    Hello { session: u64 },
-    Welcome { session: u64, term: u64 },
+    Hello {
+        session: u64,
+    },
+    Welcome {
+        session: u64,
+        term: u64,
+    },
     /// The manager asked does not lead.
-    Redirect { session: u64, leader: Option<ManagerId> },
+    Redirect {
+        session: u64,
+        leader: Option<ManagerId>,
+    },
     /// The node is no member any more.
-    Removed { session: u64 },
-    Assignments { session: u64, what: Arc<Assignments> },
-    Report { session: u64, tasks: Arc<Vec<(TaskId, TaskStatus)>> },
-    MeshApplied { session: u64, version: u64 },
+    Removed {
+        session: u64,
+    },
+    Assignments {
+        session: u64,
+        what: Arc<Assignments>,
+    },
+    Report {
+        session: u64,
+        tasks: Arc<Vec<(TaskId, TaskStatus)>>,
+    },
+    MeshApplied {
+        session: u64,
+        version: u64,
+    },
     /// One side ended the session.
-    End { session: u64 },
-    Beat { session: u64 },
-    BeatTaken { session: u64 },
+    End {
+        session: u64,
+    },
+    Beat {
+        session: u64,
+    },
+    BeatTaken {
+        session: u64,
+    },
     /// A manager asks the leader how far the log is.
-    AskIndex { request: u64 },
+    AskIndex {
+        request: u64,
+    },
     /// `None`: ask another one.
-    Index { request: u64, index: Option<u64> },
-    Propose { id: u64, command: Arc<Command> },
+    Index {
+        request: u64,
+        index: Option<u64>,
+    },
+    Propose {
+        id: u64,
+        command: Arc<Command>,
+    },
     /// What became of a proposal; `None` where it was not taken, or its leader was lost.
-    Proposed { id: u64, outcome: Option<Outcome>, may_commit: bool },
+    Proposed {
+        id: u64,
+        outcome: Option<Outcome>,
+        may_commit: bool,
+    },
 }
 
 impl Message {

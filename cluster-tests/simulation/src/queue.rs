@@ -88,6 +88,9 @@ mod tests {
         assert_eq!(order, ["first", "a", "b", "c"]);
         assert_eq!(queue.now(), START.after(Duration::from_millis(20)));
         queue.at(START, "late");
-        assert_eq!((queue.pop(), queue.now()), (Some("late"), START.after(Duration::from_millis(20))));
+        assert_eq!(
+            (queue.pop(), queue.now()),
+            (Some("late"), START.after(Duration::from_millis(20)))
+        );
     }
 }

@@ -188,7 +188,8 @@ impl Replica {
             leader: None,
             heard_at: now,
             // It waits as long as if it had just heard of a leader: there may be one.
-            election_at: now.after(LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me as u64)),
+            election_at: now
+                .after(LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me as u64)),
             confirmed: Vec::new(),
         }
     }
@@ -256,7 +257,8 @@ impl Replica {
 
     fn postpone_election(&mut self, now: Timestamp, rng: &mut impl Rng) {
         self.heard_at = now;
-        self.election_at = now.after(LEASE + Duration::from_millis(rng.random_range(ELECTION_MILLIS)));
+        self.election_at =
+            now.after(LEASE + Duration::from_millis(rng.random_range(ELECTION_MILLIS)));
     }
 
     fn follow(&mut self, term: u64, leader: Option<ManagerId>) {
@@ -354,7 +356,13 @@ impl Replica {
     }
 
     /// Wants to know how far the log is; the answer comes as [`Replica::take_confirmed`].
-    pub(crate) fn read(&mut self, id: u64, applied: u64, now: Timestamp, out: &mut Vec<Outgoing>) -> bool {
+    pub(crate) fn read(
+        &mut self,
+        id: u64,
+        applied: u64,
+        now: Timestamp,
+        out: &mut Vec<Outgoing>,
+    ) -> bool {
         if !self.leads_surely(applied, now) {
             return false;
         }
@@ -421,7 +429,10 @@ impl Replica {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "they are the parts of one message and its moment")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "they are the parts of one message and its moment"
+    )]
     fn handle_vote(
         &mut self,
         from: ManagerId,
@@ -433,7 +444,8 @@ impl Replica {
         out: &mut Vec<Outgoing>,
     ) {
         // Whoever hears a leader wants no other.
-        let is_content = self.is_leader() || (self.leader.is_some() && now < self.heard_at.after(LEASE));
+        let is_content =
+            self.is_leader() || (self.leader.is_some() && now < self.heard_at.after(LEASE));
         if is_trial {
             let is_granted = !is_content && term > self.disk.term && last >= self.disk.last();
             out.push((from, RaftMessage::VoteReply { term, is_granted, is_trial }));
@@ -456,7 +468,13 @@ impl Replica {
         self.waiting.push((from, RaftMessage::VoteReply { term, is_granted, is_trial }));
     }
 
-    fn is_of_leader(&mut self, from: ManagerId, term: u64, now: Timestamp, rng: &mut impl Rng) -> bool {
+    fn is_of_leader(
+        &mut self,
+        from: ManagerId,
+        term: u64,
+        now: Timestamp,
+        rng: &mut impl Rng,
+    ) -> bool {
         if term < self.disk.term {
             return false;
         }
@@ -479,12 +497,13 @@ impl Replica {
         commit: u64,
         round: u64,
     ) {
-        let is_known = before < self.disk.snapshot.index
-            || self.disk.term_at(before) == Some(before_term);
+        let is_known =
+            before < self.disk.snapshot.index || self.disk.term_at(before) == Some(before_term);
         if !is_known {
             let index = self.disk.last_index().min(before.saturating_sub(1)).max(self.commit);
             let term = self.disk.term;
-            self.waiting.push((from, RaftMessage::AppendReply { term, is_taken: false, index, round }));
+            self.waiting
+                .push((from, RaftMessage::AppendReply { term, is_taken: false, index, round }));
             return;
         }
         let matched = before + entries.len() as u64;
@@ -500,14 +519,16 @@ impl Replica {
         }
         self.commit = self.commit.max(commit.min(matched));
         let term = self.disk.term;
-        self.waiting.push((from, RaftMessage::AppendReply { term, is_taken: true, index: matched, round }));
+        self.waiting
+            .push((from, RaftMessage::AppendReply { term, is_taken: true, index: matched, round }));
     }
 
     fn handle_install(&mut self, from: ManagerId, snapshot: Arc<Snapshot>, round: u64) {
         let index = snapshot.index;
         if index > self.commit {
             if self.disk.term_at(index) == Some(snapshot.term) {
-                let n_covered = usize::try_from(index - self.disk.snapshot.index).unwrap_or(usize::MAX);
+                let n_covered =
+                    usize::try_from(index - self.disk.snapshot.index).unwrap_or(usize::MAX);
                 self.disk.log.drain(..n_covered.min(self.disk.log.len()));
             } else {
                 self.disk.log.clear();
@@ -556,7 +577,8 @@ impl Replica {
             leading.quorum_at = leading.quorum_at.max(Some(*at));
         }
         leading.began.retain(|(round, _)| *round > newest);
-        let (done, open) = std::mem::take(&mut leading.reads).into_iter().partition(|r| r.round <= newest);
+        let (done, open) =
+            std::mem::take(&mut leading.reads).into_iter().partition(|r| r.round <= newest);
         leading.reads = open;
         let done: Vec<Read> = done;
         self.confirmed.extend(done.into_iter().map(|read| (read.id, read.index)));

@@ -89,7 +89,8 @@ impl fmt::Display for Report {
 
 /// Runs a seed to its end, or to the first invariant that does not hold.
 pub fn run(options: Options) -> Report {
-    let rates = Rates::draw(&mut StdRng::seed_from_u64(options.seed ^ u64::from_be_bytes(*b"troubles")));
+    let rates =
+        Rates::draw(&mut StdRng::seed_from_u64(options.seed ^ u64::from_be_bytes(*b"troubles")));
     let mut world = World::new(options.seed, options.is_printed);
     world.note(format_args!("seed {} with {rates}", options.seed));
     world.is_rough = true;

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
+use skep_common::object::Image;
 use skep_common::spec::{
     Availability, ContainerSpec, EndpointSpec, Nanos, NetworkAttachmentConfig, NetworkSpec,
     NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements, Resources,
     RestartPolicy, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
 };
-use skep_common::object::Image;
 use skep_common::{ImageId, Meta, Node, NodeId, Object};
 use skep_manager_core::testing;
 
@@ -31,11 +31,7 @@ pub(crate) fn network_name(number: u16) -> String {
 
 /// A network.
 pub(crate) fn network(number: u16) -> NetworkSpec {
-    NetworkSpec {
-        name: network_name(number),
-        attachable: Some(true),
-        ..NetworkSpec::default()
-    }
+    NetworkSpec { name: network_name(number), attachable: Some(true), ..NetworkSpec::default() }
 }
 
 /// A node of a swarm: some have a fast disk, one has little memory.
@@ -44,7 +40,8 @@ pub(crate) fn node(number: u16) -> Node {
     let labels = node.spec.labels.get_or_insert_default();
     labels.insert("disk".into(), if number % 3 == 0 { "hdd" } else { "ssd" }.into());
     if let Some(description) = &mut node.description {
-        description.resources.memory_bytes = Some(if number % 4 == 0 { 512 << 20 } else { 1 << 30 });
+        description.resources.memory_bytes =
+            Some(if number % 4 == 0 { 512 << 20 } else { 1 << 30 });
         description.format_level = skep_manager_core::command::FORMAT_LEVEL;
     }
     node
@@ -104,8 +101,7 @@ pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
     let image = image(rng.random_range(1..=N_IMAGES));
     let container = ContainerSpec { image, ..ContainerSpec::default() };
     let mut template = TaskSpec { container_spec: Some(container), ..TaskSpec::default() };
-    template.restart_policy =
-        Some(RestartPolicy { delay: seconds(1), ..RestartPolicy::default() });
+    template.restart_policy = Some(RestartPolicy { delay: seconds(1), ..RestartPolicy::default() });
     template.force_update = Some(rng.random_range(0..1000));
     let mut spec = ServiceSpec { name: name(number), ..ServiceSpec::default() };
     let port = |published: Option<u32>| PortConfig {
@@ -138,10 +134,8 @@ pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
         }
     }
     let replicas = Some(rng.random_range(0..6));
-    spec.mode = Some(ServiceMode {
-        replicated: Some(Replicated { replicas }),
-        ..ServiceMode::default()
-    });
+    spec.mode =
+        Some(ServiceMode { replicated: Some(Replicated { replicas }), ..ServiceMode::default() });
     let actions = ["continue", "pause", "rollback"];
     spec.update_config = Some(UpdateConfig {
         order: (number == 3).then(|| "start-first".to_owned()),
@@ -159,10 +153,7 @@ fn publish(spec: &mut ServiceSpec, port: PortConfig) {
 }
 
 fn on_network(number: u16) -> NetworkAttachmentConfig {
-    NetworkAttachmentConfig {
-        target: network_name(number),
-        ..NetworkAttachmentConfig::default()
-    }
+    NetworkAttachmentConfig { target: network_name(number), ..NetworkAttachmentConfig::default() }
 }
 
 /// What an operator asks of a node.

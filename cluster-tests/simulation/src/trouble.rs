@@ -180,10 +180,13 @@ impl World {
     /// A container ends, or its health check fails.
     fn harm(&mut self, fault: Fault) {
         let now = self.now();
-        let is_able = |id: &MachineId| self.machines[*id].is_up && self.machines[*id].paused_until <= now;
+        let is_able =
+            |id: &MachineId| self.machines[*id].is_up && self.machines[*id].paused_until <= now;
         let able = (0..self.machines.len()).filter(is_able);
         let running: Vec<(MachineId, TaskId)> = able
-            .flat_map(|id| self.machines[id].agent.running.iter().map(move |task_id| (id, *task_id)))
+            .flat_map(|id| {
+                self.machines[id].agent.running.iter().map(move |task_id| (id, *task_id))
+            })
             .collect();
         if running.is_empty() {
             return;
@@ -228,7 +231,8 @@ impl World {
     /// Machines whose node was removed.
     pub(crate) fn strangers(&self) -> Vec<MachineId> {
         let is_stranger = |id: &MachineId| {
-            self.ledger.version().index > 0 && self.ledger.node(self.machines[*id].node_id).is_none()
+            self.ledger.version().index > 0
+                && self.ledger.node(self.machines[*id].node_id).is_none()
         };
         (0..self.machines.len()).filter(is_stranger).collect()
     }

@@ -58,7 +58,8 @@ impl World {
     fn connect_later(&mut self, machine: MachineId) {
         let one = &mut self.machines[machine];
         one.agent.link = Link::None;
-        let millis = if one.agent.hint.is_some() { 0 } else { (100 << one.agent.n_failed.min(5)).min(2000) };
+        let millis =
+            if one.agent.hint.is_some() { 0 } else { (100 << one.agent.n_failed.min(5)).min(2000) };
         one.agent.n_failed += 1;
         let delay = Duration::from_millis(millis).mul_f64(one.rng.random_range(0.5..1.0));
         self.timer(machine, delay, Timer::Connect);
@@ -99,10 +100,16 @@ impl World {
         self.timer(machine, period, Timer::Beat { session });
     }
 
-    pub(crate) fn handle_agent_message(&mut self, from: MachineId, to: MachineId, message: Message) {
+    pub(crate) fn handle_agent_message(
+        &mut self,
+        from: MachineId,
+        to: MachineId,
+        message: Message,
+    ) {
         let now = self.now();
         let link = self.machines[to].agent.link;
-        let is_asked = |session: u64| matches!(link, Link::Asked { session: asked, .. } if asked == session);
+        let is_asked =
+            |session: u64| matches!(link, Link::Asked { session: asked, .. } if asked == session);
         match message {
             Message::Welcome { session, term } if is_asked(session) => {
                 let one = &mut self.machines[to];
@@ -127,7 +134,9 @@ impl World {
             }
             Message::Assignments { session, what } => {
                 let open = self.machines[to].agent.session();
-                let Some((_, _, term)) = open.filter(|(current, ..)| *current == session) else { return };
+                let Some((_, _, term)) = open.filter(|(current, ..)| *current == session) else {
+                    return;
+                };
                 self.hear(to);
                 let clock = self.machines[to].clock(now);
                 match self.machines[to].agent.apply(&what, now, clock) {

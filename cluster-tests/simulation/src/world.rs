@@ -28,39 +28,76 @@ use crate::trace::Trace;
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Timer {
     Election,
-    Heartbeat { term: u64 },
+    Heartbeat {
+        term: u64,
+    },
     Synced,
     /// The leader's tick.
-    Tick { term: u64 },
+    Tick {
+        term: u64,
+    },
     /// Another of its deadlines.
     Wake,
-    Probed { node_id: NodeId },
+    Probed {
+        node_id: NodeId,
+    },
     Connect,
     /// Nobody said welcome.
-    WelcomeDeadline { session: u64 },
-    Beat { session: u64 },
-    Step { task_id: TaskId },
-    Program { session: u64, version: u64 },
+    WelcomeDeadline {
+        session: u64,
+    },
+    Beat {
+        session: u64,
+    },
+    Step {
+        task_id: TaskId,
+    },
+    Program {
+        session: u64,
+        version: u64,
+    },
     /// A session's connection is found broken.
-    Broken { session: u64, peer: MachineId },
+    Broken {
+        session: u64,
+        peer: MachineId,
+    },
     /// A client's request is tried again.
-    Request { id: u64 },
-    RequestDeadline { id: u64 },
+    Request {
+        id: u64,
+    },
+    RequestDeadline {
+        id: u64,
+    },
 }
 
 /// One thing to happen.
 #[derive(Debug)]
 pub(crate) enum Event {
-    Deliver { from: MachineId, to: MachineId, message: Message },
-    Timer { machine: MachineId, life: u32, timer: Timer },
+    Deliver {
+        from: MachineId,
+        to: MachineId,
+        message: Message,
+    },
+    Timer {
+        machine: MachineId,
+        life: u32,
+        timer: Timer,
+    },
     /// Faults are drawn, wishes are made, invariants look at everything.
     Second,
     Wish,
     /// A daemon starts again.
-    Start { machine: MachineId },
+    Start {
+        machine: MachineId,
+    },
     /// A disk has room again.
-    Resume { machine: MachineId, life: u32 },
-    PowerLoss { machine: MachineId },
+    Resume {
+        machine: MachineId,
+        life: u32,
+    },
+    PowerLoss {
+        machine: MachineId,
+    },
 }
 
 /// A swarm and its clock.
@@ -192,7 +229,8 @@ impl World {
             machine.manager.as_ref()?.leader.as_ref().map(|_| id)
         };
         let ids: Vec<MachineId> = self.machines.iter().enumerate().filter_map(leads).collect();
-        ids.into_iter().filter_map(|id| Some((id, self.machines[id].manager.as_ref()?.leader.as_ref()?)))
+        ids.into_iter()
+            .filter_map(|id| Some((id, self.machines[id].manager.as_ref()?.leader.as_ref()?)))
     }
 
     pub(crate) fn note(&mut self, what: fmt::Arguments<'_>) {
@@ -298,8 +336,10 @@ impl World {
             | Timer::Probed { .. }
             | Timer::Request { .. }
             | Timer::RequestDeadline { .. } => {
-                let is_stopped =
-                    self.machines[machine].manager.as_ref().is_none_or(|manager| manager.is_stopped);
+                let is_stopped = self.machines[machine]
+                    .manager
+                    .as_ref()
+                    .is_none_or(|manager| manager.is_stopped);
                 if !is_stopped {
                     self.handle_manager_timer(machine, timer);
                 }
@@ -338,5 +378,17 @@ impl World {
             (true, message) => self.handle_agent_message(from, to, message),
             (false, message) => self.handle_manager_message(from, to, message),
         }
+    }
+
+    /// A container of this task runs on a machine, whoever asked for it.
+    #[cfg(test)]
+    pub(crate) fn place_for_test(
+        &mut self,
+        machine: MachineId,
+        task: &skep_manager_core::assignments::AssignedTask,
+    ) {
+        let agent = &mut self.machines[machine].agent;
+        agent.running.insert(task.task.id);
+        agent.assign(task.to_task(), START, START);
     }
 }

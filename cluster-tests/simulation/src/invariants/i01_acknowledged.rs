@@ -38,7 +38,10 @@ impl Acknowledged {
                 version.index >= index,
                 "{kind:?} {id:x} is at version {version}, but {index} was acknowledged"
             ),
-            None => ensure!(is_erased, "{kind:?} {id:x} of version {index} was acknowledged and is lost"),
+            None => ensure!(
+                is_erased,
+                "{kind:?} {id:x} of version {index} was acknowledged and is lost"
+            ),
         }
         Ok(())
     }
@@ -59,7 +62,12 @@ impl Invariant for Acknowledged {
                         self.erased.insert((change.kind, change.id), after.version().index);
                     }
                     let falls = matches!((old, new), (Some(old), Some(new)) if new <= old);
-                    ensure!(!falls, "the version of {:?} {:x} does not grow", change.kind, change.id);
+                    ensure!(
+                        !falls,
+                        "the version of {:?} {:x} does not grow",
+                        change.kind,
+                        change.id
+                    );
                 }
             }
             Seen::Granted { kind, id, index } => {

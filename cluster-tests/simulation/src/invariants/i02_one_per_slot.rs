@@ -8,6 +8,7 @@ use skep_common::{ServiceId, TaskId, TaskState, Version};
 
 use super::{Invariant, ensure};
 use crate::agent::Link;
+use crate::machine::Machine;
 use crate::seen::Seen;
 use crate::world::World;
 
@@ -32,38 +33,50 @@ impl Invariant for OnePerSlot {
             return Ok(());
         };
         let now = world.now();
-        let is_healed = |machine: &crate::machine::Machine| {
-            let is_open = matches!(machine.agent.link, Link::Open { term, .. } if term == leader.term);
+        let is_healed = |machine: &Machine| {
+            let is_open =
+                matches!(machine.agent.link, Link::Open { term, .. } if term == leader.term);
             let node = world.ledger.node(machine.node_id);
             let is_member = node.is_some_and(|node| node.status.state == NodeState::Ready);
-            is_member && is_open && machine.is_calm(now, HEAL_WAIT) && now >= machine.session_since.after(HEAL_WAIT)
+            is_member
+                && is_open
+                && machine.is_calm(now, HEAL_WAIT)
+                && now >= machine.session_since.after(HEAL_WAIT)
         };
-        let mut slots: BTreeMap<Slot, Vec<TaskId>> = BTreeMap::new();
-        for machine in world.machines.iter().filter(|machine| is_healed(machine)) {
-            for task_id in &machine.agent.running {
-                let Some(held) = machine.agent.held.get(task_id) else {
-                    return Err(format!("{task_id} runs and nobody holds it"));
-                };
-                let task = &held.task;
-                let is_start_first = world.ledger.service(task.service_id).is_some_and(|service| {
-                    let config = service.spec.update_config.as_ref();
-                    config.is_some_and(|config| config.order.as_deref() == Some("start-first"))
-                });
-                // With start-first the old one stops only when the new one runs.
-                let is_told_to_stop = task.desired_state > TaskState::Running;
-                if task.standalone.is_none() && !(is_start_first && is_told_to_stop) {
-                    let of_spec = is_start_first.then_some(task.spec_version);
-                    let tasks = slots.entry((task.service_id, task.slot, of_spec)).or_default();
-                    tasks.push(*task_id);
-                    ensure!(
-                        tasks.len() == 1,
-                        "{} of {tasks:?} run in one slot of {}",
-                        tasks.len(),
-                        task.name()
-                    );
-                }
+        check_slots(world, is_healed)
+    }
+}
+
+/// Counts the containers of each slot on the machines that count.
+pub(super) fn check_slots(
+    world: &World,
+    is_healed: impl Fn(&Machine) -> bool,
+) -> Result<(), String> {
+    let mut slots: BTreeMap<Slot, Vec<TaskId>> = BTreeMap::new();
+    for machine in world.machines.iter().filter(|machine| is_healed(machine)) {
+        for task_id in &machine.agent.running {
+            let Some(held) = machine.agent.held.get(task_id) else {
+                return Err(format!("{task_id} runs and nobody holds it"));
+            };
+            let task = &held.task;
+            let is_start_first = world.ledger.service(task.service_id).is_some_and(|service| {
+                let config = service.spec.update_config.as_ref();
+                config.is_some_and(|config| config.order.as_deref() == Some("start-first"))
+            });
+            // With start-first the old one stops only when the new one runs.
+            let is_told_to_stop = task.desired_state > TaskState::Running;
+            if task.standalone.is_none() && !(is_start_first && is_told_to_stop) {
+                let of_spec = is_start_first.then_some(task.spec_version);
+                let tasks = slots.entry((task.service_id, task.slot, of_spec)).or_default();
+                tasks.push(*task_id);
+                ensure!(
+                    tasks.len() == 1,
+                    "{} of {tasks:?} run in one slot of {}",
+                    tasks.len(),
+                    task.name()
+                );
             }
         }
-        Ok(())
     }
+    Ok(())
 }

@@ -44,26 +44,43 @@ fn fits(state: &State, task: &Task, node: &Node) -> Result<(), String> {
         .map(|other| &**other)
         .filter(|other| other.node_id == Some(node.id) && !other.status.state.is_terminal())
         .collect();
-    let memory = |resources: Option<&Resources>| resources.and_then(|r| r.memory_bytes).unwrap_or(0);
+    let memory =
+        |resources: Option<&Resources>| resources.and_then(|r| r.memory_bytes).unwrap_or(0);
     let reserved = |task: &Task| {
         memory(task.spec.resources.as_ref().and_then(|resources| resources.reservations.as_ref()))
     };
     let total = memory(node.description.as_ref().map(|description| &description.resources));
     let taken: i64 = present.iter().map(|other| reserved(other)).sum();
-    ensure!(reserved(task) == 0 || taken <= total, "{} is over-reserved by {}", node.hostname(), task.name());
+    ensure!(
+        reserved(task) == 0 || taken <= total,
+        "{} is over-reserved by {}",
+        node.hostname(),
+        task.name()
+    );
     let mut ports: BTreeSet<(PortProtocol, u16)> = BTreeSet::new();
     for other in &present {
         for port in &other.host_ports {
             let Some(number) = port.published_port.filter(|number| *number != 0) else { continue };
             let is_free = ports.insert((port.protocol.unwrap_or_default(), number));
-            ensure!(is_free, "port {number} of {} is published twice for {}", node.hostname(), task.name());
+            ensure!(
+                is_free,
+                "port {number} of {} is published twice for {}",
+                node.hostname(),
+                task.name()
+            );
         }
     }
-    let max = task.spec.placement.as_ref().and_then(|placement| placement.max_replicas).unwrap_or(0);
+    let max =
+        task.spec.placement.as_ref().and_then(|placement| placement.max_replicas).unwrap_or(0);
     let replicas = present.iter().filter(|other| {
         other.service_id == task.service_id && other.desired_state <= TaskState::Running
     });
-    ensure!(max == 0 || replicas.count() as u64 <= max, "too many of {} on {}", task.name(), node.hostname());
+    ensure!(
+        max == 0 || replicas.count() as u64 <= max,
+        "too many of {} on {}",
+        task.name(),
+        node.hostname()
+    );
     Ok(())
 }
 
@@ -82,14 +99,23 @@ impl Invariant for Placement {
                 let mut after = state.clone();
                 let command = Command::new(*now, actions.to_vec());
                 let (outcome, _) = after.apply(state.version().index + 1, &command);
-                ensure!(matches!(outcome, Outcome::Applied(_)), "a plan is refused on its own view: {outcome:?}");
+                ensure!(
+                    matches!(outcome, Outcome::Applied(_)),
+                    "a plan is refused on its own view: {outcome:?}"
+                );
                 for task in placed.iter().filter_map(|id| after.task(*id)) {
                     let node = task.node_id.and_then(|node_id| after.node(node_id));
                     let node = node.ok_or_else(|| format!("{} is on no node", task.name()))?;
                     let is_open = node.status.state == NodeState::Ready
                         && node.spec.availability == Availability::Active;
-                    ensure!(is_open, "{} is placed on {}, which takes none", task.name(), node.hostname());
-                    let words = task.spec.placement.as_ref().and_then(|one| one.constraints.clone());
+                    ensure!(
+                        is_open,
+                        "{} is placed on {}, which takes none",
+                        task.name(),
+                        node.hostname()
+                    );
+                    let words =
+                        task.spec.placement.as_ref().and_then(|one| one.constraints.clone());
                     let constraints = constraint::parse_all(&words.unwrap_or_default());
                     let constraints = constraints.map_err(|error| error.to_string())?;
                     ensure!(
@@ -102,7 +128,9 @@ impl Invariant for Placement {
                 }
             }
             Seen::Committed { before, after, command, outcome: Outcome::Applied(_), .. } => {
-                for task in placed(before, &command.actions)?.iter().filter_map(|id| after.task(*id)) {
+                for task in
+                    placed(before, &command.actions)?.iter().filter_map(|id| after.task(*id))
+                {
                     let node = task.node_id.and_then(|node_id| after.node(node_id));
                     if let Some(node) = node.filter(|_| task.standalone.is_none()) {
                         fits(after, task, node)?;

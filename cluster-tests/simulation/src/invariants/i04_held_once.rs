@@ -38,7 +38,10 @@ fn check_store(state: &State) -> Result<(), String> {
         for vip in &service.endpoint.virtual_ips {
             let place = (Some(vip.network_id), vip.addr.addr());
             if let Some(other) = holders.insert(place, service.spec.name.clone()) {
-                return Err(format!("{other} and {} have the address {place:?}", service.spec.name));
+                return Err(format!(
+                    "{other} and {} have the address {place:?}",
+                    service.spec.name
+                ));
             }
         }
         for port in &service.endpoint.ports {
@@ -51,13 +54,18 @@ fn check_store(state: &State) -> Result<(), String> {
     }
     for network in state.networks().values() {
         let other = vnis.insert(network.vni, &network.spec.name);
-        ensure!(other.is_none(), "{other:?} and {} have identifier {}", network.spec.name, network.vni);
+        ensure!(
+            other.is_none(),
+            "{other:?} and {} have identifier {}",
+            network.spec.name,
+            network.vni
+        );
     }
     Ok(())
 }
 
 /// Containers that run and whose tasks managers have not given up.
-fn check_containers(world: &World) -> Result<(), String> {
+pub(super) fn check_containers(world: &World) -> Result<(), String> {
     let mut holders: BTreeMap<Place, String> = BTreeMap::new();
     for machine in &world.machines {
         for task_id in &machine.agent.running {
@@ -65,7 +73,9 @@ fn check_containers(world: &World) -> Result<(), String> {
             let known = world.ledger.task(*task_id).filter(|task| !is_given_up(task));
             for place in known.iter().flat_map(|task| addresses(task)) {
                 if let Some(other) = holders.insert(place, task_id.to_string()) {
-                    return Err(format!("containers {other} and {task_id} run with the address {place:?}"));
+                    return Err(format!(
+                        "containers {other} and {task_id} run with the address {place:?}"
+                    ));
                 }
             }
         }

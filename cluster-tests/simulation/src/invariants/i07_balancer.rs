@@ -41,7 +41,12 @@ impl Invariant for Balancer {
                         && !task.status.unhealthy
                         && task.desired_state == TaskState::Running
                         && task.node_id.is_some_and(|node_id| !silent.contains(&node_id));
-                    ensure!(is_sound, "table {version} balances to {}: {:?}", task.name(), task.status);
+                    ensure!(
+                        is_sound,
+                        "table {version} balances to {}: {:?}",
+                        task.name(),
+                        task.status
+                    );
                 }
                 let now = world.now();
                 let last = self.tables.range(..(*term, *version)).next_back();
@@ -82,13 +87,15 @@ impl Balancer {
         let since = self.withdrawn.get(&(term, task_id)).copied();
         // A clock that jumped may have cut the wait short.
         let runs = world.machines.iter().any(|machine| machine.agent.running.contains(&task_id));
-        let had_time = !runs ||  since.is_none_or(|at| now >= at.after(DRAIN_ACK_WAIT))
+        let had_time = !runs
+            || since.is_none_or(|at| now >= at.after(DRAIN_ACK_WAIT))
             || !world.machines[id].is_calm(now, DRAIN_ACK_WAIT * 2);
         if had_time {
             return Ok(());
         }
         // Who came later was not waited for.
-        let waited_for = leader.nodes().filter(|(_, opened_at)| since.is_none_or(|at| *opened_at < at));
+        let waited_for =
+            leader.nodes().filter(|(_, opened_at)| since.is_none_or(|at| *opened_at < at));
         for (node_id, _) in waited_for {
             let Some(machine) = world.machine_of(node_id) else { continue };
             let kernel = &world.machines[machine].agent.kernel;

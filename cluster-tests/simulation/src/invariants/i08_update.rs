@@ -62,7 +62,10 @@ impl Invariant for Update {
             }
             if let Some(promised) = self.promised.get(&service.id) {
                 let name = &service.spec.name;
-                ensure!(healthy >= *promised, "{name} has {healthy} healthy tasks, {promised} are promised");
+                ensure!(
+                    healthy >= *promised,
+                    "{name} has {healthy} healthy tasks, {promised} are promised"
+                );
             }
         }
         Ok(())

@@ -32,7 +32,11 @@ impl Invariant for Deposed {
                 for one in what.tasks.iter().flat_map(|message| &message.changes.tasks) {
                     let version = one.task.meta.version;
                     let is_agreed = version <= world.ledger.version();
-                    ensure!(is_agreed, "{machine} is told of {}, which nobody committed", one.task.name());
+                    ensure!(
+                        is_agreed,
+                        "{machine} is told of {}, which nobody committed",
+                        one.task.name()
+                    );
                 }
             }
             _ => {}

@@ -23,7 +23,10 @@ impl OneLog {
     fn compare(&mut self, state: &State, who: &str) -> Result<(), String> {
         let (index, digest) = (state.version().index, state.digest());
         let first = self.digests.entry(index).or_insert_with(|| digest.clone());
-        ensure!(*first == digest, "the state of {who} at {index} is not that of the first one there");
+        ensure!(
+            *first == digest,
+            "the state of {who} at {index} is not that of the first one there"
+        );
         Ok(())
     }
 }
@@ -39,7 +42,10 @@ impl Invariant for OneLog {
                 let index = state.version().index;
                 let first = self.entries.entry(index).or_insert((*term, *proposal));
                 let entry = (*term, *proposal);
-                ensure!(*first == entry, "{manager} applies {entry:?} at {index}, where {first:?} was committed");
+                ensure!(
+                    *first == entry,
+                    "{manager} applies {entry:?} at {index}, where {first:?} was committed"
+                );
                 if index % COMPARED_EVERY == 0 {
                     self.compare(state, &format!("manager {manager}"))?;
                 }

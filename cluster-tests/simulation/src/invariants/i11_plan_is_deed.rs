@@ -30,7 +30,10 @@ impl Invariant for PlanIsDeed {
                 let view = self.views.remove(proposal);
                 if let (Outcome::Refused(refusal), Some(view)) = (outcome, view) {
                     let is_current = self.last_change <= view;
-                    ensure!(!is_current, "a decision on the state that it met is refused: {refusal}");
+                    ensure!(
+                        !is_current,
+                        "a decision on the state that it met is refused: {refusal}"
+                    );
                 }
                 if matches!(outcome, Outcome::Applied(_)) {
                     self.last_change = after.version().index;

@@ -17,7 +17,9 @@ pub(super) struct ComesToRest;
 /// What is not at rest yet; `Ok` where everything is as it should be.
 pub(crate) fn unrest(world: &World) -> Result<(), String> {
     let state = &world.ledger;
-    let Some((leader_id, leader)) = world.leaders().next() else { return Err("nobody leads".into()) };
+    let Some((leader_id, leader)) = world.leaders().next() else {
+        return Err("nobody leads".into());
+    };
     ensure!(leader.state.version() == state.version(), "the leader is behind");
     for (id, machine) in world.machines.iter().enumerate() {
         let node = state.node(machine.node_id);
@@ -39,7 +41,10 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         let name = &service.spec.name;
         ensure!(!service.pending_delete, "{name} is not deleted");
         let update = service.update_status.as_ref().map_or("", |status| status.state.as_str());
-        ensure!(!matches!(update, "updating" | "rollback_started") || is_stuck(world, service), "{name} is {update}");
+        ensure!(
+            !matches!(update, "updating" | "rollback_started") || is_stuck(world, service),
+            "{name} is {update}"
+        );
         let live: Vec<&Task> = state
             .tasks_of_service(service.id)
             .map(|task| &**task)
@@ -55,11 +60,25 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         for task in live {
             let is_waiting = task.node_id.is_none() && !task.status.err.is_empty();
             let is_running = task.status.state == TaskState::Running && !task.status.unhealthy;
-            ensure!(is_waiting || is_running, "{} ({} on {:?}) is {:?}", task.name(), task.id, task.node_id, task.status);
+            ensure!(
+                is_waiting || is_running,
+                "{} ({} on {:?}) is {:?}",
+                task.name(),
+                task.id,
+                task.node_id,
+                task.status
+            );
         }
     }
     for task in state.tasks().values().filter(|task| task.desired_state > TaskState::Running) {
-        ensure!(task.status.state.is_terminal() || task.node_id.is_none(), "{} ({} on {:?}) is still stopping: {:?}", task.name(), task.id, task.node_id, task.status);
+        ensure!(
+            task.status.state.is_terminal() || task.node_id.is_none(),
+            "{} ({} on {:?}) is still stopping: {:?}",
+            task.name(),
+            task.id,
+            task.node_id,
+            task.status
+        );
     }
     // A leader with an empty memory finds nothing to do either, and no other reason for whom waits.
     let mut rng = StdRng::seed_from_u64(1);

@@ -15,6 +15,8 @@ mod i09_deposed;
 mod i10_one_log;
 mod i11_plan_is_deed;
 mod i12_comes_to_rest;
+#[cfg(test)]
+mod tests;
 
 use crate::seen::Seen;
 use crate::world::World;
