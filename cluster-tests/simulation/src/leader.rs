@@ -395,7 +395,7 @@ impl Leader {
         }
         let (machine, id) = (session.machine, session.id);
         let what = Arc::new(Assignments { tasks, table });
-        seen.push(Seen::Told { term: self.term, node_id, what: what.clone() });
+        seen.push(Seen::Told { term: self.term, what: what.clone() });
         Some((machine, Message::Assignments { session: id, what }))
     }
 

@@ -217,7 +217,7 @@ impl World {
                 // A heartbeat names its node; that its session is another one by now does not matter.
                 leader.beat(node_id, clock);
                 let answer = match leader.hear(node_id, session, now) {
-                    true => Message::BeatTaken { session },
+                    true => Message::BeatTaken,
                     false => Message::End { session },
                 };
                 self.send(to, from, answer);

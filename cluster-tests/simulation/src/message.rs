@@ -52,9 +52,7 @@ pub(crate) enum Message {
     Beat {
         session: u64,
     },
-    BeatTaken {
-        session: u64,
-    },
+    BeatTaken,
     /// A manager asks the leader how far the log is.
     AskIndex {
         request: u64,
@@ -90,7 +88,7 @@ impl Message {
             | Self::End { session } => Some(*session),
             Self::Raft(_)
             | Self::Beat { .. }
-            | Self::BeatTaken { .. }
+            | Self::BeatTaken
             | Self::AskIndex { .. }
             | Self::Index { .. }
             | Self::Propose { .. }
@@ -116,7 +114,7 @@ impl Message {
             Self::MeshApplied { .. } => "mesh applied",
             Self::End { .. } => "end",
             Self::Beat { .. } => "beat",
-            Self::BeatTaken { .. } => "beat taken",
+            Self::BeatTaken => "beat taken",
             Self::AskIndex { .. } => "ask index",
             Self::Index { .. } => "index",
             Self::Propose { .. } => "propose",

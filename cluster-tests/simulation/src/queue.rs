@@ -7,7 +7,7 @@ use std::time::Duration;
 use skep_common::Timestamp;
 
 /// When every simulation begins. Any moment would do that leaves room for clocks that jump back.
-pub const START: Timestamp = Timestamp::from_secs(1_000_000);
+pub(crate) const START: Timestamp = Timestamp::from_secs(1_000_000);
 
 struct Entry<T> {
     at: Timestamp,

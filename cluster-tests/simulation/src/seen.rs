@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use skep_common::{NodeId, TaskId, TaskState, Timestamp};
+use skep_common::{NodeId, Timestamp};
 use skep_manager_core::endpoints::Table;
 use skep_manager_core::{Action, Change, Command, Outcome, State};
 
@@ -34,15 +34,13 @@ pub(crate) enum Seen {
     /// A leader has a new table.
     Tabled { term: u64, version: u64, table: Arc<Table>, state: State, silent: BTreeSet<NodeId> },
     /// A leader told a node.
-    Told { term: u64, node_id: NodeId, what: Arc<Assignments> },
+    Told { term: u64, what: Arc<Assignments> },
     /// An agent does as it was told.
     Accepted { machine: MachineId, term: u64, what: Arc<Assignments> },
     /// A kernel balances by another table.
     Programmed { machine: MachineId },
     /// A container runs.
-    Started { machine: MachineId, task_id: TaskId },
-    /// A container is no more.
-    Ended { machine: MachineId, task_id: TaskId, state: TaskState },
+    Started,
     /// A client was told that its wish was granted, at this version.
     Granted { kind: skep_common::Kind, id: u128, index: u64 },
     /// A client was given a linearizable view that was asked for at a moment with so many granted wishes.

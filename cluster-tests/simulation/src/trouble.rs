@@ -170,11 +170,7 @@ impl World {
         let time = self.millis(2000..20_000);
         self.go_down(machine, time);
         let one = &mut self.machines[machine];
-        let gone = one.agent.lose_power(&mut one.rng);
-        for task_id in gone {
-            let state = skep_common::TaskState::Failed;
-            self.see(&Seen::Ended { machine, task_id, state });
-        }
+        one.agent.lose_power(&mut one.rng);
     }
 
     /// A container ends, or its health check fails.
@@ -201,7 +197,6 @@ impl World {
             }
         } else if let Some(state) = one.agent.exit(task_id, is_failure, clock) {
             self.note(format_args!("{task_id} ends: {state}"));
-            self.see(&Seen::Ended { machine, task_id, state });
             self.step_task(machine, task_id);
         }
         self.flush(machine);

@@ -158,7 +158,7 @@ impl World {
                     }
                 }
             }
-            Message::BeatTaken { .. } => self.hear(to),
+            Message::BeatTaken => self.hear(to),
             _ => {}
         }
     }
@@ -183,9 +183,6 @@ impl World {
         }
         self.note(format_args!("{machine} {task_id}: {stepped:?}"));
         match stepped {
-            Stepped::Started => self.see(&Seen::Started { machine, task_id }),
-            Stepped::Ended(state) => self.see(&Seen::Ended { machine, task_id, state }),
-            _ => {}
         }
         self.flush(machine);
     }

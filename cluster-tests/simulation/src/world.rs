@@ -368,7 +368,7 @@ impl World {
                 | Message::Redirect { .. }
                 | Message::Removed { .. }
                 | Message::Assignments { .. }
-                | Message::BeatTaken { .. }
+                | Message::BeatTaken
         );
         match (is_for_agent, message) {
             (_, Message::End { session }) => {

@@ -26,7 +26,7 @@ impl Invariant for OnePerSlot {
     }
 
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
-        if !matches!(seen, Seen::Second | Seen::Started { .. }) {
+        if !matches!(seen, Seen::Second | Seen::Started) {
             return Ok(());
         }
         let Some((_, leader)) = world.leaders().max_by_key(|(_, leader)| leader.term) else {

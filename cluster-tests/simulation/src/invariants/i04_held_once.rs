@@ -91,7 +91,7 @@ impl Invariant for HeldOnce {
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
         match seen {
             Seen::Committed { after, .. } => check_store(after),
-            Seen::Started { .. } => check_containers(world),
+            Seen::Started => check_containers(world),
             _ => Ok(()),
         }
     }
