@@ -1,8 +1,8 @@
 # Shared by demo.sh and test-vm.sh, which read it with `.`: what they look at, and how they judge it.
 #
-# Its user defines SERVICE, PORT and work (a directory), and three functions: `n1 COMMAND…` runs a command
-# on the first node, `client COMMAND…` on a machine outside of the swarm, `address NODE` prints a node's
-# address.
+# Its user defines SERVICE, PORT, LOAD (how requests are sent, as options of `skep lab http`) and work (a
+# directory), and three functions: `n1 COMMAND…` runs a command on the first node, `client COMMAND…` on a
+# machine outside of the swarm, `address NODE` prints a node's address.
 # shellcheck shell=bash disable=SC2154 # work is its user's
 
 say() { printf '\n== %s\n' "$*"; }
@@ -57,7 +57,7 @@ start_load() { # NODE…
     for node in "$@"; do urls+=("http://$(address "$node"):$PORT/"); done
     rm -f "$work/stop"
     mkfifo "$work/stop"
-    client skep lab http --clients 4 "${urls[@]}" <"$work/stop" >"$work/load" &
+    client skep lab http "${LOAD[@]}" "${urls[@]}" <"$work/stop" >"$work/load" &
     load=$!
     exec 9>"$work/stop"
 }

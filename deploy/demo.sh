@@ -5,7 +5,7 @@
 # step fails; `KEEP=1 make demo` leaves the lab for a look.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-LAB=demo SERVICE=whoami_whoami PORT=8080 N_NODES=5
+LAB=demo SERVICE=whoami_whoami PORT=8080 N_NODES=5 LOAD=(--clients 4)
 STACK_FILE=deploy/examples/whoami.yml
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 image=$target/debug/whoami.tar

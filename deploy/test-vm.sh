@@ -12,6 +12,9 @@ cd "$(dirname "$0")/.."
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 # shellcheck disable=SC2034 # of checks.sh
 SERVICE=whoami_whoami PORT=8080 N_NODES=3
+# A machine whose instructions are interpreted is busy for seconds when a container starts, and a load that
+# takes all of its time lets none start. Who was sent to a task that is gone is not answered in 20 s either.
+LOAD=(--clients 8 --rate 20 --timeout-ms 20000)
 NET=10.77.0 CLIENT=10.77.0.250
 
 if [ "${1:-}" != built ]; then

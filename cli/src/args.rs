@@ -6,7 +6,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    completion, container, debug, image, info, network, node, service, stack, swarm,
+    completion, config, container, debug, events, image, info, network, node, secret, service,
+    stack, swarm,
 };
 
 /// A Docker Swarm successor in one program.
@@ -60,6 +61,15 @@ pub(crate) enum Command {
     /// Manage images
     #[command(subcommand)]
     Image(image::Command),
+    /// Manage secrets
+    #[command(hide = true)]
+    Secret(secret::SecretArgs),
+    /// Manage configs
+    #[command(hide = true)]
+    Config(config::ConfigArgs),
+    /// Get events from the swarm
+    #[command(hide = true)]
+    Events(events::EventsArgs),
     /// Look inside
     #[command(subcommand)]
     Debug(debug::Command),

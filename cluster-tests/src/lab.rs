@@ -33,11 +33,13 @@ pub struct LabOptions {
     pub swarm: bool,
     /// The program that nodes run instead of `skep`.
     pub daemon: Option<PathBuf>,
+    /// Numbers of nodes that balance published ports in user space.
+    pub user_space: Vec<u8>,
 }
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { managers: 3, workers: 2, swarm: true, daemon: None }
+        Self { managers: 3, workers: 2, swarm: true, daemon: None, user_space: Vec::new() }
     }
 }
 
@@ -71,6 +73,9 @@ impl Lab {
         command.args(["--until-exit-of", &pid.to_string()]);
         if !options.swarm {
             command.arg("--no-swarm");
+        }
+        for number in &options.user_space {
+            command.args(["--user-space", &number.to_string()]);
         }
         if let Some(program) = &options.daemon {
             command.arg("--daemon").arg(program);

@@ -61,10 +61,7 @@ fn no_request_fails_while_tasks_are_replaced() {
     if !is_root_or_skip() {
         return;
     }
-    let lab = Lab::start(LabOptions::default());
-    lab.import_whoami();
-    lab.deploy_whoami("long", STACK);
-    lab.wait_until_settled("n1", WEB, N_TASKS);
+    let lab = deployed();
     let started = monotonic();
     let loads = [false, true].map(|keep_alive| load(&lab, &NODES, keep_alive));
     let mut seen = Replaced::default();
@@ -95,8 +92,15 @@ fn no_request_fails_while_tasks_are_replaced() {
     }
     reports.iter().for_each(Report::assert_none_failed);
     assert!(n_requests >= N_REQUESTS, "{n_requests} requests");
-    a_dead_node_fails_requests_until_it_is_seen(&lab);
     lab.down();
+}
+
+fn deployed() -> Lab {
+    let lab = Lab::start(LabOptions::default());
+    lab.import_whoami();
+    lab.deploy_whoami("long", STACK);
+    lab.wait_until_settled("n1", WEB, N_TASKS);
+    lab
 }
 
 fn load(lab: &Lab, nodes: &[&str], keep_alive: bool) -> Load {
@@ -193,12 +197,21 @@ fn restart_daemons(lab: &Lab, round: usize) {
 }
 
 /// Those that were on their way to its tasks, and those that go there until it is seen.
-fn a_dead_node_fails_requests_until_it_is_seen(lab: &Lab) {
+#[test]
+fn a_dead_node_fails_requests_until_it_is_seen() {
+    if !is_long() {
+        eprintln!("skipped: only make test-long runs it");
+        return;
+    }
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = deployed();
     let dead =
-        tasks(lab).into_iter().find(|task| ["n4", "n5"].contains(&&*task.node)).unwrap().node;
+        tasks(&lab).into_iter().find(|task| ["n4", "n5"].contains(&&*task.node)).unwrap().node;
     let others: Vec<&str> = NODES.into_iter().filter(|node| *node != dead).collect();
     let started = monotonic();
-    let loads = [false, true].map(|keep_alive| load(lab, &others, keep_alive));
+    let loads = [false, true].map(|keep_alive| load(&lab, &others, keep_alive));
     // So that kept connections are there.
     wait_until(SETTLES_WITHIN, "the loads run", || {
         ((started.elapsed() > Duration::from_secs(2)).then_some(()), String::new())
@@ -218,7 +231,12 @@ fn a_dead_node_fails_requests_until_it_is_seen(lab: &Lab) {
         eprintln!(
             "-- a dead node, {what}: {n} requests, {n_failed} failed, the last sent {window:?} after"
         );
+        for record in report.records.iter().filter(|record| !record.is_ok()) {
+            let after = Duration::from_millis(record.sent_at_ms).saturating_sub(killed_at);
+            eprintln!("   {after:?} after, {} ms: {}", record.took_ms, record.outcome);
+        }
         let late: Vec<_> = report.records.iter().filter(late).take(5).collect();
         assert!(late.is_empty(), "{what}: failed after the node was seen: {late:#?}");
     }
+    lab.down();
 }

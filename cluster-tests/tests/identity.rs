@@ -12,7 +12,8 @@ const NO_MANAGER: &str = "Error response from daemon: This node is not a swarm m
 /// n1 and n2 each found a swarm; the other nodes belong to none.
 #[track_caller]
 fn two_swarms() -> Lab {
-    let lab = Lab::start(LabOptions { managers: 4, workers: 0, swarm: false, daemon: None });
+    let lab =
+        Lab::start(LabOptions { managers: 4, workers: 0, swarm: false, ..LabOptions::default() });
     lab.node("n1").skep(&["swarm", "init"]).ok();
     lab.node("n2").skep(&["swarm", "init"]).ok();
     lab

@@ -128,7 +128,8 @@ fn a_daemon_with_wrong_settings_does_not_start() {
     if !is_root_or_skip() {
         return;
     }
-    let lab = Lab::start(LabOptions { managers: 1, workers: 0, swarm: false, daemon: None });
+    let lab =
+        Lab::start(LabOptions { managers: 1, workers: 0, swarm: false, ..LabOptions::default() });
     let dir = tempfile::tempdir().unwrap();
     let daemon = |args: &[&str]| lab.node("n1").exec(&[&["skep", "daemon"], args].concat()).err();
 

@@ -19,7 +19,7 @@ const SOON: Duration = Duration::from_secs(20);
 
 fn options(managers: u8, workers: u8) -> LabOptions {
     let daemon = Some(PathBuf::from(env!("CARGO_BIN_EXE_skep-stand-in")));
-    LabOptions { managers, workers, swarm: false, daemon }
+    LabOptions { managers, workers, swarm: false, daemon, ..LabOptions::default() }
 }
 
 fn url(address: Ipv4Addr) -> String {

@@ -14,6 +14,8 @@ const N_REPLICAS: usize = 20;
 const NODES: [&str; 5] = ["n1", "n2", "n3", "n4", "n5"];
 /// A thousand containers start and stop within it on two busy cores.
 const SETTLES_WITHIN: Duration = Duration::from_secs(600);
+/// A node hears of a thousand tasks while it starts two hundred.
+const HEARD_WITHIN: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_network_holds_a_thousand_tasks() {
@@ -88,14 +90,20 @@ fn virtual_url(lab: &Lab, service: &str) -> String {
     format!("http://{}:8080/", address.split_once('/').unwrap().0)
 }
 
-/// As many requests to each address as there are tasks behind it; each takes its turn.
+/// As many requests to each address as there are tasks behind it: each takes its turn as soon as the node
+/// has heard of the last ones, which managers know before. None fails meanwhile.
 fn every_task_answers_once(asker: &Whoami, urls: &[String]) {
-    let report = asker.requests(urls, urls.len() * N_REPLICAS);
-    report.assert_none_failed();
-    let mut answers: BTreeMap<(&str, &str), usize> = BTreeMap::new();
-    for record in &report.records {
-        *answers.entry((record.field("Service"), record.field("Slot"))).or_default() += 1;
-    }
-    assert_eq!(answers.len(), N_SERVICES * N_REPLICAS, "from {}", asker.node);
-    assert!(answers.values().all(|n| *n == 1), "from {}: {answers:?}", asker.node);
+    let started = monotonic();
+    wait_until(HEARD_WITHIN, &format!("exact turns from {}", asker.node), || {
+        let report = asker.requests(urls, urls.len() * N_REPLICAS);
+        report.assert_none_failed();
+        let mut answers: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+        for record in &report.records {
+            *answers.entry((record.field("Service"), record.field("Slot"))).or_default() += 1;
+        }
+        let uneven: Vec<_> = answers.iter().filter(|(_, n)| **n != 1).collect();
+        let is_exact = answers.len() == N_SERVICES * N_REPLICAS && uneven.is_empty();
+        (is_exact.then_some(()), format!("{} tasks answered, {uneven:?}", answers.len()))
+    });
+    eprintln!("-- exact turns from {} after {:?}", asker.node, started.elapsed());
 }

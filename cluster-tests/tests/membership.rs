@@ -46,7 +46,8 @@ fn a_join_goes_on_when_its_client_goes_away() {
     if !is_root_or_skip() {
         return;
     }
-    let lab = Lab::start(LabOptions { managers: 2, workers: 0, swarm: false, daemon: None });
+    let lab =
+        Lab::start(LabOptions { managers: 2, workers: 0, swarm: false, ..LabOptions::default() });
     lab.node("n1").skep(&["swarm", "init"]).ok();
     let command = join_command(&lab);
     let command: Vec<&str> = command.iter().map(String::as_str).collect();

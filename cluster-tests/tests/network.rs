@@ -100,7 +100,8 @@ fn a_swarm_may_have_a_pool_of_its_own() {
     if !is_root_or_skip() {
         return;
     }
-    let lab = Lab::start(LabOptions { managers: 1, workers: 0, swarm: false, daemon: None });
+    let lab =
+        Lab::start(LabOptions { managers: 1, workers: 0, swarm: false, ..LabOptions::default() });
     let n1 = lab.node("n1");
     let init = ["swarm", "init", "--default-addr-pool", "172.16.0.0/14"];
     let length = |length| [&init[..], &["--default-addr-pool-mask-length", length]].concat();

@@ -10,6 +10,7 @@
 pub mod compose;
 pub mod id;
 pub mod limits;
+pub mod mistakes;
 pub mod object;
 pub mod placeholder;
 pub mod serving;

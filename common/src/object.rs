@@ -4,20 +4,32 @@
 //! Managers write everything but [`TaskStatus`] from `Accepted` on, [`NodeDescription`] and the
 //! container's facts, which the node's agent reports.
 
+mod attempt;
+mod identity;
+mod payload;
+mod revision;
+mod slot;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use serde::{Deserialize, Serialize};
 
+pub use attempt::Attempt;
+pub use identity::{RootRotation, TlsInfo};
+pub use payload::{Config, DataVersion, Secret};
+pub use revision::{JobStatus, Revision};
+pub use slot::Slot;
+
 use crate::spec::{
-    ConfigSpec, Extra, NetworkSpec, NodeRole, NodeSpec, Platform, PortConfig, PortProtocol,
-    Resources, SecretSpec, ServiceSpec, StackSpec, SwarmSpec, TaskSpec,
+    Base64, Extra, GenericResource, Labels, NetworkSpec, NodeRole, NodeSpec, Platform, PortConfig,
+    PortProtocol, Resources, ServiceSpec, StackSpec, SwarmSpec, TaskSpec,
 };
 use crate::wireguard::WireguardDescription;
 use crate::{
-    ClusterId, ConfigId, ImageId, NetworkId, NodeId, SecretId, ServiceId, StackId, TaskId,
-    TaskState, Timestamp,
+    ClusterId, ImageId, NetworkId, NodeId, ServiceId, StackId, TaskId, TaskState, Timestamp,
 };
 
 /// The Raft index of an object's last write: the precondition of an update.
@@ -72,6 +84,27 @@ pub struct Cluster {
     /// Prefix length of such a subnet; 0 is the default.
     #[serde(default, skip_serializing_if = "is_zero_prefix")]
     pub subnet_size: u8,
+    /// The root that takes the place of this one, while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_rotation: Option<RootRotation>,
+    /// What managers that start locked are unlocked with: 32 bytes. Never leaves the managers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unlock_key: Option<Base64>,
+    /// Raised with each change of the unlock key.
+    #[serde(default, skip_serializing_if = "is_zero_u64")]
+    pub unlock_key_version: u64,
+    /// Removed nodes that are refused, until their certificates have long ended.
+    #[serde(
+        rename = "BlacklistedCertificates",
+        default,
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
+    pub blacklisted: BTreeMap<NodeId, Timestamp>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_zero_u64(number: &u64) -> bool {
+    *number == 0
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
@@ -115,15 +148,27 @@ pub struct Node {
     /// Its Raft member, where it is a manager.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manager_status: Option<ManagerStatus>,
-    /// 1–4094, unique: names its ingress slice, tunnel address and packet mark.
+    /// From 1, unique: names its ingress slice, tunnel address and packet mark.
     pub number: u16,
+    /// The part it plays, where that differs for a while from the one that is asked of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<NodeRole>,
 }
 
 impl Node {
+    /// The part that it plays, whichever is asked of it.
+    pub fn observed_role(&self) -> NodeRole {
+        self.role.unwrap_or(self.spec.role)
+    }
+
     /// `ip:port` at which other nodes reach it.
     pub fn address(&self) -> String {
-        let port = if self.status.port == 0 { NODE_PORT } else { self.status.port };
-        format!("{}:{port}", self.status.addr)
+        format!("{}:{}", self.status.addr, self.port())
+    }
+
+    /// Where it listens at that address.
+    pub fn port(&self) -> u16 {
+        if self.status.port == 0 { NODE_PORT } else { self.status.port }
     }
 
     /// Its host name; empty until its first session.
@@ -145,7 +190,7 @@ pub struct NodeDescription {
     /// Labels set by its own configuration: `engine.labels.X`.
     pub engine: EngineDescription,
     /// The highest format level of stored things that its daemon knows; 0 of versions that do not say so.
-    #[serde(skip_serializing_if = "is_unsaid")]
+    #[serde(skip_serializing_if = "is_zero_u32")]
     pub format_level: u32,
     /// Its IPv6 addresses, where it has IPv6: published ports answer there, too.
     #[serde(rename = "IPv6Addresses", skip_serializing_if = "Option::is_none")]
@@ -153,9 +198,55 @@ pub struct NodeDescription {
     /// Its part in encrypted networks; absent of nodes of versions that have none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wireguard: Option<WireguardDescription>,
-    /// Kept and not acted on yet: TLSInfo, CSIInfo, ….
+    /// Its certificates; absent of nodes of versions that do not say so.
+    #[serde(rename = "TLSInfo", skip_serializing_if = "Option::is_none")]
+    pub tls_info: Option<TlsInfo>,
+    /// What balances published ports there; absent of nodes of versions that know the kernel alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<IngressDescription>,
+    /// Kept and not acted on: CSIInfo, ….
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+impl NodeDescription {
+    /// Whether the node's daemon balances published ports, so that no tunnel and no overlay network ends there.
+    pub fn is_in_user_space(&self) -> bool {
+        let ingress = self.ingress.as_ref();
+        ingress.is_some_and(|ingress| ingress.balancer == IngressBalancer::UserSpace)
+    }
+}
+
+/// How a node serves published ports.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct IngressDescription {
+    /// What gives connections to tasks.
+    pub balancer: IngressBalancer,
+    /// Why it is not the kernel, in a sentence.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+/// What gives connections to tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IngressBalancer {
+    /// Rules of the kernel, and a tunnel to the other nodes.
+    #[default]
+    Kernel,
+    /// The node's daemon, and those of the other nodes.
+    UserSpace,
+}
+
+impl IngressBalancer {
+    /// Its word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::UserSpace => "user-space",
+        }
+    }
 }
 
 /// The daemon's version and labels.
@@ -217,11 +308,6 @@ pub struct ServiceCondition {
     pub published_port: u16,
     /// One sentence for people.
     pub message: String,
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
-fn is_unsaid(level: &u32) -> bool {
-    *level == 0
 }
 
 fn is_zero(port: &u16) -> bool {
@@ -302,6 +388,12 @@ pub struct Service {
     /// What keeps it from being reached; filled in by the manager that answers, never stored.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<ServiceCondition>,
+    /// How far it is, where it is a job.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_status: Option<JobStatus>,
+    /// The number of its spec among all that it had; 0 is the first.
+    #[serde(default, skip_serializing_if = "is_zero_u64")]
+    pub revision: u64,
 }
 
 /// An update's progress.
@@ -355,14 +447,14 @@ pub struct Task {
     /// Bookkeeping.
     #[serde(flatten)]
     pub meta: Meta,
-    /// The task template it was made from.
-    pub spec: TaskSpec,
+    /// The task template it was made from; tasks of one version share it.
+    pub spec: Arc<TaskSpec>,
     /// Version of the service's spec it was made from.
     pub spec_version: Version,
     /// Its service.
     #[serde(rename = "ServiceID")]
     pub service_id: ServiceId,
-    /// Replica number, from 1.
+    /// Replica number, from 1; 0 where [`Self::preset_node`] takes its place.
     pub slot: u64,
     /// Its node, from `Assigned` on.
     #[serde(rename = "NodeID", default, skip_serializing_if = "Option::is_none")]
@@ -387,6 +479,18 @@ pub struct Task {
     /// name is in place of the service's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub standalone: Option<Standalone>,
+    /// The iteration of the job that it belongs to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_iteration: Option<Version>,
+    /// The only node that it may be on, known before it is placed: it is that node's of its service.
+    #[serde(rename = "PresetNodeID", default, skip_serializing_if = "Option::is_none")]
+    pub preset_node: Option<NodeId>,
+    /// Which of its node's it was given.
+    #[serde(rename = "GenericResources", default, skip_serializing_if = "Vec::is_empty")]
+    pub assigned_generic_resources: Vec<GenericResource>,
+    /// Its service's labels when it was made, where its templates name them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service_labels: Option<Labels>,
 }
 
 /// What is particular about a task that no service made.
@@ -399,11 +503,17 @@ pub struct Standalone {
 }
 
 impl Task {
-    /// `service.slot`, as lists show it; its own name where no service made it.
+    /// Its place in its service.
+    pub fn slot_key(&self) -> Slot {
+        self.preset_node.map_or(Slot::Replica(self.slot), Slot::Node)
+    }
+
+    /// `service.slot`, as lists show it, or `service.node` with the node's id; its own name where no
+    /// service made it.
     pub fn name(&self) -> String {
         match self.standalone {
             Some(_) => self.service_name.clone(),
-            None => format!("{}.{}", self.service_name, self.slot),
+            None => format!("{}.{}", self.service_name, self.slot_key()),
         }
     }
 
@@ -479,6 +589,12 @@ pub struct TaskStatus {
     /// connections that they gave it meanwhile may have been lost. Written by the leader alone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unacknowledged: Vec<String>,
+    /// Containers of it that its node followed by others while no manager led, the newest last.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub attempts: Vec<Attempt>,
+    /// How many there were in all.
+    #[serde(skip_serializing_if = "is_zero_u32")]
+    pub n_attempts: u32,
 }
 
 impl TaskStatus {
@@ -532,7 +648,7 @@ pub struct Network {
     /// What users ask.
     pub spec: NetworkSpec,
     /// Its VXLAN network identifier, unique; 0 for the ingress network, whose tunnel has its own.
-    #[serde(rename = "VNI", default, skip_serializing_if = "is_zero_vni")]
+    #[serde(rename = "VNI", default, skip_serializing_if = "is_zero_u32")]
     pub vni: u32,
     /// Its subnets as allocated: one IPv4, and one IPv6 where that is enabled.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -557,36 +673,8 @@ pub struct Subnet {
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
-fn is_zero_vni(vni: &u32) -> bool {
-    *vni == 0
-}
-
-/// A secret.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Secret {
-    /// Id.
-    #[serde(rename = "ID")]
-    pub id: SecretId,
-    /// Bookkeeping.
-    #[serde(flatten)]
-    pub meta: Meta,
-    /// What users ask.
-    pub spec: SecretSpec,
-}
-
-/// A config.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub struct Config {
-    /// Id.
-    #[serde(rename = "ID")]
-    pub id: ConfigId,
-    /// Bookkeeping.
-    #[serde(flatten)]
-    pub meta: Meta,
-    /// What users ask.
-    pub spec: ConfigSpec,
+fn is_zero_u32(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A stack.
@@ -640,6 +728,7 @@ pub enum Kind {
     Config,
     Stack,
     Image,
+    Revision,
 }
 
 /// Any object of the store.
@@ -656,6 +745,7 @@ pub enum Object {
     Config(Box<Config>),
     Stack(Box<Stack>),
     Image(Box<Image>),
+    Revision(Box<Revision>),
 }
 
 impl Object {
@@ -671,10 +761,11 @@ impl Object {
             Self::Config(_) => Kind::Config,
             Self::Stack(_) => Kind::Stack,
             Self::Image(_) => Kind::Image,
+            Self::Revision(_) => Kind::Revision,
         }
     }
 
-    /// The 128 bits of its id.
+    /// The 128 bits of its id; of a revision, those of its service's.
     pub fn raw_id(&self) -> u128 {
         match self {
             Self::Cluster(object) => object.id.0,
@@ -686,6 +777,7 @@ impl Object {
             Self::Config(object) => object.id.0,
             Self::Stack(object) => object.id.0,
             Self::Image(object) => object.id.0,
+            Self::Revision(object) => object.service_id.0,
         }
     }
 
@@ -701,6 +793,7 @@ impl Object {
             Self::Config(object) => &object.meta,
             Self::Stack(object) => &object.meta,
             Self::Image(object) => &object.meta,
+            Self::Revision(object) => &object.meta,
         }
     }
 }

@@ -42,7 +42,7 @@ pub fn withheld(task: &Task, node: Option<&Node>) -> Option<Withheld> {
     if state > TaskState::Running {
         return Some(Withheld::NotRunning(state));
     }
-    if task.desired_state > TaskState::Running {
+    if !task.desired_state.wants_run() {
         return Some(Withheld::Draining);
     }
     let Some(node) = node else { return Some(Withheld::NoNode(state)) };

@@ -69,6 +69,16 @@ impl TaskState {
         self > Self::Running
     }
 
+    /// Whether managers that desire this want the task to run, be it until it ends by itself.
+    pub fn wants_run(self) -> bool {
+        self <= Self::Complete
+    }
+
+    /// Whether a task may be started that managers desire this of; before, it is only prepared.
+    pub fn may_start(self) -> bool {
+        (Self::Running..=Self::Complete).contains(&self)
+    }
+
     /// The name as JSON has it: lower case.
     pub fn name(self) -> &'static str {
         match self {
@@ -93,5 +103,21 @@ impl TaskState {
 impl fmt::Display for TaskState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_managers_desire_says_whether_a_task_runs() {
+        for state in TaskState::ALL {
+            let (wants_run, may_start) = match state {
+                TaskState::Running | TaskState::Complete => (true, true),
+                state => (state < TaskState::Running, false),
+            };
+            assert_eq!((state.wants_run(), state.may_start()), (wants_run, may_start), "{state}");
+        }
     }
 }

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::{BoxFuture, join_all};
 use skep_common::object::Config;
-use skep_common::spec::ConfigSpec;
+use skep_common::spec::{Base64, ConfigSpec};
 use skep_common::{ConfigId, Meta, Object};
 use skep_manager::consensus::{CallError, Consensus, DataKey, Options, RaftRequest, RaftTransport};
 use skep_manager_core::{Action, Command, Expect};
@@ -47,8 +47,9 @@ impl RaftTransport for Local {
 /// One object of about 256 bytes, always the same one: the store does not grow.
 fn write() -> Command {
     let mut spec = ConfigSpec { name: "bench".to_owned(), ..ConfigSpec::default() };
-    spec.extra.insert("Data".to_owned(), "x".repeat(100).into());
-    let config = Config { id: ConfigId(1), meta: Meta::default(), spec };
+    spec.data = Some(Base64(vec![b'x'; 75])); // A hundred characters.
+    let config =
+        Config { id: ConfigId(1), meta: Meta::default(), spec, versions: Default::default() };
     let object = Object::Config(Box::new(config));
     Command::new(clock::now(), vec![Action::Put { object, expect: Expect::Present }])
 }

@@ -134,7 +134,7 @@ impl Ca for CaService {
         let role = state.node(node_id).ok_or_else(gone)?.spec.role;
         let (certificate_pem, _) =
             Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
-        Ok(Response::new(RenewResponse { certificate_pem }))
+        Ok(Response::new(RenewResponse { certificate_pem, ..RenewResponse::default() }))
     }
 }
 
@@ -184,6 +184,7 @@ pub fn new_node(
         },
         manager_status: None,
         number: 0,
+        role: None,
     })
 }
 

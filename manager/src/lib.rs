@@ -11,6 +11,7 @@ pub mod join;
 pub mod leader;
 pub mod manager;
 pub mod raft_rpc;
+mod roles;
 
 pub use manager::{Manager, ManagerOptions, NewSwarm};
 pub use skep_manager_core::command::FORMAT_LEVEL;

@@ -112,6 +112,10 @@ impl Manager {
             ingress_pool: swarm.ingress_pool,
             default_addr_pool: swarm.default_addr_pool,
             subnet_size: swarm.subnet_size,
+            root_rotation: None,
+            unlock_key: None,
+            unlock_key_version: 0,
+            blacklisted: std::collections::BTreeMap::new(),
         };
         let address = &self.options.address;
         let mut node =

@@ -9,6 +9,7 @@ use skep_proto::raft_client::RaftClient;
 use skep_proto::raft_server::Raft;
 use skep_proto::{
     AddManagerRequest, AddManagerResponse, RaftMessage, RaftStatusRequest, RaftStatusResponse,
+    RemoveManagerRequest, RemoveManagerResponse,
 };
 use skep_runtime::transport::{ChannelPool, Peer};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::consensus::{CallError, Consensus, RaftRequest, RaftTransport};
+use crate::roles;
 
 /// The largest snapshot that is taken, compressed: some ten million tasks. Both ends hold it in memory.
 const SNAPSHOT_BYTES_MAX: usize = 1 << 30;
@@ -187,6 +189,13 @@ impl Raft for RaftService {
         Ok(Response::new(AddManagerResponse {}))
     }
 
+    async fn remove_manager(
+        &self,
+        request: Request<RemoveManagerRequest>,
+    ) -> Result<Response<RemoveManagerResponse>, Status> {
+        Ok(Response::new(roles::remove_manager(&self.consensus, request.into_inner()).await?))
+    }
+
     async fn status(
         &self,
         _: Request<RaftStatusRequest>,
@@ -197,6 +206,7 @@ impl Raft for RaftService {
             digest: status.digest,
             node_id: self.node_id.to_string(),
             hostname: self.hostname.clone(),
+            ..RaftStatusResponse::default()
         }))
     }
 }

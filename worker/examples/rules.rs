@@ -112,6 +112,7 @@ fn mesh_table(first_port: u16, n_ports: u16) -> Result<MeshTable> {
         slice_prefix: MeshTable::default_slice_prefix(),
         peers: peers.collect(),
         ipv6: BTreeMap::new(),
+        daemons: BTreeMap::new(),
         ports: Vec::new(),
     };
     let slices = table.slices()?;

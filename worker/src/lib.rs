@@ -12,7 +12,7 @@
 //!
 //! [`agent`] (the session with the leader and the life of each task), [`executor`] (the seam to what
 //! runs containers), [`embedded`] (what stands behind it on real machines); then what that is made of:
-//! [`container`], [`images`], [`net`]. [`peer`] is what other nodes may ask; [`sys`] has the system
+//! [`container`], [`images`], [`net`]. [`peer`] is what other nodes may ask, [`passage`] how they connect to tasks; [`sys`] has the system
 //! calls that nobody else wraps.
 //!
 //! # Invariants
@@ -31,6 +31,7 @@ pub mod container;
 pub mod images;
 pub mod net;
 
+pub mod passage;
 mod path;
 pub mod peer;
 pub mod sys;

@@ -1,5 +1,5 @@
-//! What a node answers to other nodes: blobs of its images, output of its tasks, what of their packets
-//! arrives.
+//! What a node answers to other nodes: blobs of its images, output of its tasks, connections to them, what of
+//! their packets arrives.
 
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use skep_common::TaskId;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_proto::peer_server::Peer;
 use skep_proto::{
-    BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, TaskLogsRequest,
+    BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, Piece, TaskLogsRequest,
 };
 use skep_runtime::access::Caller;
 use skep_runtime::identity::verify_grant;
@@ -23,6 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::images::ImageStore;
+use crate::passage::Entrance;
 use crate::path::Paths;
 
 /// Reads the output of tasks. [`crate::embedded::Embedded`] has the one for real containers.
@@ -47,18 +48,26 @@ pub struct PeerService {
     tasks: TaskSet,
     /// Where the tunnel ends here; without it no way is probed.
     paths: Option<Paths>,
+    /// Where other nodes' connections come in; without it none do.
+    entrance: Option<Entrance>,
 }
 
 impl PeerService {
     /// Serves the images and logs of this node.
     pub fn new(images: ImageStore, logs: Arc<dyn TaskLogs>, tls: Tls, tasks: TaskSet) -> Self {
-        Self { images, logs, tls, tasks, paths: None }
+        Self { images, logs, tls, tasks, paths: None, entrance: None }
     }
 
     /// Also probes the way from this node's underlay address to others.
     #[must_use]
     pub fn with_underlay(self, address: Ipv4Addr) -> Self {
         Self { paths: Some(Paths::new(address)), ..self }
+    }
+
+    /// Also takes other nodes' connections to tasks of this one.
+    #[must_use]
+    pub fn with_entrance(self, entrance: Entrance) -> Self {
+        Self { entrance: Some(entrance), ..self }
     }
 
     /// The output of one of this node's tasks.
@@ -111,6 +120,7 @@ fn not_here(error: &crate::images::Error) -> Status {
 impl Peer for PeerService {
     type BlobStream = futures::stream::BoxStream<'static, Result<BlobChunk, Status>>;
     type TaskLogsStream = ReceiverStream<Result<LogRecord, Status>>;
+    type ConnectStream = futures::stream::BoxStream<'static, Result<Piece, Status>>;
     type CheckPathStream = ReceiverStream<Result<PathReport, Status>>;
 
     async fn check_path(
@@ -126,6 +136,17 @@ impl Peer for PeerService {
             }
         });
         Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn connect(
+        &self,
+        request: Request<Streaming<Piece>>,
+    ) -> Result<Response<Self::ConnectStream>, Status> {
+        Caller::node_id(&request)?;
+        let entrance = self.entrance.as_ref();
+        let entrance = entrance.ok_or_else(|| Status::unimplemented("this node has no mesh"))?;
+        let answer = entrance.connect(request.into_inner(), &self.tasks).await?;
+        Ok(Response::new(answer.map(Ok).boxed()))
     }
 
     async fn blob(

@@ -16,6 +16,8 @@ mod ipv6;
 mod lab;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "mesh/user_space.rs"]
+mod user_space;
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddrV4};

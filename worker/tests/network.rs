@@ -4,6 +4,8 @@
 
 #[path = "support/capture.rs"]
 mod capture;
+#[path = "network/connections.rs"]
+mod connections;
 #[path = "network/encrypted.rs"]
 mod encrypted;
 #[path = "network/helper.rs"]

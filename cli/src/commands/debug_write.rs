@@ -132,6 +132,7 @@ impl Lane<'_> {
                 version: held.meta.version.index,
                 spec_json: serde_json::to_string(&spec).context("a spec has no failing parts")?,
                 rollback: false,
+                rollback_to: 0,
             };
             match self.client.control().update_service(request).await {
                 Ok(answer) => {

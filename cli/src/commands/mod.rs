@@ -9,9 +9,11 @@
 //! reader that went away (`skep … | head`) ends the command with 141 and without a word.
 
 pub(crate) mod completion;
+pub(crate) mod config;
 pub(crate) mod container;
 pub(crate) mod debug;
 mod debug_write;
+pub(crate) mod events;
 mod filter;
 pub(crate) mod image;
 pub(crate) mod info;
@@ -21,11 +23,17 @@ mod network_check;
 mod network_inspect;
 pub(crate) mod node;
 mod node_pretty;
+mod node_what_if;
 mod progress;
+pub(crate) mod secret;
 pub(crate) mod service;
 pub(crate) mod stack;
 mod stack_deploy;
 pub(crate) mod swarm;
+mod swarm_backup;
+mod swarm_ca;
+mod swarm_lock;
+mod swarm_update;
 mod tasks;
 #[cfg(test)]
 mod tests;
@@ -79,6 +87,9 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
         Command::Image(command) => image::run(command, &client, ui).await,
         Command::Debug(command) => debug::run(command, &client, ui).await,
         Command::Info(args) => info::info(&args, &client, ui).await,
+        Command::Secret(args) => secret::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Events(args) => events::run(&args),
         Command::Completion(_) | Command::Version(_) => unreachable!("handled above"),
         Command::Daemon(_) | Command::Lab(_) | Command::Shim(_) | Command::ExecIn(_) => {
             unreachable!("main runs what is no client")

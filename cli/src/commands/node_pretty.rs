@@ -48,6 +48,12 @@ pub(super) fn pretty(node: &Node) -> String {
     let cpus = description.resources.nano_cpus.unwrap_or_default() / 1_000_000_000;
     let memory = description.resources.memory_bytes.unwrap_or_default();
     line(format_args!("Resources:\n CPUs:\t\t\t{cpus}\n Memory:\t\t{}", bytes_binary(memory)));
+    if let Some(ingress) = &description.ingress {
+        line(format_args!("Ingress:\n Balancer:\t\t{}", ingress.balancer.name()));
+        if !ingress.reason.is_empty() {
+            line(format_args!(" Reason:\t\t{}", ingress.reason));
+        }
+    }
     line(format_args!("Engine Version:\t\t{}", description.engine.engine_version));
     if !description.engine.labels.is_empty() {
         line(format_args!("Engine Labels:\n{}", labels(&description.engine.labels).trim_end()));

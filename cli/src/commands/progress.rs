@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
+use skep_common::object::Slot;
 use skep_common::object::{NodeState, UpdateStatus};
 use skep_common::spec::Nanos;
 use skep_common::{Node, NodeId, Service, Task, TaskId, TaskState};
@@ -125,20 +126,20 @@ impl State {
 
     /// The task that stands for each slot: of the current spec, on a node that is up, the one with
     /// the lowest desired state, then the lowest state.
-    fn slots<'s>(&'s self, service: &Service) -> BTreeMap<u64, &'s Task> {
-        let mut slots: BTreeMap<u64, &Task> = BTreeMap::new();
+    fn slots<'s>(&'s self, service: &Service) -> BTreeMap<Slot, &'s Task> {
+        let mut slots: BTreeMap<Slot, &Task> = BTreeMap::new();
         for task in self.tasks.values() {
             let is_current = task.spec_version == service.spec_version
-                || task.spec == service.spec.task_template;
+                || *task.spec == service.spec.task_template;
             let is_down = task.node_id.and_then(|id| self.nodes_down.get(&id)).copied();
             if !is_current || is_down == Some(true) {
                 continue;
             }
             let rank = |task: &Task| (task.desired_state, task.status.state);
-            match slots.get(&task.slot) {
+            match slots.get(&task.slot_key()) {
                 Some(known) if rank(known) <= rank(task) => {}
                 _ => {
-                    slots.insert(task.slot, task);
+                    slots.insert(task.slot_key(), task);
                 }
             }
         }
@@ -175,8 +176,7 @@ impl State {
         let slots = self.slots(service);
         let n_running = slots.values().filter(|task| is_running(task)).count() as u64;
         let n_wanted = service.spec.replicas().unwrap_or(slots.len() as u64);
-        let n_surplus =
-            slots.values().filter(|task| task.desired_state <= TaskState::Running).count() as u64;
+        let n_surplus = slots.values().filter(|task| task.desired_state.wants_run()).count() as u64;
         if n_running == n_wanted && n_surplus == n_wanted && !is_updating {
             Verdict::Stable
         } else {
@@ -207,7 +207,7 @@ impl State {
         }
         // Slots are shown as 1, 2, 3 …, also where their numbers have gaps.
         let live: Vec<&Task> =
-            slots.values().copied().filter(|task| !task.desired_state.is_terminal()).collect();
+            slots.values().copied().filter(|task| task.desired_state.wants_run()).collect();
         for number in 1..=replicas {
             let index = usize::try_from(number - 1).unwrap_or(usize::MAX);
             let text = live.get(index).map_or_else(String::new, |task| slot_text(task));
@@ -218,7 +218,7 @@ impl State {
 }
 
 fn is_running(task: &Task) -> bool {
-    task.desired_state <= TaskState::Running && task.status.state == TaskState::Running
+    task.desired_state.wants_run() && task.status.state == TaskState::Running
 }
 
 fn slot_text(task: &Task) -> String {
@@ -306,6 +306,7 @@ pub(super) async fn wait(
     let request = WatchRequest {
         kinds: ["service", "task", "node"].map(str::to_owned).to_vec(),
         service_ids: vec![service_id.clone()],
+        from_version: 0,
     };
     let mut feed = client.control().watch(request).await.map_err(Refusal)?.into_inner();
     let mut state = State::new(waiting);
@@ -411,6 +412,7 @@ pub(super) async fn wait_removed(client: &Client, service_ids: BTreeSet<String>)
     let request = WatchRequest {
         kinds: ["service", "task"].map(str::to_owned).to_vec(),
         service_ids: service_ids.into_iter().collect(),
+        from_version: 0,
     };
     let mut feed = client.control().watch(request).await.map_err(Refusal)?.into_inner();
     let mut left: BTreeSet<String> = BTreeSet::new();

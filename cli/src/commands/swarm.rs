@@ -18,6 +18,24 @@ pub(crate) enum Command {
     JoinToken(JoinTokenArgs),
     /// Leave the swarm
     Leave(LeaveArgs),
+    /// Write the swarm into a file
+    #[command(hide = true)]
+    Backup(super::swarm_backup::BackupArgs),
+    /// Make a swarm of such a file
+    #[command(hide = true)]
+    Restore(super::swarm_backup::RestoreArgs),
+    /// Display and rotate the root CA
+    #[command(hide = true)]
+    Ca(super::swarm_ca::CaArgs),
+    /// Unlock swarm
+    #[command(hide = true)]
+    Unlock(super::swarm_lock::UnlockArgs),
+    /// Manage the unlock key
+    #[command(hide = true)]
+    UnlockKey(super::swarm_lock::UnlockKeyArgs),
+    /// Update the swarm
+    #[command(hide = true)]
+    Update(super::swarm_update::UpdateArgs),
 }
 
 /// Where a node listens and how others reach it.
@@ -110,6 +128,12 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
             client.machine().leave_swarm(request).await.map_err(Refusal)?;
             Ok(ui.line("Node left the swarm.")?)
         }
+        Command::Backup(args) => super::swarm_backup::backup(&args),
+        Command::Restore(args) => super::swarm_backup::restore(&args),
+        Command::Ca(args) => super::swarm_ca::run(&args),
+        Command::Unlock(args) => super::swarm_lock::unlock(&args),
+        Command::UnlockKey(args) => super::swarm_lock::unlock_key(&args),
+        Command::Update(args) => super::swarm_update::run(&args),
     }
 }
 
@@ -121,12 +145,13 @@ fn swarm_spec(args: &InitArgs) -> Result<String> {
     }
     let spec = SwarmSpec {
         name: "default".into(),
-        orchestration: args
-            .task_history_limit
-            .map(|limit| OrchestrationConfig { task_history_retention_limit: Some(limit) }),
+        orchestration: args.task_history_limit.map(|limit| OrchestrationConfig {
+            task_history_retention_limit: Some(limit),
+            strategy: None,
+        }),
         ca_config: args
             .cert_expiry
-            .map(|expiry| CaConfig { node_cert_expiry: Some(expiry), extra: Default::default() }),
+            .map(|expiry| CaConfig { node_cert_expiry: Some(expiry), ..CaConfig::default() }),
         ..Default::default()
     };
     Ok(serde_json::to_string(&spec)?)
@@ -142,6 +167,7 @@ async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
         ingress_pool: args.ingress_addr_pool,
         default_addr_pool: args.default_addr_pool,
         subnet_size: args.default_addr_pool_mask_length.unwrap_or_default(),
+        ..InitSwarmRequest::default()
     };
     let made = client.machine().init_swarm(request).await.map_err(Refusal)?.into_inner();
     ui.line(format_args!(

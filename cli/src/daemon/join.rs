@@ -53,6 +53,7 @@ pub(super) async fn init(
     machine: &Machine,
     request: InitSwarmRequest,
 ) -> Result<InitSwarmResponse, Status> {
+    refuse_unsupported(&request)?;
     let _changing = machine.changing().await?;
     refuse_member(machine)?;
     let options = &machine.inner.options;
@@ -119,7 +120,19 @@ pub(super) async fn init(
         node_id: node_id.to_string(),
         worker_token: JoinToken { root_digest, secret }.to_string(),
         address: advertise.to_string(),
+        ..InitSwarmResponse::default()
     })
+}
+
+/// Refuses what clients can ask of `init` and nothing acts on.
+fn refuse_unsupported(request: &InitSwarmRequest) -> Result<(), Status> {
+    if request.force_new_cluster {
+        return Err(Status::unimplemented("swarm init --force-new-cluster is not supported yet"));
+    }
+    if request.autolock {
+        return Err(Status::unimplemented("swarm init --autolock is not supported yet"));
+    }
+    Ok(())
 }
 
 fn or_configured<'a>(asked: &'a str, configured: Option<&'a str>) -> &'a str {

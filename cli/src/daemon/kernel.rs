@@ -4,18 +4,36 @@ use std::path::Path;
 
 use nix::errno::Errno;
 use nix::mount::{MsFlags, mount};
+use skep_common::object::{IngressBalancer, IngressDescription};
+use skep_worker::net::Probed;
+
+use super::options::BalancerChoice;
 
 /// What is missing.
 #[derive(Debug, Default)]
 pub(super) struct Missing {
     fatal: Vec<String>,
     warnings: Vec<String>,
+    no_balancer: Option<String>,
 }
 
 impl Missing {
     /// One sentence with everything without which no container runs.
     pub(super) fn fatal(&self) -> Option<String> {
         if self.fatal.is_empty() { None } else { Some(self.fatal.join("; ")) }
+    }
+
+    /// How this node serves published ports, as its operator wants it and its kernel allows.
+    pub(super) fn ingress(&self, choice: BalancerChoice) -> IngressDescription {
+        let reason = match choice {
+            BalancerChoice::Auto => self.no_balancer.clone(),
+            BalancerChoice::UserSpace => {
+                Some("the setting ingress_balancer of its daemon says so".to_owned())
+            }
+        };
+        let in_user_space =
+            |reason| IngressDescription { balancer: IngressBalancer::UserSpace, reason };
+        reason.map(in_user_space).unwrap_or_default()
     }
 
     /// What is missing and not fatal, each with what it disables.
@@ -63,7 +81,9 @@ pub(super) fn check() -> Missing {
     if !Path::new("/proc/sys/kernel/seccomp").exists() {
         missing.fatal.push("this kernel cannot filter system calls (CONFIG_SECCOMP_FILTER)".into());
     }
-    missing.warnings.extend(check_network());
+    let Probed { missing: warnings, no_balancer } = check_network();
+    missing.warnings.extend(warnings);
+    missing.no_balancer = no_balancer;
     missing
 }
 
@@ -79,10 +99,37 @@ fn has_overlay() -> bool {
 }
 
 /// Tries what the routing mesh needs, on a thread that ends with the network namespace it is tried in.
-fn check_network() -> Vec<String> {
+fn check_network() -> Probed {
+    let unchecked = |why: String| Probed {
+        missing: vec![format!("the routing mesh's needs could not be checked{why}")],
+        ..Probed::default()
+    };
     match std::thread::spawn(skep_worker::net::probe).join() {
-        Ok(Ok(missing)) => missing,
-        Ok(Err(error)) => vec![format!("the routing mesh's needs could not be checked: {error}")],
-        Err(_) => vec!["the routing mesh's needs could not be checked".into()],
+        Ok(Ok(probed)) => probed,
+        Ok(Err(error)) => unchecked(format!(": {error}")),
+        Err(_) => unchecked(String::new()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_balances_in_user_space_where_its_kernel_cannot_or_its_operator_says_so() {
+        let without = Missing { no_balancer: Some("no VXLAN".into()), ..Missing::default() };
+        let with = Missing::default();
+        for (missing, choice, expect) in [
+            (&with, BalancerChoice::Auto, ("kernel", "")),
+            (&without, BalancerChoice::Auto, ("user-space", "no VXLAN")),
+            (
+                &with,
+                BalancerChoice::UserSpace,
+                ("user-space", "the setting ingress_balancer of its daemon says so"),
+            ),
+        ] {
+            let ingress = missing.ingress(choice);
+            assert_eq!((ingress.balancer.name(), ingress.reason.as_str()), expect);
+        }
     }
 }

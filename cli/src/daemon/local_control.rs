@@ -41,6 +41,8 @@ macro_rules! delegate {
         impl Control for LocalControl {
             type WatchStream = <ControlService as Control>::WatchStream;
             type ServiceLogsStream = <ControlService as Control>::ServiceLogsStream;
+            type BackupStream = <ControlService as Control>::BackupStream;
+            type EventsStream = <ControlService as Control>::EventsStream;
             $(async fn $method(&self, request: Request<$request>) -> Result<Response<$response>, Status> {
                 Control::$method(&self.manager()?, request).await
             })*
@@ -65,4 +67,19 @@ delegate! {
     deploy_stack(DeployStackRequest) -> DeployStackResponse;
     remove_stack(RemoveStackRequest) -> RemoveStackResponse;
     digest(DigestRequest) -> DigestResponse;
+    create_secret(CreateSecretRequest) -> CreateSecretResponse;
+    update_secret(UpdateSecretRequest) -> UpdateSecretResponse;
+    remove_secret(RemoveSecretRequest) -> RemoveSecretResponse;
+    create_config(CreateConfigRequest) -> CreateConfigResponse;
+    update_config(UpdateConfigRequest) -> UpdateConfigResponse;
+    remove_config(RemoveConfigRequest) -> RemoveConfigResponse;
+    update_swarm(UpdateSwarmRequest) -> UpdateSwarmResponse;
+    rotate_ca(RotateCaRequest) -> RotateCaResponse;
+    unlock_key(UnlockKeyRequest) -> UnlockKeyResponse;
+    service_history(ServiceHistoryRequest) -> ServiceHistoryResponse;
+    explain(ExplainRequest) -> ExplainResponse;
+    plan(PlanRequest) -> PlanResponse;
+    what_if(WhatIfRequest) -> PlanResponse;
+    backup(BackupRequest) -> Self::BackupStream;
+    events(EventsRequest) -> Self::EventsStream;
 }

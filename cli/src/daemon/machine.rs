@@ -6,7 +6,7 @@ use skep_proto::machine_server::Machine as MachineApi;
 use skep_proto::{
     InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest,
     JoinSwarmResponse, LeaveSwarmRequest, LeaveSwarmResponse, LoadImageRequest, LoadImageResponse,
-    LogRecord, TaskLogsRequest,
+    LogRecord, RestoreRequest, TaskLogsRequest, UnlockRequest, UnlockResponse,
 };
 use skep_runtime::TaskSet;
 use skep_worker::images::ImageStore;
@@ -18,7 +18,7 @@ use super::local_control::LocalControl;
 use super::node::Node;
 use super::options::Options;
 use super::resume::{self, Obstacle};
-use super::{images, join};
+use super::{images, join, restore, unlock};
 
 /// This machine, in a swarm or not; clones are the same.
 #[derive(Clone)]
@@ -192,6 +192,20 @@ impl MachineApi for Machine {
         let node = self.node();
         let node = node.ok_or_else(|| Status::failed_precondition("this node is in no swarm"))?;
         Ok(Response::new(node.logs(request.into_inner())?))
+    }
+
+    async fn unlock(
+        &self,
+        request: Request<UnlockRequest>,
+    ) -> Result<Response<UnlockResponse>, Status> {
+        Ok(Response::new(unlock::unlock(self, request.into_inner()).await?))
+    }
+
+    async fn restore(
+        &self,
+        request: Request<Streaming<RestoreRequest>>,
+    ) -> Result<Response<InitSwarmResponse>, Status> {
+        Ok(Response::new(restore::restore(self, request.into_inner()).await?))
     }
 }
 

@@ -22,13 +22,16 @@ mod node;
 mod options;
 mod record;
 mod renewal;
+mod restore;
 mod resume;
+mod unlock;
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
+use skep_common::object::IngressBalancer;
 use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
 use skep_proto::machine_server::MachineServer;
@@ -64,13 +67,22 @@ pub(crate) fn run(args: DaemonArgs) -> Result<ExitCode> {
     result.map(|()| ExitCode::SUCCESS)
 }
 
-async fn serve(options: Options) -> Result<()> {
+async fn serve(mut options: Options) -> Result<()> {
     let missing = kernel::check();
     if let Some(fatal) = missing.fatal() {
         anyhow::bail!("{fatal}");
     }
     for warning in missing.warnings() {
         tracing::warn!(warning, "the kernel lacks something");
+    }
+    options.ingress = missing.ingress(options.ingress_balancer);
+    let mut warnings = missing.warnings().to_vec();
+    if options.ingress.balancer == IngressBalancer::UserSpace {
+        let reason = &options.ingress.reason;
+        tracing::warn!(reason, "this node balances published ports in user space");
+        warnings.push(format!(
+            "published ports are balanced in user space, and overlay networks do not reach this node: {reason}"
+        ));
     }
     raise_file_limit();
     make_directory(&options.data_dir)?;
@@ -82,7 +94,7 @@ async fn serve(options: Options) -> Result<()> {
     let listener = bind_unix(&socket).await?;
     let tasks = TaskSet::new();
     let metrics_addr = options.metrics_addr;
-    let machine = Machine::open(options, missing.warnings().to_vec()).await?;
+    let machine = Machine::open(options, warnings).await?;
     let routes = Routes::new(MachineServer::new(machine.clone())).add_service(
         ControlServer::new(machine.control())
             .max_decoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX)

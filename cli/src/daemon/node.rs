@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use anyhow::{Context as _, Result};
 use nix::ifaddrs::getifaddrs;
 use skep_common::NodeId;
-use skep_common::object::{EngineDescription, NodeDescription};
+use skep_common::object::{EngineDescription, IngressBalancer, NodeDescription};
 use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_common::wireguard::WireguardDescription;
@@ -25,6 +25,7 @@ use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
 use skep_worker::images::ImageStore;
 use skep_worker::net::secure::{self, Keyring, Pairs};
+use skep_worker::passage::{Daemons, Entrance};
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -82,7 +83,11 @@ impl Node {
         let keyring = Arc::new(keyring.context("failed to read this node's keys for networks")?);
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
-        let uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
+        let mut uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
+        uplink = uplink.through(Arc::new(Daemons::new(&pool)));
+        if options.ingress.balancer == IngressBalancer::UserSpace {
+            uplink = uplink.in_user_space(&options.ingress.reason);
+        }
         let images = Images::new(image_store, pool.clone(), tasks.clone()).await;
         let images = images.context("failed to list this node's images")?;
         let manager = match (subject.role, record.raft_id) {
@@ -145,6 +150,7 @@ impl Node {
             self.tasks.clone(),
         );
         let peer = peer.with_underlay(self.uplink.underlay());
+        let peer = peer.with_entrance(Entrance::new(self.uplink.targets()));
         let _ = self.peer.set(peer.clone()); // A node is served once.
         let mut routes = Routes::new(PeerServer::new(peer));
         if let Some(manager) = &self.manager {
@@ -177,14 +183,18 @@ impl Node {
 
     /// What this node says of itself, with the keys that it has at the time.
     fn follow_description(&self, options: &Options) -> watch::Receiver<NodeDescription> {
-        let implementation = secure::implementation();
+        // What overlay networks do not reach takes no part in encrypted ones.
+        let implementation = match options.ingress.balancer {
+            IngressBalancer::Kernel => secure::implementation().map(|name| name.to_string()),
+            IngressBalancer::UserSpace => Err(options.ingress.reason.clone()),
+        };
         let mut pairs = self.keyring.watch();
         let mut failure = self.uplink.encryption_failure();
         let mut described = description(options, self.uplink.interface());
         let mut describe = move |pairs: &Pairs, failure: &Option<String>| {
             described.wireguard = Some(match &implementation {
                 Ok(name) => WireguardDescription {
-                    implementation: failure.clone().unwrap_or_else(|| name.to_string()),
+                    implementation: failure.clone().unwrap_or_else(|| name.clone()),
                     public: pairs.public(),
                 },
                 Err(reason) => WireguardDescription {
@@ -324,6 +334,7 @@ fn description(options: &Options, interface: &str) -> NodeDescription {
         },
         format_level: skep_manager::FORMAT_LEVEL,
         ipv6_addresses: skep_worker::net::ipv6_addresses(interface),
+        ingress: Some(options.ingress.clone()),
         ..NodeDescription::default()
     }
 }

@@ -5,8 +5,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use anyhow::{Context as _, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Deserialize;
+use skep_common::object::IngressDescription;
 
 /// Where settings are read from when no flag names a file.
 const DEFAULT_CONFIG: &str = "/etc/skep/daemon.toml";
@@ -35,9 +36,23 @@ pub(crate) struct DaemonArgs {
     /// Cgroup below which containers get theirs (default /skep)
     #[arg(long, value_name = "PATH")]
     cgroup_parent: Option<String>,
+    /// What balances published ports: auto is the kernel, where it can (default auto)
+    #[arg(long, value_enum, value_name = "auto|user-space")]
+    ingress_balancer: Option<BalancerChoice>,
     /// Label of this node's engine, for constraints on engine.labels.KEY
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
+}
+
+/// What is to balance published ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum BalancerChoice {
+    /// The kernel, or the daemon where the kernel lacks what it takes.
+    #[default]
+    Auto,
+    /// The daemon.
+    UserSpace,
 }
 
 /// The TOML file.
@@ -50,6 +65,7 @@ struct File {
     advertise_addr: Option<String>,
     metrics_addr: Option<SocketAddr>,
     cgroup_parent: Option<String>,
+    ingress_balancer: Option<BalancerChoice>,
     labels: BTreeMap<String, String>,
 }
 
@@ -62,6 +78,9 @@ pub(super) struct Options {
     pub(super) advertise_addr: Option<String>,
     pub(super) metrics_addr: Option<SocketAddr>,
     pub(super) cgroup_parent: String,
+    pub(super) ingress_balancer: BalancerChoice,
+    /// What that comes to on this machine's kernel.
+    pub(super) ingress: IngressDescription,
     pub(super) labels: BTreeMap<String, String>,
 }
 
@@ -90,6 +109,8 @@ impl Options {
             advertise_addr: args.advertise_addr.or(file.advertise_addr),
             metrics_addr: args.metrics_addr.or(file.metrics_addr),
             cgroup_parent: cgroup_parent.unwrap_or_else(|| "/skep".into()),
+            ingress_balancer: args.ingress_balancer.or(file.ingress_balancer).unwrap_or_default(),
+            ingress: IngressDescription::default(),
             labels,
         })
     }
@@ -104,6 +125,8 @@ impl Options {
             advertise_addr: None,
             metrics_addr: None,
             cgroup_parent: "/skep".to_owned(),
+            ingress_balancer: BalancerChoice::default(),
+            ingress: IngressDescription::default(),
             labels: Default::default(),
         }
     }
@@ -166,6 +189,10 @@ mod tests {
         let labels: Vec<(&str, &str)> =
             options.labels.iter().map(|(k, v)| (k.as_str(), v.as_str())).collect();
         assert_eq!(labels, [("disk", "ssd"), ("row", "a")]);
+        assert_eq!(options.ingress_balancer, BalancerChoice::Auto);
+        let forced = "ingress_balancer = \"user-space\"\n";
+        let options = resolve(forced, DaemonArgs::default()).unwrap();
+        assert_eq!(options.ingress_balancer, BalancerChoice::UserSpace);
     }
 
     #[test]

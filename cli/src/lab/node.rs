@@ -137,7 +137,8 @@ fn daemon_args(node: &Node, address: &str, cgroup: &str) -> Vec<String> {
         "--cgroup-parent",
         cgroup,
     ];
-    args.map(str::to_owned).to_vec()
+    let balancer = node.is_in_user_space.then_some("--ingress-balancer=user-space");
+    args.into_iter().chain(balancer).map(str::to_owned).collect()
 }
 
 /// Plugs the client in.

@@ -79,6 +79,9 @@ pub(super) struct Node {
     pub role: Role,
     /// The cable is pulled; that outlasts a power loss.
     pub is_cut: bool,
+    /// Its daemon balances published ports.
+    #[serde(default)]
+    pub is_in_user_space: bool,
 }
 
 /// What a node joined the swarm as.

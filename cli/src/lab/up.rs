@@ -37,6 +37,9 @@ pub(crate) struct UpArgs {
     /// The lab's network, a /24; by default the first of 10.77.x.0/24 that is free.
     #[arg(long, value_name = "ADDRESS/24", value_parser = parse_subnet)]
     subnet: Option<Ipv4Addr>,
+    /// Numbers of nodes that balance published ports in user space, as on a kernel without nftables or VXLAN.
+    #[arg(long, value_name = "NUMBER", value_delimiter = ',')]
+    user_space: Vec<u8>,
     /// Leave the daemons without a swarm.
     #[arg(long, hide = true)]
     no_swarm: bool,
@@ -140,6 +143,7 @@ fn record(paths: &LabPaths, args: &UpArgs) -> Result<Lab> {
         number,
         role,
         is_cut: false,
+        is_in_user_space: args.user_space.contains(&number),
     });
     let lab = Lab {
         id: ProcessId::current()?.to_string(),

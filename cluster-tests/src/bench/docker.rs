@@ -69,7 +69,7 @@ impl Engines {
 
     /// Starts an engine on each of as many nodes, imports busybox into each, and joins them into a swarm.
     pub(crate) fn start(managers: u8, workers: u8) -> Self {
-        let options = LabOptions { managers, workers, swarm: false, daemon: None };
+        let options = LabOptions { managers, workers, swarm: false, ..LabOptions::default() };
         let lab = Lab::start(options);
         let nodes: Vec<String> =
             (1..=managers + workers).map(|number| format!("n{number}")).collect();

@@ -8,7 +8,7 @@ use super::service::plain_pairs;
 use super::tree::Value;
 use super::{Report, known};
 use crate::spec::{
-    IngressPolicy, Labels, Placement, Replicated, ResourceRequirements, Resources,
+    IngressPolicy, Labels, Placement, ReplicatedJob, ResourceRequirements, Resources,
     RestartCondition, RestartPolicy, ServiceMode, UpdateConfig,
 };
 
@@ -31,7 +31,7 @@ pub(super) fn convert(service: &Section<'_>, report: &mut Report) -> Deploy {
     let Some(field) = service.get("deploy") else {
         return Deploy {
             labels: Labels::new(),
-            mode: replicated(None),
+            mode: ServiceMode::of_replicas(None),
             resources: None,
             restart_policy: restart,
             placement: None,
@@ -68,32 +68,33 @@ pub(super) fn convert(service: &Section<'_>, report: &mut Report) -> Deploy {
     }
 }
 
-fn replicated(replicas: Option<u64>) -> ServiceMode {
-    ServiceMode { replicated: Some(Replicated { replicas }), extra: Default::default() }
-}
-
 fn mode(section: &Section<'_>, report: &mut Report) -> ServiceMode {
     let replicas = section.get("replicas");
     let number = replicas.as_ref().and_then(|field| field.number::<u64>(report));
     let words = ["replicated", "global", "replicated-job", "global-job"];
     let word = section.get("mode").and_then(|field| field.word(&words, report));
-    let (key, is_global) = match word.as_deref() {
-        Some("global") => ("Global", true),
-        Some("global-job") => ("GlobalJob", true),
-        Some("replicated-job") => ("ReplicatedJob", false),
-        _ => return replicated(number),
+    let mode = match word.as_deref() {
+        Some("global") => {
+            ServiceMode { global: Some(Default::default()), ..ServiceMode::default() }
+        }
+        Some("global-job") => {
+            ServiceMode { global_job: Some(Default::default()), ..ServiceMode::default() }
+        }
+        Some("replicated-job") => {
+            let job = ReplicatedJob {
+                max_concurrent: number,
+                total_completions: number,
+                ..ReplicatedJob::default()
+            };
+            return ServiceMode { replicated_job: Some(job), ..ServiceMode::default() };
+        }
+        _ => return ServiceMode::of_replicas(number),
     };
-    if let (true, Some(field)) = (is_global, &replicas) {
+    if let Some(field) = &replicas {
         let message = format!("{} has no meaning with a global mode; remove it", field.name);
         report.error(field.node.at, message);
     }
-    let value = match number {
-        Some(number) if !is_global => {
-            serde_json::json!({"MaxConcurrent": number, "TotalCompletions": number})
-        }
-        _ => serde_json::json!({}),
-    };
-    ServiceMode { replicated: None, extra: [(key.to_owned(), value)].into_iter().collect() }
+    mode
 }
 
 fn resources(field: &Field<'_>, report: &mut Report) -> ResourceRequirements {
@@ -121,7 +122,7 @@ fn amounts(
             .get("pids")
             .filter(|_| known.contains(&"pids"))
             .and_then(|field| field.number(report)),
-        extra: Default::default(),
+        ..Resources::default()
     }
 }
 
@@ -132,8 +133,7 @@ fn placement(field: &Field<'_>, report: &mut Report) -> Placement {
     Placement {
         constraints: constraints.filter(|list| !list.is_empty()),
         max_replicas: section.get("max_replicas_per_node").and_then(|field| field.number(report)),
-        platforms: None,
-        extra: Default::default(),
+        ..Placement::default()
     }
 }
 
@@ -196,5 +196,6 @@ fn update_config(field: &Field<'_>, actions: &[&str], report: &mut Report) -> Up
         order: section
             .get("order")
             .and_then(|field| field.word(&["stop-first", "start-first"], report)),
+        progress_deadline: None,
     }
 }

@@ -152,6 +152,8 @@ fn container(
         capability_drop: (!drop.is_empty()).then_some(drop),
         ulimits: section.get("ulimits").map(|field| ulimits(&field, report)),
         oom_score_adj: section.get("oom_score_adj").and_then(|field| field.number(report)),
+        secrets: None,
+        configs: None,
         extra: Default::default(),
     }
 }

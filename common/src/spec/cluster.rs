@@ -1,8 +1,8 @@
-//! `NodeSpec`, `SwarmSpec`, `SecretSpec`, `ConfigSpec` and the stack's spec.
+//! `NodeSpec`, `SwarmSpec` and the stack's spec.
 
 use serde::{Deserialize, Serialize};
 
-use super::{Extra, Labels, Nanos, NetworkSpec, ServiceSpec};
+use super::{Extra, Labels, LogDriver, Nanos, NetworkSpec, PlacementStrategy, ServiceSpec};
 
 /// What users want of a node.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -87,7 +87,19 @@ pub struct SwarmSpec {
     /// Life of node certificates.
     #[serde(rename = "CAConfig", skip_serializing_if = "Option::is_none")]
     pub ca_config: Option<CaConfig>,
-    /// Kept and not acted on yet: Raft, Dispatcher, TaskDefaults, EncryptionConfig.
+    /// Snapshots of the log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raft: Option<RaftConfig>,
+    /// Heartbeats.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dispatcher: Option<DispatcherConfig>,
+    /// What tasks have where their service says nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub task_defaults: Option<TaskDefaults>,
+    /// Whether managers start locked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub encryption_config: Option<EncryptionConfig>,
+    /// Kept and not acted on.
     #[serde(flatten)]
     pub extra: Extra,
 }
@@ -99,6 +111,60 @@ pub struct OrchestrationConfig {
     /// Finished tasks kept per slot; negative keeps all; absent is 5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub task_history_retention_limit: Option<i64>,
+    /// Which nodes come first for services that say nothing; absent is spread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub strategy: Option<PlacementStrategy>,
+}
+
+/// Settings of the log.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct RaftConfig {
+    /// Entries between two snapshots.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_interval: Option<u64>,
+    /// Snapshots kept beside the newest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_old_snapshots: Option<u64>,
+    /// Kept and not acted on: LogEntriesForSlowFollowers, ElectionTick, HeartbeatTick.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// Settings of the dispatcher.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct DispatcherConfig {
+    /// Between two heartbeats of a node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub heartbeat_period: Option<Nanos>,
+    /// Kept and not acted on.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// What tasks have where their service says nothing.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct TaskDefaults {
+    /// How much of their output is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub log_driver: Option<LogDriver>,
+    /// Kept and not acted on.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// How the managers' files are protected.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+pub struct EncryptionConfig {
+    /// Whether a manager that starts needs the unlock key.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auto_lock_managers: Option<bool>,
+    /// Kept and not acted on.
+    #[serde(flatten)]
+    pub extra: Extra,
 }
 
 /// Settings of the certificate authority.
@@ -108,35 +174,16 @@ pub struct CaConfig {
     /// Life of a node certificate; absent is 90 days.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_cert_expiry: Option<Nanos>,
-    /// Kept and not acted on yet: ExternalCAs, SigningCACert, ForceRotate.
-    #[serde(flatten)]
-    pub extra: Extra,
-}
-
-/// What users want of a secret. `Data` is base64 and is never given back.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct SecretSpec {
-    /// Unique name.
-    pub name: String,
-    /// Labels.
+    /// A counter; raising it changes the root.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub labels: Option<Labels>,
-    /// Kept whole: Data, Driver, Templating.
-    #[serde(flatten)]
-    pub extra: Extra,
-}
-
-/// What users want of a config. `Data` is base64.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct ConfigSpec {
-    /// Unique name.
-    pub name: String,
-    /// Labels.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub labels: Option<Labels>,
-    /// Kept whole: Data, Templating.
+    pub force_rotate: Option<u64>,
+    /// The root to change to, PEM; absent is a new one.
+    #[serde(rename = "SigningCACert", skip_serializing_if = "Option::is_none")]
+    pub signing_ca_cert: Option<String>,
+    /// Its private key, PEM. Only in requests.
+    #[serde(rename = "SigningCAKey", skip_serializing_if = "Option::is_none")]
+    pub signing_ca_key: Option<String>,
+    /// Kept and not acted on: ExternalCAs.
     #[serde(flatten)]
     pub extra: Extra,
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Extra, Labels, Nanos};
+use super::{ConfigReference, Extra, Labels, Nanos, SecretReference};
 
 /// How the container of a task is made.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -77,7 +77,13 @@ pub struct ContainerSpec {
     /// Added to the kernel's score when memory runs out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub oom_score_adj: Option<i64>,
-    /// Kept and not acted on yet: Mounts, Secrets, Configs, Privileges, Isolation, ….
+    /// Secrets that it finds as files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Vec<SecretReference>>,
+    /// Configs that it finds as files.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub configs: Option<Vec<ConfigReference>>,
+    /// Kept and not acted on yet: Mounts, Privileges, Isolation, ….
     #[serde(flatten)]
     pub extra: Extra,
 }

@@ -9,13 +9,19 @@
 mod cluster;
 mod container;
 mod logging;
+mod mode;
 mod network;
+mod payload;
+mod placement;
 mod service;
 
 pub use cluster::*;
 pub use container::*;
 pub use logging::*;
+pub use mode::*;
 pub use network::*;
+pub use payload::*;
+pub use placement::*;
 pub use service::*;
 
 use std::collections::BTreeMap;

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{ContainerSpec, Extra, Labels, LogDriver, Nanos, NetworkAttachmentConfig};
+use super::{
+    ContainerSpec, Extra, GenericResource, Labels, LogDriver, Nanos, NetworkAttachmentConfig,
+    Placement, ServiceMode,
+};
 
 /// What a service shall be.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -36,16 +39,6 @@ pub struct ServiceSpec {
 }
 
 impl ServiceSpec {
-    /// The number of replicas wanted; `None` for a mode that skep does not run yet.
-    pub fn replicas(&self) -> Option<u64> {
-        match &self.mode {
-            None => Some(1),
-            Some(mode) => {
-                mode.replicated.as_ref().map(|replicated| replicated.replicas.unwrap_or(1))
-            }
-        }
-    }
-
     /// The container part of the task template; an absent one reads as empty.
     pub fn container(&self) -> std::borrow::Cow<'_, ContainerSpec> {
         self.task_template
@@ -71,27 +64,6 @@ impl ServiceSpec {
     pub fn ports(&self) -> &[PortConfig] {
         self.endpoint_spec.as_ref().and_then(|spec| spec.ports.as_deref()).unwrap_or_default()
     }
-}
-
-/// Exactly one of its fields is set.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct ServiceMode {
-    /// A number of tasks, wherever they fit.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub replicated: Option<Replicated>,
-    /// Kept and not acted on yet: Global, ReplicatedJob, GlobalJob.
-    #[serde(flatten)]
-    pub extra: Extra,
-}
-
-/// The replicated mode.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct Replicated {
-    /// Absent is one.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub replicas: Option<u64>,
 }
 
 /// The template of a service's tasks.
@@ -152,7 +124,10 @@ pub struct Resources {
     /// Processes and threads (limits only).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pids: Option<i64>,
-    /// Kept and not acted on yet: GenericResources.
+    /// What a node says it has beside (reservations and nodes only).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generic_resources: Option<Vec<GenericResource>>,
+    /// Kept and not acted on.
     #[serde(flatten)]
     pub extra: Extra,
 }
@@ -186,24 +161,6 @@ pub enum RestartCondition {
     /// All.
     #[default]
     Any,
-}
-
-/// Where tasks may run.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "PascalCase", default)]
-pub struct Placement {
-    /// `key == value` or `key != value`; all must hold.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub constraints: Option<Vec<String>>,
-    /// Tasks of the service a node may have; 0 is unlimited.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub max_replicas: Option<u64>,
-    /// Platforms the image exists for; empty is any.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub platforms: Option<Vec<Platform>>,
-    /// Kept and not acted on yet: Preferences.
-    #[serde(flatten)]
-    pub extra: Extra,
 }
 
 /// An operating system and a processor architecture.
@@ -240,6 +197,9 @@ pub struct UpdateConfig {
     /// `stop-first` or `start-first`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub order: Option<String>,
+    /// A task that is not running after this time counts as a failure; absent is ten minutes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress_deadline: Option<Nanos>,
 }
 
 /// How clients reach a service.

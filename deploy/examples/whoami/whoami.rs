@@ -26,9 +26,10 @@
 //! The first process of a container ignores every signal that it has no handler for, and the
 //! standard library has no way to install one. So `signal` of the C library is declared here. The
 //! handler writes one byte into a socket pair, which a handler may do. A thread that waits for the
-//! byte then waits until the running requests are answered and none came for a moment, for at most
-//! five seconds, and exits with 0: a task is taken out of the balancers before it gets the signal,
-//! so what still arrives was on its way, and is answered. SIGINT does the same.
+//! byte then waits until the running requests are answered and none came for a moment, which is longer
+//! while connections are open, for at most five seconds, and exits with 0: a task is taken out of the
+//! balancers before it gets the signal, so what still arrives was on its way, and is answered. SIGINT
+//! does the same.
 
 use std::env;
 use std::fs;
@@ -48,6 +49,9 @@ const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// How long all must be answered before the exit: connections that were on their way to this task
 /// when it was taken out of the balancers still arrive, and are answered.
 const DRAIN_QUIET: Duration = Duration::from_millis(200);
+/// The same while clients keep connections open: the next request of each is answered with the word that
+/// the connection ends, and one that was sent in the moment of the exit would have no answer.
+const DRAIN_QUIET_KEPT: Duration = Duration::from_secs(2);
 /// How long a connection may be idle: longer than the proxies in front of it keep theirs.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 const HEALTHCHECK_MAX: Duration = Duration::from_secs(2);
@@ -76,9 +80,8 @@ static IS_HEALTHY: AtomicBool = AtomicBool::new(true);
 static IS_DRAINING: AtomicBool = AtomicBool::new(false);
 /// Where the signal handler writes.
 static WAKE: AtomicI32 = AtomicI32::new(-1);
-/// Requests that were read and are not answered yet.
-static RUNNING: Mutex<usize> = Mutex::new(0);
-static IDLE: Condvar = Condvar::new();
+static WORK: Mutex<Work> = Mutex::new(Work { n_running: 0, n_connections: 0, changed_at: None });
+static CHANGED: Condvar = Condvar::new();
 /// What `/alloc` took; it is never given back.
 static HOARD: Mutex<Vec<Vec<u8>>> = Mutex::new(Vec::new());
 
@@ -148,8 +151,9 @@ fn serve(port: u16) {
     println!("listening on port {port}");
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
-        let first = Running::begin();
+        let (connected, first) = (Connected::begin(), Running::begin());
         let serve = move || {
+            let _connected = connected;
             // A client that goes away in the middle is not worth a message.
             let _ = serve_connection(&stream, first);
         };
@@ -200,26 +204,44 @@ fn handle_signals() -> io::Result<()> {
 
 fn drain_and_exit() -> ! {
     IS_DRAINING.store(true, Ordering::SeqCst);
-    let running = RUNNING.lock().expect("no thread panics with the lock held");
-    let deadline = Instant::now() + DRAIN_MAX;
-    let mut running = running;
+    let started = Instant::now();
+    let mut work = WORK.lock().expect("no thread panics with the lock held");
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        (running, _) = IDLE
-            .wait_timeout_while(running, left, |running| *running > 0)
-            .expect("no thread panics with the lock held");
-        let left = deadline.saturating_duration_since(Instant::now());
-        let wait = DRAIN_QUIET.min(left);
-        let quiet;
-        (running, quiet) = IDLE
-            .wait_timeout_while(running, wait, |running| *running == 0)
-            .expect("no thread panics with the lock held");
-        if quiet.timed_out() || left.is_zero() {
+        let quiet = match work.n_connections {
+            0 => DRAIN_QUIET,
+            _ => DRAIN_QUIET_KEPT,
+        };
+        let quiet_since = work.changed_at.map_or(started, |at| at.max(started));
+        let left = match work.n_running {
+            0 => quiet.saturating_sub(quiet_since.elapsed()),
+            _ => DRAIN_MAX,
+        };
+        let left = left.min(DRAIN_MAX.saturating_sub(started.elapsed()));
+        if left.is_zero() {
             break;
         }
+        (work, _) = CHANGED.wait_timeout(work, left).expect("no thread panics with the lock held");
     }
-    println!("exiting with {} requests unanswered", *running);
+    println!("exiting with {} requests unanswered", work.n_running);
     process::exit(0);
+}
+
+/// What clients have with this process.
+struct Work {
+    /// Requests that were read and are not answered yet.
+    n_running: usize,
+    n_connections: usize,
+    /// When a request or a connection last began or ended.
+    changed_at: Option<Instant>,
+}
+
+impl Work {
+    fn change(change: impl FnOnce(&mut Self)) {
+        let mut work = WORK.lock().expect("no thread panics with the lock held");
+        change(&mut work);
+        work.changed_at = Some(Instant::now());
+        CHANGED.notify_all();
+    }
 }
 
 /// Counts a request as running from when it was read, or its connection accepted, until it was
@@ -228,16 +250,30 @@ struct Running;
 
 impl Running {
     fn begin() -> Self {
-        *RUNNING.lock().expect("no thread panics with the lock held") += 1;
-        IDLE.notify_all();
+        Work::change(|work| work.n_running += 1);
         Running
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        *RUNNING.lock().expect("no thread panics with the lock held") -= 1;
-        IDLE.notify_all();
+        Work::change(|work| work.n_running -= 1);
+    }
+}
+
+/// Counts a connection until its end.
+struct Connected;
+
+impl Connected {
+    fn begin() -> Self {
+        Work::change(|work| work.n_connections += 1);
+        Connected
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        Work::change(|work| work.n_connections -= 1);
     }
 }
 

@@ -89,7 +89,7 @@ pub fn for_node(
         let desired_state =
             if is_held { task.desired_state.min(TaskState::Running) } else { task.desired_state };
         set.tasks.insert(task.id, AssignedTask { task: task.clone(), desired_state });
-        let needs_image = desired_state <= TaskState::Running && !task.status.state.is_terminal();
+        let needs_image = desired_state.wants_run() && !task.status.state.is_terminal();
         if let Some((name, digest)) = needs_image.then(|| image_of(task)).flatten() {
             names.entry(digest).or_insert(name);
         }

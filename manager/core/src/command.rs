@@ -7,6 +7,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 use skep_common::object::{NetworkAttachment, TaskStatus};
+use skep_common::spec::GenericResource;
 use skep_common::{
     Kind, NetworkId, NodeId, Object, ServiceId, TaskId, TaskState, Timestamp, Version,
 };
@@ -23,6 +24,27 @@ pub struct Command {
     pub at: Timestamp,
     /// Applied in order, all or none.
     pub actions: Vec<Action>,
+    /// Who asked for it; absent of managers of before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub actor: Option<Actor>,
+}
+
+/// Who asked for a command, for the events and the audit. Nothing is decided by it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Actor {
+    /// The node whose certificate it came with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_id: Option<NodeId>,
+    /// That node's part in the swarm, or of the leader's own commands `leader`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub role: String,
+    /// How it came: `socket`, `tls` or `leader`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub via: String,
+    /// What was asked: `UpdateService`.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub method: String,
 }
 
 impl Command {
@@ -30,7 +52,7 @@ impl Command {
     /// version go on in a swarm that does not use what is new.
     pub fn new(at: Timestamp, actions: Vec<Action>) -> Self {
         let level = level::of_actions(&actions);
-        Self { level, at, actions }
+        Self { level, at, actions, actor: None }
     }
 }
 
@@ -98,6 +120,9 @@ pub struct TaskPatch {
     /// What happened; ignored whole where its state is below the task's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<TaskStatus>,
+    /// Which of its node's generic resources it is given, as it is placed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generic_resources: Option<Vec<GenericResource>>,
 }
 
 impl TaskPatch {
@@ -183,7 +208,37 @@ pub enum Refusal {
         /// The network.
         network_id: NetworkId,
     },
-    /// All 4094 node numbers are given out. Remove nodes that are gone with `node rm`.
-    #[error("the swarm has its limit of 4094 nodes")]
+    /// Remove the secret from the services, or the services, first.
+    #[error("secret '{name}' is in use by the following {}: {}", plural(.services, "service"), .services.join(", "))]
+    SecretInUse {
+        /// The secret.
+        name: String,
+        /// The services that use it.
+        services: Vec<String>,
+    },
+    /// Remove the config from the services, or the services, first.
+    #[error("config '{name}' is in use by the following {}: {}", plural(.services, "service"), .services.join(", "))]
+    ConfigInUse {
+        /// The config.
+        name: String,
+        /// The services that use it.
+        services: Vec<String>,
+    },
+    /// A manager of before would not understand what is asked. Upgrade it first.
+    #[error(
+        "this needs format level {level}, and a manager knows {known}: upgrade that manager first"
+    )]
+    LevelTooHigh {
+        /// The level of what is asked.
+        level: u32,
+        /// The level that all managers know.
+        known: u32,
+    },
+    /// All node numbers are given out. Remove nodes that are gone with `node rm`.
+    #[error("the swarm has its limit of 65534 nodes")]
     NodeNumbersExhausted,
+}
+
+fn plural(list: &[String], word: &str) -> String {
+    if list.len() == 1 { word.to_owned() } else { format!("{word}s") }
 }

@@ -127,7 +127,7 @@ pub fn run(
     let task = Task {
         id,
         meta: Meta::default(),
-        spec,
+        spec: spec.into(),
         spec_version: Version::default(),
         service_id: ServiceId(id.0),
         slot: 0,
@@ -139,6 +139,10 @@ pub fn run(
         start_after: None,
         host_ports: Vec::new(),
         standalone: Some(Standalone { auto_remove: request.auto_remove }),
+        job_iteration: None,
+        preset_node: None,
+        assigned_generic_resources: Vec::new(),
+        service_labels: None,
     };
     Ok(Action::Put { object: Object::Task(Box::new(task)), expect: Expect::Absent })
 }

@@ -8,7 +8,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use rand::Rng;
-use skep_common::object::{NetworkAttachment, TaskStatus, UpdateStatus};
+use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
+use skep_common::spec::TaskSpec;
 use skep_common::{
     Kind, NetworkId, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
 };
@@ -28,6 +29,8 @@ pub(crate) struct Fork<'a> {
     networks: BTreeSet<NetworkId>,
     new_tasks_left: usize,
     n_changes: u64,
+    /// That of the last task that was made.
+    template: Option<Arc<TaskSpec>>,
 }
 
 impl<'a> Fork<'a> {
@@ -48,6 +51,7 @@ impl<'a> Fork<'a> {
             networks: BTreeSet::new(),
             new_tasks_left: new_tasks_max,
             n_changes: 0,
+            template: None,
         }
     }
 
@@ -86,11 +90,22 @@ impl<'a> Fork<'a> {
         self.new_tasks_left > 0
     }
 
+    /// The service's template, shared with the task that was made of it last.
+    fn template_of(&mut self, service: &Service) -> Arc<TaskSpec> {
+        let wanted = &service.spec.task_template;
+        if let Some(template) = self.template.as_ref().filter(|template| ***template == *wanted) {
+            return Arc::clone(template);
+        }
+        let template = Arc::new(wanted.clone());
+        self.template = Some(Arc::clone(&template));
+        template
+    }
+
     /// Makes a task of the service's current spec; `false` where the pass has made enough.
     pub(crate) fn create_task(
         &mut self,
         service: &Service,
-        slot: u64,
+        slot: Slot,
         desired_state: TaskState,
         start_after: Option<Timestamp>,
     ) -> bool {
@@ -101,10 +116,10 @@ impl<'a> Fork<'a> {
         let mut task = Task {
             id: TaskId::random(&mut self.rng),
             meta: skep_common::Meta::default(),
-            spec: service.spec.task_template.clone(),
+            spec: self.template_of(service),
             spec_version: service.spec_version,
             service_id: service.id,
-            slot,
+            slot: slot.number(),
             node_id: None,
             status: TaskStatus {
                 timestamp: self.now,
@@ -118,6 +133,10 @@ impl<'a> Fork<'a> {
             start_after,
             host_ports: ports::host_mode(&service.endpoint.ports),
             standalone: None,
+            job_iteration: None,
+            preset_node: slot.node(),
+            assigned_generic_resources: Vec::new(),
+            service_labels: None,
         };
         // Orders it among its slot's tasks within this pass; the store writes the same.
         task.meta.created_at = self.now;
@@ -148,7 +167,9 @@ impl<'a> Fork<'a> {
             debug_assert!(task.node_id.is_none(), "a task is placed once");
             task.node_id = Some(node_id);
             task.networks_attachments = attachments;
-            if let (Some(pinned), Some(container)) = (pinned, &mut task.spec.container_spec) {
+            if let Some(pinned) = pinned
+                && let Some(container) = &mut Arc::make_mut(&mut task.spec).container_spec
+            {
                 container.image = pinned;
             }
             task.status = TaskStatus {

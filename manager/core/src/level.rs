@@ -4,9 +4,11 @@
 //! earlier version go on in a swarm that does not use what is new. What users ask for is their decision;
 //! what the leader writes by itself waits until [`of_managers`] says that all managers understand it.
 
-use skep_common::object::{NetworkAttachment, Service, Task, TaskStatus};
-use skep_common::spec::{NetworkAttachmentConfig, NodeRole, PublishMode, ServiceSpec, predefined};
-use skep_common::{Kind, Object};
+use skep_common::object::{Cluster, NetworkAttachment, Node, Service, Task, TaskStatus};
+use skep_common::spec::{
+    ModeKind, NetworkAttachmentConfig, NodeRole, PublishMode, ServiceSpec, TaskSpec, predefined,
+};
+use skep_common::{Kind, Object, TaskState};
 
 use crate::command::Action;
 use crate::network::is_encrypted;
@@ -20,12 +22,15 @@ use crate::store::State;
 /// | 1 | the first |
 /// | 2 | networks: references to them are checked |
 /// | 3 | ports in host mode, which tasks and their statuses name; what nodes say of ports; policies and the PROXY protocol; tasks that no service made; nodes that a stop did not wait for; encrypted networks; the networks that every node has |
-pub const FORMAT_LEVEL: u32 = 3;
+/// | 4 | modes other than replicated, preferences and strategies; generic resources; secrets and configs with versions; revisions of services; roles on their way, removed nodes, changes of the root, unlock keys; attempts without managers |
+pub const FORMAT_LEVEL: u32 = 4;
 const FIRST: u32 = 1;
 /// From this level on, a command that contradicts a network is refused.
 pub(crate) const NETWORKS: u32 = 2;
 /// From this level on, objects say what a manager of before would drop, or decide without.
 pub const FACTS: u32 = 3;
+/// From this level on, the control plane is whole: modes, revisions, roles that differ from what is asked.
+pub const CONTROL: u32 = 4;
 
 /// The level that every manager of the swarm understands, as far as their nodes said; the first, where
 /// one has not said anything yet.
@@ -52,6 +57,10 @@ fn of_action(action: &Action) -> u32 {
         Action::Delete { kind: Kind::Network, .. } => NETWORKS,
         Action::PatchTask(patch) => {
             let places = patch.networks_attachments.iter().flatten();
+            if patch.generic_resources.is_some() || patch.desired_state == Some(TaskState::Complete)
+            {
+                return CONTROL;
+            }
             of_status(patch.status.as_ref()).max(of_places(places))
         }
         Action::Delete { .. } | Action::ImageHolder { .. } => FIRST,
@@ -65,13 +74,40 @@ pub(crate) fn of_object(object: &Object) -> u32 {
         Object::Network(_) => NETWORKS,
         Object::Service(service) => of_service(service),
         Object::Task(task) => of_task(task),
-        Object::Node(node) if !node.status.port_conditions.is_empty() => FACTS,
-        _ => FIRST,
+        Object::Node(node) => of_node(node),
+        Object::Cluster(cluster) => of_cluster(cluster),
+        Object::Secret(secret) if !secret.versions.is_empty() => CONTROL,
+        Object::Config(config) if !config.versions.is_empty() => CONTROL,
+        Object::Revision(_) => CONTROL,
+        Object::Secret(_) | Object::Config(_) | Object::Stack(_) | Object::Image(_) => FIRST,
     }
+}
+
+/// Managers of before would drop a role that is on its way, and lead with another one.
+fn of_node(node: &Node) -> u32 {
+    if node.role.is_some() {
+        return CONTROL;
+    }
+    if node.status.port_conditions.is_empty() { FIRST } else { FACTS }
+}
+
+/// Managers of before would admit whom these refuse, or drop the key that files are sealed with.
+fn of_cluster(cluster: &Cluster) -> u32 {
+    let strategy = cluster.spec.orchestration.as_ref().and_then(|config| config.strategy);
+    let is_new = cluster.root_rotation.is_some()
+        || cluster.unlock_key.is_some()
+        || cluster.unlock_key_version > 0
+        || !cluster.blacklisted.is_empty()
+        || strategy.is_some();
+    if is_new { CONTROL } else { FIRST }
 }
 
 fn of_service(service: &Service) -> u32 {
     let specs = [Some(&service.spec), service.previous_spec.as_ref()];
+    let is_of_control = service.job_status.is_some() || service.revision > 0;
+    if is_of_control || specs.into_iter().flatten().any(is_decided_anew) {
+        return CONTROL;
+    }
     let mut ports = service.endpoint.ports.iter();
     if specs.into_iter().flatten().any(is_new) || ports.any(|port| port.proxy_protocol.is_some()) {
         return FACTS;
@@ -79,6 +115,30 @@ fn of_service(service: &Service) -> u32 {
     let is_on_some =
         !service.spec.networks().is_empty() || !service.endpoint.virtual_ips.is_empty();
     if is_on_some { NETWORKS } else { FIRST }
+}
+
+/// What managers of before kept without deciding by it.
+fn is_decided_anew(spec: &ServiceSpec) -> bool {
+    let is_replicated = matches!(spec.mode_kind(), Some(ModeKind::Replicated(_)) | None);
+    let mut updates = [&spec.update_config, &spec.rollback_config].into_iter().flatten();
+    !is_replicated
+        || updates.any(|config| config.progress_deadline.is_some())
+        || is_placed_anew(&spec.task_template)
+}
+
+fn is_placed_anew(spec: &TaskSpec) -> bool {
+    fn has<T>(list: Option<&Vec<T>>) -> bool {
+        list.is_some_and(|list| !list.is_empty())
+    }
+    let placement = spec.placement.as_ref();
+    let reserved = spec.resources.as_ref().and_then(|all| all.reservations.as_ref());
+    let container = spec.container_spec.as_ref();
+    placement.is_some_and(|placement| {
+        placement.strategy.is_some() || has(placement.preferences.as_ref())
+    }) || reserved.is_some_and(|all| has(all.generic_resources.as_ref()))
+        || container.is_some_and(|container| {
+            has(container.secrets.as_ref()) || has(container.configs.as_ref())
+        })
 }
 
 fn is_new(spec: &ServiceSpec) -> bool {
@@ -96,6 +156,14 @@ fn is_on_predefined(configs: &[NetworkAttachmentConfig]) -> bool {
 
 /// Managers of before would drop a single container's mark, and stop it for want of a service.
 fn of_task(task: &Task) -> u32 {
+    let is_of_control = task.job_iteration.is_some()
+        || task.preset_node.is_some()
+        || !task.assigned_generic_resources.is_empty()
+        || task.service_labels.is_some()
+        || task.desired_state == TaskState::Complete;
+    if is_of_control || is_placed_anew(&task.spec) {
+        return CONTROL;
+    }
     let networks = task.spec.networks.as_deref().unwrap_or_default();
     match task.standalone.is_some() || !task.host_ports.is_empty() || is_on_predefined(networks) {
         true => FACTS,
@@ -104,9 +172,12 @@ fn of_task(task: &Task) -> u32 {
 }
 
 fn of_status(status: Option<&TaskStatus>) -> u32 {
-    let is_new =
-        |status: &TaskStatus| status.port_status.is_some() || !status.unacknowledged.is_empty();
-    if status.is_some_and(is_new) { FACTS } else { FIRST }
+    let Some(status) = status else { return FIRST };
+    if status.n_attempts > 0 || !status.attempts.is_empty() {
+        return CONTROL;
+    }
+    let is_new = status.port_status.is_some() || !status.unacknowledged.is_empty();
+    if is_new { FACTS } else { FIRST }
 }
 
 fn of_places<'a>(mut places: impl Iterator<Item = &'a NetworkAttachment>) -> u32 {
@@ -146,6 +217,13 @@ mod tests {
         }];
         let port = |mode: &str| json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "PublishMode": mode}]}});
         let on = |name: &str| json!({"TaskTemplate": {"Networks": [{"Target": name}]}});
+        let task = |part: Value| of_spec(json!({"TaskTemplate": part}));
+        let mut promoted = node(1);
+        promoted.role = Some(NodeRole::Worker);
+        let mut refusing = crate::testing::cluster();
+        refusing.blacklisted.insert(skep_common::NodeId(9), NOW);
+        let mut revised = service(1);
+        revised.revision = 2;
         let mut back = service(1);
         back.previous_spec = Some(serde_json::from_value(port("host")).unwrap());
         for (name, object, expect) in [
@@ -160,6 +238,40 @@ mod tests {
             ("a service on a network", of_spec(on("front")), NETWORKS),
             ("a service on the node's network", of_spec(on("host")), FACTS),
             ("a service on none", of_spec(on("none")), FACTS),
+            ("a swarm", Object::Cluster(Box::new(crate::testing::cluster())), FIRST),
+            ("a swarm that refuses a node", Object::Cluster(Box::new(refusing)), CONTROL),
+            ("a role on its way", Object::Node(Box::new(promoted)), CONTROL),
+            ("a service that was another", Object::Service(Box::new(revised)), CONTROL),
+            ("a global service", of_spec(json!({"Mode": {"Global": {}}})), CONTROL),
+            ("a job", of_spec(json!({"Mode": {"ReplicatedJob": {}}})), CONTROL),
+            ("a job on every node", of_spec(json!({"Mode": {"GlobalJob": {}}})), CONTROL),
+            ("a deadline", of_spec(json!({"UpdateConfig": {"ProgressDeadline": 1}})), CONTROL),
+            (
+                "a preference",
+                task(
+                    json!({"Placement": {"Preferences": [{"Spread": {"SpreadDescriptor": "x"}}]}}),
+                ),
+                CONTROL,
+            ),
+            ("no preference", task(json!({"Placement": {"Preferences": []}})), FIRST),
+            ("a strategy", task(json!({"Placement": {"Strategy": "binpack"}})), CONTROL),
+            (
+                "a generic resource",
+                task(json!({"Resources": {"Reservations": {"GenericResources": [
+                    {"DiscreteResourceSpec": {"Kind": "SSD", "Value": 1}},
+                ]}}})),
+                CONTROL,
+            ),
+            (
+                "a secret",
+                task(json!({"ContainerSpec": {"Secrets": [{"SecretName": "s"}]}})),
+                CONTROL,
+            ),
+            (
+                "a config",
+                task(json!({"ContainerSpec": {"Configs": [{"ConfigName": "c"}]}})),
+                CONTROL,
+            ),
         ] {
             assert_eq!(of_object(&object), expect, "{name}");
             let put = Action::Put { object, expect: Expect::Present };

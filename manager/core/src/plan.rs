@@ -26,9 +26,9 @@ use crate::command::Action;
 use crate::fork::Fork;
 use crate::network;
 use crate::orchestrator::{self, Scope, enforcer, is_live, updater};
-use crate::reaper;
 use crate::scheduler::{self, Index};
 use crate::store::{Change, State};
+use crate::{reaper, roles, rotation, secrets};
 
 /// What changed since the last pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -78,7 +78,7 @@ impl Dirty {
                 Kind::Network => {
                     self.networks.insert(NetworkId(change.id));
                 }
-                Kind::Secret | Kind::Config | Kind::Stack => {}
+                Kind::Secret | Kind::Config | Kind::Stack | Kind::Revision => {}
             }
         }
     }
@@ -197,6 +197,8 @@ pub fn plan(
 ) -> Plan {
     let mut work = memory.begin(view, dirty, now);
     let mut fork = Fork::new(view, now, rng, memory.options.new_tasks_max);
+    roles::advance(&mut fork);
+    rotation::advance(&mut fork);
     let mut evicted = BTreeSet::new();
     // Only nodes that were decided about are looked at again if this plan is lost.
     let mut decided = BTreeSet::new();
@@ -229,6 +231,7 @@ pub fn plan(
             memory.cursors.networks.retain(|(id, _), _| id != network_id);
         }
     }
+    secrets::reap(&mut fork);
     memory.sync_touched(&fork);
     memory.end(view, work, fork)
 }

@@ -63,7 +63,7 @@ pub(crate) fn reap(fork: &mut Fork<'_>, service_id: ServiceId) {
             kept.push(task);
         }
     }
-    for tasks in kept.chunk_by_mut(|left, right| left.slot == right.slot) {
+    for tasks in kept.chunk_by_mut(|left, right| left.slot_key() == right.slot_key()) {
         doomed.extend(old_history(tasks, history_limit));
     }
     for task_id in doomed {

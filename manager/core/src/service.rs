@@ -9,7 +9,7 @@ use skep_common::{Meta, Object, Service, ServiceId, Timestamp, Version};
 
 use crate::command::{Action, Expect};
 use crate::store::State;
-use crate::{image, network, ports, validate};
+use crate::{image, network, ports, secrets, validate};
 
 /// Why a request about a service is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -58,6 +58,7 @@ pub fn create(
 ) -> Result<(ServiceId, Action), Error> {
     validate::service_spec(&spec)?;
     network::resolve(state, &mut spec)?;
+    secrets::resolve(state, &mut spec)?;
     let mut service = Service {
         id,
         meta: Meta::default(),
@@ -68,6 +69,8 @@ pub fn create(
         endpoint: skep_common::object::Endpoint::default(),
         pending_delete: false,
         conditions: Vec::new(),
+        job_status: None,
+        revision: 0,
     };
     let mut expect = Expect::Absent;
     if let Some(old) = state.service_by_name(&service.spec.name) {
@@ -101,6 +104,7 @@ pub fn update(
         return Err(Error::ModeChange);
     }
     network::resolve(state, &mut spec)?;
+    secrets::resolve(state, &mut spec)?;
     let spec = keep_pin(state, &service.spec, spec);
     if spec == service.spec && version == service.meta.version {
         return Ok(None);
@@ -135,6 +139,7 @@ pub fn rollback(
         message: "manually requested rollback".to_owned(),
     });
     network::resolve(state, &mut new.spec)?;
+    secrets::resolve(state, &mut new.spec)?;
     allocate(state, &mut new)?;
     Ok(put(new, Expect::Version(version)))
 }

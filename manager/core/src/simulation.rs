@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use skep_common::object::{NodeState, TaskStatus};
+use skep_common::object::{NodeState, Slot, TaskStatus};
 use skep_common::spec::{
     Availability, ContainerSpec, Nanos, Placement, PortConfig, ResourceRequirements, Resources,
     RestartPolicy, TaskSpec, UpdateConfig,
@@ -275,7 +275,7 @@ impl Simulation {
         for (task_id, desired) in told {
             let now = self.world.now;
             // To stop takes longer than to start: a grace period is for that.
-            let is_stop = desired > TaskState::Running;
+            let is_stop = !desired.wants_run();
             let moves = self.chance(if is_stop { 150 } else { 600 });
             let fails = self.is_rough && self.chance(8);
             let sickens = self.is_rough && self.chance(3);
@@ -286,7 +286,7 @@ impl Simulation {
             }
             status.timestamp = now;
             status.state = match (desired, status.state) {
-                (desired, _) if desired > TaskState::Running => TaskState::Shutdown,
+                (desired, _) if !desired.wants_run() => TaskState::Shutdown,
                 (_, TaskState::Running) if fails => TaskState::Failed,
                 (_, TaskState::Preparing) if fails => TaskState::Rejected,
                 (TaskState::Ready, state) if state >= TaskState::Ready => state,
@@ -384,7 +384,7 @@ impl Simulation {
             let is_sized = Amounts::reserved_by(&task.spec).memory_bytes > 0;
             assert!(!is_sized || free.memory_bytes >= 0, "node {node_id} is over-reserved");
             let of_service = present.iter().filter(|other| {
-                other.service_id == task.service_id && other.desired_state <= TaskState::Running
+                other.service_id == task.service_id && other.desired_state.wants_run()
             });
             let max = placement.max_replicas.filter(|max| *max > 0).unwrap_or(u64::MAX);
             assert!(of_service.count() as u64 <= max, "{}: too many on one node", task.name());
@@ -410,7 +410,7 @@ impl Simulation {
         let healed_before = Timestamp(self.world.now.0 - HEAL_WAIT.as_nanos() as i64);
         let is_healed =
             |worker: &&Worker| worker.is_connected && worker.connected_at <= healed_before;
-        let mut running: BTreeMap<(ServiceId, u64), Vec<TaskId>> = BTreeMap::new();
+        let mut running: BTreeMap<(ServiceId, Slot), Vec<TaskId>> = BTreeMap::new();
         for worker in self.workers.values().filter(is_healed) {
             for (task_id, desired) in &worker.told {
                 let state = worker.tasks.get(task_id).map(|status| status.state);
@@ -419,8 +419,8 @@ impl Simulation {
                     continue;
                 };
                 let is_start_first = task.service_id == ServiceId(3);
-                if !is_start_first || *desired <= TaskState::Running {
-                    running.entry((task.service_id, task.slot)).or_default().push(*task_id);
+                if !is_start_first || desired.wants_run() {
+                    running.entry((task.service_id, task.slot_key())).or_default().push(*task_id);
                 }
             }
         }
@@ -452,18 +452,18 @@ impl Simulation {
             assert!(matches!(state, "completed" | "updating"), "{}: {state}", service.spec.name);
             let live = self.world.state.tasks_of_service(service.id);
             let live: Vec<&Task> =
-                live.map(|t| &**t).filter(|t| t.desired_state <= TaskState::Running).collect();
+                live.map(|t| &**t).filter(|t| t.desired_state.wants_run()).collect();
             assert_eq!(Some(live.len() as u64), service.spec.replicas(), "{}", service.spec.name);
             for task in live {
                 let is_waiting = task.node_id.is_none() && !task.status.err.is_empty();
                 let is_running = task.status.state == TaskState::Running && !task.status.unhealthy;
                 assert!(is_waiting || is_running, "{}: {:?}", task.name(), task.status);
-                assert!(state == "updating" || task.spec == service.spec.task_template);
+                assert!(state == "updating" || *task.spec == service.spec.task_template);
             }
         }
         for task in self.world.state.tasks().values() {
             let Some(standalone) = &task.standalone else { continue };
-            let is_wanted = task.desired_state <= TaskState::Running;
+            let is_wanted = task.desired_state.wants_run();
             assert!(is_wanted || self.unwanted.contains(&task.id), "{} was stopped", task.name());
             let has_ended = task.status.state.is_terminal();
             assert!(!(standalone.auto_remove && has_ended), "{} is still there", task.name());

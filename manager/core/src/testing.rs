@@ -1,6 +1,7 @@
 //! Clusters as words, and plans as words: what the tables of the tests are written in.
 //!
 //! A node is `NUMBER[:ATTRIBUTE]…` with attributes `down`, `disconnected`, `unknown`, `drain`, `pause`,
+//! `user-space`,
 //! `cpu=CORES`, `mem=MIB`, `KEY=VALUE` (a label). A task is `SLOT@NODE:STATE[>DESIRED][~VERSION]`, `-`
 //! for no node; the state `unhealthy` is `running` with a failing health check. Task ids count from
 //! 1 in the order written.
@@ -11,7 +12,9 @@
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use skep_common::object::{NodeDescription, NodeState, TaskStatus};
+use skep_common::object::{
+    IngressBalancer, IngressDescription, NodeDescription, NodeState, TaskStatus,
+};
 use skep_common::spec::{Availability, Platform, Replicated, ServiceMode, ServiceSpec};
 use skep_common::{
     Cluster, ClusterId, Kind, Meta, Node, NodeId, Object, Service, ServiceId, Task, TaskId,
@@ -42,6 +45,7 @@ pub fn node(number: u16) -> Node {
         status: skep_common::object::NodeStatus::default(),
         manager_status: None,
         number,
+        role: None,
     };
     node.status.state = NodeState::Ready;
     node.status.addr = format!("192.0.2.{}", number % 250 + 1);
@@ -60,6 +64,10 @@ pub fn cluster() -> Cluster {
         ingress_pool: crate::allocator::DEFAULT_POOL,
         default_addr_pool: Vec::new(),
         subnet_size: 0,
+        root_rotation: None,
+        unlock_key: None,
+        unlock_key_version: 0,
+        blacklisted: Default::default(),
     }
 }
 
@@ -80,6 +88,13 @@ pub fn parse_node(word: &str) -> Node {
             ("pause", _) => node.spec.availability = Availability::Pause,
             ("cpu", cores) => {
                 resources.nano_cpus = cores.parse::<i64>().ok().map(|cores| cores * 1_000_000_000);
+            }
+            ("user-space", _) => {
+                let ingress = IngressDescription {
+                    balancer: IngressBalancer::UserSpace,
+                    ..IngressDescription::default()
+                };
+                node.description.as_mut().expect("made above").ingress = Some(ingress);
             }
             ("mem", mib) => resources.memory_bytes = mib.parse::<i64>().ok().map(|mib| mib << 20),
             (key, value) => {
@@ -105,6 +120,8 @@ pub fn service(replicas: u64) -> Service {
         endpoint: skep_common::object::Endpoint::default(),
         pending_delete: false,
         conditions: Vec::new(),
+        job_status: None,
+        revision: 0,
     }
 }
 
@@ -124,7 +141,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
     let mut task = Task {
         id: TaskId(id),
         meta: Meta::default(),
-        spec: service.spec.task_template.clone(),
+        spec: service.spec.task_template.clone().into(),
         spec_version: Version { index },
         service_id: service.id,
         slot: slot.parse().expect("a slot is a number"),
@@ -141,10 +158,14 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         start_after: None,
         host_ports: crate::ports::host_mode(&service.endpoint.ports),
         standalone: None,
+        job_iteration: None,
+        preset_node: None,
+        assigned_generic_resources: Vec::new(),
+        service_labels: None,
     };
     task.status.applied_at = Some(NOW);
     if index != service.spec_version.index {
-        task.spec.force_update = Some(1); // What makes it differ from the service's template.
+        std::sync::Arc::make_mut(&mut task.spec).force_update = Some(1); // What makes it differ from the service's template.
     }
     task
 }
@@ -269,7 +290,7 @@ fn render_action(state: &State, action: &Action) -> String {
     match action {
         Action::Put { object: Object::Task(task), expect: Expect::Absent } => {
             let waits = if task.desired_state == TaskState::Ready { ">ready" } else { "" };
-            format!("+{}@{}{waits}", task.slot, at(task.node_id))
+            format!("+{}@{}{waits}", task.slot_key(), at(task.node_id))
         }
         Action::Put { object: Object::Task(task), .. } => {
             format!("{}@{}", task.id.0, at(task.node_id))

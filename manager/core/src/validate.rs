@@ -77,6 +77,14 @@ fn mode(spec: &ServiceSpec) -> Outcome {
     if let Some(other) = mode.extra.iter().find(|(_, value)| !value.is_null()).map(|(key, _)| key) {
         return refuse(format!("service mode {other} is not supported yet: use Replicated"));
     }
+    let later = [
+        ("Global", mode.global.is_some()),
+        ("ReplicatedJob", mode.replicated_job.is_some()),
+        ("GlobalJob", mode.global_job.is_some()),
+    ];
+    if let Some((other, _)) = later.into_iter().find(|(_, is_given)| *is_given) {
+        return refuse(format!("service mode {other} is not supported yet: use Replicated"));
+    }
     match mode.replicated {
         Some(_) => Ok(()),
         None => refuse("service mode must be Replicated"),
@@ -288,12 +296,43 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     {
         note("TaskTemplate.Resources.", &resources.extra);
     }
+    let later = [
+        ("UpdateConfig.ProgressDeadline", has_deadline(spec.update_config.as_ref())),
+        ("RollbackConfig.ProgressDeadline", has_deadline(spec.rollback_config.as_ref())),
+    ];
+    let later = later.into_iter().chain(without_effect(task)).filter(|(_, is_given)| *is_given);
+    warnings.extend(later.map(|(path, _)| format!("{path} is kept but has no effect yet")));
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
         warnings.push(format!("MaxAttempts above {MAX_ATTEMPTS_COUNTED} counts as unlimited"));
     }
     warnings
+}
+
+fn has_deadline(config: Option<&UpdateConfig>) -> bool {
+    config.is_some_and(|config| config.progress_deadline.is_some())
+}
+
+/// Fields of a task that nothing acts on yet, and whether they are given.
+fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 6] {
+    let container = task.container_spec.as_ref();
+    let secrets = container.and_then(|container| container.secrets.as_ref());
+    let configs = container.and_then(|container| container.configs.as_ref());
+    let placement = task.placement.as_ref();
+    let preferences = placement.and_then(|placement| placement.preferences.as_ref());
+    let strategy = placement.and_then(|placement| placement.strategy);
+    let resources = task.resources.as_ref();
+    let reserved = resources.and_then(|all| all.reservations.as_ref()?.generic_resources.as_ref());
+    let limited = resources.and_then(|all| all.limits.as_ref()?.generic_resources.as_ref());
+    [
+        ("TaskTemplate.ContainerSpec.Secrets", secrets.is_some_and(|list| !list.is_empty())),
+        ("TaskTemplate.ContainerSpec.Configs", configs.is_some_and(|list| !list.is_empty())),
+        ("TaskTemplate.Placement.Preferences", preferences.is_some_and(|list| !list.is_empty())),
+        ("TaskTemplate.Placement.Strategy", strategy.is_some()),
+        ("TaskTemplate.Resources.GenericResources", reserved.is_some_and(|list| !list.is_empty())),
+        ("TaskTemplate.Resources.GenericResources", limited.is_some_and(|list| !list.is_empty())),
+    ]
 }
 
 fn is_empty(value: &serde_json::Value) -> bool {

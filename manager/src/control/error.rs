@@ -74,7 +74,12 @@ impl Error {
             Self::Refused(Refusal::NameTaken { .. }) => Code::AlreadyExists,
             Self::Refused(Refusal::PortInUse { .. }) => Code::InvalidArgument, // As SwarmKit.
             Self::Refused(Refusal::AddressInUse { .. } | Refusal::VniInUse { .. }) => Code::Aborted,
-            Self::Refused(Refusal::NetworkInUse { .. }) => Code::FailedPrecondition,
+            Self::Refused(
+                Refusal::NetworkInUse { .. }
+                | Refusal::SecretInUse { .. }
+                | Refusal::ConfigInUse { .. }
+                | Refusal::LevelTooHigh { .. },
+            ) => Code::FailedPrecondition,
             Self::Refused(Refusal::NetworkNotFound { .. }) => Code::NotFound,
             Self::Refused(Refusal::NodeNumbersExhausted) => Code::ResourceExhausted,
             Self::Propose(_) | Self::Read(_) => Code::Unavailable,
@@ -126,6 +131,11 @@ impl From<Error> for Status {
     }
 }
 
+/// The answer to what clients can ask for and nothing acts on.
+pub fn not_supported(what: &str) -> Status {
+    Status::unimplemented(format!("{what} is not supported yet"))
+}
+
 /// The word for a kind in messages.
 pub fn kind_name(kind: Kind) -> &'static str {
     match kind {
@@ -138,6 +148,7 @@ pub fn kind_name(kind: Kind) -> &'static str {
         Kind::Config => "config",
         Kind::Stack => "stack",
         Kind::Image => "image",
+        Kind::Revision => "revision",
     }
 }
 

@@ -79,6 +79,7 @@ fn ids(state: &State, kind: Kind) -> Box<dyn Iterator<Item = u128> + '_> {
         Kind::Config => Box::new(state.configs().keys().map(|id| id.0)),
         Kind::Stack => Box::new(state.stacks().keys().map(|id| id.0)),
         Kind::Image => Box::new(state.images().keys().map(|id| id.0)),
+        Kind::Revision => Box::new(std::iter::empty()),
     }
 }
 
@@ -115,6 +116,7 @@ pub fn object(state: &State, kind: Kind, id: u128) -> Option<Object> {
         Kind::Config => of!(configs, skep_common::ConfigId, Config),
         Kind::Stack => of!(stacks, skep_common::StackId, Stack),
         Kind::Image => of!(images, skep_common::ImageId, Image),
+        Kind::Revision => None, // Asked for by its service's history alone.
     };
     found.filter(|object| !is_hidden(object))
 }
@@ -131,6 +133,9 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
     match &mut object {
         Object::Cluster(cluster) => {
             cluster.root_ca_key.clear();
+            cluster.unlock_key = None;
+            cluster.spec.ca_config.iter_mut().for_each(|config| config.signing_ca_key = None);
+            cluster.root_rotation.iter_mut().for_each(|rotation| rotation.ca_key.clear());
             cluster.join_tokens = JoinTokens::default();
         }
         Object::Node(node) => {
@@ -144,7 +149,8 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
             }
         }
         Object::Secret(secret) => {
-            secret.spec.extra.remove("Data");
+            secret.spec.data = None;
+            secret.versions.values_mut().for_each(|version| version.data = None);
         }
         _ => {}
     }

@@ -4,17 +4,23 @@
 //! one transaction whose preconditions make it safe on any manager: the leader need not run it.
 //!
 //! Reading order: [`error`], [`lookup`] (references and documents), `services`, `containers`, `networks`, `nodes`,
-//! `stacks`, `watch`, `logs`, `path`.
+//! `stacks`, `watch`, `logs`, `path`, `secrets`, `configs`, `swarm`, `history`, `plans`, `events`.
 
+mod configs;
 mod containers;
 pub mod error;
+mod events;
+mod history;
 mod logs;
 pub mod lookup;
 mod networks;
 mod nodes;
 mod path;
+mod plans;
+mod secrets;
 mod services;
 mod stacks;
+mod swarm;
 mod watch;
 
 use std::sync::Arc;
@@ -32,7 +38,7 @@ use tonic::{Request, Response, Status};
 
 use crate::consensus::Consensus;
 pub use containers::ContainersService;
-use error::{Error, kind_name, kind_of};
+use error::{Error, kind_name, kind_of, not_supported};
 use lookup::{Facts, document};
 
 /// The service behind `skep.v1.Control`; clones share everything.
@@ -153,7 +159,7 @@ impl ControlService {
                 Object::Network(network) => (true, network.spec.name.clone()),
                 Object::Secret(secret) => (true, secret.spec.name.clone()),
                 Object::Config(config) => (true, config.spec.name.clone()),
-                Object::Cluster(_) => (true, String::new()),
+                Object::Cluster(_) | Object::Revision(_) => (true, String::new()),
             };
             if wanted {
                 objects.push((key, object));
@@ -208,22 +214,29 @@ fn parse_json<'a, T: serde::Deserialize<'a>>(what: &str, json: &'a str) -> Resul
 impl Control for ControlService {
     type WatchStream = ReceiverStream<Result<WatchEvent, Status>>;
     type ServiceLogsStream = ReceiverStream<Result<LogRecord, Status>>;
+    type BackupStream = ReceiverStream<Result<BackupChunk, Status>>;
+    type EventsStream = ReceiverStream<Result<Event, Status>>;
 
     async fn get(&self, request: Request<GetRequest>) -> Answer<Document> {
         let request = request.into_inner();
         let kind = kind_of(&request.kind)?;
         let state = self.read().await?;
         let object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
-        Ok(Response::new(Document { kind: request.kind, json: self.json(&state, object) }))
+        let json = self.json(&state, object);
+        Ok(Response::new(Document { kind: request.kind, json, ..Document::default() }))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {
         let json = Self::list(self, request.into_inner()).await?;
-        Ok(Response::new(ListResponse { json }))
+        Ok(Response::new(ListResponse { json, ..ListResponse::default() }))
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
-        Ok(Response::new(watch::start(self, request.into_inner())?))
+        let request = request.into_inner();
+        if request.from_version > 0 {
+            return Err(not_supported("a watch that goes on at a version"));
+        }
+        Ok(Response::new(watch::start(self, request)?))
     }
 
     async fn create_service(
@@ -238,7 +251,11 @@ impl Control for ControlService {
         &self,
         request: Request<UpdateServiceRequest>,
     ) -> Answer<UpdateServiceResponse> {
-        Ok(Response::new(services::update(self, request.into_inner()).await?))
+        let request = request.into_inner();
+        if request.rollback_to > 0 {
+            return Err(not_supported("service rollback --to"));
+        }
+        Ok(Response::new(services::update(self, request).await?))
     }
 
     async fn remove_service(
@@ -310,5 +327,89 @@ impl Control for ControlService {
 
     async fn digest(&self, _: Request<DigestRequest>) -> Answer<DigestResponse> {
         Ok(Response::new(DigestResponse { managers: self.digests().await? }))
+    }
+
+    async fn create_secret(
+        &self,
+        request: Request<CreateSecretRequest>,
+    ) -> Answer<CreateSecretResponse> {
+        Ok(Response::new(secrets::create(self, request.into_inner()).await?))
+    }
+
+    async fn update_secret(
+        &self,
+        request: Request<UpdateSecretRequest>,
+    ) -> Answer<UpdateSecretResponse> {
+        Ok(Response::new(secrets::update(self, request.into_inner()).await?))
+    }
+
+    async fn remove_secret(
+        &self,
+        request: Request<RemoveSecretRequest>,
+    ) -> Answer<RemoveSecretResponse> {
+        Ok(Response::new(secrets::remove(self, request.into_inner()).await?))
+    }
+
+    async fn create_config(
+        &self,
+        request: Request<CreateConfigRequest>,
+    ) -> Answer<CreateConfigResponse> {
+        Ok(Response::new(configs::create(self, request.into_inner()).await?))
+    }
+
+    async fn update_config(
+        &self,
+        request: Request<UpdateConfigRequest>,
+    ) -> Answer<UpdateConfigResponse> {
+        Ok(Response::new(configs::update(self, request.into_inner()).await?))
+    }
+
+    async fn remove_config(
+        &self,
+        request: Request<RemoveConfigRequest>,
+    ) -> Answer<RemoveConfigResponse> {
+        Ok(Response::new(configs::remove(self, request.into_inner()).await?))
+    }
+
+    async fn update_swarm(
+        &self,
+        request: Request<UpdateSwarmRequest>,
+    ) -> Answer<UpdateSwarmResponse> {
+        Ok(Response::new(swarm::update(self, request.into_inner()).await?))
+    }
+
+    async fn rotate_ca(&self, request: Request<RotateCaRequest>) -> Answer<RotateCaResponse> {
+        Ok(Response::new(swarm::rotate_ca(self, request.into_inner()).await?))
+    }
+
+    async fn unlock_key(&self, request: Request<UnlockKeyRequest>) -> Answer<UnlockKeyResponse> {
+        Ok(Response::new(swarm::unlock_key(self, request.into_inner()).await?))
+    }
+
+    async fn service_history(
+        &self,
+        request: Request<ServiceHistoryRequest>,
+    ) -> Answer<ServiceHistoryResponse> {
+        Ok(Response::new(history::of_service(self, request.into_inner()).await?))
+    }
+
+    async fn explain(&self, request: Request<ExplainRequest>) -> Answer<ExplainResponse> {
+        Ok(Response::new(plans::explain(self, request.into_inner()).await?))
+    }
+
+    async fn plan(&self, request: Request<PlanRequest>) -> Answer<PlanResponse> {
+        Ok(Response::new(plans::plan(self, request.into_inner()).await?))
+    }
+
+    async fn what_if(&self, request: Request<WhatIfRequest>) -> Answer<PlanResponse> {
+        Ok(Response::new(plans::what_if(self, request.into_inner()).await?))
+    }
+
+    async fn backup(&self, request: Request<BackupRequest>) -> Answer<Self::BackupStream> {
+        Ok(Response::new(swarm::backup(self, request.into_inner())?))
+    }
+
+    async fn events(&self, request: Request<EventsRequest>) -> Answer<Self::EventsStream> {
+        Ok(Response::new(events::start(self, request.into_inner())?))
     }
 }

@@ -299,6 +299,7 @@ mod tests {
             status: skep_common::object::NodeStatus::default(),
             manager_status: None,
             number: 1,
+            role: None,
         };
         for (why, expect) in [
             (Status::resource_exhausted("busy"), "wait until the checks that a is in have ended"),

@@ -72,8 +72,11 @@ fn is_race(refusal: &Refusal) -> bool {
         | Refusal::VniInUse { .. }
         | Refusal::NetworkInUse { .. }
         | Refusal::NetworkNotFound { .. } => true,
-        Refusal::NotFound { .. } | Refusal::NameTaken { .. } | Refusal::NodeNumbersExhausted => {
-            false
-        }
+        Refusal::NotFound { .. }
+        | Refusal::NameTaken { .. }
+        | Refusal::NodeNumbersExhausted
+        | Refusal::SecretInUse { .. }
+        | Refusal::ConfigInUse { .. }
+        | Refusal::LevelTooHigh { .. } => false,
     }
 }

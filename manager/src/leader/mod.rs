@@ -13,7 +13,10 @@
 //! - Nothing is decided while a command is in flight, nor on a state without it.
 //! - The loop never waits for an agent: a session whose queue is full is told later.
 
+mod payloads;
+mod role;
 mod sessions;
+mod trust;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};

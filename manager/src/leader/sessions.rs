@@ -2,6 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::payloads::payloads;
+use super::role::role_of;
+use super::trust::trust_of;
 use skep_common::limits::{
     CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, HEARTBEAT_PERIOD,
     PORT_CONDITIONS_MAX,
@@ -125,6 +128,8 @@ impl Sessions {
             managers: told_managers.clone(),
             node_number: node.number.into(),
             ingress_pool: cluster.ingress_pool.to_string(),
+            role: role_of(node),
+            trust_pem: trust_of(state),
         };
         let message = DispatcherMessage { message: Some(Message::Welcome(welcome)) };
         if to_agent.try_send(Ok(message)).is_err() {
@@ -391,6 +396,7 @@ fn news(
         session.told_managers.clone_from(&managers);
         message.managers = managers;
     }
+    message.secrets = payloads(state, node_id);
     Some(message)
 }
 
@@ -440,6 +446,9 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
         has_ipv6: peer.ipv6.is_some(),
         ipv6: peer.ipv6.iter().flatten().map(ToString::to_string).collect(),
         wireguard: peer.wireguard.as_ref().map(wireguard_keys),
+        node_id: peer.node_id.to_string(),
+        port: peer.port.into(),
+        user_space: peer.is_in_user_space,
     };
     MeshUpdate {
         version,
@@ -558,6 +567,7 @@ mod tests {
             status: object::NodeStatus::default(),
             manager_status: None,
             number: id,
+            role: None,
         };
         Action::Put { object: Object::Node(Box::new(node)), expect: Expect::Absent }
     }

@@ -182,6 +182,7 @@ mod tests {
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: Vec::new(),
             ipv6: BTreeMap::new(),
+            daemons: BTreeMap::new(),
             ports: vec![PublishedPort {
                 published: 8080,
                 protocol: Protocol::Tcp,

@@ -264,6 +264,7 @@ mod tests {
                 slice_prefix: MeshTable::default_slice_prefix(),
                 peers: Vec::new(),
                 ipv6: std::collections::BTreeMap::new(),
+                daemons: std::collections::BTreeMap::new(),
                 ports: Vec::new(),
             };
             let networks = NetworkTables { version, ..NetworkTables::default() };

@@ -251,7 +251,7 @@ mod tests {
             target: "host".into(),
             ..Default::default()
         };
-        agent.spec.networks = Some(vec![on_host]);
+        std::sync::Arc::make_mut(&mut agent.spec).networks = Some(vec![on_host]);
         assert!(ports.publish(&agent, None, &mut row).is_some());
         let status = ports.status(TaskId(1)).unwrap();
         assert_eq!(status.ports[0].published_port, Some(80));

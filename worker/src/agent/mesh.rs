@@ -3,16 +3,16 @@
 //! Tasks of this node that have ended leave the local balancer at once, before the leader knows.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
 use skep_common::TaskId;
 use skep_common::spec::{IngressPolicy, PortProtocol, ProxyProtocol};
 use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, WireguardKeys};
-use skep_proto::MeshUpdate;
+use skep_proto::{MeshPeer, MeshUpdate};
 use skep_worker_core::mesh::{
-    Backend, MeshTable, Peer, Protocol, PublishedPort, Slices, prefer_local,
+    Backend, Daemon, MeshTable, Peer, Protocol, PublishedPort, Slices, prefer_local,
 };
 use skep_worker_core::network::NetworkTables;
 
@@ -28,6 +28,7 @@ pub(super) struct MeshState {
     peers: BTreeMap<u16, Ipv4Addr>,
     ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
     keys: BTreeMap<u16, WireguardKeys>,
+    daemons: BTreeMap<u16, Daemon>,
     ports: BTreeMap<(Protocol, u16), PublishedPort>,
     /// Those of which only the node's own backends count, where it has some.
     local_ports: BTreeSet<(Protocol, u16)>,
@@ -52,6 +53,7 @@ impl MeshState {
             self.peers.clear();
             self.ipv6.clear();
             self.keys.clear();
+            self.daemons.clear();
             self.ports.clear();
             self.local_ports.clear();
         }
@@ -63,6 +65,10 @@ impl MeshState {
                     match peer.wireguard.as_ref().and_then(keys) {
                         Some(keys) => drop(self.keys.insert(number, keys)),
                         None => drop(self.keys.remove(&number)),
+                    }
+                    match daemon(&peer, underlay) {
+                        Some(daemon) => drop(self.daemons.insert(number, daemon)),
+                        None => drop(self.daemons.remove(&number)),
                     }
                     self.ipv6.remove(&number);
                     if peer.has_ipv6 {
@@ -77,6 +83,7 @@ impl MeshState {
             self.peers.retain(|known, _| u32::from(*known) != number);
             self.ipv6.retain(|known, _| u32::from(*known) != number);
             self.keys.retain(|known, _| u32::from(*known) != number);
+            self.daemons.retain(|known, _| u32::from(*known) != number);
         }
         for update in update.ports {
             match published_port(&update) {
@@ -151,6 +158,7 @@ impl MeshState {
             slice_prefix,
             peers: peers.collect(),
             ipv6: self.ipv6.clone(),
+            daemons: self.daemons.clone(),
             ports: ports.chain(host.into_values()).collect(),
         })
     }
@@ -180,6 +188,14 @@ pub(super) fn carried(protocol: PortProtocol) -> Protocol {
         PortProtocol::Udp => Protocol::Udp,
         PortProtocol::Sctp => Protocol::Sctp,
     }
+}
+
+/// How a node's daemon is reached; `None` where its manager is of a version that does not say it.
+fn daemon(message: &MeshPeer, underlay: Ipv4Addr) -> Option<Daemon> {
+    let port = u16::try_from(message.port).ok().filter(|port| *port != 0)?;
+    let node_id = message.node_id.parse().ok()?;
+    let address = SocketAddrV4::new(underlay, port);
+    Some(Daemon { node_id, address, is_balancer: message.user_space })
 }
 
 /// The keys of a node; `None` where this program cannot read them, as if it had none.
@@ -221,7 +237,8 @@ fn published_port(port: &skep_proto::MeshPort) -> Option<PublishedPort> {
 
 #[cfg(test)]
 mod tests {
-    use skep_proto::{MeshBackend, MeshPeer, MeshPort, MeshPortKey};
+    use skep_common::NodeId;
+    use skep_proto::{MeshBackend, MeshPort, MeshPortKey};
 
     use super::*;
 
@@ -245,6 +262,32 @@ mod tests {
         state.update(update(peer(vec![key])));
         state.update(MeshUpdate { removed_peers: vec![1], ..MeshUpdate::default() });
         assert!(state.networks().keys.is_empty());
+    }
+
+    #[test]
+    fn daemons_of_peers_are_known_where_managers_say_how_they_are_reached() {
+        let mut state = MeshState::default();
+        state.place(2, "10.192.0.0/10".parse().unwrap());
+        let peer = |port, user_space| MeshPeer {
+            number: 1,
+            underlay: "10.77.0.1".into(),
+            node_id: NodeId(9).to_string(),
+            port,
+            user_space,
+            ..MeshPeer::default()
+        };
+        let mut told = |peer| {
+            state.update(MeshUpdate { peers: vec![peer], ..MeshUpdate::default() });
+            state.table().unwrap().daemons.into_values().next()
+        };
+        let address = "10.77.0.1:2377".parse().unwrap();
+        let daemon = |is_balancer| Daemon { node_id: NodeId(9), address, is_balancer };
+        assert_eq!(told(peer(2377, false)), Some(daemon(false)));
+        assert_eq!(told(peer(2377, true)), Some(daemon(true)));
+        assert_eq!(told(peer(0, false)), None, "an older manager");
+        told(peer(2377, true));
+        state.update(MeshUpdate { removed_peers: vec![1], ..MeshUpdate::default() });
+        assert!(state.table().unwrap().daemons.is_empty());
     }
 
     fn port(published: u32, tasks: &[u128]) -> MeshPort {
@@ -280,7 +323,7 @@ mod tests {
             underlay: "10.77.0.1".into(),
             has_ipv6: true,
             ipv6: vec!["2001:db8::1".into(), "nonsense".into()],
-            wireguard: None,
+            ..MeshPeer::default()
         }];
         let whole = |ports| MeshUpdate {
             version: 1,

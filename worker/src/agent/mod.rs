@@ -37,7 +37,7 @@ use ipnet::Ipv4Net;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_common::object::{NodeDescription, TaskStatus};
 use skep_common::spec::PortProtocol;
-use skep_common::{Task, TaskId, TaskState};
+use skep_common::{Task, TaskId};
 use skep_proto::agent_message::Message;
 use skep_proto::{
     AgentMessage, Assignments, DescriptionReport, Hello, TaskReport, TaskStatusReport, Welcome,
@@ -232,7 +232,7 @@ impl Agent {
             // What still comes of a session that is being ended is not applied.
             FromSession::Assignments(_) if self.to_leader.is_none() => {}
             FromSession::Assignments(assignments) => {
-                if let Err(why) = self.apply(assignments) {
+                if let Err(why) = self.apply(*assignments) {
                     tracing::warn!(why, "asking the leader for everything again");
                     self.to_leader = None;
                     self.end_session.cancel();
@@ -370,7 +370,7 @@ impl Agent {
         if let Some(held) = self.held.get(&task_id) {
             let is_removed = held.assigned.borrow().removed;
             if !is_removed && *held.assigned.borrow().task != task {
-                let withdrawn_by = match task.desired_state > TaskState::Running {
+                let withdrawn_by = match !task.desired_state.wants_run() {
                     true => self.withdraw_host_ports(task_id),
                     false => 0,
                 };

@@ -37,11 +37,11 @@ pub(super) struct Assigned {
 
 impl Assigned {
     pub(super) fn is_ending(&self) -> bool {
-        self.removed || self.task.desired_state > TaskState::Running
+        self.removed || !self.task.desired_state.wants_run()
     }
 
     fn may_start(&self) -> bool {
-        self.task.desired_state >= TaskState::Running
+        self.task.desired_state.may_start()
     }
 }
 

@@ -73,7 +73,7 @@ pub(super) enum FromSession {
     /// A session has begun: everything is to be reported again, on `to_leader`. Cancelling `end` ends it.
     Opened { welcome: Welcome, to_leader: mpsc::Sender<AgentMessage>, end: CancellationToken },
     /// Work, in order.
-    Assignments(Assignments),
+    Assignments(Box<Assignments>),
     /// The session has ended; another is on its way.
     Closed,
     /// The leader says that this node is no member any more.
@@ -186,7 +186,7 @@ async fn attempt(
         let Some(Ok(message)) = next else { break };
         let Some(Message::Assignments(mut assignments)) = message.message else { continue };
         options.managers.replace(std::mem::take(&mut assignments.managers));
-        if events.send(FromSession::Assignments(assignments)).await.is_err() {
+        if events.send(FromSession::Assignments(Box::new(assignments))).await.is_err() {
             break;
         }
     }

@@ -106,7 +106,7 @@ mod tests {
         let task = Task {
             id: TaskId(id),
             meta: Meta::default(),
-            spec: skep_common::spec::TaskSpec::default(),
+            spec: skep_common::spec::TaskSpec::default().into(),
             spec_version: Version::default(),
             service_id: ServiceId(1),
             slot: 1,
@@ -118,6 +118,10 @@ mod tests {
             start_after: None,
             host_ports: Vec::new(),
             standalone: None,
+            job_iteration: None,
+            preset_node: None,
+            assigned_generic_resources: Vec::new(),
+            service_labels: None,
         };
         Remembered { task, status: TaskStatus::default(), removed: false }
     }

@@ -312,7 +312,7 @@ pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Ta
     Task {
         id: TaskId(id),
         meta: Meta::default(),
-        spec: TaskSpec::default(),
+        spec: TaskSpec::default().into(),
         spec_version: Version::default(),
         service_id: ServiceId(1),
         slot: 1,
@@ -324,6 +324,10 @@ pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Ta
         start_after: None,
         host_ports: Vec::new(),
         standalone: None,
+        job_iteration: None,
+        preset_node: None,
+        assigned_generic_resources: Vec::new(),
+        service_labels: None,
     }
 }
 
@@ -507,7 +511,7 @@ async fn a_tasks_image_is_kept_until_its_container_is_erased() {
         image: format!("used:latest@{used}"),
         ..Default::default()
     };
-    web.spec.container_spec = Some(container);
+    Arc::make_mut(&mut web.spec).container_spec = Some(container);
     session.assign(0, &[web], &[]).await;
     session.until(TaskId(1), reached(TaskState::Running)).await;
     until_stored(&store, &[used]).await;

@@ -13,7 +13,7 @@ use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::dns::Directory;
-use skep_worker_core::mesh::MeshTable;
+use skep_worker_core::mesh::{MeshTable, own_targets};
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
@@ -23,8 +23,10 @@ use crate::executor::Error;
 use crate::net::loopback;
 use crate::net::secure::{Keyring, Sessions};
 use crate::net::{
-    Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, host_has_ipv6,
+    Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, Passages,
+    host_has_ipv6,
 };
+use crate::passage::OwnTargets;
 
 /// Where the mesh's tunnel ends on this node.
 #[derive(Debug, Clone)]
@@ -55,12 +57,19 @@ pub struct Uplink {
     encryption_failure: Arc<watch::Sender<Option<String>>>,
     /// First processes of containers that an earlier daemon left, until the mesh starts.
     found: Arc<Mutex<BTreeMap<TaskId, u32>>>,
+    /// Why the daemon balances published ports, and no overlay network reaches this node.
+    user_space: Option<Arc<str>>,
+    /// The way to tasks that no tunnel leads to.
+    passages: Option<Arc<dyn Passages>>,
+    /// Where other nodes' connections may end here.
+    targets: Arc<watch::Sender<Arc<OwnTargets>>>,
 }
 
 #[derive(Debug, Clone)]
 struct Started {
     mesh: Mesh,
-    networks: Networks,
+    /// Absent where the daemon balances.
+    networks: Option<Networks>,
     /// Where connections are counted.
     accounting: Option<Accounting>,
 }
@@ -76,7 +85,27 @@ impl Uplink {
             directory: Arc::default(),
             encryption_failure: Arc::default(),
             found: Arc::default(),
+            user_space: None,
+            passages: None,
+            targets: Arc::default(),
         }
+    }
+
+    /// What no tunnel leads to is reached by these ways.
+    #[must_use]
+    pub fn through(self, passages: Arc<dyn Passages>) -> Self {
+        Self { passages: Some(passages), ..self }
+    }
+
+    /// The daemon balances published ports, for that reason, and no overlay network reaches this node.
+    #[must_use]
+    pub fn in_user_space(self, reason: &str) -> Self {
+        Self { user_space: Some(reason.into()), ..self }
+    }
+
+    /// Where other nodes' connections may end on this one.
+    pub fn targets(&self) -> watch::Receiver<Arc<OwnTargets>> {
+        self.targets.subscribe()
     }
 
     /// Whether connections through published ports are to be counted, which costs each packet a little.
@@ -168,6 +197,9 @@ impl Uplink {
         if attachments.is_empty() && address.is_none() {
             return self.isolate(task, pid).await;
         }
+        if let Some(reason) = self.user_space.as_ref().filter(|_| !attachments.is_empty()) {
+            return Err(Error(format!("its node cannot carry overlay networks: {reason}")));
+        }
         let mut started = self.started.subscribe();
         let started = started.wait_for(Option::is_some).await;
         let started = started
@@ -175,9 +207,9 @@ impl Uplink {
             .and_then(|started| started.clone())
             .ok_or_else(|| Error("the mesh has ended".into()))?;
         let pid = pid.cast_unsigned();
-        if !attachments.is_empty() {
+        if let Some(networks) = started.networks.filter(|_| !attachments.is_empty()) {
             self.tables_of(&attachments).await?;
-            let attached = started.networks.attach(task.id, pid, attachments).await;
+            let attached = networks.attach(task.id, pid, attachments).await;
             attached.map_err(|error| Error::of(&error))?;
         }
         if let Some(address) = address {
@@ -214,21 +246,28 @@ impl Uplink {
         let started = self.started.borrow().clone();
         let Some(Started { mesh, networks, .. }) = started else { return Ok(()) };
         let id = task_id.to_string();
-        let (uplink, networks) = tokio::join!(mesh.detach(&id), networks.detach(task_id));
+        let from_networks = async {
+            match networks {
+                Some(networks) => networks.detach(task_id).await,
+                None => Ok(()),
+            }
+        };
+        let (uplink, networks) = tokio::join!(mesh.detach(&id), from_networks);
         uplink.and(networks).map_err(|error| Error::of(&error))
     }
 
     /// The nodes that encrypted networks have sessions with; `None` where they are not started.
     pub async fn sessions(&self) -> Option<Sessions> {
         let started = self.started.borrow().clone();
-        started?.networks.sessions().await.ok()
+        started?.networks?.sessions().await.ok()
     }
 
     /// Removes everything of the mesh and of networks from this node: when it leaves the swarm.
     pub async fn teardown(&self) {
         let started = self.started.borrow().clone();
         let removed = match started {
-            Some(Started { mesh, networks, .. }) => {
+            Some(Started { mesh, networks: None, .. }) => [mesh.teardown().await, Ok(())],
+            Some(Started { mesh, networks: Some(networks), .. }) => {
                 let uncounted = Accounting::remove().await;
                 [networks.teardown().await, mesh.teardown().await.and(uncounted)]
             }
@@ -273,8 +312,12 @@ impl Uplink {
         options.slice_prefix = table.slice_prefix;
         // Not as the table says: the first one may come before its managers know what this node has.
         options.ipv6 = host_has_ipv6();
+        options.is_in_user_space = self.user_space.is_some();
         let vxlan_port = options.vxlan_port;
-        let mesh = Mesh::start(options).await?;
+        let mesh = Mesh::start_through(options, self.passages.clone()).await?;
+        if self.user_space.is_some() {
+            return Ok(self.started_in_user_space(mesh).await);
+        }
         // From here on this is the only daemon of the node: the mesh holds its lock.
         let options = NetworkOptions { underlay: address, interface, run_dir, vxlan_port, keyring };
         let running = self.found().clone();
@@ -288,9 +331,20 @@ impl Uplink {
         let running = self.found().clone();
         renew(&mesh, running).await;
         let accounting = self.account(table.pool).await;
-        let started = Started { mesh, networks, accounting };
+        let started = Started { mesh, networks: Some(networks), accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
+    }
+
+    async fn started_in_user_space(&self, mesh: Mesh) -> Started {
+        if let Err(error) = Networks::remove(&self.underlay.run_dir).await {
+            tracing::debug!(error = %Chain(&error), "there are no networks to remove on this kernel");
+        }
+        let running = self.found().clone();
+        renew(&mesh, running).await;
+        let started = Started { mesh, networks: None, accounting: None };
+        self.started.send_replace(Some(started.clone()));
+        started
     }
 }
 
@@ -341,14 +395,27 @@ impl Balancers for Uplink {
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
         self.take(networks);
         let started = self.started(table).await?;
+        let targets = own_targets(table);
+        self.targets.send_if_modified(|known| {
+            let is_news = **known != targets;
+            if is_news {
+                *known = Arc::new(targets);
+            }
+            is_news
+        });
         if let Some(accounting) = &started.accounting
             && let Err(error) = accounting.learn(table, skep_runtime::clock::now()).await
         {
             tracing::warn!(error = %Chain(&error), "what was counted may be of other tasks");
         }
         // A failure of the one must not keep the other from changing.
-        let (applied, connected) =
-            tokio::join!(started.mesh.apply(table), started.networks.apply());
+        let connect = async {
+            match &started.networks {
+                Some(networks) => networks.apply().await,
+                None => Ok(None),
+            }
+        };
+        let (applied, connected) = tokio::join!(started.mesh.apply(table), connect);
         let applied = applied?;
         self.note_encryption(connected?.as_ref());
         Ok(applied.conditions.iter().map(port_condition).collect())
@@ -357,7 +424,13 @@ impl Balancers for Uplink {
     async fn settle(&mut self) {
         let started = self.started.borrow().clone();
         let Some(Started { mesh, networks, .. }) = started else { return };
-        let (ports, containers) = tokio::join!(mesh.settle(), networks.settle());
+        let of_networks = async {
+            match networks {
+                Some(networks) => networks.settle().await,
+                None => Ok(()),
+            }
+        };
+        let (ports, containers) = tokio::join!(mesh.settle(), of_networks);
         for error in [ports.err(), containers.err()].into_iter().flatten() {
             tracing::warn!(
                 error = %Chain(&error),

@@ -9,7 +9,7 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 use skep_worker_core::network::Connection;
 
 use super::Error;
-use super::channel::Channel;
+use super::channel::{Channel, Frame};
 use super::nft::{Attributes, be32, find};
 
 const SUBSYSTEM: u16 = 1;
@@ -125,18 +125,38 @@ impl Conntrack {
 
     /// Has the kernel forget a connection; fine if it has already.
     pub fn delete(&mut self, entry: &Entry) -> Result<(), Error> {
-        let mut body = vec![entry.family, 0, 0, 0];
+        self.request_of(DELETE, entry).map(drop)
+    }
+
+    /// Has the kernel forget a connection unless it was answered since it was listed: what is established
+    /// would break. Returns whether it was forgotten.
+    ///
+    /// On a busy machine a long list is old before its end is reached. The kernel has no deletion with
+    /// a condition, so each is looked at again at the last moment.
+    pub fn delete_unanswered(&mut self, entry: &Entry) -> Result<bool, Error> {
+        let found = self.request_of(GET, entry)?;
+        let found = found.iter().find_map(|frame| Entry::read(&frame.payload));
+        if found.is_none_or(|found| found.is_answered) {
+            return Ok(false);
+        }
+        self.delete(entry)?;
+        Ok(true)
+    }
+
+    /// A request about one entry. No answer where the kernel has forgotten it.
+    fn request_of(&mut self, kind: u16, entry: &Entry) -> Result<Vec<Frame>, Error> {
         let list = Attributes::new().raw(CTA_TUPLE_ORIG | NESTED, &entry.original);
         let list = list.raw(CTA_ID, &entry.id);
         let list = match &entry.zone {
             Some(zone) => list.raw(CTA_ZONE, zone),
             None => list,
         };
-        body.extend(list.as_bytes());
-        match self.channel.request(SUBSYSTEM << 8 | DELETE, NLM_F_REQUEST | NLM_F_ACK, &body) {
-            Ok(_) => Ok(()),
-            Err(refusal) if refusal.errno() == Some(libc::ENOENT) => Ok(()),
-            Err(refusal) => Err(Error::kernel("delete a connection", refusal)),
+        let body = [&[entry.family, 0, 0, 0], list.as_bytes()].concat();
+        match self.channel.request(SUBSYSTEM << 8 | kind, NLM_F_REQUEST | NLM_F_ACK, &body) {
+            Err(refusal) if refusal.errno() == Some(libc::ENOENT) => Ok(Vec::new()),
+            other => {
+                other.map_err(|refusal| Error::kernel("ask for or delete a connection", refusal))
+            }
         }
     }
 }

@@ -39,6 +39,8 @@ pub use accounting::Accounting;
 pub use error::Error;
 pub use free_port::free_port;
 pub use host::ipv6_addresses;
-pub use mesh::{Applied, Condition, MarkField, Mesh, Options, Program, host_has_ipv6};
+pub use mesh::{
+    Applied, Carrier, Condition, MarkField, Mesh, Options, Passages, Program, host_has_ipv6,
+};
 pub use network::{Attachment, NetworkOptions, Networks};
-pub use probe::probe;
+pub use probe::{Probed, probe};

@@ -10,63 +10,84 @@ use nix::sched::{CloneFlags, unshare};
 use super::conntrack::Conntrack;
 use super::nft::{Batch, CommitError, Family, Hook, NftChannel, expression};
 use super::rtnetlink::{Mode, RouteChannel};
-use super::{Error, secure};
+use super::{Error, mesh, secure};
 
-/// What is missing, one sentence each; empty on a kernel that has it all.
+/// What a kernel lacks.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Probed {
+    /// What is missing, one sentence each; empty on a kernel that has it all.
+    pub missing: Vec<String>,
+    /// Why it can neither balance published ports nor carry overlay networks: the first of those that it takes.
+    pub no_balancer: Option<String>,
+}
+
+impl Probed {
+    fn note_balancer(&mut self, what: String) {
+        self.no_balancer.get_or_insert_with(|| what.clone());
+        self.missing.push(what);
+    }
+}
+
+/// Finds what is missing.
 ///
 /// Leaves the calling thread in an empty network namespace: call it on a thread that ends with it.
-pub fn probe() -> Result<Vec<String>, Error> {
+pub fn probe() -> Result<Probed, Error> {
     let entered = unshare(CloneFlags::CLONE_NEWNET).map_err(std::io::Error::from);
     entered.map_err(|source| Error::kernel("make a network namespace", source))?;
     let mut channel = RouteChannel::open()?;
-    let mut missing = Vec::new();
-    let kinds = [
-        (InfoKind::Bridge, "bridges (CONFIG_BRIDGE; try: modprobe bridge)", None),
-        (InfoKind::Veth, "virtual Ethernet pairs (CONFIG_VETH; try: modprobe veth)", None),
-        (
-            InfoKind::Vxlan,
-            "VXLAN tunnels (CONFIG_VXLAN; try: modprobe vxlan)",
-            Some(InfoData::Vxlan(vec![InfoVxlan::Id(1)])),
-        ),
-    ];
-    for (kind, what, data) in kinds {
-        let mut message = LinkMessage::default();
-        let mut info = vec![LinkInfo::Kind(kind)];
-        info.extend(data.map(LinkInfo::Data));
-        message.attributes =
-            vec![LinkAttribute::IfName("probe".into()), LinkAttribute::LinkInfo(info)];
-        let made = channel.change(
-            "make an interface",
-            Mode::Create,
-            RouteNetlinkMessage::NewLink(message),
-        );
-        match made {
-            Ok(()) => {
-                if let Some(link) = channel.link("probe")? {
-                    channel.delete_link("probe", link.index)?;
-                }
-            }
-            Err(error) => missing
-                .push(format!("this kernel has no {what}, which the routing mesh needs: {error}")),
+    let mut probed = Probed::default();
+    for (kind, what) in [
+        (InfoKind::Bridge, "bridges (CONFIG_BRIDGE; try: modprobe bridge)"),
+        (InfoKind::Veth, "virtual Ethernet pairs (CONFIG_VETH; try: modprobe veth)"),
+    ] {
+        if let Err(error) = probe_interface(&mut channel, kind, None)? {
+            let missing = format!("this kernel has no {what}, which containers need: {error}");
+            probed.missing.push(missing);
         }
     }
-    if let Err(error) = probe_nftables() {
-        missing.push(format!(
-            "this kernel has no nftables with NAT (CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_NUMGEN; try: modprobe nf_tables), which the routing mesh needs: {error}"
+    let data = InfoData::Vxlan(vec![InfoVxlan::Id(1)]);
+    if let Err(error) = probe_interface(&mut channel, InfoKind::Vxlan, Some(data))? {
+        probed.note_balancer(format!(
+            "this kernel has no VXLAN tunnels (CONFIG_VXLAN; try: modprobe vxlan), which the routing mesh needs: {error}"
+        ));
+    }
+    if let Err(error) = mesh::probe_rules() {
+        probed.note_balancer(format!(
+            "this kernel has no nftables that balance (CONFIG_NF_TABLES, CONFIG_NFT_NAT, CONFIG_NFT_NUMGEN; try: modprobe nf_tables), which the routing mesh needs: {error}"
         ));
     }
     if let Err(error) = probe_virtual_addresses() {
-        missing.push(format!(
+        probed.note_balancer(format!(
             "this kernel has no nftables with NAT for IPv4 and IPv6 together (CONFIG_NF_TABLES_INET), which overlay networks need: {error}"
         ));
     }
     if let Err(error) = Conntrack::open().and_then(|mut table| table.list()) {
-        missing.push(format!(
+        probed.note_balancer(format!(
             "this kernel shows no connections (CONFIG_NF_CT_NETLINK; try: modprobe nf_conntrack_netlink), which overlay networks need: {error}"
         ));
     }
-    missing.extend(secure::implementation().err());
-    Ok(missing)
+    probed.missing.extend(secure::implementation().err());
+    Ok(probed)
+}
+
+/// Makes an interface and deletes it; the inner error is why there is none of that kind.
+fn probe_interface(
+    channel: &mut RouteChannel,
+    kind: InfoKind,
+    data: Option<InfoData>,
+) -> Result<Result<(), Error>, Error> {
+    let mut message = LinkMessage::default();
+    let mut info = vec![LinkInfo::Kind(kind)];
+    info.extend(data.map(LinkInfo::Data));
+    message.attributes = vec![LinkAttribute::IfName("probe".into()), LinkAttribute::LinkInfo(info)];
+    let message = RouteNetlinkMessage::NewLink(message);
+    let made = channel.change("make an interface", Mode::Create, message);
+    if made.is_ok()
+        && let Some(link) = channel.link("probe")?
+    {
+        channel.delete_link("probe", link.index)?;
+    }
+    Ok(made)
 }
 
 fn probe_virtual_addresses() -> Result<(), CommitError> {
@@ -77,20 +98,6 @@ fn probe_virtual_addresses() -> Result<(), CommitError> {
     let output = Hook { kind: "nat", number: 3, priority: -100, drops_by_default: false };
     batch.add_chain(TABLE, "output", Some(&output));
     batch.add_rule(TABLE, "output", &[expression::reject_as_unreachable()], "");
-    nft.commit(&batch, None)
-}
-
-fn probe_nftables() -> Result<(), CommitError> {
-    const TABLE: &str = "skep-probe";
-    let mut nft = NftChannel::open().map_err(CommitError::Refused)?;
-    let mut batch = Batch::new();
-    batch.add_table(TABLE);
-    let source = Hook { kind: "nat", number: 4, priority: 100, drops_by_default: false };
-    batch.add_chain(TABLE, "source", Some(&source));
-    batch.add_rule(TABLE, "source", &[expression::masquerade()], "");
-    let separate = Hook { kind: "filter", number: 0, priority: -300, drops_by_default: false };
-    batch.add_chain(TABLE, "separate", Some(&separate));
-    batch.add_rule(TABLE, "separate", &expression::set_zone(1), "");
     nft.commit(&batch, None)
 }
 
@@ -106,6 +113,6 @@ mod tests {
             return;
         }
         let probed = std::thread::spawn(probe).join().unwrap();
-        assert_eq!(probed.unwrap(), Vec::<String>::new());
+        assert_eq!(probed.unwrap(), Probed::default());
     }
 }

@@ -35,6 +35,7 @@ pub(crate) enum Request {
         run_dir: String,
         pool: String,
         ipv6: bool,
+        is_in_user_space: bool,
     },
     Apply(MeshTable),
     /// Has the kernel forget what withdrawn tasks did not answer.
@@ -211,10 +212,11 @@ fn text(error: impl std::error::Error) -> String {
 
 async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
     match request {
-        Request::Start { number, underlay, run_dir, pool, ipv6 } => {
+        Request::Start { number, underlay, run_dir, pool, ipv6, is_in_user_space } => {
             let mut options = Options::new(number, underlay, "eth0", run_dir);
             options.pool = pool.parse().expect("a pool");
             options.ipv6 = ipv6;
+            options.is_in_user_space = is_in_user_space;
             // A field of marks is the node's own affair: another one on each.
             options.marks = MarkField::at(10 * (u32::from(number) - 1)).map_err(text)?;
             if let Some(mesh) = state.mesh.take() {

@@ -136,6 +136,8 @@ pub(crate) struct Lab {
     pub(crate) protocol: Protocol,
     /// The nodes with IPv6.
     pub(crate) ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
+    /// The nodes that balance in user space.
+    pub(crate) user_space: BTreeSet<u16>,
     switch: Machine,
     run_dir: tempfile::TempDir,
 }
@@ -197,7 +199,8 @@ impl Lab {
         let run_dir = tempfile::tempdir().expect("a directory");
         let protocol = Protocol::Tcp;
         let ipv6 = BTreeMap::new();
-        Self { client, nodes, slices, version: 0, protocol, ipv6, switch, run_dir }
+        let user_space = BTreeSet::new();
+        Self { client, nodes, slices, version: 0, protocol, ipv6, user_space, switch, run_dir }
     }
 
     pub(crate) fn run_dir(&self, number: u16) -> String {
@@ -211,6 +214,7 @@ impl Lab {
             run_dir: self.run_dir(number),
             pool: MeshTable::default_pool().to_string(),
             ipv6: self.ipv6.contains_key(&number),
+            is_in_user_space: self.user_space.contains(&number),
         }
     }
 
@@ -251,6 +255,7 @@ impl Lab {
             slice_prefix: MeshTable::default_slice_prefix(),
             peers: (1..=N).map(|number| Peer { number, underlay: underlay(number) }).collect(),
             ipv6: self.ipv6.clone(),
+            daemons: BTreeMap::new(),
             ports: ports.collect(),
         }
     }

@@ -282,6 +282,7 @@ fn mesh_table(version: u64, number: u16, peers: &BTreeMap<u16, Ipv4Addr>) -> Mes
         slice_prefix: MeshTable::default_slice_prefix(),
         peers: peers.iter().map(|(n, a)| Peer { number: *n, underlay: *a }).collect(),
         ipv6: BTreeMap::new(),
+        daemons: BTreeMap::new(),
         ports: Vec::new(),
     }
 }

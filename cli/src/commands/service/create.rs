@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use skep_common::compose::units::capabilities;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, Placement, Replicated,
+    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, Placement,
     ServiceMode, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
@@ -184,17 +184,14 @@ fn spec(
 }
 
 fn mode(word: &str) -> ServiceMode {
-    let key = match word {
-        "global" => "Global",
-        "replicated-job" => "ReplicatedJob",
-        "global-job" => "GlobalJob",
-        _ => {
-            let replicated = Some(Replicated { replicas: Some(1) });
-            return ServiceMode { replicated, ..Default::default() };
-        }
-    };
-    let extra = [(key.to_owned(), serde_json::json!({}))].into_iter().collect();
-    ServiceMode { replicated: None, extra }
+    let mut mode = ServiceMode::default();
+    match word {
+        "global" => mode.global = Some(Default::default()),
+        "replicated-job" => mode.replicated_job = Some(Default::default()),
+        "global-job" => mode.global_job = Some(Default::default()),
+        _ => return ServiceMode::of_replicas(Some(1)),
+    }
+    mode
 }
 
 /// Sets or adds a variable of a list of `NAME=VALUE`.

@@ -240,7 +240,9 @@ struct HealthFlags {
 /// Sets the number of tasks; a mode that was never given is the replicated one.
 pub(super) fn set_replicas(spec: &mut ServiceSpec, replicas: u64) -> Result<()> {
     let mode = spec.mode.get_or_insert_default();
-    if mode.replicated.is_none() && !mode.extra.is_empty() {
+    let is_other =
+        mode.global.is_some() || mode.replicated_job.is_some() || mode.global_job.is_some();
+    if mode.replicated.is_none() && (is_other || !mode.extra.is_empty()) {
         bail!("replicas can only be used with replicated mode");
     }
     mode.replicated = Some(Replicated { replicas: Some(replicas) });
@@ -377,6 +379,7 @@ impl UpdateFlags {
             monitor: self.update_monitor,
             max_failure_ratio: self.update_max_failure_ratio,
             order: self.update_order.clone(),
+            progress_deadline: None,
         };
         apply_update(config, &given);
     }
@@ -391,6 +394,7 @@ impl RollbackFlags {
             monitor: self.rollback_monitor,
             max_failure_ratio: self.rollback_max_failure_ratio,
             order: self.rollback_order.clone(),
+            progress_deadline: None,
         };
         apply_update(config, &given);
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
-use skep_common::spec::{PortConfig, PortProtocol, PublishMode};
+use skep_common::spec::{ModeKind, PortConfig, PortProtocol, PublishMode};
 use skep_common::{Service, ServiceId, Task, TaskState};
 
 use super::super::filter::{self, Filter, Filters};
@@ -76,7 +76,7 @@ pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<
     services.sort_by(|a, b| natural_order(&a.spec.name, &b.spec.name));
     let mut running: BTreeMap<ServiceId, u64> = BTreeMap::new();
     for task in tasks {
-        let wants = task.desired_state == TaskState::Running;
+        let wants = task.desired_state.may_start();
         if wants && task.status.state == TaskState::Running {
             *running.entry(task.service_id).or_default() += 1;
         }
@@ -100,14 +100,7 @@ pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<
 
 /// The mode as lists show it.
 fn mode_word(service: &Service) -> &'static str {
-    let Some(mode) = &service.spec.mode else { return "replicated" };
-    match () {
-        () if mode.replicated.is_some() => "replicated",
-        () if mode.extra.contains_key("Global") => "global",
-        () if mode.extra.contains_key("ReplicatedJob") => "replicated job",
-        () if mode.extra.contains_key("GlobalJob") => "global job",
-        () => "replicated",
-    }
+    service.spec.mode_kind().map_or("replicated", ModeKind::name)
 }
 
 fn replicas(service: &Service, running: u64) -> String {

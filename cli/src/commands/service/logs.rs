@@ -106,7 +106,11 @@ async fn find(client: &Client, reference: &str) -> Result<Target> {
                 service_ids: Vec::new(),
                 task_ids: vec![task.id.to_string()],
                 slot_max: task.slot,
-                has_tty: task.spec.container_spec.is_some_and(|spec| spec.tty == Some(true)),
+                has_tty: task
+                    .spec
+                    .container_spec
+                    .as_ref()
+                    .is_some_and(|spec| spec.tty == Some(true)),
             }),
             Err(error) if is_not_found(&error) => bail!("no such task or service: {reference}"),
             Err(error) => Err(error),

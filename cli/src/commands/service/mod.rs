@@ -2,7 +2,9 @@
 
 mod create;
 mod endpoints;
+mod explain;
 pub(super) mod flags;
+mod history;
 mod inspect;
 mod list;
 mod logs;
@@ -29,6 +31,12 @@ pub(crate) enum Command {
     Create(Box<create::CreateArgs>),
     /// List where the tasks of a service are reached, and whether connections go there
     Endpoints(endpoints::EndpointsArgs),
+    /// Say why tasks of a service wait
+    #[command(hide = true)]
+    Explain(explain::ExplainArgs),
+    /// List the specs that a service had
+    #[command(hide = true)]
+    History(history::HistoryArgs),
     /// Display detailed information on one or more services
     Inspect(inspect::InspectArgs),
     /// Fetch the logs of a service or task
@@ -53,6 +61,8 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
     match command {
         Command::Create(args) => create::run(&args, client, ui).await,
         Command::Endpoints(args) => endpoints::run(&args, client, ui).await,
+        Command::Explain(args) => explain::run(&args),
+        Command::History(args) => history::run(&args),
         Command::Inspect(args) => inspect::run(&args, client, ui).await,
         Command::Logs(args) => logs::run(&args, client, ui).await,
         Command::Ls(args) => list::run(&args, client, ui).await,

@@ -367,6 +367,7 @@ pub(super) async fn change(
             version: service.meta.version.index,
             spec_json: serde_json::to_string(&spec)?,
             rollback: false,
+            rollback_to: 0,
         };
         match send(client, request, ui).await {
             Ok(()) => return waiting_after(client, &service).await,
@@ -435,6 +436,7 @@ async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<
         version: service.meta.version.index,
         spec_json: String::new(),
         rollback: true,
+        rollback_to: 0,
     };
     send(client, request, ui).await?;
     waiting_after(client, &service).await

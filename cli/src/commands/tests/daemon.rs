@@ -136,11 +136,13 @@ fn event(action: Action, kind: &str, object: &Value) -> WatchEvent {
 impl Control for Served {
     type WatchStream = Messages<WatchEvent>;
     type ServiceLogsStream = Messages<LogRecord>;
+    type BackupStream = Messages<skep_proto::BackupChunk>;
+    type EventsStream = Messages<skep_proto::Event>;
 
     async fn get(&self, request: Request<GetRequest>) -> Answer<Document> {
         let GetRequest { kind, reference } = request.into_inner();
         let json = self.find(&kind, &reference)?.to_string();
-        Ok(Response::new(Document { kind, json }))
+        Ok(Response::new(Document { kind, json, ..Document::default() }))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {
@@ -162,7 +164,10 @@ impl Control for Served {
                 && is_one(&request.node_ids, &object["NodeID"])
                 && (request.stack.is_empty() || request.stack == label(object))
         });
-        Ok(Response::new(ListResponse { json: selected.map(Value::to_string).collect() }))
+        Ok(Response::new(ListResponse {
+            json: selected.map(Value::to_string).collect(),
+            ..ListResponse::default()
+        }))
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
@@ -336,6 +341,102 @@ impl Control for Served {
             managers: vec![manager("n1", "aa"), manager("n2", "aa")],
         }))
     }
+
+    async fn create_secret(
+        &self,
+        _: Request<skep_proto::CreateSecretRequest>,
+    ) -> Answer<skep_proto::CreateSecretResponse> {
+        Err(Status::unimplemented("secret create"))
+    }
+
+    async fn update_secret(
+        &self,
+        _: Request<skep_proto::UpdateSecretRequest>,
+    ) -> Answer<skep_proto::UpdateSecretResponse> {
+        Err(Status::unimplemented("secret update"))
+    }
+
+    async fn remove_secret(
+        &self,
+        _: Request<skep_proto::RemoveSecretRequest>,
+    ) -> Answer<skep_proto::RemoveSecretResponse> {
+        Err(Status::unimplemented("secret rm"))
+    }
+
+    async fn create_config(
+        &self,
+        _: Request<skep_proto::CreateConfigRequest>,
+    ) -> Answer<skep_proto::CreateConfigResponse> {
+        Err(Status::unimplemented("config create"))
+    }
+
+    async fn update_config(
+        &self,
+        _: Request<skep_proto::UpdateConfigRequest>,
+    ) -> Answer<skep_proto::UpdateConfigResponse> {
+        Err(Status::unimplemented("config update"))
+    }
+
+    async fn remove_config(
+        &self,
+        _: Request<skep_proto::RemoveConfigRequest>,
+    ) -> Answer<skep_proto::RemoveConfigResponse> {
+        Err(Status::unimplemented("config rm"))
+    }
+
+    async fn update_swarm(
+        &self,
+        _: Request<skep_proto::UpdateSwarmRequest>,
+    ) -> Answer<skep_proto::UpdateSwarmResponse> {
+        Err(Status::unimplemented("swarm update"))
+    }
+
+    async fn rotate_ca(
+        &self,
+        _: Request<skep_proto::RotateCaRequest>,
+    ) -> Answer<skep_proto::RotateCaResponse> {
+        Err(Status::unimplemented("swarm ca --rotate"))
+    }
+
+    async fn unlock_key(
+        &self,
+        _: Request<skep_proto::UnlockKeyRequest>,
+    ) -> Answer<skep_proto::UnlockKeyResponse> {
+        Err(Status::unimplemented("swarm unlock-key"))
+    }
+
+    async fn service_history(
+        &self,
+        _: Request<skep_proto::ServiceHistoryRequest>,
+    ) -> Answer<skep_proto::ServiceHistoryResponse> {
+        Err(Status::unimplemented("service history"))
+    }
+
+    async fn explain(
+        &self,
+        _: Request<skep_proto::ExplainRequest>,
+    ) -> Answer<skep_proto::ExplainResponse> {
+        Err(Status::unimplemented("service explain"))
+    }
+
+    async fn plan(&self, _: Request<skep_proto::PlanRequest>) -> Answer<skep_proto::PlanResponse> {
+        Err(Status::unimplemented("--plan"))
+    }
+
+    async fn what_if(
+        &self,
+        _: Request<skep_proto::WhatIfRequest>,
+    ) -> Answer<skep_proto::PlanResponse> {
+        Err(Status::unimplemented("node what-if"))
+    }
+
+    async fn backup(&self, _: Request<skep_proto::BackupRequest>) -> Answer<Self::BackupStream> {
+        Err(Status::unimplemented("swarm backup"))
+    }
+
+    async fn events(&self, _: Request<skep_proto::EventsRequest>) -> Answer<Self::EventsStream> {
+        Err(Status::unimplemented("events"))
+    }
 }
 
 #[tonic::async_trait]
@@ -362,6 +463,7 @@ impl Machine for Served {
             managers: vec!["10.0.0.1:2377".into()],
             warnings: vec!["no IPv6".into()],
             error: self.0.lock().unwrap().fault.clone(),
+            ..InfoResponse::default()
         }))
     }
 
@@ -376,6 +478,7 @@ impl Machine for Served {
             node_id: "node1".into(),
             worker_token: "SWMTKN-1-w".into(),
             address: "10.0.0.1:2377".into(),
+            ..InitSwarmResponse::default()
         }))
     }
 
@@ -413,5 +516,19 @@ impl Machine for Served {
             }
         }
         Ok(Response::new(LoadImageResponse { images: vec![image] }))
+    }
+
+    async fn unlock(
+        &self,
+        _: Request<skep_proto::UnlockRequest>,
+    ) -> Answer<skep_proto::UnlockResponse> {
+        Err(Status::unimplemented("swarm unlock"))
+    }
+
+    async fn restore(
+        &self,
+        _: Request<Streaming<skep_proto::RestoreRequest>>,
+    ) -> Answer<InitSwarmResponse> {
+        Err(Status::unimplemented("swarm restore"))
     }
 }

@@ -27,7 +27,11 @@ fn node(hostname: &str, id: &str, manager: Option<bool>) -> Value {
         "Status": {"State": if hostname == "n10" { "down" } else { "ready" }, "Addr": "10.0.0.1"},
         "ManagerStatus": manager,
     });
-    meta(object, "2023-11-14T22:00:00Z")
+    let mut object = meta(object, "2023-11-14T22:00:00Z");
+    if hostname == "n2" {
+        object["Description"]["Ingress"] = json!({"Balancer": "user-space", "Reason": "no VXLAN"});
+    }
+    object
 }
 
 fn task(
@@ -165,6 +169,13 @@ b3ccccccccccccccccccccccc     n10        Down      Active                       
     check(
         run(&daemon, "node inspect --pretty n1").await,
         "ID:\t\t\tb1aaaaaaaaaaaaaaaaaaaaaaa\nLabels:\n - disk=ssd\nHostname:              \tn1\nJoined at:             \t2023-11-14T22:00:00Z\nStatus:\n State:\t\t\tReady\n Availability:         \tActive\n Address:\t\t10.0.0.1\nManager Status:\n Address:\t\t10.0.0.1:2377\n Raft Status:\t\tReachable\n Leader:\t\tYes\nPlatform:\n Operating System:\tlinux\n Architecture:\t\tx86_64\nResources:\n CPUs:\t\t\t2\n Memory:\t\t1.953GiB\nEngine Version:\t\t0.1.0\n\n",
+    );
+    let (_, out, _) = run(&daemon, "node inspect --pretty n2").await;
+    let ingress = "Ingress:\n Balancer:\t\tuser-space\n Reason:\t\tno VXLAN\n";
+    assert!(out.contains(ingress), "{out}");
+    check(
+        run(&daemon, "node inspect n2 --format '{{.Description.Ingress.Balancer}}'").await,
+        "user-space\n",
     );
     check(run(&daemon, "node ps -q").await, "a1bbbbbbbbbb\na1aaaaaaaaaa\n");
     check(

@@ -18,6 +18,7 @@ use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 
 use super::Tls;
+use super::server::CONNECTION_WINDOW_BYTES;
 use super::tls::root_store;
 use crate::identity::{Error, NODE_SERVER_NAME, node_server_name};
 
@@ -26,6 +27,13 @@ const JOIN_CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// An open channel is probed this often, so that calls to a machine that vanished fail soon.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// What one connection of a client may have on its way where its node relays it. Windows of the whole are so large
+/// that clients who do not read keep nobody else waiting.
+const RELAYED_WINDOW_BYTES: u32 = 256 << 10;
+/// Clients' connections outlive a stall of their node that calls between nodes need not.
+const RELAYED_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
+const RELAYED_KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(4);
 
 /// Whom a channel must reach: the certificate at the other end has to be of that role or node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -53,19 +61,27 @@ impl Peer {
 #[derive(Debug, Clone)]
 pub struct ChannelPool {
     tls: Tls,
+    /// Whether calls carry connections of clients.
+    is_relaying: bool,
     channels: Arc<Mutex<BTreeMap<(String, Peer), Channel>>>,
 }
 
 impl ChannelPool {
     /// An empty pool that shows this node's certificate.
     pub fn new(tls: Tls) -> Self {
-        Self { tls, channels: Arc::default() }
+        Self { tls, is_relaying: false, channels: Arc::default() }
     }
 
     /// A pool with the same certificate and channels of its own: those of one tokio runtime must not be
     /// used by another, which may outlive it.
     pub fn separate(&self) -> Self {
         Self::new(self.tls.clone())
+    }
+
+    /// A pool with the same certificate, whose calls each carry a connection of a client: as many at once as there
+    /// are, of which none waits for another one's reader.
+    pub fn for_connections(&self) -> Self {
+        Self { is_relaying: true, ..Self::new(self.tls.clone()) }
     }
 
     /// A channel to `address` (`ip:port`). It connects when first used and again whenever it was lost;
@@ -78,10 +94,17 @@ impl ChannelPool {
 
     /// A channel that nobody else uses: its traffic never waits behind another's.
     pub fn fresh(&self, address: &str, peer: Peer) -> Channel {
-        let endpoint = endpoint()
-            .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-            .keep_alive_timeout(KEEP_ALIVE_DEADLINE)
-            .keep_alive_while_idle(true);
+        let endpoint = match self.is_relaying {
+            false => endpoint()
+                .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+                .keep_alive_timeout(KEEP_ALIVE_DEADLINE),
+            true => endpoint()
+                .initial_stream_window_size(RELAYED_WINDOW_BYTES)
+                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+                .http2_keep_alive_interval(RELAYED_KEEP_ALIVE_INTERVAL)
+                .keep_alive_timeout(RELAYED_KEEP_ALIVE_DEADLINE),
+        };
+        let endpoint = endpoint.keep_alive_while_idle(true);
         connect_lazily(&endpoint, address, self.tls.client(), peer.server_name(), CONNECT_DEADLINE)
     }
 

@@ -26,6 +26,10 @@ use crate::{TaskSet, clock};
 const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
 /// Largest window of one stream; a set of assignments comes in one piece.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
+/// Window of all streams of one peer: so many may stand full, unread, before another one waits.
+pub(super) const CONNECTION_WINDOW_BYTES: u32 = 1 << 30;
+/// Streams of one peer at once, each a call or a client's connection; more wait at the peer.
+const STREAMS_MAX: u32 = 8192;
 
 /// Why a socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +155,8 @@ fn server(
 > {
     Server::builder()
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(4 * STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .max_concurrent_streams(STREAMS_MAX)
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
         .layer(AccessLayer)

@@ -47,6 +47,12 @@ pub struct Peer {
     pub ipv6: Option<BTreeSet<Ipv6Addr>>,
     /// Its keys, where it takes part in encrypted networks.
     pub wireguard: Option<WireguardKeys>,
+    /// The node itself.
+    pub node_id: NodeId,
+    /// Where its daemon listens at the underlay address.
+    pub port: u16,
+    /// Whether its daemon balances, so that no tunnel leads to its tasks.
+    pub is_in_user_space: bool,
 }
 
 /// A port that answers on every node.
@@ -66,10 +72,15 @@ pub struct Port {
     pub backends: BTreeMap<TaskId, Ipv4Addr>,
 }
 
+/// Packet marks have 12 bits for the number of a node, and 4095 stays free: nodes beyond take no part in the
+/// mesh.
+const MESH_NUMBER_MAX: u16 = 4094;
+
 /// The table of a state, without the tasks of nodes in `not_in_balancer`.
 pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
     let mut table = Table::default();
-    for node in state.nodes().values() {
+    let numbered = state.nodes().values().filter(|node| node.number <= MESH_NUMBER_MAX);
+    for node in numbered {
         // An address that is not IPv4 has no part in the mesh.
         if let Ok(underlay) = node.status.addr.parse() {
             let description = node.description.as_ref();
@@ -77,7 +88,11 @@ pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
             let keys = description.and_then(|description| description.wireguard.as_ref());
             let keys = keys.filter(|keys| !keys.public.keys.is_empty());
             let wireguard = keys.map(|keys| keys.public.clone());
-            table.peers.insert(node.number, Peer { underlay, ipv6, wireguard });
+            let is_in_user_space =
+                description.is_some_and(|description| description.is_in_user_space());
+            let (node_id, port) = (node.id, node.port());
+            let peer = Peer { underlay, ipv6, wireguard, node_id, port, is_in_user_space };
+            table.peers.insert(node.number, peer);
         }
     }
     for service in state.services().values() {
@@ -247,7 +262,7 @@ impl Progress {
 }
 
 fn is_to_stop(state: &State, task_id: TaskId) -> bool {
-    state.task(task_id).is_some_and(|task| task.desired_state > TaskState::Running)
+    state.task(task_id).is_some_and(|task| !task.desired_state.wants_run())
 }
 
 /// The newest table, and the tasks that wait until nodes have it.
@@ -278,7 +293,7 @@ impl Drain {
                 || task.networks_attachments.iter().any(|place| place.network_id.is_some())
         };
         let stopping = state.tasks().values().filter(|task| {
-            task.desired_state > TaskState::Running
+            !task.desired_state.wants_run()
                 && task.status.state == TaskState::Running
                 && is_balanced_to(task)
         });

@@ -66,6 +66,17 @@ fn nodes_are_told_of_the_proxy_protocol_and_managers_that_know_none_stop() {
 }
 
 #[test]
+fn nodes_are_told_where_daemons_listen_and_which_of_them_balance() {
+    let mut world = World::new("1 2:user-space", published(1), "");
+    let mut moved = parse_node("1");
+    moved.status.port = 2378;
+    world.replace(skep_common::Object::Node(Box::new(moved)));
+    let peers = table(&world.state, &nobody()).peers.into_values();
+    let told = peers.map(|peer| (peer.node_id, peer.port, peer.is_in_user_space));
+    assert_eq!(told.collect::<Vec<_>>(), [(NodeId(1), 2378, false), (NodeId(2), 2377, true)]);
+}
+
+#[test]
 fn a_backend_is_running_healthy_wanted_and_on_a_living_node() {
     let (mut world, tasks) = running();
     let backends = |world: &World, silent: &BTreeSet<NodeId>| -> Vec<TaskId> {

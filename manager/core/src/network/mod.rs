@@ -23,7 +23,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use skep_common::spec::{NetworkSpec, Predefined, ServiceSpec};
-use skep_common::{Meta, Network, NetworkId, Object, Task, TaskState};
+use skep_common::{Meta, Network, NetworkId, Object, Task};
 
 use crate::command::{Action, Expect};
 use crate::store::{AddressOwner, State};
@@ -131,8 +131,7 @@ pub fn remove(state: &State, network: &Network) -> Result<Option<Action>, Error>
     if let Some(service) = user(state, network.id) {
         return Err(Error::InUse { name: name(), user: format!("service {service}") });
     }
-    let stays =
-        |task: &&Arc<Task>| task.standalone.is_some() && task.desired_state <= TaskState::Running;
+    let stays = |task: &&Arc<Task>| task.standalone.is_some() && task.desired_state.wants_run();
     if let Some(container) = tasks_on(state, network.id).find(stays) {
         let user = format!("container {}", container.name());
         return Err(Error::InUse { name: name(), user });
@@ -161,7 +160,7 @@ fn user(state: &State, network_id: NetworkId) -> Option<String> {
     let mut tasks = tasks_on(state, network_id);
     let goes_on = |task: &&Arc<Task>| {
         let service = state.service(task.service_id);
-        task.desired_state <= TaskState::Running && service.is_some_and(|s| !s.pending_delete)
+        task.desired_state.wants_run() && service.is_some_and(|s| !s.pending_delete)
     };
     tasks.find(goes_on).map(|task| task.service_name.clone())
 }

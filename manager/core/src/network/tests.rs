@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 use skep_common::spec::NetworkAttachmentConfig;
-use skep_common::{Image, ImageId, Kind, NodeId, Service, ServiceId, Task, TaskId};
+use skep_common::{Image, ImageId, Kind, NodeId, Service, ServiceId, Task, TaskId, TaskState};
 
 use super::*;
 use crate::command::{Command, Outcome, Refusal};
@@ -362,6 +362,41 @@ fn a_task_without_an_address_waits_and_says_so() {
     let [placed] = &tasks(&world, more.id)[..] else { panic!("one task") };
     assert!(placed.node_id.is_some(), "{placed:?}");
     assert_eq!(placed.networks_attachments[0].network_id, Some(small.id));
+}
+
+#[test]
+fn tasks_on_networks_keep_to_nodes_that_networks_reach() {
+    let mut world = world();
+    make(&mut world, "back", json!({}));
+    let in_user_space = |world: &mut World, number: u16, is_so: bool| {
+        let word = format!("{number}{}", if is_so { ":user-space" } else { "" });
+        world.replace(Object::Node(Box::new(crate::testing::parse_node(&word))));
+    };
+    in_user_space(&mut world, 1, true);
+    let api = start(&mut world, 8, service_spec("api", 2, &["back"]));
+    let nodes = |world: &World, id| -> Vec<Option<NodeId>> {
+        let tasks = tasks(world, id).into_iter();
+        tasks.filter(|task| task.desired_state <= TaskState::Running).map(|t| t.node_id).collect()
+    };
+    assert_eq!(nodes(&world, api.id), [Some(NodeId(2)); 2]);
+    let front = start(&mut world, 9, service_spec("front", 2, &[]));
+    let both = BTreeSet::from([Some(NodeId(1)), Some(NodeId(2))]);
+    assert_eq!(BTreeSet::from_iter(nodes(&world, front.id)), both, "others may be on either");
+
+    in_user_space(&mut world, 2, true);
+    world.step();
+    let waiting: Vec<Task> =
+        tasks(&world, api.id).into_iter().filter(|task| task.node_id.is_none()).collect();
+    assert_eq!(waiting.len(), 2, "a node that networks no longer reach gives its tasks up");
+    world.step();
+    for task in tasks(&world, api.id).into_iter().filter(|task| task.node_id.is_none()) {
+        let expect = "no suitable node (2 nodes cannot carry overlay networks)";
+        assert_eq!(task.status.err, expect);
+    }
+    in_user_space(&mut world, 1, false);
+    end_all(&mut world, api.id);
+    let placed = nodes(&world, api.id);
+    assert!(placed.iter().all(|node| *node == Some(NodeId(1))), "{placed:?}");
 }
 
 /// In one pass tasks of a removed node give up addresses that waiting tasks and services get.

@@ -1,6 +1,6 @@
 //! Finds tasks whose node no longer meets what they need.
 //!
-//! A node's labels, role or resources may change under its tasks. Only nodes with availability
+//! A node's labels, role, resources or kernel may change under its tasks. Only nodes with availability
 //! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them.
 //! Source: SwarmKit `manager/orchestrator/constraintenforcer`. Differs: where a node has become too
 //! small for the reservations of its tasks, the newest ones leave, where SwarmKit's choice is random.
@@ -14,7 +14,7 @@ use skep_common::{NodeId, Service, Task, TaskId, TaskState, Version};
 
 use super::is_live;
 use crate::constraint::{self, Constraint};
-use crate::scheduler::Amounts;
+use crate::scheduler::{Amounts, carries_overlays};
 use crate::store::State;
 
 /// The constraints of one service, for its tasks of every spec version.
@@ -39,6 +39,10 @@ impl Constraints {
     pub(super) fn allow(&self, task: &Task, node: &Node) -> bool {
         if node.spec.availability != Availability::Active {
             return true;
+        }
+        let is_on_overlays = task.networks_attachments.iter().any(|one| one.network_id.is_some());
+        if is_on_overlays && !carries_overlays(node) {
+            return false;
         }
         if task.spec_version == self.version || self.is_update_over {
             return constraint::matches_all(&self.current, node);

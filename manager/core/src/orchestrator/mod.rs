@@ -34,7 +34,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use skep_common::object::NodeState;
+use skep_common::object::{NodeState, Slot};
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::container;
@@ -66,7 +66,7 @@ pub(crate) struct Scope<'p, 'a> {
 }
 
 /// The tasks of a service by slot, without those that are to be deleted.
-pub(crate) type Slots = BTreeMap<u64, Vec<Arc<Task>>>;
+pub(crate) type Slots = BTreeMap<Slot, Vec<Arc<Task>>>;
 
 /// Brings one service as close to its spec as this moment allows.
 pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
@@ -114,7 +114,7 @@ impl<'p, 'a> Scope<'p, 'a> {
         let mut slots = Slots::new();
         for task in self.fork.state().tasks_of_service(service_id) {
             if task.desired_state < TaskState::Remove {
-                slots.entry(task.slot).or_default().push(task.clone());
+                slots.entry(task.slot_key()).or_default().push(task.clone());
             }
         }
         let slots = Rc::new(slots);
@@ -135,7 +135,7 @@ impl<'p, 'a> Scope<'p, 'a> {
 
     /// Makes a task that starts at `start_after` or, later, once the slot's other tasks have stopped.
     /// `false` where the pass is full.
-    fn create_in_slot(&mut self, service: &Service, slot: u64, start_after: Timestamp) -> bool {
+    fn create_in_slot(&mut self, service: &Service, slot: Slot, start_after: Timestamp) -> bool {
         let now = self.fork.now();
         let state = self.fork.state();
         let is_free = !state.tasks_of_slot(service.id, slot).any(|task| is_stopping(state, task));
@@ -148,7 +148,7 @@ impl<'p, 'a> Scope<'p, 'a> {
 
 /// Whether managers want the task to run.
 pub(crate) fn is_live(task: &Task) -> bool {
-    task.desired_state <= TaskState::Running
+    task.desired_state.wants_run()
 }
 
 /// Whether a task's container may run although it shall not, and its node can be asked to stop it.

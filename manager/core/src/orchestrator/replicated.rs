@@ -7,12 +7,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use skep_common::object::Slot;
 use skep_common::{NodeId, Service, Task, TaskState};
 
 use super::{Scope, is_live, newest, restart};
 
 /// Slots that are not free, with their tasks.
-type Occupied<'s> = BTreeMap<u64, &'s [Arc<Task>]>;
+type Occupied<'s> = BTreeMap<Slot, &'s [Arc<Task>]>;
 
 /// Makes missing tasks and gives up surplus slots, each with its history.
 pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service, replicas: u64) {
@@ -21,8 +22,8 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service, replicas: u64)
     let occupied = slots.iter().filter(|(_, tasks)| is_occupied(tasks, now));
     let occupied: Occupied<'_> = occupied.map(|(slot, tasks)| (*slot, tasks.as_slice())).collect();
     let n_occupied = occupied.len() as u64;
-    let free_slots = (1..).filter(|slot| !occupied.contains_key(slot));
-    let missing: Vec<u64> = (n_occupied..replicas).zip(free_slots).map(|(_, slot)| slot).collect();
+    let free_slots = (1..).map(Slot::Replica).filter(|slot| !occupied.contains_key(slot));
+    let missing: Vec<Slot> = (n_occupied..replicas).zip(free_slots).map(|(_, slot)| slot).collect();
     for slot in missing {
         if !scope.create_in_slot(service, slot, now) {
             scope.wake_for_rest();
@@ -46,15 +47,15 @@ fn is_occupied(tasks: &[Arc<Task>], now: skep_common::Timestamp) -> bool {
 }
 
 /// Orders slots from the first to keep to the first to give up.
-fn keep_order(occupied: &Occupied<'_>) -> Vec<u64> {
+fn keep_order(occupied: &Occupied<'_>) -> Vec<Slot> {
     let is_running = |tasks: &[Arc<Task>]| {
         tasks.iter().any(|task| is_live(task) && task.status.state == TaskState::Running)
     };
-    let mut slots: Vec<u64> = occupied.keys().copied().collect();
+    let mut slots: Vec<Slot> = occupied.keys().copied().collect();
     slots.sort_by_key(|slot| (!is_running(occupied[slot]), *slot));
 
     let mut copies: BTreeMap<NodeId, u32> = BTreeMap::new();
-    let mut ranked: Vec<(u32, u64)> = Vec::with_capacity(slots.len());
+    let mut ranked: Vec<(u32, Slot)> = Vec::with_capacity(slots.len());
     for slot in slots {
         let mut live = occupied[&slot].iter().filter(|task| is_live(task));
         let nth_copy = match (live.next().and_then(|task| task.node_id), live.next()) {

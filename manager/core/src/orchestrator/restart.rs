@@ -121,7 +121,7 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
             let start_after = task.start_after.unwrap_or(task.meta.created_at);
             let state = scope.fork.state();
             // Also those to be deleted stop first, so that a slot never runs twice.
-            let slot = state.tasks_of_slot(service.id, task.slot);
+            let slot = state.tasks_of_slot(service.id, task.slot_key());
             let stopping = slot.filter(|other| other.id != task.id && is_stopping(state, other));
             let patience = stopping.map(|old| task.meta.created_at.after(patience(old))).max();
             let at = patience.map_or(start_after, |patience| patience.max(start_after));

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use skep_common::object::{NodeState, TaskStatus};
+use skep_common::object::{NodeState, Slot, TaskStatus};
 use skep_common::spec::{Availability, Nanos, RestartCondition, RestartPolicy, UpdateConfig};
 use skep_common::{Object, Service, Task, TaskId, TaskState};
 
@@ -101,8 +101,7 @@ fn attempts_count_within_the_window() {
     world.step();
     let fail = |world: &mut World, after_secs: u64| {
         world.now = world.now.after(Duration::from_secs(after_secs));
-        let live =
-            world.state.tasks().values().find(|task| task.desired_state <= TaskState::Running);
+        let live = world.state.tasks().values().find(|task| task.desired_state.wants_run());
         let task_id = live.unwrap().id;
         world.report(task_id, TaskState::Failed);
         world.step().matches('+').count()
@@ -241,15 +240,18 @@ fn update(world: &mut World, edit: impl FnOnce(&mut UpdateConfig)) {
 }
 
 fn tasks_of_slot(world: &World, slot: u64) -> Vec<Task> {
-    let mut tasks: Vec<Task> =
-        world.state.tasks_of_slot(crate::testing::WEB, slot).map(|task| (**task).clone()).collect();
+    let mut tasks: Vec<Task> = world
+        .state
+        .tasks_of_slot(crate::testing::WEB, Slot::Replica(slot))
+        .map(|task| (**task).clone())
+        .collect();
     tasks.sort_by_key(|task| (task.meta.created_at, task.spec_version, task.id));
     tasks
 }
 
 fn live(world: &World, slot: u64) -> Task {
     let mut live = tasks_of_slot(world, slot);
-    live.retain(|task| task.desired_state <= TaskState::Running);
+    live.retain(|task| task.desired_state.wants_run());
     live.pop().unwrap()
 }
 

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skep_common::limits::defaults;
-use skep_common::object::UpdateStatus;
+use skep_common::object::{Slot, UpdateStatus};
 use skep_common::spec::{Placement, TaskSpec, UpdateConfig};
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
@@ -87,7 +87,7 @@ impl Config {
 /// Where an update stands.
 struct Survey {
     /// Slots to replace, those that do not run first.
-    dirty: Vec<(u64, Vec<Arc<Task>>)>,
+    dirty: Vec<(Slot, Vec<Arc<Task>>)>,
     /// Slots with tasks of the new spec.
     n_touched: usize,
     /// Replaced slots that still count towards the parallelism.
@@ -215,7 +215,7 @@ fn fail(
 fn replace(
     scope: &mut Scope<'_, '_>,
     service: &Service,
-    slot: u64,
+    slot: Slot,
     tasks: &[Arc<Task>],
     is_start_first: bool,
 ) -> bool {

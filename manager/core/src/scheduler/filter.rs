@@ -57,6 +57,7 @@ pub(super) enum Filter {
     Ready,
     Constraint,
     Platform,
+    Overlay,
     Resource,
     HostPort,
     Replicas,
@@ -71,6 +72,8 @@ impl Filter {
             Self::Ready => format!("{nodes} not available for new tasks"),
             Self::Constraint => format!("scheduling constraints not satisfied on {nodes}"),
             Self::Platform => format!("unsupported platform on {nodes}"),
+            Self::Overlay if n_nodes == 1 => "1 node cannot carry overlay networks".to_owned(),
+            Self::Overlay => format!("{nodes} cannot carry overlay networks"),
             Self::Resource => format!("insufficient resources on {nodes}"),
             Self::HostPort => format!("host-mode port already in use on {nodes}"),
             Self::Replicas => format!("max replicas per node limit exceeded on {nodes}"),
@@ -93,6 +96,7 @@ pub(super) fn first_miss(
     let misses = [
         (Filter::Constraint, !constraint::matches_all(&requirement.constraints, node)),
         (Filter::Platform, !runs_platform(node, &requirement.platforms)),
+        (Filter::Overlay, !requirement.networks.is_empty() && !carries_overlays(node)),
         (
             Filter::Resource,
             is_short(amounts.nano_cpus, entry.free.nano_cpus)
@@ -117,6 +121,11 @@ fn runs_platform(node: &Node, platforms: &[Platform]) -> bool {
             let wanted = architecture(&platform.architecture);
             is_os && (wanted.is_empty() || wanted == architecture(&own.architecture))
         })
+}
+
+/// Whether overlay networks reach the node: by a tunnel, and rules for their virtual addresses.
+pub(crate) fn carries_overlays(node: &Node) -> bool {
+    !node.description.as_ref().is_some_and(|description| description.is_in_user_space())
 }
 
 fn architecture(name: &str) -> &str {

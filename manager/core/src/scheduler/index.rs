@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
-use skep_common::object::NodeState;
+use skep_common::object::{NodeState, Slot};
 use skep_common::spec::{Availability, PortProtocol, Resources, TaskSpec};
 use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
@@ -88,7 +88,7 @@ impl Entry {
 enum Charge {
     Waiting {
         key: GroupKey,
-        slot: u64,
+        slot: Slot,
     },
     Placed {
         number: usize,
@@ -113,7 +113,7 @@ pub(crate) struct Index {
     entries: Vec<Entry>,
     numbers: BTreeMap<NodeId, usize>,
     charges: HashMap<TaskId, Charge>,
-    waiting: BTreeMap<GroupKey, BTreeSet<(u64, TaskId)>>,
+    waiting: BTreeMap<GroupKey, BTreeSet<(Slot, TaskId)>>,
     active: BTreeMap<ServiceId, BTreeMap<usize, u32>>,
     failures: BTreeMap<GroupKey, BTreeMap<(usize, TaskId), Timestamp>>,
     is_changed: bool,
@@ -143,7 +143,7 @@ impl Index {
     }
 
     /// Tasks without a node, by group, then slot.
-    pub(crate) fn waiting(&self) -> &BTreeMap<GroupKey, BTreeSet<(u64, TaskId)>> {
+    pub(crate) fn waiting(&self) -> &BTreeMap<GroupKey, BTreeSet<(Slot, TaskId)>> {
         &self.waiting
     }
 
@@ -227,7 +227,7 @@ impl Index {
         let key = (task.service_id, task.spec_version);
         let Some(node_id) = task.node_id else {
             let is_waiting = is_live(task) && task.status.state < TaskState::Assigned;
-            return is_waiting.then_some(Charge::Waiting { key, slot: task.slot });
+            return is_waiting.then_some(Charge::Waiting { key, slot: task.slot_key() });
         };
         let number = self.number(node_id);
         match task.status.state {

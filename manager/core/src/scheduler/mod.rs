@@ -46,6 +46,7 @@ use crate::image;
 use crate::network;
 
 use filter::Requirement;
+pub(crate) use filter::carries_overlays;
 pub use filter::node_name;
 pub(crate) use index::{Amounts, Index};
 

@@ -14,8 +14,9 @@ use super::{Change, State};
 use crate::command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
 use crate::level;
 
-/// Node numbers have 12 bits in the packet mark; 0 and 4095 are not used.
-const NODE_NUMBER_MAX: u16 = 4094;
+/// What two bytes hold, but for 0 and the last. Nodes whose number is beyond the ingress pool's slices, or
+/// beyond the packet mark's 12 bits, take no part in the mesh.
+const NODE_NUMBER_MAX: u16 = 65_534;
 
 impl State {
     /// Applies the entry at Raft index `index`, and says what became of it and what it changed.
@@ -56,11 +57,14 @@ impl State {
                 if writer.level >= level::NETWORKS {
                     self.check_networks(object)?;
                 }
-                changes.push(self.put(object, meta)?);
+                changes.push(self.put(object, meta, writer.level)?);
             }
             Action::Delete { kind, id } => {
                 if *kind == Kind::Network && writer.level >= level::NETWORKS {
                     self.refuse_used(NetworkId(*id))?;
+                }
+                if writer.level >= level::CONTROL {
+                    self.refuse_used_payload(*kind, *id)?;
                 }
                 changes.extend(self.delete(*kind, *id));
             }
@@ -85,10 +89,11 @@ impl State {
             Kind::Config => self.configs.get(&ConfigId(id)).map(|o| o.meta),
             Kind::Stack => self.stacks.get(&StackId(id)).map(|o| o.meta),
             Kind::Image => self.images.get(&ImageId(id)).map(|o| o.meta),
+            Kind::Revision => None, // Never replaced.
         }
     }
 
-    fn put(&mut self, object: &Object, meta: Meta) -> Result<Change, Refusal> {
+    fn put(&mut self, object: &Object, meta: Meta, level: u32) -> Result<Change, Refusal> {
         let (kind, id) = (object.kind(), object.raw_id());
         match object {
             Object::Cluster(cluster) => {
@@ -101,7 +106,7 @@ impl State {
                 self.cluster = Some(Arc::new(cluster));
             }
             Object::Node(node) => self.put_node((**node).clone(), meta)?,
-            Object::Service(service) => self.put_service((**service).clone(), meta)?,
+            Object::Service(service) => self.put_service((**service).clone(), meta, level)?,
             Object::Task(task) => return self.put_task((**task).clone(), meta),
             Object::Network(network) => self.put_network((**network).clone(), meta)?,
             Object::Secret(secret) => {
@@ -125,6 +130,7 @@ impl State {
                 stack.meta = meta;
                 self.stacks.insert(stack.id, Arc::new(stack));
             }
+            Object::Revision(revision) => return Ok(self.put_revision((**revision).clone(), meta)),
             Object::Image(image) => {
                 let old = self.images.get(&image.id).map(|old| old.name.clone());
                 self.rename(kind, id, old.as_deref(), &image.name)?;
@@ -152,7 +158,12 @@ impl State {
         Ok(())
     }
 
-    fn put_service(&mut self, mut service: Service, meta: Meta) -> Result<(), Refusal> {
+    fn put_service(
+        &mut self,
+        mut service: Service,
+        meta: Meta,
+        format_level: u32,
+    ) -> Result<(), Refusal> {
         let old = self.services.get(&service.id).cloned();
         let twin = self.tasks.get(&TaskId(service.id.0));
         if twin.is_some_and(|task| task.standalone.is_some()) {
@@ -178,6 +189,9 @@ impl State {
         }
         self.move_virtual_ips(old.as_deref(), &service)?;
         service.meta = meta;
+        if let (Some(old), true) = (&old, format_level >= level::CONTROL) {
+            self.note_revision(old, &mut service);
+        }
         let spec_changed = old.as_ref().is_none_or(|old| old.spec != service.spec);
         service.spec_version = match old {
             Some(old) if !spec_changed => old.spec_version,
@@ -204,7 +218,7 @@ impl State {
 
     /// Releases what the old form of a task held, before its new form is indexed.
     pub(super) fn unindex_task(&mut self, task: &Task) {
-        self.service_tasks.remove(&(task.service_id, task.slot, task.id));
+        self.service_tasks.remove(&(task.service_id, task.slot_key(), task.id));
         if let Some(name) = name_on_node(task) {
             self.names.remove(&(Kind::Task, name));
         }
@@ -218,7 +232,7 @@ impl State {
         if let Some(name) = name_on_node(&task) {
             self.rename(Kind::Task, task.id.0, None, &name)?;
         }
-        self.service_tasks.insert((task.service_id, task.slot, task.id));
+        self.service_tasks.insert((task.service_id, task.slot_key(), task.id));
         if let Some(node_id) = task.node_id {
             self.node_tasks.insert((node_id, task.id));
         }
@@ -245,6 +259,9 @@ impl State {
         }
         if let Some(attachments) = &patch.networks_attachments {
             task.networks_attachments.clone_from(attachments);
+        }
+        if let Some(resources) = &patch.generic_resources {
+            task.assigned_generic_resources.clone_from(resources);
         }
         if let Some(status) = &patch.status
             && status.state >= task.status.state
@@ -306,7 +323,9 @@ impl State {
                 }
                 self.release_virtual_ips(&service);
                 self.names.remove(&(kind, service.spec.name.clone()));
+                self.delete_revisions(service.id);
             }
+            Kind::Revision => self.delete_revisions(ServiceId(id)),
             Kind::Task => {
                 let task = self.tasks.remove(&TaskId(id))?;
                 self.unindex_task(&task);

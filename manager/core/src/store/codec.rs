@@ -105,6 +105,7 @@ impl State {
         let configs = self.configs.values().map(|o| Object::Config(Box::new((**o).clone())));
         let stacks = self.stacks.values().map(|o| Object::Stack(Box::new((**o).clone())));
         let images = self.images.values().map(|o| Object::Image(Box::new((**o).clone())));
+        let revisions = self.revisions.values().map(|o| Object::Revision(Box::new((**o).clone())));
         clusters
             .chain(nodes)
             .chain(services)
@@ -114,6 +115,7 @@ impl State {
             .chain(configs)
             .chain(stacks)
             .chain(images)
+            .chain(revisions)
     }
 
     /// Puts an object back with the bookkeeping it had.
@@ -125,7 +127,8 @@ impl State {
         };
         let put = Action::Put { object, expect: Expect::Absent };
         // Objects come by kind: what refers to another may come before it.
-        let command = Command { level: UNCHECKED_LEVEL, at: meta.updated_at, actions: vec![put] };
+        let command =
+            Command { level: UNCHECKED_LEVEL, ..Command::new(meta.updated_at, vec![put]) };
         let (outcome, changes) = self.apply(meta.version.index, &command);
         let (Outcome::Applied(_), [change]) = (&outcome, changes.as_slice()) else {
             return Err(outcome);
@@ -162,6 +165,7 @@ impl State {
             Kind::Config => set!(configs, ConfigId),
             Kind::Stack => set!(stacks, StackId),
             Kind::Image => set!(images, ImageId),
+            Kind::Revision => {} // Written once: it was made when it was last written.
         }
     }
 }

@@ -16,6 +16,8 @@
 mod apply;
 mod codec;
 mod networks;
+mod payloads;
+mod revisions;
 mod scratch;
 #[cfg(test)]
 mod tests;
@@ -24,7 +26,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
 use imbl::{OrdMap, OrdSet};
-use skep_common::object::{Config, Network, Secret};
+use skep_common::object::{Config, Network, Revision, Secret, Slot};
 use skep_common::spec::PortProtocol;
 use skep_common::{
     Cluster, ConfigId, Image, ImageId, Kind, NetworkId, Node, NodeId, SecretId, Service, ServiceId,
@@ -63,13 +65,14 @@ pub struct State {
     configs: Table<ConfigId, Config>,
     stacks: Table<StackId, Stack>,
     images: Table<ImageId, Image>,
+    revisions: Table<(ServiceId, u64), Revision>,
     names: OrdMap<(Kind, String), u128>,
     ports: OrdMap<(PortProtocol, u16), ServiceId>,
     addresses: OrdMap<Ipv4Addr, TaskId>,
     vnis: OrdMap<u32, NetworkId>,
     network_addresses: OrdMap<(NetworkId, IpAddr), AddressOwner>,
     node_numbers: OrdMap<u16, NodeId>,
-    service_tasks: OrdSet<(ServiceId, u64, TaskId)>,
+    service_tasks: OrdSet<(ServiceId, Slot, TaskId)>,
     node_tasks: OrdSet<(NodeId, TaskId)>,
 }
 
@@ -135,7 +138,9 @@ impl State {
     /// Tasks of a service, by slot, then id.
     pub fn tasks_of_service(&self, service_id: ServiceId) -> impl Iterator<Item = &Arc<Task>> {
         self.service_tasks
-            .range((service_id, 0, TaskId(0))..=(service_id, u64::MAX, TaskId(u128::MAX)))
+            .range(
+                (service_id, Slot::FIRST, TaskId(0))..=(service_id, Slot::LAST, TaskId(u128::MAX)),
+            )
             .map(|(_, _, task_id)| self.indexed_task(*task_id))
     }
 
@@ -143,7 +148,7 @@ impl State {
     pub fn tasks_of_slot(
         &self,
         service_id: ServiceId,
-        slot: u64,
+        slot: Slot,
     ) -> impl Iterator<Item = &Arc<Task>> {
         self.service_tasks
             .range((service_id, slot, TaskId(0))..=(service_id, slot, TaskId(u128::MAX)))

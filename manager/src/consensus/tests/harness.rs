@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use skep_common::object::Config;
-use skep_common::spec::ConfigSpec;
+use skep_common::spec::{Base64, ConfigSpec};
 use skep_common::{ConfigId, Kind, Meta, Object, Timestamp};
 use skep_manager_core::{Action, Command, Expect, State};
 use tempfile::TempDir;
@@ -249,9 +249,9 @@ pub(super) async fn wait_version(manager: &Consensus, index: u64) {
 /// A command that creates a config of that number, with some bytes of content.
 pub(super) fn put_config(number: u64, size: usize) -> Command {
     let mut spec = ConfigSpec { name: format!("config-{number}"), ..ConfigSpec::default() };
-    spec.extra.insert("Data".to_owned(), "x".repeat(size).into());
+    spec.data = Some(Base64(vec![b'x'; size]));
     let id = ConfigId(u128::from(number) + 1);
-    let config = Config { id, meta: Meta::default(), spec };
+    let config = Config { id, meta: Meta::default(), spec, versions: Default::default() };
     let put = Action::Put { object: Object::Config(Box::new(config)), expect: Expect::Absent };
     Command::new(Timestamp::from_secs(1), vec![put])
 }

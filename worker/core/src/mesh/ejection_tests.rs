@@ -43,6 +43,7 @@ fn table(backends: &[(u8, &str)]) -> MeshTable {
         slice_prefix: MeshTable::default_slice_prefix(),
         peers: vec![Peer { number: 1, underlay: [10, 98, 0, 1].into() }],
         ipv6: BTreeMap::from([(1, BTreeSet::from(["fd00::1".parse().unwrap()]))]),
+        daemons: BTreeMap::new(),
         ports: vec![port(Protocol::Tcp), port(Protocol::Udp)],
     }
 }

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
+use super::relays::Reach;
 use super::{Backend, Error, Mac, MeshTable, Protocol, twin, twin_net};
 
 /// A published port on this node.
@@ -279,10 +280,13 @@ impl Objects {
 
     /// The ports with those backends that have an address.
     fn add_ports(&mut self, table: &MeshTable, address: impl Fn(&Backend) -> Option<IpAddr>) {
-        for port in table.ports.iter().filter(|port| !port.is_relayed()) {
+        let reach = Reach::of(table);
+        for port in table.ports.iter().filter(|port| !reach.is_relayed(port)) {
+            // A node beyond the tunnel takes connections of TCP alone, and those by its daemon.
+            let within = port.backends.iter().filter(|backend| !reach.is_beyond_tunnel(backend));
             let endpoint =
                 |b: &Backend| Some(Endpoint { address: address(b)?, port: b.target_port });
-            let backends: BTreeSet<Endpoint> = port.backends.iter().filter_map(endpoint).collect();
+            let backends: BTreeSet<Endpoint> = within.filter_map(endpoint).collect();
             let key = PortKey { protocol: port.protocol, port: port.published };
             self.ports.insert(key, backends.into_iter().collect());
         }

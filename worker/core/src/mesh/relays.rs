@@ -1,12 +1,17 @@
 //! Ports that the daemon serves instead of the kernel: it accepts each connection and makes one of its own to
 //! a task.
+//!
+//! Those with the PROXY protocol; where the kernel has no rules for it, all of TCP; and on the other nodes those
+//! that have a task on such a node, which no tunnel leads to. A task beyond is reached by a passage: a stream
+//! through the daemon of its node.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddrV4;
 
+use skep_common::NodeId;
 use skep_common::spec::ProxyProtocol;
 
-use super::{MeshTable, PortKey, Protocol, PublishedPort};
+use super::{Backend, MeshTable, PortKey, Protocol, PublishedPort, Slices};
 
 /// What the daemon must know of a port that it relays.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,40 +19,140 @@ pub struct Relay {
     /// How tasks are told of clients.
     pub proxy_protocol: Option<ProxyProtocol>,
     /// The healthy tasks, ascending and without repetition.
-    pub backends: Vec<SocketAddrV4>,
+    pub backends: Vec<Target>,
 }
 
-impl PublishedPort {
-    /// Whether the daemon relays connections, which the kernel's rules then leave to it.
-    pub fn is_relayed(&self) -> bool {
-        self.protocol == Protocol::Tcp && self.proxy_protocol.is_some()
+/// Where a connection is made to.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Target {
+    /// The task's address and port.
+    pub address: SocketAddrV4,
+    /// The way there, where packets have none.
+    pub passage: Option<Passage>,
+}
+
+/// A way through the daemon of the task's node.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Passage {
+    /// The node, by its certificate.
+    pub node_id: NodeId,
+    /// Where its daemon listens.
+    pub daemon: SocketAddrV4,
+    /// The task.
+    pub task_id: String,
+    /// The port that the task listens on.
+    pub target_port: u16,
+}
+
+/// Which ports and backends of a table packets have no way to.
+#[derive(Debug)]
+pub(super) struct Reach {
+    beyond_tunnel: BTreeSet<u16>,
+    /// Absent where every node has a tunnel.
+    slices: Option<Slices>,
+}
+
+impl Reach {
+    pub(super) fn of(table: &MeshTable) -> Self {
+        let beyond_tunnel = table.beyond_tunnel();
+        let slices = table.slices().ok().filter(|_| !beyond_tunnel.is_empty());
+        Self { beyond_tunnel, slices }
+    }
+
+    /// Whether the backend's node has no tunnel.
+    pub(super) fn is_beyond_tunnel(&self, backend: &Backend) -> bool {
+        let number = self.slices.and_then(|slices| slices.number_of(backend.address));
+        number.is_some_and(|number| self.beyond_tunnel.contains(&number))
+    }
+
+    /// Whether the daemon relays connections of the port, which the kernel's rules then leave to it.
+    pub(super) fn is_relayed(&self, port: &PublishedPort) -> bool {
+        let is_beyond = |backend| self.is_beyond_tunnel(backend);
+        port.protocol == Protocol::Tcp
+            && (port.proxy_protocol.is_some() || port.backends.iter().any(is_beyond))
     }
 }
 
-/// The relayed ports of a table.
+/// The relayed ports of a node whose kernel serves the others.
 pub fn relays(table: &MeshTable) -> BTreeMap<PortKey, Relay> {
-    let relayed = table.ports.iter().filter(|port| port.is_relayed());
-    let relay = |port: &PublishedPort| {
+    let reach = Reach::of(table);
+    let relayed = table.ports.iter().filter(|port| reach.is_relayed(port));
+    let relayed = relayed.map(|port| {
         let backends = port.backends.iter();
-        let backends = backends.map(|one| SocketAddrV4::new(one.address, one.target_port));
-        let backends: BTreeSet<SocketAddrV4> = backends.collect();
-        let backends = backends.into_iter().collect();
-        let key = PortKey { protocol: port.protocol, port: port.published };
-        (key, Relay { proxy_protocol: port.proxy_protocol, backends })
+        let target = |backend| match reach.is_beyond_tunnel(backend) {
+            true => by_passage(table, backend),
+            false => Some(direct(backend)),
+        };
+        relay(port, backends.filter_map(target).collect())
+    });
+    relayed.collect()
+}
+
+/// The relayed ports of a node that the kernel serves nothing for: all of TCP. There is no tunnel either, so
+/// that a way leads through the daemon of each other node.
+pub fn user_space_relays(table: &MeshTable) -> BTreeMap<PortKey, Relay> {
+    let slice = table.slices().ok().map(|slices| slices.slice(table.self_number));
+    let relayed = table.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+    let relayed = relayed.map(|port| {
+        let backends = port.backends.iter();
+        let target =
+            |backend: &Backend| match slice.is_some_and(|own| own.contains(&backend.address)) {
+                true => Some(direct(backend)),
+                false => by_passage(table, backend),
+            };
+        relay(port, backends.filter_map(target).collect())
+    });
+    relayed.collect()
+}
+
+fn relay(port: &PublishedPort, backends: BTreeSet<Target>) -> (PortKey, Relay) {
+    let key = PortKey { protocol: port.protocol, port: port.published };
+    let backends = backends.into_iter().collect();
+    (key, Relay { proxy_protocol: port.proxy_protocol, backends })
+}
+
+fn direct(backend: &Backend) -> Target {
+    let address = SocketAddrV4::new(backend.address, backend.target_port);
+    Target { address, passage: None }
+}
+
+/// `None` where the table does not say how the node's daemon is reached.
+fn by_passage(table: &MeshTable, backend: &Backend) -> Option<Target> {
+    let number = table.slices().ok()?.number_of(backend.address)?;
+    let daemon = table.daemons.get(&number)?;
+    let passage = Passage {
+        node_id: daemon.node_id,
+        daemon: daemon.address,
+        task_id: backend.task_id.clone(),
+        target_port: backend.target_port,
     };
-    relayed.map(relay).collect()
+    Some(Target { passage: Some(passage), ..direct(backend) })
+}
+
+/// Where passages of other nodes may end on this one: at ports of its own tasks that are published, by task and
+/// port.
+pub fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
+    let Ok(slices) = table.slices() else { return BTreeMap::new() };
+    let own = slices.slice(table.self_number);
+    let streams = table.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
+    let backends = streams.flat_map(|port| &port.backends);
+    let backends = backends.filter(|backend| own.contains(&backend.address));
+    let target = |backend: &Backend| {
+        ((backend.task_id.clone(), backend.target_port), direct(backend).address)
+    };
+    backends.map(target).collect()
 }
 
 /// Gives backends in exact turns, as long as they answer.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Turns {
-    backends: Vec<SocketAddrV4>,
+    backends: Vec<Target>,
     next: usize,
 }
 
 impl Turns {
     /// Replaces the backends; where they are the same, the turns go on.
-    pub fn set(&mut self, backends: &[SocketAddrV4]) {
+    pub fn set(&mut self, backends: &[Target]) {
         if self.backends != backends {
             *self = Self { backends: backends.to_vec(), next: 0 };
         }
@@ -56,12 +161,12 @@ impl Turns {
     /// The next backend in turn that is not in `failed`; `None` where all are.
     ///
     /// One that is passed over has had its turn: its neighbour does not get the double of it.
-    pub fn take(&mut self, failed: &BTreeSet<SocketAddrV4>) -> Option<SocketAddrV4> {
+    pub fn take(&mut self, failed: &BTreeSet<Target>) -> Option<Target> {
         for _ in 0..self.backends.len() {
-            let backend = *self.backends.get(self.next)?;
+            let backend = self.backends.get(self.next)?;
             self.next = (self.next + 1) % self.backends.len();
-            if !failed.contains(&backend) {
-                return Some(backend);
+            if !failed.contains(backend) {
+                return Some(backend.clone());
             }
         }
         None
@@ -70,10 +175,12 @@ impl Turns {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{Daemon, Objects};
     use super::*;
 
-    fn address(last: u8) -> SocketAddrV4 {
-        SocketAddrV4::new([10, 192, 4, last].into(), 80)
+    fn address(last: u8) -> Target {
+        let address = SocketAddrV4::new([10, 192, 4, last].into(), 80);
+        Target { address, passage: None }
     }
 
     fn take(turns: &mut Turns, n: usize, dead: &[u8]) -> Vec<u8> {
@@ -81,7 +188,7 @@ mod tests {
             let mut failed = BTreeSet::new();
             loop {
                 let backend = turns.take(&failed)?;
-                let last = backend.ip().octets()[3];
+                let last = backend.address.ip().octets()[3];
                 if !dead.contains(&last) {
                     return Some(last);
                 }
@@ -103,5 +210,118 @@ mod tests {
         assert_eq!(take(&mut turns, 2, &[1, 2, 3]), [0; 0], "nobody is asked twice");
         turns.set(&[2, 3].map(address));
         assert_eq!(take(&mut turns, 3, &[]), [2, 3, 2]);
+    }
+
+    /// Nodes 1 to 3, of which those named have no tunnel, as node 1 is told; a port is
+    /// `PROTOCOL[+proxy]:NODE,…`, a target the last number of the address' node, with `!` by a passage.
+    fn table(beyond: &[u16], ports: &[&str]) -> MeshTable {
+        let daemon = |number: u16| Daemon {
+            node_id: NodeId(number.into()),
+            address: SocketAddrV4::new([10, 98, 0, u8::try_from(number).unwrap()].into(), 2377),
+            is_balancer: beyond.contains(&number),
+        };
+        let port = |(published, word): (u16, &&str)| {
+            let (kind, nodes) = word.split_once(':').unwrap();
+            let backend = |node: &str| Backend {
+                task_id: format!("task{node}"),
+                address: [10, 192, 4 * node.parse::<u8>().unwrap(), 1].into(),
+                target_port: 80,
+            };
+            PublishedPort {
+                published,
+                protocol: if kind == "udp" { Protocol::Udp } else { Protocol::Tcp },
+                service_id: String::new(),
+                service: String::new(),
+                proxy_protocol: kind.ends_with("+proxy").then_some(ProxyProtocol::V2),
+                backends: nodes.split(',').filter(|n| !n.is_empty()).map(backend).collect(),
+            }
+        };
+        MeshTable {
+            version: 1,
+            self_number: 1,
+            pool: MeshTable::default_pool(),
+            slice_prefix: MeshTable::default_slice_prefix(),
+            peers: Vec::new(),
+            ipv6: BTreeMap::new(),
+            daemons: [1, 2, 3].map(|number| (number, daemon(number))).into(),
+            ports: (1..).zip(ports).map(port).collect(),
+        }
+    }
+
+    fn words(relays: &BTreeMap<PortKey, Relay>) -> String {
+        let node = |target: &Target| {
+            let by = target.passage.as_ref().map_or("", |_| "!");
+            format!("{by}{}", target.address.ip().octets()[2] / 4)
+        };
+        let words = relays.iter().map(|(key, relay)| {
+            let nodes: Vec<String> = relay.backends.iter().map(node).collect();
+            format!("{key}:{}", nodes.join(","))
+        });
+        words.collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn a_kernel_leaves_to_the_daemon_what_its_rules_cannot_reach() {
+        for (name, beyond, ports, relayed, in_rules) in [
+            (
+                "nobody is beyond",
+                &[][..],
+                &["tcp:1,2", "tcp+proxy:1,3"][..],
+                "2/tcp:1,3",
+                "1/tcp:2",
+            ),
+            ("one is", &[3], &["tcp:1,2,3", "tcp:1,2"], "1/tcp:1,2,!3", "2/tcp:2"),
+            ("a port that passes a header on", &[3], &["tcp+proxy:3"], "1/tcp:!3", ""),
+            ("a port without tasks", &[3], &["tcp:"], "", "1/tcp:0"),
+            ("no datagram has a way", &[3], &["udp:2,3"], "", "1/udp:1"),
+            (
+                "what is said of the node itself counts for others",
+                &[1],
+                &["tcp:1,2"],
+                "",
+                "1/tcp:2",
+            ),
+        ] {
+            let table = table(beyond, ports);
+            assert_eq!(words(&relays(&table)), relayed, "{name}");
+            let rules = Objects::of(&table).unwrap().ports.into_iter();
+            let rules: Vec<String> =
+                rules.map(|(key, backends)| format!("{key}:{}", backends.len())).collect();
+            assert_eq!(rules.join(" "), in_rules, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_daemon_that_balances_goes_by_the_daemons_of_all_other_nodes() {
+        for (name, beyond, ports, relayed) in [
+            (
+                "all of TCP",
+                &[1][..],
+                &["tcp:1,2,3", "tcp+proxy:2", "udp:1"][..],
+                "1/tcp:1,!2,!3 2/tcp:!2",
+            ),
+            ("also before managers know of it", &[], &["tcp:1,2"], "1/tcp:1,!2"),
+            ("a port without tasks refuses", &[1, 2], &["tcp:"], "1/tcp:"),
+        ] {
+            assert_eq!(words(&user_space_relays(&table(beyond, ports))), relayed, "{name}");
+        }
+        let mut table = table(&[1], &["tcp:1,2"]);
+        let relay = &user_space_relays(&table).into_values().next().unwrap();
+        let passage = Passage {
+            node_id: NodeId(2),
+            daemon: "10.98.0.2:2377".parse().unwrap(),
+            task_id: "task2".into(),
+            target_port: 80,
+        };
+        assert_eq!(relay.backends[1].passage, Some(passage));
+        table.daemons.remove(&2);
+        assert_eq!(words(&user_space_relays(&table)), "1/tcp:1", "nobody said how it is reached");
+    }
+
+    #[test]
+    fn passages_end_at_published_ports_of_own_tasks() {
+        let targets = own_targets(&table(&[], &["tcp:1,2", "udp:1", "tcp+proxy:1"]));
+        let expect = [(("task1".to_owned(), 80), "10.192.4.1:80".parse().unwrap())];
+        assert_eq!(targets, expect.into());
     }
 }

@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
 use ipnet::Ipv4Net;
 use serde::{Deserialize, Serialize};
+use skep_common::NodeId;
 use skep_common::spec::ProxyProtocol;
 
 use super::Slices;
@@ -63,6 +64,9 @@ pub struct MeshTable {
     /// alone.
     #[serde(default)]
     pub ipv6: BTreeMap<u16, BTreeSet<Ipv6Addr>>,
+    /// How the nodes' daemons are reached; those that are not listed have nothing carried through theirs.
+    #[serde(default)]
+    pub daemons: BTreeMap<u16, Daemon>,
     /// All published ports of the cluster.
     pub ports: Vec<PublishedPort>,
 }
@@ -74,6 +78,18 @@ pub struct Peer {
     pub number: u16,
     /// The address that other nodes reach it at.
     pub underlay: Ipv4Addr,
+}
+
+/// The daemon of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Daemon {
+    /// Whose certificate it shows.
+    pub node_id: NodeId,
+    /// Where it listens for other nodes.
+    pub address: SocketAddrV4,
+    /// Whether it balances published ports, since its kernel does not: no tunnel ends there.
+    #[serde(default)]
+    pub is_balancer: bool,
 }
 
 /// The transport protocol of a published port.
@@ -176,6 +192,12 @@ impl MeshTable {
     /// The address arithmetic of this table's pool.
     pub fn slices(&self) -> Result<Slices, Error> {
         Slices::new(self.pool, self.slice_prefix)
+    }
+
+    /// The other nodes that no tunnel leads to.
+    pub fn beyond_tunnel(&self) -> BTreeSet<u16> {
+        let of_others = self.daemons.iter().filter(|(number, _)| **number != self.self_number);
+        of_others.filter(|(_, daemon)| daemon.is_balancer).map(|(number, _)| *number).collect()
     }
 
     /// Checks what [`super::Objects::of`] relies on.

@@ -39,6 +39,7 @@ fn table(self_number: u16, peers: &str, ports: &str) -> MeshTable {
         slice_prefix: MeshTable::default_slice_prefix(),
         peers: peers.collect(),
         ipv6: BTreeMap::new(),
+        daemons: BTreeMap::new(),
         ports: ports.collect(),
     }
 }

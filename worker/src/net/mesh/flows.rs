@@ -95,8 +95,8 @@ pub(super) fn forget_unanswered(
         let backend =
             Endpoint { address: connection.answers_from, port: connection.answers_from_port };
         if connection.protocol == Protocol::Tcp.number() && backends.contains(&(key, backend)) {
-            tracing::debug!(?connection, "forgetting a request that was not answered");
-            connections.delete(&entry)?;
+            let is_forgotten = connections.delete_unanswered(&entry)?;
+            tracing::debug!(?connection, is_forgotten, "a request was not answered");
         }
     }
     Ok(())

@@ -1,8 +1,11 @@
 //! Holding published ports on the node.
 //!
-//! But for ports that the daemon relays, packets to a published port never reach a socket of the node, except over loopback: the
+//! Where the rules balance a port, packets to it never reach a socket of the node, except over loopback: the
 //! rules take them first. Without a socket that holds the port, a program could still bind it,
 //! would seem to run, and would receive nothing. A [`Hold`] makes it fail as it should.
+//!
+//! A port of TCP has one listener on all addresses whether the rules balance it or the daemon does: it passes
+//! from the one to the other without a moment in which nobody listens.
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4, SocketAddrV6, TcpListener, UdpSocket};
@@ -20,42 +23,47 @@ const BACKLOG: i32 = 1024;
 /// A published port that no other program can bind while this value lives.
 #[derive(Debug)]
 pub(super) struct Hold {
-    /// Whether the daemon serves all clients of the port, and not the rules.
-    pub(super) is_relayed: bool,
     _sockets: Vec<OwnedFd>,
 }
 
-/// The sockets of one port that the daemon serves: for clients on the node itself that use loopback
-/// addresses, or for all.
+/// The sockets of one port that the daemon serves.
 #[derive(Debug)]
 pub(super) enum Listeners {
-    /// Of TCP, on 127.0.0.1, and on ::1 where the host has IPv6.
-    Streams(Vec<TcpListener>),
-    /// Of UDP, on the same.
-    Datagrams(Vec<UdpSocket>),
     /// Of TCP, on every address, of IPv6 where the host has it.
-    Everyone(Vec<TcpListener>),
+    Streams(Vec<TcpListener>),
+    /// Of UDP, on 127.0.0.1, and on ::1 where the host has IPv6.
+    Datagrams(Vec<UdpSocket>),
     /// None: an association has addresses of its own in its messages, which no relay can stand for.
     None,
 }
 
-/// Holds a port on all addresses and listens on the loopback addresses.
-pub(super) fn hold(key: PortKey) -> io::Result<(Hold, Listeners)> {
+/// Holds a port on all addresses, and listens for those that the rules leave to the daemon.
+///
+/// A port of TCP is listened on by every IPv6 address only where `all_ipv6`: elsewhere clients are to be refused, who
+/// then go on to IPv4.
+pub(super) fn hold(key: PortKey, all_ipv6: bool) -> io::Result<(Hold, Listeners)> {
     match key.protocol {
-        Protocol::Tcp => hold_streams(key),
+        Protocol::Tcp => hold_streams(key, all_ipv6),
         Protocol::Udp => hold_datagrams(key),
         Protocol::Sctp => hold_associations(key),
     }
 }
 
-/// Listens on a port on all addresses.
-pub(super) fn hold_relayed(key: PortKey) -> io::Result<(Hold, Listeners)> {
+fn hold_streams(key: PortKey, all_ipv6: bool) -> io::Result<(Hold, Listeners)> {
     // Reuse lets connections be of which the last packets are still on their way; another listener keeps the port.
     let mut listeners = vec![listening(bound(Transport::Stream, true, &any(key))?)?];
     let ipv6 = if_ipv6(bound(Transport::Stream, true, &any6(key)))?;
-    listeners.extend(ipv6.map(listening).transpose()?);
-    let hold = Hold { is_relayed: true, _sockets: Vec::new() };
-    Ok((hold, Listeners::Everyone(listeners)))
+    if all_ipv6 {
+        listeners.extend(ipv6.map(listening).transpose()?);
+        return Ok((Hold { _sockets: Vec::new() }, Listeners::Streams(listeners)));
+    }
+    if let Some(holder) = &ipv6 {
+        let local = if_ipv6(bound(Transport::Stream, true, &local6(key)))?;
+        listeners.extend(local.map(listening).transpose()?);
+        // It does not listen, and conflicts with everybody else's from now on.
+        setsockopt(holder, sockopt::ReuseAddr, &false)?;
+    }
+    Ok((Hold { _sockets: ipv6.into_iter().collect() }, Listeners::Streams(listeners)))
 }
 
 /// Fails with [`io::ErrorKind::Unsupported`] where the kernel has no SCTP: then no program of this
@@ -67,25 +75,7 @@ fn hold_associations(key: PortKey) -> io::Result<(Hold, Listeners)> {
     };
     let mut holders = vec![bound(Transport::Sctp, false, &any(key)).map_err(missing)?];
     holders.extend(if_ipv6(bound(Transport::Sctp, false, &any6(key)))?);
-    Ok((Hold { is_relayed: false, _sockets: holders }, Listeners::None))
-}
-
-/// The holding sockets, of each IP version one, are bound but do not listen. They allow the reuse of
-/// their addresses only until our own listeners are bound beside them; from then on they conflict with
-/// everybody else's.
-fn hold_streams(key: PortKey) -> io::Result<(Hold, Listeners)> {
-    let mut holders = vec![bound(Transport::Stream, true, &any(key))?];
-    let local = bound(Transport::Stream, true, &local(key))?;
-    let mut listeners = vec![listening(local)?];
-    if let Some(holder) = if_ipv6(bound(Transport::Stream, true, &any6(key)))? {
-        holders.push(holder);
-        let local = if_ipv6(bound(Transport::Stream, true, &local6(key)))?;
-        listeners.extend(local.map(listening).transpose()?);
-    }
-    for holder in &holders {
-        setsockopt(holder, sockopt::ReuseAddr, &false)?;
-    }
-    Ok((Hold { is_relayed: false, _sockets: holders }, Listeners::Streams(listeners)))
+    Ok((Hold { _sockets: holders }, Listeners::None))
 }
 
 /// Sockets of UDP share an address where both allow its reuse, and many servers do: a holding socket
@@ -108,7 +98,7 @@ fn hold_datagrams(key: PortKey) -> io::Result<(Hold, Listeners)> {
         setsockopt(holder, sockopt::RcvBuf, &0)?;
     }
     let sockets = sockets.into_iter().map(UdpSocket::from).collect();
-    Ok((Hold { is_relayed: false, _sockets: holders }, Listeners::Datagrams(sockets)))
+    Ok((Hold { _sockets: holders }, Listeners::Datagrams(sockets)))
 }
 
 /// Nothing where the host has no IPv6, or no such address.
@@ -181,37 +171,24 @@ mod tests {
     #[test]
     fn a_held_port_is_refused_to_others_and_free_after() {
         let key = PortKey { protocol: Protocol::Tcp, port: free_port() };
-        let (hold, loopback) = hold(key).unwrap();
-        for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]", "[::1]"] {
-            // `TcpListener::bind` sets SO_REUSEADDR, as most servers do.
-            let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+        for all_ipv6 in [true, false] {
+            let (hold, listeners) = hold(key, all_ipv6).unwrap();
+            for address in ["0.0.0.0", "127.0.0.1", "127.0.0.2", "[::]", "[::1]"] {
+                // `TcpListener::bind` sets SO_REUSEADDR, as most servers do.
+                let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
+            }
+            assert!(super::hold(key, true).is_err());
+            drop((hold, listeners));
+            TcpListener::bind(("0.0.0.0", key.port)).unwrap();
         }
-        assert!(super::hold(key).is_err());
-        drop((hold, loopback));
-        TcpListener::bind(("0.0.0.0", key.port)).unwrap();
-    }
-
-    #[test]
-    fn a_relayed_port_is_refused_to_others_and_free_after() {
-        let key = PortKey { protocol: Protocol::Tcp, port: free_port() };
-        let (_, listeners) = hold_relayed(key).unwrap();
-        for address in ["0.0.0.0", "127.0.0.1", "[::]", "[::1]"] {
-            let error = TcpListener::bind(format!("{address}:{}", key.port)).unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::AddrInUse, "{address}");
-        }
-        assert!(hold(key).is_err() && hold_relayed(key).is_err());
-        drop(listeners);
-        let (held, _) = hold(key).unwrap();
-        assert!(!held.is_relayed);
-        assert!(hold_relayed(key).is_err());
     }
 
     #[test]
     fn a_port_in_use_is_not_held() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let error = hold(PortKey { protocol: Protocol::Tcp, port }).unwrap_err();
+        let error = hold(PortKey { protocol: Protocol::Tcp, port }, true).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
     }
 
@@ -219,7 +196,7 @@ mod tests {
     fn a_held_port_of_datagrams_is_refused_to_others_and_free_after() {
         let port = UdpSocket::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();
         let key = PortKey { protocol: Protocol::Udp, port };
-        let (hold, loopback) = hold(key).unwrap();
+        let (hold, loopback) = hold(key, true).unwrap();
         let addresses = ["0.0.0.0", "127.0.0.1", "127.0.0.2"].map(|text| text.parse().unwrap());
         let theirs = |address| SockaddrIn::from(SocketAddrV4::new(address, port));
         for address in addresses {
@@ -240,8 +217,8 @@ mod tests {
 
         // A server that shares its address with whoever asks for it has the port all the same.
         let server = bound(Transport::Datagram, true, &theirs(addresses[2])).unwrap();
-        assert_eq!(super::hold(key).unwrap_err().kind(), io::ErrorKind::AddrInUse);
+        assert_eq!(super::hold(key, true).unwrap_err().kind(), io::ErrorKind::AddrInUse);
         drop(server);
-        super::hold(key).unwrap();
+        super::hold(key, true).unwrap();
     }
 }

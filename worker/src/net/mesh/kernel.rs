@@ -1,24 +1,22 @@
 //! The part of the mesh that lives on a dedicated thread and blocks on the kernel.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
-use std::io;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use skep_worker_core::mesh::{
-    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Relay, Slices, leave_out, relays,
-    twin_net,
+    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Relay, Slices, Target, leave_out,
+    relays, twin_net,
 };
 
 use super::ejection::{Ejector, Sample};
 use super::flows::KernelFlows;
-use super::hold::{Hold, Listeners, hold, hold_relayed};
 use super::layout::Layout;
 use super::links;
 use super::options::Options;
-use super::program::{Program, holder_after};
+use super::ports::{Condition, Follow, ListenerChanges, Ports};
 use super::routes::Routes;
 use super::rules::{Rules, Wanted};
 use crate::net::rtnetlink::RouteChannel;
@@ -27,81 +25,20 @@ use crate::net::{Error, sysctl};
 /// The file in the run directory whose lock says that a daemon drives this node's mesh.
 const LOCK_FILE: &str = "mesh.lock";
 
-/// Something about a published port that its service's users should know.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Condition {
-    /// Another program of this node has the port, so the mesh leaves it alone here. Remedy: stop
-    /// that program; the next table, or the same one again, takes the port.
-    PortHeld {
-        /// The service that publishes the port.
-        service_id: String,
-        /// The port.
-        port: PortKey,
-        /// The program, where the kernel shows it.
-        program: Option<Program>,
-    },
-    /// The port could not be taken for another reason, and is not served here. On a kernel without SCTP
-    /// a port of it is served all the same to clients elsewhere, by tasks of nodes that have it.
-    PortFailed {
-        /// The service that publishes the port.
-        service_id: String,
-        /// The port.
-        port: PortKey,
-        /// What the kernel said.
-        reason: String,
-    },
-}
+/// What serves the published ports of a node, on a thread of its own.
+pub(super) trait Balancing: Send + 'static {
+    /// Puts a table into effect. Whatever the outcome, the listeners have followed what changed for them.
+    fn apply(&mut self, table: &MeshTable, follow: Follow<'_>) -> Result<Vec<Condition>, Error>;
 
-impl Condition {
-    /// The port.
-    pub fn port(&self) -> PortKey {
-        match self {
-            Self::PortHeld { port, .. } | Self::PortFailed { port, .. } => *port,
-        }
-    }
+    /// Whether a port that the last table could not be given is free, or has another holder: the table must be
+    /// applied again.
+    fn has_other_conditions(&self) -> bool;
 
-    /// The service that publishes it.
-    pub fn service_id(&self) -> &str {
-        match self {
-            Self::PortHeld { service_id, .. } | Self::PortFailed { service_id, .. } => service_id,
-        }
-    }
+    /// Lets go of the ports and of the lock; what serves without the daemon stays.
+    fn release(&mut self) -> Result<(), Error>;
 
-    /// What is the matter with the port, and what to do: the end of a sentence about it.
-    pub fn advice(&self) -> String {
-        match self {
-            Self::PortHeld { .. } => {
-                format!("{}: stop it or publish another port", self.reason())
-            }
-            Self::PortFailed { .. } => self.reason(),
-        }
-    }
-
-    fn reason(&self) -> String {
-        match self {
-            Self::PortHeld { program: Some(program), .. } => format!("is held by {program}"),
-            Self::PortHeld { program: None, .. } => "is held by another program".to_owned(),
-            Self::PortFailed { reason, .. } => format!("could not be taken: {reason}"),
-        }
-    }
-}
-
-impl std::fmt::Display for Condition {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "port {} {}", self.port(), self.reason())
-    }
-}
-
-/// What changed for the listeners, which live on the runtime.
-#[derive(Debug, Default)]
-pub(super) struct ListenerChanges {
-    pub(super) serve: Vec<(PortKey, Listeners)>,
-    pub(super) withdraw: Vec<PortKey>,
-    /// What every relayed port is balanced to.
-    pub(super) balance: BTreeMap<PortKey, Relay>,
-    /// Whether a port passes between the rules and the daemon: the same table must be applied again when
-    /// the listeners of withdrawn ports are closed.
-    pub(super) is_halfway: bool,
+    /// Removes everything of the mesh from the kernel, and nothing else.
+    fn teardown(&mut self) -> Result<(), Error>;
 }
 
 /// The kernel's state of the mesh on this node.
@@ -113,13 +50,13 @@ pub(super) struct Kernel {
     routes: Routes,
     routes6: Option<Routes>,
     rules: Rules,
-    holds: BTreeMap<PortKey, Hold>,
+    ports: Ports,
+    /// Those that the daemon balances, or did before the rules that were last tried.
+    relayed: BTreeSet<PortKey>,
     flows: KernelFlows,
     ejector: Ejector,
     /// What the last table wants, of IPv4 and IPv6; nothing before there was one.
     wanted: Option<(Objects, Option<Objects>)>,
-    /// Ports that the last table could not be given.
-    conditions: Vec<Condition>,
     lock: File,
 }
 
@@ -135,6 +72,7 @@ impl Kernel {
             sysctl::ensure_ipv6_forwarding()?;
         }
         links::ensure(&mut channel, &options, &slices)?;
+        let mtu = links::mesh_mtu(&mut channel, &options)?;
         let mut rules = open_rules(&options, &slices)?;
         // What an earlier daemon published stays until the first table says otherwise.
         let (present, present6) = rules.observe()?;
@@ -143,11 +81,11 @@ impl Kernel {
             routes: Routes::open(&options)?,
             routes6: open_routes6(&options)?,
             rules,
-            holds: BTreeMap::new(),
+            ports: Ports::new(links::carries_ipv6(&options, mtu)),
+            relayed: BTreeSet::new(),
             flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
             ejector: Ejector::open()?,
             wanted: None,
-            conditions: Vec::new(),
             options,
             slices,
             channel,
@@ -155,103 +93,10 @@ impl Kernel {
         };
         let mut changes = ListenerChanges::default();
         for key in present.ports.keys() {
-            match hold(*key) {
-                Ok((hold, listeners)) => {
-                    kernel.holds.insert(*key, hold);
-                    changes.serve.push((*key, listeners));
-                }
-                Err(error) if is_without_sctp(*key, &error) => {}
-                Err(error) => tracing::warn!(port = %key, %error, "failed to hold the port again"),
-            }
+            kernel.ports.hold_again(*key, &mut changes);
         }
         kernel.rules.converge((&present, present6.as_ref()))?;
         Ok((kernel, changes))
-    }
-
-    /// Puts a table into effect. Whatever the outcome, the listeners must follow the changes.
-    pub(super) fn apply(
-        &mut self,
-        table: &MeshTable,
-    ) -> (ListenerChanges, Result<Vec<Condition>, Error>) {
-        let mut changes = ListenerChanges::default();
-        let result = self.try_apply(table, &mut changes);
-        (changes, result)
-    }
-
-    fn try_apply(
-        &mut self,
-        table: &MeshTable,
-        changes: &mut ListenerChanges,
-    ) -> Result<Vec<Condition>, Error> {
-        self.options.check_table(table)?;
-        let version = table.version;
-        let invalid = |source| Error::Table { version, source };
-        let mut wanted = Objects::of(table).map_err(invalid)?;
-        let mut twin = Objects::twin_of(table).map_err(invalid)?;
-        changes.balance = relays(table);
-        let conditions = self.take_ports(table, &mut wanted, changes);
-        self.conditions.clone_from(&conditions);
-        if let Some(twin) = &mut twin {
-            twin.ports.retain(|key, _| wanted.ports.contains_key(key));
-        }
-        self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
-        // Listeners are bound by now: they must be served also if something below fails.
-        self.converge(&wanted, twin.as_ref())?;
-        let relayed = changes.balance.keys();
-        let published: BTreeSet<PortKey> = wanted.ports.keys().chain(relayed).copied().collect();
-        let withdrawn = self.holds.keys().filter(|key| !published.contains(key));
-        changes.withdraw.extend(withdrawn.copied());
-        self.holds.retain(|key, _| published.contains(key));
-        Ok(conditions)
-    }
-
-    /// Whether a port of [`Self::conditions`] is free, or another program has it: the table must be
-    /// applied again. Costs nothing where there are none.
-    pub(super) fn has_other_conditions(&self) -> bool {
-        self.conditions.iter().any(|condition| match condition {
-            Condition::PortHeld { program: Some(program), .. } => !program.holds_still(),
-            _ => hold(condition.port()).is_ok(),
-        })
-    }
-
-    /// Holds every port that is not held yet; takes those that others have out of `wanted`.
-    fn take_ports(
-        &mut self,
-        table: &MeshTable,
-        wanted: &mut Objects,
-        changes: &mut ListenerChanges,
-    ) -> Vec<Condition> {
-        let mut conditions = Vec::new();
-        for published in &table.ports {
-            let key = PortKey { protocol: published.protocol, port: published.published };
-            let is_relayed = changes.balance.contains_key(&key);
-            if let Some(present) = self.holds.get(&key) {
-                if present.is_relayed != is_relayed {
-                    self.holds.remove(&key);
-                    wanted.ports.remove(&key);
-                    changes.balance.remove(&key);
-                    changes.withdraw.push(key);
-                    changes.is_halfway = true;
-                }
-                continue;
-            }
-            match if is_relayed { hold_relayed(key) } else { hold(key) } {
-                Ok((hold, listeners)) => {
-                    self.holds.insert(key, hold);
-                    changes.serve.push((key, listeners));
-                }
-                Err(error) => {
-                    // A port that no program could take is served by the rules alone.
-                    if !is_without_sctp(key, &error) {
-                        wanted.ports.remove(&key);
-                        changes.balance.remove(&key);
-                    }
-                    let known = self.conditions.iter().find(|known| known.port() == key);
-                    conditions.push(refused(published.service_id.clone(), key, &error, known));
-                }
-            }
-        }
-        conditions
     }
 
     /// Routing that is added, then all rules at once, then routing that is deleted. A failure of
@@ -315,20 +160,6 @@ impl Kernel {
         converge_rules(&mut self.rules, &mut self.ejector, wanted)?.map_or(Ok(()), Err)
     }
 
-    /// Lets go of the ports and of the lock; forwarding stays.
-    pub(super) fn release(&mut self) -> Result<(), Error> {
-        self.holds.clear();
-        let path = self.options.run_dir.join(LOCK_FILE);
-        self.lock.unlock().map_err(|e| Error::file("unlock", path, e))
-    }
-
-    /// Removes everything of the mesh from the kernel, and nothing else.
-    pub(super) fn teardown(&mut self) -> Result<(), Error> {
-        let routes = [Some(&mut self.routes), self.routes6.as_mut()];
-        let removed = remove_all(&mut self.rules, routes, &mut self.channel);
-        removed.and(self.release())
-    }
-
     /// The same where no mesh was started, of what an earlier daemon left.
     pub(super) fn remove(run_dir: PathBuf) -> Result<(), Error> {
         // What is removed has the same names whatever number and address the node had.
@@ -339,6 +170,82 @@ impl Kernel {
         let routes = [Some(&mut routes), routes6.as_mut()];
         remove_all(&mut rules, routes, &mut RouteChannel::open()?)
     }
+}
+
+impl Balancing for Kernel {
+    fn apply(&mut self, table: &MeshTable, follow: Follow<'_>) -> Result<Vec<Condition>, Error> {
+        self.options.check_table(table)?;
+        let version = table.version;
+        let invalid = |source| Error::Table { version, source };
+        let mut wanted = Objects::of(table).map_err(invalid)?;
+        let mut twin = Objects::twin_of(table).map_err(invalid)?;
+        let mut changes = ListenerChanges { balance: relays(table), ..ListenerChanges::default() };
+        let mut conditions = Vec::new();
+        for refused in self.ports.take(table.ports.iter(), &mut changes) {
+            if !refused.is_served {
+                wanted.ports.remove(&refused.condition.port());
+                changes.balance.remove(&refused.condition.port());
+            }
+            conditions.push(refused.condition);
+        }
+        self.ports.note(&conditions);
+        if let Some(twin) = &mut twin {
+            twin.ports.retain(|key, _| wanted.ports.contains_key(key));
+        }
+        self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
+        let relayed: BTreeSet<PortKey> = changes.balance.keys().copied().collect();
+        let to_rules = self.relayed.iter().filter(|key| wanted.ports.contains_key(key));
+        let by_rules: Vec<PortKey> = to_rules.copied().collect();
+        self.relayed.extend(&relayed);
+        // Who comes before the rules is not given to a task that the table names no more.
+        changes.balance.extend(by_rules.iter().map(|key| (*key, as_relay(&wanted.ports[key]))));
+        // Before the rules: what they take no longer must find whoever serves it, and listeners are bound by now
+        // and must be served also if something below fails.
+        follow(changes);
+        self.converge(&wanted, twin.as_ref())?;
+        // After them: until now clients may have come past them.
+        self.relayed = relayed;
+        let withdraw = self.ports.keep(table);
+        follow(ListenerChanges { by_rules, withdraw, ..ListenerChanges::default() });
+        Ok(conditions)
+    }
+
+    fn has_other_conditions(&self) -> bool {
+        self.ports.has_other_conditions()
+    }
+
+    fn release(&mut self) -> Result<(), Error> {
+        self.ports.release();
+        unlock(&self.lock, &self.options)
+    }
+
+    fn teardown(&mut self) -> Result<(), Error> {
+        let routes = [Some(&mut self.routes), self.routes6.as_mut()];
+        let removed = remove_all(&mut self.rules, routes, &mut self.channel);
+        removed.and(self.release())
+    }
+}
+
+/// What the rules balance, as the daemon does meanwhile.
+fn as_relay(endpoints: &[Endpoint]) -> Relay {
+    let target = |endpoint: &Endpoint| match endpoint.address {
+        IpAddr::V4(address) => {
+            Some(Target { address: SocketAddrV4::new(address, endpoint.port), passage: None })
+        }
+        IpAddr::V6(_) => None,
+    };
+    Relay { proxy_protocol: None, backends: endpoints.iter().filter_map(target).collect() }
+}
+
+/// Makes the rules of a published port in the calling thread's network namespace, which must be a scratch one.
+pub(in crate::net) fn probe_rules() -> Result<(), Error> {
+    let options = Options::new(1, Ipv4Addr::LOCALHOST, "", PathBuf::new());
+    let slices = options.slices()?;
+    let key = PortKey { protocol: Protocol::Tcp, port: 1 };
+    let endpoint = |address: Ipv4Addr| Endpoint { address: address.into(), port: 1 };
+    let backends = slices.task_addresses(1).take(2).map(endpoint).collect();
+    let wanted = Objects { ports: [(key, backends)].into(), ..Objects::default() };
+    open_rules(&options, &slices)?.converge((&wanted, None))
 }
 
 /// Brings the rules to what is wanted, without the backends that do not answer. What fails after that is
@@ -372,45 +279,25 @@ fn remove_all(
     removed.into_iter().collect()
 }
 
-fn open_rules(options: &Options, slices: &Slices) -> Result<Rules, Error> {
+pub(super) fn open_rules(options: &Options, slices: &Slices) -> Result<Rules, Error> {
     let slice = slices.slice(options.self_number);
     let [ipv4, ipv6] = [IpNet::from(slice), twin_net(slice).into()];
     Rules::open(Layout::new(options, ipv4), Layout::new(options, ipv6))
 }
 
 /// The routing of IPv6, where the kernel has any, be it only to remove what an earlier daemon left.
-fn open_routes6(options: &Options) -> Result<Option<Routes>, Error> {
+pub(super) fn open_routes6(options: &Options) -> Result<Option<Routes>, Error> {
     sysctl::has_ipv6_settings().then(|| Routes::open_ipv6(options)).transpose()
 }
 
-fn is_without_sctp(port: PortKey, error: &io::Error) -> bool {
-    port.protocol == Protocol::Sctp && error.kind() == io::ErrorKind::Unsupported
+/// Lets another daemon drive the node's mesh.
+pub(super) fn unlock(lock: &File, options: &Options) -> Result<(), Error> {
+    let path = options.run_dir.join(LOCK_FILE);
+    lock.unlock().map_err(|e| Error::file("unlock", path, e))
 }
 
-/// Why a port could not be taken; `known` is what was said of it before.
-fn refused(
-    service_id: String,
-    port: PortKey,
-    error: &io::Error,
-    known: Option<&Condition>,
-) -> Condition {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            let known = match known {
-                Some(Condition::PortHeld { program, .. }) => program.as_ref(),
-                _ => None,
-            };
-            Condition::PortHeld { service_id, port, program: holder_after(port, known) }
-        }
-        _ if is_without_sctp(port, error) => {
-            let reason = "this kernel has no SCTP (CONFIG_IP_SCTP; try: modprobe sctp)".to_owned();
-            Condition::PortFailed { service_id, port, reason }
-        }
-        _ => Condition::PortFailed { service_id, port, reason: error.to_string() },
-    }
-}
-
-fn lock(options: &Options) -> Result<File, Error> {
+/// Fails where another daemon drives the node's mesh.
+pub(super) fn lock(options: &Options) -> Result<File, Error> {
     let dir = &options.run_dir;
     fs::create_dir_all(dir).map_err(|e| Error::file("make the directory", dir, e))?;
     let path = dir.join(LOCK_FILE);

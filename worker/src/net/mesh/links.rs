@@ -93,11 +93,7 @@ pub(super) fn ensure(
     let number = options.self_number;
     let address = slices.bridge_address(number);
 
-    let (mac, info) = (Mac::bridge(number), vec![LinkInfo::Kind(InfoKind::Bridge)]);
-    let bridge = ensure_link(channel, BRIDGE, "bridge", mac, mtu, info)?;
-    let on_bridge = Ipv4Net::new_assert(address, slices.slice_prefix());
-    ensure_address(channel, BRIDGE, bridge, on_bridge)?;
-
+    let (bridge, on_bridge) = ensure_bridge_only(channel, slices, number, mtu)?;
     delete_other_tunnel(channel, options)?;
     let (mac, info) = (Mac::tunnel(number), tunnel_info(options));
     let tunnel = ensure_link(channel, TUNNEL, "VXLAN device", mac, mtu, info)?;
@@ -116,6 +112,30 @@ pub(super) fn ensure(
         }
     }
     Ok(Devices { bridge, tunnel, has_ipv6 })
+}
+
+/// Makes the bridge what it must be, where there is no tunnel.
+pub(super) fn ensure_bridge(
+    channel: &mut RouteChannel,
+    options: &Options,
+    slices: &Slices,
+) -> Result<(), Error> {
+    let mtu = mesh_mtu(channel, options)?;
+    ensure_bridge_only(channel, slices, options.self_number, mtu)?;
+    sysctl::ensure_no_ipv6(BRIDGE)
+}
+
+fn ensure_bridge_only(
+    channel: &mut RouteChannel,
+    slices: &Slices,
+    number: u16,
+    mtu: u32,
+) -> Result<(u32, Ipv4Net), Error> {
+    let (mac, info) = (Mac::bridge(number), vec![LinkInfo::Kind(InfoKind::Bridge)]);
+    let bridge = ensure_link(channel, BRIDGE, "bridge", mac, mtu, info)?;
+    let on_bridge = Ipv4Net::new_assert(slices.bridge_address(number), slices.slice_prefix());
+    ensure_address(channel, BRIDGE, bridge, on_bridge)?;
+    Ok((bridge, on_bridge))
 }
 
 /// Whether the mesh of a node carries IPv6.
@@ -139,6 +159,14 @@ pub(super) fn remove(channel: &mut RouteChannel) -> Result<(), Error> {
         channel.delete_link(&link.name, link.index)?;
     }
     Ok(())
+}
+
+/// Removes the tunnel alone; fine where there is none.
+pub(super) fn remove_tunnel(channel: &mut RouteChannel) -> Result<(), Error> {
+    match channel.link(TUNNEL)? {
+        Some(link) => channel.delete_link(TUNNEL, link.index),
+        None => Ok(()),
+    }
 }
 
 fn tunnel_info(options: &Options) -> Vec<LinkInfo> {

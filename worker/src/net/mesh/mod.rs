@@ -24,12 +24,14 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `ejection`, `links`, `uplink`, `hold`, `relay`, `upstream`, `datagrams`, `refusal`.
+//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `relay`, `upstream`, `passage`,
+//! `datagrams`, `refusal`; and `user_space`, which stands in for `kernel` where that lacks what it takes.
 //!
 //! # Invariants
 //!
 //! - The kernel's state is the truth: it is read back before it is changed, so a daemon that
 //!   restarts takes over without disturbing a connection.
+//! - A port passes between the rules and the daemon under one listener: no client is refused meanwhile.
 //! - When [`Mesh::apply`] returns, the kernel's rules are those of the table without such backends, and no flow of datagrams
 //!   goes to a task that the table does not name.
 //! - A backend that refuses or does not answer gets no connections of this node until it does; the last
@@ -38,9 +40,9 @@
 //!   programs' tables only `filter FORWARD` gets rules, tagged with the comment "skep mesh". Nothing depends on
 //!   br_netfilter.
 //! - The end of the daemon leaves forwarding as it is; only [`Mesh::teardown`] removes it. Connections that go
-//!   through the daemon end with it: those of loopback clients, and of ports with the PROXY protocol.
+//!   through the daemon end with it: those of loopback clients, and of ports that it balances.
 //!
-//! A published port costs the daemon four file descriptors; its limit must allow for that.
+//! A published port costs the daemon up to four file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
 mod datagrams;
@@ -51,13 +53,16 @@ mod kernel;
 mod layout;
 pub(in crate::net) mod links;
 pub(in crate::net) mod options;
+mod passage;
+mod ports;
 mod program;
 mod refusal;
-mod relay;
+pub(crate) mod relay;
 mod routes;
 mod rules;
 mod uplink;
 mod upstream;
+mod user_space;
 
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -66,16 +71,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use skep_runtime::TaskSet;
 use skep_worker_core::mesh::MeshTable;
 use tokio::sync::Notify;
-use tokio::task::JoinHandle;
 
-pub use self::kernel::Condition;
 pub use self::options::{MarkField, Options};
+pub use self::passage::{Carrier, Passages};
+pub use self::ports::Condition;
 pub use self::program::Program;
 pub use super::sysctl::host_has_ipv6;
 
-use self::kernel::{Kernel, ListenerChanges};
+pub(in crate::net) use self::kernel::probe_rules;
+use self::kernel::{Balancing, Kernel};
 use self::relay::Relays;
 use self::uplink::Uplinks;
+use self::user_space::UserSpace;
 use super::Error;
 use super::thread::KernelThread;
 
@@ -91,10 +98,30 @@ pub struct Applied {
 /// The routing mesh of this node. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Mesh {
-    kernel: Arc<KernelThread<Kernel>>,
+    driver: Driver,
     uplinks: Arc<KernelThread<Uplinks>>,
     relays: Arc<Mutex<Relays>>,
     ejection: Arc<Ejection>,
+}
+
+/// What serves the ports.
+#[derive(Debug, Clone)]
+enum Driver {
+    Kernel(Arc<KernelThread<Kernel>>),
+    UserSpace(Arc<KernelThread<UserSpace>>),
+}
+
+impl Driver {
+    /// Runs `job` on its thread and returns what it returned.
+    async fn run<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut dyn Balancing) -> T + Send + 'static,
+    ) -> Result<T, Error> {
+        match self {
+            Self::Kernel(thread) => thread.run(|kernel| job(kernel)).await,
+            Self::UserSpace(thread) => thread.run(|user_space| job(user_space)).await,
+        }
+    }
 }
 
 /// What looks for backends that do not answer, and ends with the last mesh that shares it.
@@ -112,29 +139,39 @@ impl Drop for Ejection {
 
 impl Mesh {
     /// Sets the mesh up in the network namespace of the calling thread, or takes over what an
-    /// earlier daemon left there.
+    /// earlier daemon left there. Nothing is carried through other nodes' daemons.
     ///
     /// Must be called within a Tokio runtime.
     pub async fn start(options: Options) -> Result<Self, Error> {
+        Self::start_through(options, None).await
+    }
+
+    /// The same; what no tunnel leads to goes by the passages.
+    pub async fn start_through(
+        mut options: Options,
+        passages: Option<Arc<dyn Passages>>,
+    ) -> Result<Self, Error> {
+        // Tasks of such a node are reached by IPv4 alone.
+        options.ipv6 &= !options.is_in_user_space;
         let slices = options.slices()?;
-        let underlay = options.underlay;
-        let for_uplinks = options.clone();
-        let (kernel, changes) =
-            KernelThread::start("skep-mesh", move || Kernel::start(options)).await?;
-        let (uplinks, ()) = KernelThread::start("skep-uplinks", move || {
-            Ok((Uplinks::open(for_uplinks, slices)?, ()))
-        })
-        .await?;
-        let mesh = Self {
-            kernel: Arc::new(kernel),
-            uplinks: Arc::new(uplinks),
-            relays: Arc::new(Mutex::new(Relays::new(underlay))),
-            ejection: Arc::new(Ejection::default()),
+        let relays = Arc::new(Mutex::new(Relays::new(options.underlay, passages)));
+        let ejection = Ejection::default();
+        let of_driver = options.clone();
+        let driver = if options.is_in_user_space {
+            let start = move || Ok((UserSpace::start(of_driver)?, ()));
+            let (thread, ()) = KernelThread::start("skep-mesh", start).await?;
+            Driver::UserSpace(Arc::new(thread))
+        } else {
+            let start = move || Kernel::start(of_driver);
+            let (thread, changes) = KernelThread::start("skep-mesh", start).await?;
+            relays.lock().unwrap_or_else(PoisonError::into_inner).follow(changes);
+            let thread = Arc::new(thread);
+            ejection::start(&ejection.tasks, thread.clone(), ejection.table_changed.clone());
+            Driver::Kernel(thread)
         };
-        mesh.follow(changes);
-        let Ejection { tasks, table_changed } = &*mesh.ejection;
-        ejection::start(tasks, mesh.kernel.clone(), table_changed.clone());
-        Ok(mesh)
+        let open = move || Ok((Uplinks::open(options, slices)?, ()));
+        let (uplinks, ()) = KernelThread::start("skep-uplinks", open).await?;
+        Ok(Self { driver, uplinks: Arc::new(uplinks), relays, ejection: Arc::new(ejection) })
     }
 
     /// Puts a table into effect; returns when the kernel's rules are changed.
@@ -149,21 +186,11 @@ impl Mesh {
         let runtime = tokio::runtime::Handle::current();
         let table_changed = self.ejection.table_changed.clone();
         // Listeners follow on the thread: a caller that stops waiting must not separate them.
-        let result = self.kernel.run(move |kernel| {
-            let (changes, result) = kernel.apply(&table);
+        let result = self.driver.run(move |balancing| {
             let _runtime = runtime.enter();
-            let is_halfway = changes.is_halfway;
-            for listening in follow(&relays, changes).into_iter().filter(|_| is_halfway) {
-                // It ends at once, and its listener with it. A panic in there is told where it happens.
-                let _ = runtime.block_on(listening);
-            }
-            let result = if is_halfway {
-                let (changes, result) = kernel.apply(&table);
-                follow(&relays, changes);
-                result
-            } else {
-                result
-            };
+            let result = balancing.apply(&table, &mut |changes| {
+                relays.lock().unwrap_or_else(PoisonError::into_inner).follow(changes);
+            });
             table_changed.notify_one();
             result
         });
@@ -174,13 +201,16 @@ impl Mesh {
     /// them: sent again, they go to other tasks. To be called when answers that were under way at
     /// [`Mesh::apply`] have come.
     pub async fn settle(&self) -> Result<(), Error> {
-        self.kernel.run(Kernel::settle).await?
+        match &self.driver {
+            Driver::Kernel(thread) => thread.run(Kernel::settle).await?,
+            Driver::UserSpace(_) => Ok(()), // Nothing of it is in the kernel.
+        }
     }
 
     /// Whether a port that another program had is free, or has another holder, since the last
     /// [`Mesh::apply`]: applying the table again then changes what is served or said.
     pub async fn has_other_conditions(&self) -> Result<bool, Error> {
-        self.kernel.run(|kernel| kernel.has_other_conditions()).await
+        self.driver.run(|balancing| balancing.has_other_conditions()).await
     }
 
     /// Gives the container of a task its uplink, called `interface` in there, with an address of the
@@ -214,7 +244,7 @@ impl Mesh {
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn teardown(&self) -> Result<(), Error> {
         self.end_tasks().await;
-        self.kernel.run(Kernel::teardown).await?
+        self.driver.run(|balancing| balancing.teardown()).await?
     }
 
     /// Removes what an earlier daemon's mesh left on this node, as [`Mesh::teardown`] does: for a node
@@ -232,7 +262,7 @@ impl Mesh {
     /// The mesh is of no use afterwards; start another one instead.
     pub async fn shutdown(&self) -> Result<(), Error> {
         self.end_tasks().await;
-        self.kernel.run(Kernel::release).await?
+        self.driver.run(|balancing| balancing.release()).await?
     }
 
     async fn end_tasks(&self) {
@@ -240,21 +270,4 @@ impl Mesh {
         let tasks = self.relays.lock().unwrap_or_else(PoisonError::into_inner).end();
         tasks.shutdown().await;
     }
-
-    fn follow(&self, changes: ListenerChanges) {
-        follow(&self.relays, changes);
-    }
-}
-
-/// Returns the tasks with whose end the listeners of withdrawn ports are closed.
-fn follow(relays: &Mutex<Relays>, changes: ListenerChanges) -> Vec<JoinHandle<()>> {
-    let mut relays = relays.lock().unwrap_or_else(PoisonError::into_inner);
-    let withdrawn = changes.withdraw.into_iter().flat_map(|key| relays.withdraw(key)).collect();
-    for (key, relay) in &changes.balance {
-        relays.balance(*key, relay);
-    }
-    for (key, listeners) in changes.serve {
-        relays.serve(key, listeners);
-    }
-    withdrawn
 }

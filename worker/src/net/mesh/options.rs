@@ -77,6 +77,8 @@ pub struct Options {
     /// Whether published ports answer on the node's IPv6 addresses, too: where
     /// [`host_has_ipv6`](super::host_has_ipv6).
     pub ipv6: bool,
+    /// Whether the daemon balances, since the kernel lacks what it takes: then there are neither rules nor a tunnel.
+    pub is_in_user_space: bool,
     /// The VXLAN network number.
     pub vni: u32,
     /// The UDP port of the tunnel, which nodes must let in from each other.
@@ -101,6 +103,7 @@ impl Options {
             marks: MarkField::default(),
             route_table_base: 20_000,
             ipv6: false,
+            is_in_user_space: false,
             vni: 9001,
             vxlan_port: 4789,
         }

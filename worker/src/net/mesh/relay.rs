@@ -5,8 +5,8 @@
 //! connects to the same port of the node's underlay address instead: the rules take that connection like
 //! any other, so it takes its turn in the same round-robin. Datagrams go the same way (`datagrams`).
 //!
-//! Clients of ports that the kernel does not balance, since their tasks are sent a header: one listener on
-//! all of the node's addresses gives each connection to the next healthy task (`upstream`).
+//! Clients of ports that the kernel does not balance: the same listener, which is on all of the node's addresses,
+//! gives each connection to the next healthy task (`upstream`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,21 +16,23 @@ use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 use skep_runtime::TaskSet;
-use skep_worker_core::mesh::{PortKey, Relay};
+use skep_worker_core::mesh::PortKey;
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::datagrams;
 use super::hold::Listeners;
-use super::upstream::{Balance, Upstream};
+use super::passage::Passages;
+use super::ports::ListenerChanges;
+use super::upstream::{Backend, Balance, Upstream};
 
-/// Loopback connections of all ports at once; more wait in the backlog.
-const CONNECTIONS_MAX: usize = 4096;
+/// Connections of one port through the daemon, each two file descriptors; more wait in the backlog.
+const CONNECTIONS_MAX: usize = 8192;
 
-/// Connections of one port that the daemon balances, each two file descriptors; more wait in the backlog.
-const BALANCED_MAX: usize = 8192;
+/// What is read at once of a connection that goes through another daemon: each piece is a message.
+const PIECE_BYTES: usize = 32 << 10;
 
 /// A client that vanished without a word is noticed after about two minutes: its place is another's.
 const PROBE_AFTER_SECONDS: u32 = 60;
@@ -45,111 +47,112 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct Relays {
     underlay: Ipv4Addr,
     tasks: TaskSet,
-    permits: Arc<Semaphore>,
+    passages: Option<Arc<dyn Passages>>,
     sessions: Arc<Semaphore>,
     served: BTreeMap<PortKey, Served>,
-    balances: BTreeMap<PortKey, Arc<Balance>>,
 }
 
 #[derive(Debug)]
 struct Served {
     token: CancellationToken,
-    listening: Vec<JoinHandle<()>>,
+    /// Whom its connections go to; of no use to datagrams.
+    balance: Arc<Balance>,
 }
 
 impl Relays {
-    pub(super) fn new(underlay: Ipv4Addr) -> Self {
+    /// Listeners of a node with that address. What is beyond the tunnel goes by the passages.
+    pub(super) fn new(underlay: Ipv4Addr, passages: Option<Arc<dyn Passages>>) -> Self {
         Self {
             underlay,
             tasks: TaskSet::new(),
-            permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            passages,
             sessions: Arc::new(Semaphore::new(datagrams::SESSIONS_MAX)),
             served: BTreeMap::new(),
-            balances: BTreeMap::new(),
         }
     }
 
-    /// Serves a port.
-    pub(super) fn serve(&mut self, key: PortKey, listeners: Listeners) {
-        let target = SocketAddrV4::new(self.underlay, key.port);
-        let served = match listeners {
-            Listeners::None => {
-                self.accepting(key, Vec::new(), Upstream::Rules(target), &self.permits)
+    /// Takes over changes. Connections that are established go on.
+    pub(super) fn follow(&mut self, changes: ListenerChanges) {
+        for key in changes.withdraw {
+            if let Some(served) = self.served.remove(&key) {
+                served.token.cancel();
             }
+        }
+        // Whom its first client goes to must be known when a port is served.
+        let mut balance = changes.balance;
+        for (key, listeners) in changes.serve {
+            let first = Arc::<Balance>::default();
+            if let Some(relay) = balance.remove(&key) {
+                first.set(&relay);
+            }
+            let served = self.serve(key, listeners, first);
+            if let Some(earlier) = self.served.insert(key, served) {
+                earlier.token.cancel();
+            }
+        }
+        for (key, relay) in &balance {
+            if let Some(served) = self.served.get(key) {
+                served.balance.set(relay);
+            }
+        }
+        for served in changes.by_rules.iter().filter_map(|key| self.served.get(key)) {
+            served.balance.leave_to_rules();
+        }
+    }
+
+    fn serve(&self, key: PortKey, listeners: Listeners, balance: Arc<Balance>) -> Served {
+        let token = CancellationToken::new();
+        let rules = SocketAddrV4::new(self.underlay, key.port);
+        match listeners {
+            Listeners::None => {}
             Listeners::Streams(listeners) => {
-                self.accepting(key, listeners, Upstream::Rules(target), &self.permits)
+                let (balance, passages) = (balance.clone(), self.passages.clone());
+                let upstream = Upstream { rules, balance, passages };
+                self.accept_on(key, listeners, &upstream, &token);
             }
-            Listeners::Everyone(listeners) => {
-                let balance = self.balances.entry(key).or_default().clone();
-                let permits = Arc::new(Semaphore::new(BALANCED_MAX));
-                self.accepting(key, listeners, Upstream::Tasks(balance), &permits)
-            }
-            Listeners::Datagrams(sockets) => self.relaying(key, sockets, target),
-        };
-        if let Some(earlier) = self.served.insert(key, served) {
-            earlier.token.cancel();
+            Listeners::Datagrams(sockets) => self.relay_from(key, sockets, rules, &token),
         }
+        Served { token, balance }
     }
 
-    fn accepting(
+    fn accept_on(
         &self,
         key: PortKey,
         listeners: Vec<std::net::TcpListener>,
-        upstream: Upstream,
-        permits: &Arc<Semaphore>,
-    ) -> Served {
-        let token = CancellationToken::new();
+        upstream: &Upstream,
+        token: &CancellationToken,
+    ) {
+        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let listeners = listeners.into_iter().map(TcpListener::from_std);
-        let listeners = listeners.filter_map(|listener| served_or_told(key, listener));
-        let accept_on = |listener| {
+        for listener in listeners.filter_map(|listener| served_or_told(key, listener)) {
             let accept = accept(listener, upstream.clone(), permits.clone(), self.tasks.clone());
             let token = token.clone();
             self.tasks.spawn("mesh-accept", async move {
                 token.run_until_cancelled(accept).await;
-            })
-        };
-        let listening = listeners.map(accept_on).collect();
-        Served { token, listening }
+            });
+        }
     }
 
-    fn relaying(
+    fn relay_from(
         &self,
         key: PortKey,
         sockets: Vec<std::net::UdpSocket>,
         target: SocketAddrV4,
-    ) -> Served {
-        let token = CancellationToken::new();
+        token: &CancellationToken,
+    ) {
         let sockets = sockets.into_iter().map(UdpSocket::from_std);
-        let sockets = sockets.filter_map(|socket| served_or_told(key, socket));
-        let relay_from = |socket| {
+        for socket in sockets.filter_map(|socket| served_or_told(key, socket)) {
             let relay = datagrams::relay(socket, target, self.sessions.clone());
             let token = token.clone();
             self.tasks.spawn("mesh-loopback-datagrams", async move {
                 token.run_until_cancelled(relay).await;
-            })
-        };
-        let listening = sockets.map(relay_from).collect();
-        Served { token, listening }
-    }
-
-    /// From now on connections to a port that the daemon balances go to these tasks.
-    pub(super) fn balance(&mut self, key: PortKey, relay: &Relay) {
-        self.balances.entry(key).or_default().set(relay);
-    }
-
-    /// Stops accepting on a port; connections that are established go on. Its listeners are closed when
-    /// the tasks have ended that are returned.
-    pub(super) fn withdraw(&mut self, key: PortKey) -> Vec<JoinHandle<()>> {
-        self.balances.remove(&key);
-        let Some(served) = self.served.remove(&key) else { return Vec::new() };
-        served.token.cancel();
-        served.listening
+            });
+        }
     }
 
     /// Serves no port any more; returns the tasks that did, to be shut down.
     pub(super) fn end(&mut self) -> TaskSet {
         self.served.clear();
-        self.balances.clear();
         std::mem::take(&mut self.tasks)
     }
 }
@@ -193,21 +196,49 @@ async fn accept(
 
 /// Carries what both ends send until both have ended; an end of one side alone is passed on.
 async fn forward(mut client: TcpStream, upstream: &Upstream) {
-    let Some(mut backend) = upstream.connect(&client).await else { return refuse(&client) };
-    for stream in [&client, &backend] {
-        // Both ends are one machine or one network: nothing is gained by waiting to fill packets.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "failed to send small packets at once");
+    let Some(backend) = upstream.connect(&client).await else { return refuse(&client) };
+    prepare(&client);
+    match backend {
+        Backend::Stream(mut backend) => {
+            prepare(&backend);
+            let copied = copy_bidirectional(&mut client, &mut backend).await;
+            if is_broken(copied, &client) {
+                refuse(&backend);
+            }
         }
-        if let Err(error) = probe(stream) {
-            tracing::debug!(%error, "failed to have a silent peer probed");
+        // Dropped before its end, it breaks at the other one as well.
+        Backend::Carrier(mut backend) => {
+            let copied = copy(&mut client, &mut backend).await;
+            is_broken(copied, &client);
         }
     }
-    if let Err(error) = tokio::io::copy_bidirectional(&mut client, &mut backend).await {
+}
+
+/// Carries what both ends send, where one is a way through another daemon.
+pub(crate) async fn copy(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    carrier: &mut (impl AsyncRead + AsyncWrite + Unpin + ?Sized),
+) -> io::Result<(u64, u64)> {
+    copy_bidirectional_with_sizes(stream, carrier, PIECE_BYTES, PIECE_BYTES).await
+}
+
+/// What broke on one side must not look complete on the other.
+fn is_broken(copied: io::Result<(u64, u64)>, client: &TcpStream) -> bool {
+    let told = |error: &io::Error| {
         tracing::debug!(%error, "a relayed connection broke");
-        // What broke on one side must not look complete on the other.
-        refuse(&client);
-        refuse(&backend);
+        refuse(client);
+    };
+    copied.inspect_err(told).is_err()
+}
+
+/// Sets one end of a relayed connection up.
+pub(crate) fn prepare(stream: &TcpStream) {
+    // Both ends are one machine or one network: nothing is gained by waiting to fill packets.
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "failed to send small packets at once");
+    }
+    if let Err(error) = probe(stream) {
+        tracing::debug!(%error, "failed to have a silent peer probed");
     }
 }
 
@@ -219,7 +250,7 @@ fn probe(stream: &TcpStream) -> nix::Result<()> {
 }
 
 /// Closes with a reset, as the rules do for clients from elsewhere.
-fn refuse(stream: &TcpStream) {
+pub(crate) fn refuse(stream: &TcpStream) {
     if let Err(error) = stream.set_zero_linger() {
         tracing::debug!(%error, "failed to reset a relayed connection");
     }
@@ -230,9 +261,10 @@ mod tests {
     use std::net::SocketAddr;
 
     use skep_common::spec::ProxyProtocol;
-    use skep_worker_core::mesh::{Protocol, proxy_header};
+    use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+    use super::super::upstream::Next;
     use super::*;
 
     async fn backend() -> (TcpListener, SocketAddrV4) {
@@ -250,10 +282,23 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let key = PortKey { protocol: Protocol::Tcp, port: address.port() };
-        let mut relays = Relays::new(Ipv4Addr::LOCALHOST);
-        relays.balance(key, &Relay { proxy_protocol, backends: backends.to_vec() });
-        relays.serve(key, Listeners::Everyone(vec![listener]));
+        let mut relays = Relays::new(Ipv4Addr::LOCALHOST, None);
+        relays.follow(ListenerChanges {
+            serve: vec![(key, Listeners::Streams(vec![listener]))],
+            balance: [(key, relay(proxy_protocol, backends))].into(),
+            ..ListenerChanges::default()
+        });
         (relays, key, address)
+    }
+
+    fn relay(proxy_protocol: Option<ProxyProtocol>, backends: &[SocketAddrV4]) -> Relay {
+        let target = |address: &SocketAddrV4| Target { address: *address, passage: None };
+        Relay { proxy_protocol, backends: backends.iter().map(target).collect() }
+    }
+
+    fn balance(relays: &mut Relays, key: PortKey, backends: &[SocketAddrV4]) {
+        let balance = [(key, relay(None, backends))].into();
+        relays.follow(ListenerChanges { balance, ..ListenerChanges::default() });
     }
 
     #[tokio::test]
@@ -287,24 +332,51 @@ mod tests {
         let (mut relays, key, port) = serve(None, &[first_address]);
         let mut client = TcpStream::connect(port).await.unwrap();
         let (mut task, _) = first.accept().await.unwrap();
-        let moved = Relay { proxy_protocol: None, backends: vec![second_address] };
-        relays.balance(key, &moved);
+        balance(&mut relays, key, &[second_address]);
         let _other = TcpStream::connect(port).await.unwrap();
         second.accept().await.unwrap();
-        relays.balance(key, &Relay { backends: Vec::new(), ..moved });
+        balance(&mut relays, key, &[]);
         let mut refused = TcpStream::connect(port).await.unwrap();
         let error = refused.read(&mut [0]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "there is no task");
 
-        for listening in relays.withdraw(key) {
-            listening.await.unwrap();
-        }
-        let error = TcpStream::connect(port).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "its listener is closed");
+        relays.follow(ListenerChanges { withdraw: vec![key], ..ListenerChanges::default() });
+        let closed = async {
+            while TcpStream::connect(port).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), closed)
+            .await
+            .expect("its listener is closed");
         task.write_all(b"still here").await.unwrap();
         drop(task);
         let mut seen = Vec::new();
         client.read_to_end(&mut seen).await.unwrap();
         assert_eq!(seen, b"still here");
+    }
+
+    #[tokio::test]
+    async fn a_port_passes_to_the_rules_and_back_under_its_listener() {
+        let (task, address) = backend().await;
+        let (mut relays, key, port) = serve(None, &[address]);
+        let _first = TcpStream::connect(port).await.unwrap();
+        task.accept().await.unwrap();
+        relays.follow(ListenerChanges { by_rules: vec![key], ..ListenerChanges::default() });
+        // Of two clients the rules serve that of loopback, and who came past them is still given to a task.
+        let upstream = Upstream {
+            rules: address,
+            balance: relays.served[&key].balance.clone(),
+            passages: None,
+        };
+        let other: std::net::IpAddr = [192, 0, 2, 1].into();
+        let nobody = std::collections::BTreeSet::new();
+        let next = upstream.balance.next(&nobody, other);
+        assert!(matches!(next, Next::Task(..)), "it came before the rules");
+        let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::ByRules), "loopback");
+        balance(&mut relays, key, &[address]);
+        let _second = TcpStream::connect(port).await.unwrap();
+        task.accept().await.unwrap();
     }
 }

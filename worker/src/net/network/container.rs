@@ -96,7 +96,7 @@ impl Container {
         self.is_unsettled = false;
         for entry in self.connections.list_unanswered()? {
             if in_force.values().any(|balance| balance.is_astray(&entry.connection)) {
-                self.connections.delete(&entry)?;
+                self.connections.delete_unanswered(&entry)?;
             }
         }
         Ok(())

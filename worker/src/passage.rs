@@ -1,0 +1,444 @@
+//! Connections to tasks of other nodes through their daemons: `Peer.Connect`, from both ends.
+//!
+//! One call is one connection. Its pieces wait for whoever reads them: a sender goes on when HTTP/2's windows
+//! let it, so that neither end keeps more than those and one piece.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::net::SocketAddrV4;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Buf as _, Bytes};
+use futures::Stream as _;
+use skep_proto::peer_client::PeerClient;
+use skep_proto::{ConnectTarget, Piece};
+use skep_runtime::TaskSet;
+use skep_runtime::transport::{ChannelPool, Peer};
+use skep_worker_core::mesh::Passage;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::PollSender;
+use tonic::{Status, Streaming};
+
+use crate::net::mesh::relay::{copy, prepare, refuse};
+use crate::net::{Carrier, Passages};
+
+/// Pieces of one direction that wait to be sent.
+const PIECES: usize = 1;
+
+/// Connections that other nodes have to this node's tasks at once, each a file descriptor; more are refused.
+const CONNECTIONS_MAX: usize = 8192;
+
+/// How long a task may take to accept: less than the caller waits, who then asks another one.
+const ACCEPT_TIMEOUT: Duration = Duration::from_millis(1900);
+
+/// How long the table that names a task may come to its own node after it came to the caller's.
+const TABLE_WAIT: Duration = Duration::from_millis(300);
+
+/// Where connections of other nodes may end, by task and port.
+pub type OwnTargets = BTreeMap<(String, u16), SocketAddrV4>;
+
+/// Reaches the tasks of other nodes through their daemons.
+#[derive(Debug)]
+pub struct Daemons {
+    pool: ChannelPool,
+}
+
+impl Daemons {
+    /// With channels of its own: bytes of clients do not wait with calls of nodes.
+    pub fn new(pool: &ChannelPool) -> Self {
+        Self { pool: pool.for_connections() }
+    }
+}
+
+#[tonic::async_trait]
+impl Passages for Daemons {
+    async fn open(&self, passage: &Passage) -> io::Result<Box<dyn Carrier>> {
+        let address = passage.daemon.to_string();
+        let channel = self.pool.channel(&address, Peer::Node(passage.node_id));
+        let (sender, pieces) = mpsc::channel(PIECES);
+        let target =
+            ConnectTarget { task_id: passage.task_id.clone(), port: passage.target_port.into() };
+        let first = Piece { target: Some(target), ..Piece::default() };
+        let _ = sender.try_send(first); // It is empty, and its other end is here.
+        let mut client = PeerClient::new(channel);
+        let answer = client.connect(ReceiverStream::new(pieces)).await;
+        let answer = answer.map_err(|status| {
+            io::Error::new(io::ErrorKind::ConnectionRefused, status.message().to_owned())
+        })?;
+        Ok(Box::new(Pieces::new(answer.into_inner(), sender)))
+    }
+}
+
+/// Takes connections of other nodes to tasks of this one.
+#[derive(Debug, Clone)]
+pub struct Entrance {
+    targets: watch::Receiver<Arc<OwnTargets>>,
+    permits: Arc<Semaphore>,
+}
+
+impl Entrance {
+    /// To these tasks, and to no others.
+    pub fn new(targets: watch::Receiver<Arc<OwnTargets>>) -> Self {
+        Self { targets, permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+    }
+
+    /// Connects to the task that the first piece names; returns what it answers.
+    pub async fn connect(
+        &self,
+        mut pieces: Streaming<Piece>,
+        tasks: &TaskSet,
+    ) -> Result<ReceiverStream<Piece>, Status> {
+        let permit = self.permits.clone().try_acquire_owned();
+        let permit =
+            permit.map_err(|_| Status::resource_exhausted("too many connections to this node"))?;
+        let connect = async {
+            let first = pieces.message().await?.and_then(|piece| piece.target);
+            let first = first.ok_or_else(|| Status::invalid_argument("no task is named"))?;
+            let address = self.target(&first).await?;
+            let stream = TcpStream::connect(address).await;
+            stream.map_err(|error| {
+                Status::unavailable(format!("task {} did not accept: {error}", first.task_id))
+            })
+        };
+        let stream = tokio::time::timeout(ACCEPT_TIMEOUT, connect).await;
+        let silent = |_| Status::unavailable("the task did not accept in time");
+        let mut stream = stream.map_err(silent)??;
+        prepare(&stream);
+        let (sender, answer) = mpsc::channel(PIECES);
+        tasks.spawn("connection of another node", async move {
+            let mut caller = Pieces::new(pieces, sender);
+            if let Err(error) = copy(&mut stream, &mut caller).await {
+                tracing::debug!(%error, "a connection of another node broke");
+                refuse(&stream);
+            }
+            drop(permit);
+        });
+        Ok(ReceiverStream::new(answer))
+    }
+
+    async fn target(&self, wanted: &ConnectTarget) -> Result<SocketAddrV4, Status> {
+        let ConnectTarget { task_id, port } = wanted;
+        let not_here = || {
+            Status::not_found(format!(
+                "no task {task_id} serves a published port by port {port} here"
+            ))
+        };
+        let key = (task_id.clone(), u16::try_from(*port).map_err(|_| not_here())?);
+        let mut targets = self.targets.clone();
+        let named = targets.wait_for(|targets| targets.contains_key(&key));
+        let named = tokio::time::timeout(TABLE_WAIT, named).await;
+        let targets = named.ok().and_then(Result::ok).ok_or_else(not_here)?;
+        targets.get(&key).copied().ok_or_else(not_here)
+    }
+}
+
+/// Both directions of a call as one connection.
+struct Pieces {
+    incoming: Streaming<Piece>,
+    /// What was taken of `incoming` and not read yet.
+    rest: Bytes,
+    is_at_end: bool,
+    outgoing: PollSender<Piece>,
+}
+
+impl Pieces {
+    fn new(incoming: Streaming<Piece>, outgoing: mpsc::Sender<Piece>) -> Self {
+        let outgoing = PollSender::new(outgoing);
+        Self { incoming, rest: Bytes::new(), is_at_end: false, outgoing }
+    }
+
+    fn poll_send(&mut self, context: &mut Context<'_>, piece: Piece) -> Poll<io::Result<()>> {
+        // The other end is gone, or has broken the connection.
+        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        ready!(self.outgoing.poll_reserve(context)).map_err(gone)?;
+        Poll::Ready(self.outgoing.send_item(piece).map_err(gone))
+    }
+}
+
+impl fmt::Debug for Pieces {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pieces").field("is_at_end", &self.is_at_end).finish_non_exhaustive()
+    }
+}
+
+impl AsyncRead for Pieces {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while self.rest.is_empty() && !self.is_at_end {
+            match ready!(Pin::new(&mut self.incoming).poll_next(context)) {
+                Some(Ok(piece)) => {
+                    self.rest = piece.data;
+                    self.is_at_end = piece.end;
+                }
+                Some(Err(status)) => {
+                    let message = status.message().to_owned();
+                    return Poll::Ready(Err(io::Error::new(
+                        io::ErrorKind::ConnectionReset,
+                        message,
+                    )));
+                }
+                // Without its last piece.
+                None => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+            }
+        }
+        let length = self.rest.len().min(buffer.remaining());
+        buffer.put_slice(&self.rest[..length]);
+        self.rest.advance(length);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Pieces {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
+        // Copied once there is room, not at each attempt.
+        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
+        ready!(self.outgoing.poll_reserve(context)).map_err(gone)?;
+        let piece = Piece { data: Bytes::copy_from_slice(bytes), ..Piece::default() };
+        ready!(self.poll_send(context, piece))?;
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.outgoing.is_closed() {
+            return Poll::Ready(Ok(())); // It was sent.
+        }
+        ready!(self.poll_send(context, Piece { end: true, ..Piece::default() }))?;
+        self.outgoing.close();
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use skep_common::spec::NodeRole;
+    use skep_common::{ClusterId, NodeId};
+    use skep_proto::peer_server::{Peer as PeerApi, PeerServer};
+    use skep_proto::{
+        BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, TaskLogsRequest,
+    };
+    use skep_runtime::clock;
+    use skep_runtime::identity::{Authority, Credentials, Csr};
+    use skep_runtime::transport::{Tls, serve_tls};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+    use tonic::service::Routes;
+    use tonic::{Request, Response};
+
+    use super::*;
+
+    const OTHER: NodeId = NodeId(2);
+
+    /// A node that takes connections and nothing else.
+    struct Other(Entrance, TaskSet);
+
+    type Answers<T> = futures::stream::BoxStream<'static, Result<T, Status>>;
+
+    #[tonic::async_trait]
+    impl PeerApi for Other {
+        type BlobStream = Answers<BlobChunk>;
+        type TaskLogsStream = Answers<LogRecord>;
+        type CheckPathStream = Answers<PathReport>;
+        type ConnectStream = Answers<Piece>;
+
+        async fn blob(
+            &self,
+            _: Request<BlobRequest>,
+        ) -> Result<Response<Self::BlobStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn task_logs(
+            &self,
+            _: Request<TaskLogsRequest>,
+        ) -> Result<Response<Self::TaskLogsStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn check_path(
+            &self,
+            _: Request<Streaming<CheckPathRequest>>,
+        ) -> Result<Response<Self::CheckPathStream>, Status> {
+            Err(Status::unimplemented("not asked for here"))
+        }
+
+        async fn connect(
+            &self,
+            request: Request<Streaming<Piece>>,
+        ) -> Result<Response<Self::ConnectStream>, Status> {
+            let answer = self.0.connect(request.into_inner(), &self.1).await?;
+            Ok(Response::new(Box::pin(futures::StreamExt::map(answer, Ok))))
+        }
+    }
+
+    struct Swarm {
+        daemons: Daemons,
+        address: SocketAddrV4,
+        task: TcpListener,
+        targets: watch::Sender<Arc<OwnTargets>>,
+        _tasks: TaskSet,
+    }
+
+    fn v4(listener: &TcpListener) -> SocketAddrV4 {
+        listener.local_addr().unwrap().to_string().parse().unwrap()
+    }
+
+    /// This node, and another one with a task.
+    async fn swarm() -> Swarm {
+        let authority = Authority::generate(clock::now()).unwrap();
+        let tls = |node_id| {
+            let csr = Csr::generate().unwrap();
+            let life = Duration::from_secs(3600);
+            let (role, cluster) = (NodeRole::Worker, ClusterId(1));
+            let signed =
+                authority.sign(&csr.csr_pem, node_id, role, cluster, clock::now(), life).unwrap();
+            let root_pem = authority.root_pem().to_owned();
+            Tls::new(Credentials { certificate_pem: signed, key_pem: csr.key_pem, root_pem })
+                .unwrap()
+        };
+        let task = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let known = OwnTargets::from([(("task".to_owned(), 80), v4(&task))]);
+        let (targets, receiver) = watch::channel(Arc::new(known));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, tasks) = (v4(&listener), TaskSet::new());
+        let other = PeerServer::new(Other(Entrance::new(receiver), tasks.clone()));
+        let (serving, server) = (tasks.clone(), tls(OTHER));
+        tasks.spawn("test server", async move {
+            serve_tls(listener, server, Routes::new(other), &serving).await.unwrap();
+        });
+        let daemons = Daemons::new(&ChannelPool::new(tls(NodeId(1))));
+        Swarm { daemons, address, task, targets, _tasks: tasks }
+    }
+
+    impl Swarm {
+        fn passage(&self, task_id: &str, target_port: u16) -> Passage {
+            let (node_id, daemon) = (OTHER, self.address);
+            Passage { node_id, daemon, task_id: task_id.to_owned(), target_port }
+        }
+
+        async fn open(&self) -> (Box<dyn Carrier>, TcpStream) {
+            let passage = self.passage("task", 80);
+            let (carrier, accepted) = tokio::join!(self.daemons.open(&passage), self.task.accept());
+            (carrier.unwrap(), accepted.unwrap().0)
+        }
+    }
+
+    #[tokio::test]
+    async fn bytes_and_the_end_of_each_direction_arrive() {
+        let swarm = swarm().await;
+        let (mut carrier, mut task) = swarm.open().await;
+        let question = vec![7; 3 << 20];
+        let send = async {
+            carrier.write_all(&question).await.unwrap();
+            carrier.shutdown().await.unwrap();
+        };
+        let mut seen = Vec::new();
+        let ((), read) = tokio::join!(send, task.read_to_end(&mut seen));
+        read.unwrap();
+        assert!(seen == question);
+        // The other direction goes on after that.
+        task.write_all(b"answer").await.unwrap();
+        drop(task);
+        let mut seen = Vec::new();
+        carrier.read_to_end(&mut seen).await.unwrap();
+        assert_eq!(seen, b"answer");
+    }
+
+    #[tokio::test]
+    async fn what_breaks_on_one_side_breaks_on_the_other() {
+        let swarm = swarm().await;
+        let (mut carrier, task) = swarm.open().await;
+        task.set_zero_linger().unwrap();
+        drop(task);
+        let error = carrier.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+
+        let (carrier, mut task) = swarm.open().await;
+        drop(carrier);
+        let error = task.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test]
+    async fn only_published_ports_of_own_tasks_are_reached() {
+        let mut swarm = swarm().await;
+        for (task_id, port) in [("task", 81), ("another", 80)] {
+            let error = swarm.daemons.open(&swarm.passage(task_id, port)).await.unwrap_err();
+            let expect = format!("no task {task_id} serves a published port by port {port} here");
+            assert_eq!(error.to_string(), expect);
+        }
+        let passage = Passage { node_id: NodeId(3), ..swarm.passage("task", 80) };
+        swarm.daemons.open(&passage).await.expect_err("that is another node");
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let gone = std::mem::replace(&mut swarm.task, free);
+        drop(gone);
+        let error = swarm.daemons.open(&swarm.passage("task", 80)).await.unwrap_err();
+        assert!(error.to_string().starts_with("task task did not accept"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_task_whose_table_comes_a_moment_later_is_reached() {
+        let swarm = swarm().await;
+        let passage = swarm.passage("late", 80);
+        let come = async {
+            swarm.task.accept().await.unwrap();
+        };
+        let tell = async {
+            // Until the other node waits for its table.
+            while swarm.targets.receiver_count() < 2 {
+                tokio::task::yield_now().await;
+            }
+            let known = OwnTargets::from([(("late".to_owned(), 80), v4(&swarm.task))]);
+            swarm.targets.send_replace(Arc::new(known));
+        };
+        let (opened, (), ()) = tokio::join!(swarm.daemons.open(&passage), come, tell);
+        opened.unwrap();
+    }
+
+    #[tokio::test]
+    async fn clients_and_tasks_that_do_not_read_keep_nobody_waiting() {
+        const N: usize = 24;
+        let swarm = swarm().await;
+        let mut stalled = Vec::new();
+        let much = vec![0; 64 << 10];
+        for _ in 0..N {
+            let (mut carrier, mut task) = swarm.open().await;
+            // Until no more goes either way.
+            let pause = Duration::from_millis(50);
+            while tokio::time::timeout(pause, task.write_all(&much)).await.is_ok() {}
+            while tokio::time::timeout(pause, carrier.write_all(&much)).await.is_ok() {}
+            stalled.push((carrier, task));
+        }
+        let another = async {
+            let (mut carrier, mut task) = swarm.open().await;
+            for _ in 0..2 {
+                carrier.write_all(b"question").await.unwrap();
+                let mut seen = [0; 8];
+                task.read_exact(&mut seen).await.unwrap();
+                task.write_all(b"answer").await.unwrap();
+                carrier.read_exact(&mut seen[..6]).await.unwrap();
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), another).await.expect("it is carried");
+    }
+}

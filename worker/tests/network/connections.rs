@@ -1,0 +1,60 @@
+//! The kernel's table of connections, as nodes read and change it.
+
+use std::net::{SocketAddr, UdpSocket};
+use std::process::Command;
+
+use nix::sched::{CloneFlags, unshare};
+use skep_worker::net::conntrack::{Conntrack, Entry};
+
+use crate::machine::can_run;
+
+/// Two sockets of the loopback interface, in a network namespace where connections are tracked.
+fn sockets() -> (UdpSocket, UdpSocket) {
+    unshare(CloneFlags::CLONE_NEWNET).expect("root may");
+    let up = ["link", "set", "lo", "up"];
+    assert!(Command::new("ip").args(up).status().expect("ip").success());
+    // The kernel keeps track only where some rule asks for it.
+    let rule = "add table ip t; add chain ip t c { type filter hook output priority 0; }; \
+                add rule ip t c ct state new counter";
+    assert!(Command::new("nft").arg(rule).status().expect("nft").success());
+    let bind = || UdpSocket::bind("127.0.0.1:0").expect("a port");
+    (bind(), bind())
+}
+
+/// The one entry of the table.
+#[track_caller]
+fn only(entries: Vec<Entry>) -> Entry {
+    let [entry] = <[Entry; 1]>::try_from(entries).expect("one entry");
+    entry
+}
+
+#[test]
+fn what_was_answered_since_it_was_listed_is_kept() {
+    if !can_run() {
+        return;
+    }
+    let in_namespace = || {
+        let (client, server) = sockets();
+        let server_address = server.local_addr().expect("bound");
+        let mut connections = Conntrack::open().expect("a channel");
+        client.send_to(b"question", server_address).expect("sent");
+        let listed = only(connections.list_unanswered().expect("a list"));
+        let SocketAddr::V4(address) = server_address else { panic!("of IPv4") };
+        assert_eq!(listed.connection.destination_port, address.port());
+
+        let from = server.recv_from(&mut [0; 8]).expect("the question").1;
+        server.send_to(b"answer", from).expect("sent");
+        assert_eq!(connections.list_unanswered().expect("a list"), []);
+        assert!(!connections.delete_unanswered(&listed).expect("looked at"), "it was answered");
+        let kept = only(connections.list().expect("a list"));
+        assert!(kept.is_answered);
+
+        connections.delete(&kept).expect("deleted");
+        assert!(!connections.delete_unanswered(&listed).expect("looked at"), "there is none");
+        client.send_to(b"question", server_address).expect("sent");
+        let listed = only(connections.list_unanswered().expect("a list"));
+        assert!(connections.delete_unanswered(&listed).expect("deleted"));
+        assert_eq!(connections.list().expect("a list"), []);
+    };
+    std::thread::spawn(in_namespace).join().expect("an end");
+}
