@@ -8,7 +8,6 @@ use skep_common::{NodeId, TaskId};
 use crate::client::Wish;
 use crate::fault::Fault;
 use crate::message::MachineId;
-use crate::seen::Seen;
 use crate::world::{Event, World};
 
 impl World {

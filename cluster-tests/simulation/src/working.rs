@@ -182,7 +182,8 @@ impl World {
             return;
         }
         self.note(format_args!("{machine} {task_id}: {stepped:?}"));
-        match stepped {
+        if stepped == Stepped::Started {
+            self.see(&Seen::Started);
         }
         self.flush(machine);
     }
