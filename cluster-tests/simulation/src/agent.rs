@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::TaskStatus;
 use skep_common::{Task, TaskId, TaskState, Timestamp};
 use skep_manager_core::endpoints::NodeTable;
@@ -35,7 +36,7 @@ pub(crate) struct Held {
 
 impl Held {
     fn is_ending(&self) -> bool {
-        self.is_removed || self.task.desired_state > TaskState::Running
+        self.is_removed || !self.task.desired_state.wants_run()
     }
 }
 
@@ -120,11 +121,11 @@ impl Agent {
         if asked != session {
             return false;
         }
-        if term < self.term_seen {
+        if term < self.term_seen && !mistakes::is(Mistake::DeposedAssignment) {
             self.link = Link::None;
             return false;
         }
-        self.term_seen = term;
+        self.term_seen = self.term_seen.max(term);
         self.link = Link::Open { session, manager, term, heard_at: now };
         self.sequence = 0;
         self.n_failed = 0;

@@ -40,6 +40,8 @@ pub enum Fault {
     Pause,
     /// Heartbeats come at the edge of the time that is allowed.
     Flap,
+    /// A session's connection is reset.
+    Reset,
     /// A container ends by itself.
     Exit,
     /// A container's health check fails.
@@ -50,7 +52,7 @@ pub enum Fault {
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::Loss,
         Self::Delay,
         Self::Reorder,
@@ -67,6 +69,7 @@ impl Fault {
         Self::ClockJump,
         Self::Pause,
         Self::Flap,
+        Self::Reset,
         Self::Exit,
         Self::Sicken,
         Self::Reject,
@@ -85,6 +88,7 @@ impl Fault {
             Self::Isolate | Self::Kill | Self::Pause | Self::Flap => 60,
             Self::Cut | Self::HalfCut | Self::Sicken => 80,
             Self::Exit => 150,
+            Self::Reset => 300,
         }
     }
 }

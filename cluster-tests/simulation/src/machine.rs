@@ -52,6 +52,8 @@ pub(crate) struct Manager {
     pub(crate) replica: Replica,
     pub(crate) state: State,
     pub(crate) leader: Option<Leader>,
+    /// Whether it is to be seen now if a majority still answers.
+    pub(crate) is_judged: bool,
     /// The leader's loop has something to look at.
     pub(crate) is_due: bool,
     pub(crate) waiting: BTreeMap<u64, Waiter>,

@@ -81,6 +81,7 @@ impl World {
                     return;
                 }
                 manager.replica.tick(now, &mut one.rng, &mut out);
+                manager.is_judged = true;
                 self.timer(machine, HEARTBEAT, Timer::Heartbeat { term });
             }
             Timer::Synced => manager.replica.end_sync(&mut out),
@@ -481,7 +482,10 @@ impl World {
         let manager = self.manager(machine);
         let leads = manager.replica.leads_surely(manager.state.version().index, now);
         let is_other = manager.leader.as_ref().is_some_and(|leader| leader.term != term);
-        if manager.leader.is_some() && (!leads || is_other) {
+        // That nobody answers is noticed a little later than what somebody says.
+        let is_silent = !leads && (manager.is_judged || !manager.replica.is_leader());
+        manager.is_judged = false;
+        if manager.leader.is_some() && (is_silent || is_other) {
             self.note(format_args!("{machine} leads no more"));
             self.stop_leading(machine);
         }

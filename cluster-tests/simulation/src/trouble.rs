@@ -94,6 +94,10 @@ impl World {
                 self.machines[machine].flaps_until = self.now().after(time);
                 self.machines[machine].disturbed_at = self.now().after(time);
             }
+            Fault::Reset => {
+                let machine = self.any_machine();
+                self.reset(machine);
+            }
             Fault::Exit | Fault::Sicken => self.harm(fault),
             Fault::Loss
             | Fault::Delay
@@ -102,6 +106,17 @@ impl World {
             | Fault::LateReport
             | Fault::CrashAtSync
             | Fault::Reject => {} // Of single messages, syncs and tasks.
+        }
+    }
+
+    /// The connection to the leader ends, and the agent looks for a leader anew.
+    fn reset(&mut self, machine: MachineId) {
+        let session = self.machines[machine].agent.session();
+        let is_running =
+            self.machines[machine].is_up && self.machines[machine].paused_until <= self.now();
+        if let Some((session, ..)) = session.filter(|_| is_running) {
+            self.note(format_args!("the session of {machine} is reset"));
+            self.end_at_agent(machine, session);
         }
     }
 

@@ -164,6 +164,7 @@ impl World {
                 replica: Replica::new(id, n_managers, first.clone(), START),
                 state: State::default(),
                 leader: None,
+                is_judged: false,
                 is_due: false,
                 waiting: BTreeMap::new(),
                 asked: BTreeMap::new(),
@@ -292,7 +293,13 @@ impl World {
         if let Some(machine) = concerned {
             let one = &self.machines[machine];
             if one.is_up && one.paused_until > now {
-                let at = one.paused_until;
+                // Who goes on sees its timers and its messages in any order.
+                let is_timer = matches!(event, Event::Timer { .. });
+                let mut at = one.paused_until;
+                if is_timer {
+                    let millis = self.machines[machine].rng.random_range(0..100);
+                    at = at.after(Duration::from_millis(millis));
+                }
                 self.queue.at(at, event);
                 return true;
             }

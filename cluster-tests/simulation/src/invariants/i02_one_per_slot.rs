@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use skep_common::object::NodeState;
-use skep_common::{ServiceId, TaskId, TaskState, Version};
+use skep_common::{ServiceId, TaskId, Version};
 
 use super::{Invariant, ensure};
 use crate::agent::Link;
@@ -64,7 +64,7 @@ pub(super) fn check_slots(
                 config.is_some_and(|config| config.order.as_deref() == Some("start-first"))
             });
             // With start-first the old one stops only when the new one runs.
-            let is_told_to_stop = task.desired_state > TaskState::Running;
+            let is_told_to_stop = !task.desired_state.wants_run();
             if task.standalone.is_none() && !(is_start_first && is_told_to_stop) {
                 let of_spec = is_start_first.then_some(task.spec_version);
                 let tasks = slots.entry((task.service_id, task.slot, of_spec)).or_default();

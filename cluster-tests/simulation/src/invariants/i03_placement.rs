@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use skep_common::object::NodeState;
 use skep_common::spec::{Availability, PortProtocol, Resources};
-use skep_common::{Node, NodeId, Object, Task, TaskId, TaskState};
+use skep_common::{Node, NodeId, Object, Task, TaskId};
 use skep_manager_core::{Action, Command, Outcome, State, constraint};
 
 use super::{Invariant, ensure};
@@ -72,9 +72,9 @@ fn fits(state: &State, task: &Task, node: &Node) -> Result<(), String> {
     }
     let max =
         task.spec.placement.as_ref().and_then(|placement| placement.max_replicas).unwrap_or(0);
-    let replicas = present.iter().filter(|other| {
-        other.service_id == task.service_id && other.desired_state <= TaskState::Running
-    });
+    let replicas = present
+        .iter()
+        .filter(|other| other.service_id == task.service_id && other.desired_state.wants_run());
     ensure!(
         max == 0 || replicas.count() as u64 <= max,
         "too many of {} on {}",

@@ -67,7 +67,7 @@ impl Invariant for Balancer {
             }
             Seen::Told { term, what, .. } => {
                 let tasks = what.tasks.iter().flat_map(|message| &message.changes.tasks);
-                let stopping = tasks.filter(|one| one.desired_state > TaskState::Running);
+                let stopping = tasks.filter(|one| !one.desired_state.wants_run());
                 for task_id in stopping.map(|one| one.task.id) {
                     self.check_stop(world, *term, task_id)?;
                 }

@@ -48,7 +48,7 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         let live: Vec<&Task> = state
             .tasks_of_service(service.id)
             .map(|task| &**task)
-            .filter(|task| task.desired_state <= TaskState::Running)
+            .filter(|task| task.desired_state.wants_run())
             .collect();
         let replicas = service.spec.replicas().unwrap_or(0);
         ensure!(
@@ -70,7 +70,7 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
             );
         }
     }
-    for task in state.tasks().values().filter(|task| task.desired_state > TaskState::Running) {
+    for task in state.tasks().values().filter(|task| !task.desired_state.wants_run()) {
         ensure!(
             task.status.state.is_terminal() || task.node_id.is_none(),
             "{} ({} on {:?}) is still stopping: {:?}",
@@ -99,7 +99,7 @@ fn words(tasks: &[&Task]) -> String {
 /// An update whose next task has no place waits for its deadline.
 fn is_stuck(world: &World, service: &skep_common::Service) -> bool {
     let mut tasks = world.ledger.tasks_of_service(service.id);
-    tasks.any(|task| task.desired_state <= TaskState::Running && task.node_id.is_none())
+    tasks.any(|task| task.desired_state.wants_run() && task.node_id.is_none())
 }
 
 impl Invariant for ComesToRest {
