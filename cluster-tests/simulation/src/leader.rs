@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::TaskStatus;
 use skep_common::{Kind, NodeId, TaskId, Timestamp};
 use skep_manager_core::assignments::{CopyDuties, Stream, for_node};
@@ -219,7 +220,8 @@ impl Leader {
         let mut known = task.status.clone();
         known.applied_at = status.applied_at;
         known.unacknowledged.clone_from(&status.unacknowledged);
-        if status.state >= known.state && status != known {
+        let is_later = status.state >= known.state || mistakes::is(Mistake::StateFalls);
+        if is_later && status != known {
             self.reported.insert(task_id, status);
         }
     }

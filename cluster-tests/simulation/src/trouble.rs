@@ -82,7 +82,12 @@ impl World {
                 self.disturb(machine);
             }
             Fault::Pause => {
-                let machine = self.any_machine();
+                // A leader that is paused is deposed, and does not know it when it goes on.
+                let leader = self.leaders().next().map(|(id, _)| id);
+                let machine = match leader {
+                    Some(leader) if self.trouble_rng.random_bool(0.5) => leader,
+                    _ => self.any_machine(),
+                };
                 let time = self.millis(500..8000);
                 self.note(format_args!("{machine} is paused for {time:?}"));
                 self.machines[machine].paused_until = self.now().after(time);
@@ -221,7 +226,9 @@ impl World {
         if !self.is_rough {
             return;
         }
-        let nodes: Vec<NodeId> = self.ledger.nodes().keys().copied().collect();
+        // A node whose machine never heard that it had joined is nobody's.
+        let is_somebody = |node_id: &NodeId| self.machine_of(*node_id).is_some();
+        let nodes: Vec<NodeId> = self.ledger.nodes().keys().copied().filter(is_somebody).collect();
         let workers = self.ledger.nodes().values().filter(|node| node.manager_status.is_none());
         let workers: Vec<NodeId> = workers.map(|node| node.id).collect();
         let strangers: Vec<MachineId> = self.strangers();

@@ -15,7 +15,10 @@ use crate::world::{Timer, World};
 const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 const BEAT: Duration = Duration::from_secs(1);
 /// A session whose leader is silent for so long is over.
-const KEEP_ALIVE: Duration = Duration::from_secs(3);
+const KEEP_ALIVE: Duration = Duration::from_millis(1500);
+
+/// The longest time between two heartbeats of a node at the edge of being silent.
+const FLAP_MAX: Duration = Duration::from_millis(3100);
 
 impl World {
     pub(crate) fn handle_agent_timer(&mut self, machine: MachineId, timer: Timer) {
@@ -88,7 +91,8 @@ impl World {
         if current != session {
             return;
         }
-        if now > heard_at.after(KEEP_ALIVE + Duration::from_secs(1)) {
+        let is_flapping = one.flaps_until.after(FLAP_MAX) > now;
+        if now > heard_at.after(KEEP_ALIVE) && !is_flapping {
             self.end_session(machine);
             return;
         }

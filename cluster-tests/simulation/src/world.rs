@@ -293,10 +293,13 @@ impl World {
         if let Some(machine) = concerned {
             let one = &self.machines[machine];
             if one.is_up && one.paused_until > now {
-                // Who goes on sees its timers and its messages in any order.
-                let is_timer = matches!(event, Event::Timer { .. });
+                // Who goes on sees its timers and what came on its connections in any order.
+                let has_no_order = match &event {
+                    Event::Deliver { message, .. } => message.stream().is_none(),
+                    _ => true,
+                };
                 let mut at = one.paused_until;
-                if is_timer {
+                if has_no_order {
                     let millis = self.machines[machine].rng.random_range(0..100);
                     at = at.after(Duration::from_millis(millis));
                 }
