@@ -40,7 +40,7 @@ pub enum Fault {
     Pause,
     /// Heartbeats come at the edge of the time that is allowed.
     Flap,
-    /// A session's connection is reset.
+    /// The connections of some sessions are reset.
     Reset,
     /// A container ends by itself.
     Exit,
@@ -85,10 +85,11 @@ impl Fault {
             Self::CrashAtSync => 3,
             Self::Reject => 60,
             Self::PowerLoss | Self::SlowDisk | Self::FullDisk | Self::ClockJump => 40,
-            Self::Isolate | Self::Kill | Self::Pause | Self::Flap => 60,
+            Self::Isolate | Self::Kill | Self::Flap => 60,
+            Self::Pause => 120,
             Self::Cut | Self::HalfCut | Self::Sicken => 80,
             Self::Exit => 150,
-            Self::Reset => 300,
+            Self::Reset => 800,
         }
     }
 }

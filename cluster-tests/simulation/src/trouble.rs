@@ -68,6 +68,7 @@ impl World {
                 let machine = self.any_manager();
                 let time = self.millis(1000..10_000);
                 let is_running = self.machines[machine].is_up
+                    && self.machines[machine].paused_until <= self.now()
                     && self.machines[machine].manager.as_ref().is_some_and(|one| !one.is_stopped);
                 if is_running {
                     self.note(format_args!("{machine} has a full disk"));
@@ -85,10 +86,10 @@ impl World {
                 // A leader that is paused is deposed, and does not know it when it goes on.
                 let leader = self.leaders().next().map(|(id, _)| id);
                 let machine = match leader {
-                    Some(leader) if self.trouble_rng.random_bool(0.5) => leader,
+                    Some(leader) if self.trouble_rng.random_bool(0.7) => leader,
                     _ => self.any_machine(),
                 };
-                let time = self.millis(500..8000);
+                let time = self.millis(500..15_000);
                 self.note(format_args!("{machine} is paused for {time:?}"));
                 self.machines[machine].paused_until = self.now().after(time);
                 self.machines[machine].disturbed_at = self.now().after(time);
@@ -100,8 +101,10 @@ impl World {
                 self.machines[machine].disturbed_at = self.now().after(time);
             }
             Fault::Reset => {
-                let machine = self.any_machine();
-                self.reset(machine);
+                for _ in 0..3 {
+                    let machine = self.any_machine();
+                    self.reset(machine);
+                }
             }
             Fault::Exit | Fault::Sicken => self.harm(fault),
             Fault::Loss
