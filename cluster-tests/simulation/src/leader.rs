@@ -220,7 +220,9 @@ impl Leader {
         let mut known = task.status.clone();
         known.applied_at = status.applied_at;
         known.unacknowledged.clone_from(&status.unacknowledged);
-        let is_later = status.state >= known.state || mistakes::is(Mistake::StateFalls);
+        // A report may be overtaken by the one after it.
+        let told = self.reported.get(&task_id).map_or(known.state, |told| told.state);
+        let is_later = status.state >= known.state.max(told) || mistakes::is(Mistake::StateFalls);
         if is_later && status != known {
             self.reported.insert(task_id, status);
         }

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
+use skep_common::spec::Availability;
+use skep_common::{Node, NodeId};
 
 use crate::client::Wish;
 use crate::fault::Rates;
@@ -19,6 +21,8 @@ pub const STEPS: u64 = 8000;
 const REST_WAIT: Duration = Duration::from_secs(180);
 /// It is at rest when it was so at as many moments, a second apart.
 const N_QUIET_SECONDS: u32 = 2;
+/// How often nodes are looked after meanwhile.
+const RESTORE_PERIOD: Duration = Duration::from_secs(3);
 /// How long an update may take.
 const UPDATE_WAIT: Duration = Duration::from_secs(180);
 
@@ -116,7 +120,6 @@ pub fn run(options: Options) -> Report {
 
 fn calm_phase(world: &mut World) {
     world.calm();
-    restore_nodes(world);
     if !come_to_rest(world, REST_WAIT) {
         return;
     }
@@ -139,35 +142,31 @@ fn calm_phase(world: &mut World) {
     }
 }
 
-/// All machines are members, and all nodes take tasks.
+/// All machines are to be members, and all nodes to take tasks. What was asked for before the faults ended
+/// may still undo that.
 fn restore_nodes(world: &mut World) {
-    for _ in 0..60 {
-        let strangers = world.strangers();
-        let mut wishes: Vec<Wish> = Vec::new();
-        for machine in strangers {
-            let node_id = skep_common::NodeId::random(&mut world.client_rng);
-            wishes.push(Wish::Join(machine, node_id));
-        }
-        let is_closed = |node: &skep_common::Node| {
-            node.spec.availability != skep_common::spec::Availability::Active
-        };
-        let closed = world.ledger.nodes().values().filter(|node| is_closed(node));
-        wishes.extend(closed.map(|node| Wish::Activate(node.id)));
-        if wishes.is_empty() || world.violation.is_some() {
-            return;
-        }
-        for wish in wishes {
-            world.ask_somebody(wish);
-        }
-        let until = world.now().after(Duration::from_secs(3));
-        while world.now() < until && world.violation.is_none() && world.step() {}
+    let mut wishes: Vec<Wish> = Vec::new();
+    for machine in world.strangers() {
+        let node_id = NodeId::random(&mut world.client_rng);
+        wishes.push(Wish::Join(machine, node_id));
+    }
+    let is_closed = |node: &Node| node.spec.availability != Availability::Active;
+    let closed = world.ledger.nodes().values().filter(|node| is_closed(node));
+    wishes.extend(closed.map(|node| Wish::Activate(node.id)));
+    for wish in wishes {
+        world.ask_somebody(wish);
     }
 }
 
 fn come_to_rest(world: &mut World, wait: Duration) -> bool {
     let deadline = world.now().after(wait);
     let mut n_quiet = 0;
+    let mut restore_at = world.now();
     while world.now() < deadline && world.violation.is_none() {
+        if world.now() >= restore_at {
+            restore_nodes(world);
+            restore_at = world.now().after(RESTORE_PERIOD);
+        }
         let until = world.now().after(Duration::from_secs(1));
         while world.now() < until && world.violation.is_none() && world.step() {}
         n_quiet = if unrest(world).is_ok() { n_quiet + 1 } else { 0 };

@@ -3,7 +3,7 @@
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::object::NodeState;
+use skep_common::object::{NodeState, TaskStatus};
 use skep_common::{Task, TaskState};
 use skep_manager_core::{Dirty, LeaderMemory, plan};
 
@@ -41,15 +41,13 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         let name = &service.spec.name;
         ensure!(!service.pending_delete, "{name} is not deleted");
         let update = service.update_status.as_ref().map_or("", |status| status.state.as_str());
-        ensure!(
-            !matches!(update, "updating" | "rollback_started") || is_stuck(world, service),
-            "{name} is {update}"
-        );
         let live: Vec<&Task> = state
             .tasks_of_service(service.id)
             .map(|task| &**task)
             .filter(|task| task.desired_state.wants_run())
             .collect();
+        let is_over = !matches!(update, "updating" | "rollback_started");
+        ensure!(is_over || is_stuck(world, service), "{name} is {update}: {}", words(&live));
         let replicas = service.spec.replicas().unwrap_or(0);
         ensure!(
             live.len() as u64 == replicas,
@@ -91,7 +89,8 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
 fn words(tasks: &[&Task]) -> String {
     let word = |task: &&Task| {
         let (state, desired, version) = (task.status.state, task.desired_state, task.spec_version);
-        format!("{}:{state}>{desired}~{version} {:?}", task.slot, task.status.err)
+        let TaskStatus { err, .. } = &task.status;
+        format!("{} {}:{state}>{desired}~{version} {err:?}", task.id, task.slot)
     };
     tasks.iter().map(word).collect::<Vec<String>>().join(" ")
 }
