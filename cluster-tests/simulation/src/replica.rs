@@ -451,7 +451,7 @@ impl Replica {
             out.push((from, RaftMessage::VoteReply { term, is_granted, is_trial }));
             return;
         }
-        if term > self.disk.term && !(is_content && !self.is_leader()) {
+        if term > self.disk.term && (!is_content || self.is_leader()) {
             self.follow(term, None);
         }
         let is_free = self.disk.vote.is_none_or(|vote| vote == from);

@@ -11,6 +11,7 @@ use crate::message::{Assignments, MachineId};
 
 /// One fact.
 #[derive(Debug, Clone)]
+#[expect(clippy::large_enum_variant, reason = "each is looked at once, by reference")]
 pub(crate) enum Seen {
     /// The first manager applied an entry.
     Committed {

@@ -38,10 +38,10 @@ pub(crate) fn network(number: u16) -> NetworkSpec {
 pub(crate) fn node(number: u16) -> Node {
     let mut node = testing::node(number);
     let labels = node.spec.labels.get_or_insert_default();
-    labels.insert("disk".into(), if number % 3 == 0 { "hdd" } else { "ssd" }.into());
+    labels.insert("disk".into(), if number.is_multiple_of(3) { "hdd" } else { "ssd" }.into());
     if let Some(description) = &mut node.description {
         description.resources.memory_bytes =
-            Some(if number % 4 == 0 { 512 << 20 } else { 1 << 30 });
+            Some(if number.is_multiple_of(4) { 512 << 20 } else { 1 << 30 });
         description.format_level = skep_manager_core::command::FORMAT_LEVEL;
     }
     node

@@ -58,23 +58,7 @@ impl World {
                 let machine = self.any_machine();
                 self.lose_power(machine);
             }
-            Fault::SlowDisk => {
-                let machine = self.any_manager();
-                let time = self.millis(1000..10_000);
-                self.note(format_args!("{machine} has a slow disk"));
-                self.machines[machine].has_slow_disk_until = self.now().after(time);
-            }
-            Fault::FullDisk => {
-                let machine = self.any_manager();
-                let time = self.millis(1000..10_000);
-                let is_running = self.machines[machine].is_up
-                    && self.machines[machine].paused_until <= self.now()
-                    && self.machines[machine].manager.as_ref().is_some_and(|one| !one.is_stopped);
-                if is_running {
-                    self.note(format_args!("{machine} has a full disk"));
-                    self.stop_manager(machine, time);
-                }
-            }
+            Fault::SlowDisk | Fault::FullDisk => self.hit_disk(fault),
             Fault::ClockJump => {
                 let machine = self.any_machine();
                 let millis = self.trouble_rng.random_range(-20_000..20_000_i64);
@@ -125,6 +109,24 @@ impl World {
         if let Some((session, ..)) = session.filter(|_| is_running) {
             self.note(format_args!("the session of {machine} is reset"));
             self.end_at_agent(machine, session);
+        }
+    }
+
+    /// A manager's disk is slow for a while, or full.
+    fn hit_disk(&mut self, fault: Fault) {
+        let machine = self.any_manager();
+        let time = self.millis(1000..10_000);
+        let now = self.now();
+        let one = &mut self.machines[machine];
+        let is_running = one.is_up
+            && one.paused_until <= now
+            && one.manager.as_ref().is_some_and(|manager| !manager.is_stopped);
+        if fault == Fault::SlowDisk {
+            one.has_slow_disk_until = now.after(time);
+            self.note(format_args!("{machine} has a slow disk"));
+        } else if is_running {
+            self.note(format_args!("{machine} has a full disk"));
+            self.stop_manager(machine, time);
         }
     }
 

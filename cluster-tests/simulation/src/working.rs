@@ -32,11 +32,11 @@ impl World {
             }
             Timer::Beat { session } => self.beat(machine, session),
             Timer::Step { task_id } => self.step_task(machine, task_id),
-            Timer::Program { session, version } => {
-                if self.machines[machine].agent.program(session, version) {
-                    self.see(&Seen::Programmed { machine });
-                    self.flush(machine);
-                }
+            Timer::Program { session, version }
+                if self.machines[machine].agent.program(session, version) =>
+            {
+                self.see(&Seen::Programmed { machine });
+                self.flush(machine);
             }
             _ => {}
         }
