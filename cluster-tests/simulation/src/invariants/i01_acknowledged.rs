@@ -1,6 +1,6 @@
 //! 1. An acknowledged spec is never lost, and versions never go back.
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
 use skep_common::{Kind, NetworkId, NodeId, ServiceId, TaskId, Version};
 use skep_manager_core::State;
@@ -13,8 +13,8 @@ use crate::world::World;
 pub(super) struct Acknowledged {
     /// What clients were told, in that order: the object and the version that their write gave it.
     granted: Vec<(Kind, u128, u64)>,
-    /// At which version an object was erased for good.
-    erased: BTreeMap<(Kind, u128), u64>,
+    /// Objects that were erased; ids are not used again.
+    erased: BTreeSet<(Kind, u128)>,
 }
 
 fn version_of(state: &State, kind: Kind, id: u128) -> Option<Version> {
@@ -32,7 +32,7 @@ impl Acknowledged {
     fn holds(&self, state: &State, (kind, id, index): (Kind, u128, u64)) -> Result<(), String> {
         let at = state.version().index;
         ensure!(at >= index, "a view is at {at}, but {index} was acknowledged before");
-        let is_erased = self.erased.get(&(kind, id)).is_some_and(|erased| *erased >= index);
+        let is_erased = self.erased.contains(&(kind, id));
         match version_of(state, kind, id) {
             Some(version) => ensure!(
                 version.index >= index,
@@ -59,7 +59,7 @@ impl Invariant for Acknowledged {
                     let old = version_of(before, change.kind, change.id);
                     let new = version_of(after, change.kind, change.id);
                     if new.is_none() {
-                        self.erased.insert((change.kind, change.id), after.version().index);
+                        self.erased.insert((change.kind, change.id));
                     }
                     let falls = matches!((old, new), (Some(old), Some(new)) if new <= old);
                     ensure!(
