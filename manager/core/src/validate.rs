@@ -466,7 +466,6 @@ mod tests {
 
     #[test]
     fn resources_policies_and_ports_are_refused_in_swarms_words() {
-        let reserved = |list| json!({"TaskTemplate": {"Resources": {"Reservations": {"GenericResources": list}}}});
         for (part, expect) in [
             (
                 json!({"TaskTemplate": {"Resources": {"Limits": {"NanoCPUs": 999_999}}}}),
@@ -488,6 +487,41 @@ mod tests {
                 json!({"TaskTemplate": {"RestartPolicy": {"Delay": -1}}}),
                 "TaskSpec: restart-delay cannot be negative",
             ),
+            (
+                json!({"UpdateConfig": {"MaxFailureRatio": 1.5}}),
+                "UpdateConfig: max failure ratio cannot be less than 0 or bigger than 1",
+            ),
+            (
+                json!({"RollbackConfig": {"FailureAction": "rollback"}}),
+                "RollbackConfig: failure action \"rollback\" is not one of pause, continue",
+            ),
+            (
+                json!({"UpdateConfig": {"Order": "any"}}),
+                "UpdateConfig: order \"any\" is not one of stop-first, start-first",
+            ),
+            (
+                json!({"EndpointSpec": {"Mode": "dnsrr", "Ports": [{"TargetPort": 80}]}}),
+                "EndpointSpec: port published with ingress mode can't be used with dnsrr mode",
+            ),
+            (
+                json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "PublishedPort": 8080}, {"TargetPort": 81, "PublishedPort": 8080}]}}),
+                "EndpointSpec: duplicate published ports provided",
+            ),
+            (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80}, {"TargetPort": 81}]}}), ""),
+            (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "ProxyProtocol": "v2"}]}}), ""),
+            (
+                json!({"EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp", "ProxyProtocol": "v2"}]}}),
+                "EndpointSpec: the PROXY protocol is for TCP: publish target port 53/udp without it",
+            ),
+        ] {
+            check(&part, expect);
+        }
+    }
+
+    #[test]
+    fn placements_and_generic_resources_are_refused_where_no_node_can_ever_fit() {
+        let reserved = |list| json!({"TaskTemplate": {"Resources": {"Reservations": {"GenericResources": list}}}});
+        for (part, expect) in [
             (
                 json!({"TaskTemplate": {"Placement": {"Constraints": ["node.role=manager"]}}}),
                 "constraint expected one operator from ==, !=: \"node.role=manager\"",
@@ -534,32 +568,6 @@ mod tests {
                     {"DiscreteResourceSpec": {"Kind": "GPU", "Value": 1}},
                 ])),
                 "generic resource \"GPU\" is asked for twice",
-            ),
-            (
-                json!({"UpdateConfig": {"MaxFailureRatio": 1.5}}),
-                "UpdateConfig: max failure ratio cannot be less than 0 or bigger than 1",
-            ),
-            (
-                json!({"RollbackConfig": {"FailureAction": "rollback"}}),
-                "RollbackConfig: failure action \"rollback\" is not one of pause, continue",
-            ),
-            (
-                json!({"UpdateConfig": {"Order": "any"}}),
-                "UpdateConfig: order \"any\" is not one of stop-first, start-first",
-            ),
-            (
-                json!({"EndpointSpec": {"Mode": "dnsrr", "Ports": [{"TargetPort": 80}]}}),
-                "EndpointSpec: port published with ingress mode can't be used with dnsrr mode",
-            ),
-            (
-                json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "PublishedPort": 8080}, {"TargetPort": 81, "PublishedPort": 8080}]}}),
-                "EndpointSpec: duplicate published ports provided",
-            ),
-            (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80}, {"TargetPort": 81}]}}), ""),
-            (json!({"EndpointSpec": {"Ports": [{"TargetPort": 80, "ProxyProtocol": "v2"}]}}), ""),
-            (
-                json!({"EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp", "ProxyProtocol": "v2"}]}}),
-                "EndpointSpec: the PROXY protocol is for TCP: publish target port 53/udp without it",
             ),
         ] {
             check(&part, expect);
