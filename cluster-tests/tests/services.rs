@@ -25,10 +25,11 @@ fn services_are_what_was_asked_whatever_fails() {
     }
     let lab = Lab::start(LabOptions::default());
     lab.import_whoami();
-    let scenarios: [(&str, Scenario); 13] = [
+    let scenarios: [(&str, Scenario); 14] = [
         ("create, scale, rm", create_scale_and_remove),
         ("update, two at a time", an_update_stops_at_most_two_tasks_at_once),
         ("constraints", constraints_choose_nodes),
+        ("preferences and strategies", preferences_and_strategies_order_nodes),
         ("reservations", reservations_that_fit_nowhere_say_why),
         ("drain and pause", drain_moves_tasks_and_pause_keeps_them),
         ("restart policy", restart_policies_are_kept),
@@ -184,6 +185,31 @@ fn constraints_choose_nodes(lab: &Lab) {
     lab.wait_until_settled("n1", "ssd", 2);
     n1.skep(&["node", "update", "--label-rm", "disk", "n5"]).ok();
     remove(lab, "n1", &["pinned", "workers", "ssd"]);
+}
+
+fn preferences_and_strategies_order_nodes(lab: &Lab) {
+    let n1 = lab.node("n1");
+    for (node, zone) in [("n1", "a"), ("n2", "a"), ("n3", "a"), ("n4", "b")] {
+        n1.skep(&["node", "update", "--label-add", &format!("zone={zone}"), node]).ok();
+    }
+    let over_zones = ["--replicas", "6", "--placement-pref", "spread=node.labels.zone"];
+    n1.create_whoami("zoned", &over_zones);
+    let zoned = lab.wait_until_settled("n1", "zoned", 6);
+    assert_eq!(nodes(&zoned), ["n1", "n2", "n4", "n4", "n5", "n5"], "two in a zone");
+
+    n1.create_whoami("packed", &["--replicas", "3", "--placement-strategy", "binpack"]);
+    let packed = lab.wait_until_settled("n1", "packed", 3);
+    let fullest = nodes(&packed)[0];
+    assert!(["n4", "n5"].contains(&fullest), "{packed:#?}");
+    assert_eq!(nodes(&packed), [fullest; 3], "on one of the nodes that have two tasks");
+
+    let command = ["service", "create", "--constraint", "node.zone==a", WHOAMI];
+    let error = n1.skep(&command).err();
+    assert!(error.contains("invalid constraint key node.zone: use node.id"), "{error}");
+    for node in ["n1", "n2", "n3", "n4"] {
+        n1.skep(&["node", "update", "--label-rm", "zone", node]).ok();
+    }
+    remove(lab, "n1", &["zoned", "packed"]);
 }
 
 fn reservations_that_fit_nowhere_say_why(lab: &Lab) {

@@ -326,6 +326,8 @@ fn description(options: &Options, interface: &str) -> NodeDescription {
         resources: Resources {
             nano_cpus: i64::try_from(processors).ok().map(|count| count * 1_000_000_000),
             memory_bytes: i64::try_from(memory).ok(),
+            generic_resources: (!options.generic_resources.is_empty())
+                .then(|| options.generic_resources.clone()),
             ..Resources::default()
         },
         engine: EngineDescription {

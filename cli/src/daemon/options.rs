@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
 use serde::Deserialize;
 use skep_common::object::IngressDescription;
+use skep_common::spec::{GenericResource, generic};
 
 /// Where settings are read from when no flag names a file.
 const DEFAULT_CONFIG: &str = "/etc/skep/daemon.toml";
@@ -42,6 +43,9 @@ pub(crate) struct DaemonArgs {
     /// Label of this node's engine, for constraints on engine.labels.KEY
     #[arg(long = "label", value_name = "KEY=VALUE")]
     labels: Vec<String>,
+    /// What this node has for tasks that ask for it: a number of a kind, or one by name
+    #[arg(long = "node-generic-resource", value_name = "KIND=VALUE")]
+    node_generic_resources: Vec<String>,
 }
 
 /// What is to balance published ports.
@@ -67,6 +71,7 @@ struct File {
     cgroup_parent: Option<String>,
     ingress_balancer: Option<BalancerChoice>,
     labels: BTreeMap<String, String>,
+    node_generic_resources: Vec<String>,
 }
 
 /// Settings with every value decided.
@@ -82,6 +87,7 @@ pub(super) struct Options {
     /// What that comes to on this machine's kernel.
     pub(super) ingress: IngressDescription,
     pub(super) labels: BTreeMap<String, String>,
+    pub(super) generic_resources: Vec<GenericResource>,
 }
 
 impl Options {
@@ -94,6 +100,11 @@ impl Options {
             })?;
             labels.insert(key.to_owned(), value.to_owned());
         }
+        let given = match args.node_generic_resources.is_empty() {
+            true => file.node_generic_resources,
+            false => args.node_generic_resources,
+        };
+        let generic_resources = generic::parse_of_node(&given).map_err(anyhow::Error::msg)?;
         let hostname = match args.hostname.or(file.hostname) {
             Some(hostname) => hostname,
             None => nix::unistd::gethostname()
@@ -112,6 +123,7 @@ impl Options {
             ingress_balancer: args.ingress_balancer.or(file.ingress_balancer).unwrap_or_default(),
             ingress: IngressDescription::default(),
             labels,
+            generic_resources,
         })
     }
 
@@ -128,6 +140,7 @@ impl Options {
             ingress_balancer: BalancerChoice::default(),
             ingress: IngressDescription::default(),
             labels: Default::default(),
+            generic_resources: Vec::new(),
         }
     }
 
@@ -193,6 +206,22 @@ mod tests {
         let forced = "ingress_balancer = \"user-space\"\n";
         let options = resolve(forced, DaemonArgs::default()).unwrap();
         assert_eq!(options.ingress_balancer, BalancerChoice::UserSpace);
+    }
+
+    #[test]
+    fn generic_resources_are_those_of_the_flags_or_of_the_file() {
+        let toml = "node_generic_resources = [\"GPU=a\", \"GPU=b\"]\n";
+        let given = |toml, flags: &[&str]| {
+            let flags = flags.iter().map(ToString::to_string).collect();
+            let args = DaemonArgs { node_generic_resources: flags, ..DaemonArgs::default() };
+            let resources = resolve(toml, args).map(|options| options.generic_resources);
+            resources.map(|all| generic::environment(&all).join(" "))
+        };
+        assert_eq!(given("", &[]).unwrap(), "");
+        assert_eq!(given(toml, &[]).unwrap(), "DOCKER_RESOURCE_GPU=a,b");
+        assert_eq!(given(toml, &["SSD=3"]).unwrap(), "DOCKER_RESOURCE_SSD=3");
+        let error = given(toml, &["GPU"]).unwrap_err().to_string();
+        assert!(error.contains("write KIND=VALUE"), "{error}");
     }
 
     #[test]

@@ -8,8 +8,9 @@ use super::service::plain_pairs;
 use super::tree::Value;
 use super::{Report, known};
 use crate::spec::{
-    IngressPolicy, Labels, Placement, ReplicatedJob, ResourceRequirements, Resources,
-    RestartCondition, RestartPolicy, ServiceMode, UpdateConfig,
+    GenericResource, IngressPolicy, Labels, Placement, PlacementPreference, PlacementStrategy,
+    ReplicatedJob, ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceMode,
+    SpreadOver, UpdateConfig,
 };
 
 /// What `deploy` says.
@@ -122,19 +123,57 @@ fn amounts(
             .get("pids")
             .filter(|_| known.contains(&"pids"))
             .and_then(|field| field.number(report)),
+        generic_resources: section
+            .get("generic_resources")
+            .filter(|_| known.contains(&"generic_resources"))
+            .map(|field| generic_resources(&field, report))
+            .filter(|list| !list.is_empty()),
         ..Resources::default()
     }
 }
 
+fn generic_resources(field: &Field<'_>, report: &mut Report) -> Vec<GenericResource> {
+    let items = field.items(report);
+    let read = |item| {
+        let section = field.item(item).section(report);
+        section.check(known::GENERIC_RESOURCE, &[], report);
+        let section = section.get("discrete_resource_spec")?.section(report);
+        section.check(known::DISCRETE_RESOURCE, &[], report);
+        let kind = section.get("kind").and_then(|field| field.text(report))?;
+        let value = section.get("value").and_then(|field| field.number(report))?;
+        Some(GenericResource::Discrete { kind, value })
+    };
+    items.iter().filter_map(read).collect()
+}
+
 fn placement(field: &Field<'_>, report: &mut Report) -> Placement {
     let section = field.section(report);
-    section.check(known::PLACEMENT, known::PLACEMENT_LATER, report);
+    section.check(known::PLACEMENT, &[], report);
     let constraints = section.get("constraints").map(|field| field.texts(report));
     Placement {
         constraints: constraints.filter(|list| !list.is_empty()),
+        preferences: section
+            .get("preferences")
+            .map(|field| preferences(&field, report))
+            .filter(|list| !list.is_empty()),
         max_replicas: section.get("max_replicas_per_node").and_then(|field| field.number(report)),
+        strategy: section
+            .get("x-skep-strategy")
+            .and_then(|field| field.word(&["spread", "binpack"], report))
+            .and_then(|word| PlacementStrategy::of(&word)),
         ..Placement::default()
     }
+}
+
+fn preferences(field: &Field<'_>, report: &mut Report) -> Vec<PlacementPreference> {
+    let items = field.items(report);
+    let read = |item| {
+        let section = field.item(item).section(report);
+        section.check(known::PREFERENCE, &[], report);
+        let spread_descriptor = section.get("spread").and_then(|field| field.text(report))?;
+        Some(PlacementPreference { spread: Some(SpreadOver { spread_descriptor }) })
+    };
+    items.iter().filter_map(read).collect()
 }
 
 fn restart_policy(field: &Field<'_>, report: &mut Report) -> RestartPolicy {

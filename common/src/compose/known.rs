@@ -133,17 +133,21 @@ pub(super) const DEPLOY: &[&str] = &[
     "update_config",
 ];
 /// Of `deploy.placement`, acted on.
-pub(super) const PLACEMENT: &[&str] = &["constraints", "max_replicas_per_node"];
-/// Of `deploy.placement`, not yet.
-pub(super) const PLACEMENT_LATER: &[&str] = &["preferences"];
+pub(super) const PLACEMENT: &[&str] = &["constraints", "max_replicas_per_node", "preferences"];
+/// Of one of `deploy.placement.preferences`.
+pub(super) const PREFERENCE: &[&str] = &["spread"];
 /// Of `deploy.resources`.
 pub(super) const RESOURCES: &[&str] = &["limits", "reservations"];
 /// Of `deploy.resources.limits`.
 pub(super) const LIMITS: &[&str] = &["cpus", "memory", "pids"];
 /// Of `deploy.resources.reservations`, acted on.
-pub(super) const RESERVATIONS: &[&str] = &["cpus", "memory"];
+pub(super) const RESERVATIONS: &[&str] = &["cpus", "generic_resources", "memory"];
+/// Of one of `generic_resources`.
+pub(super) const GENERIC_RESOURCE: &[&str] = &["discrete_resource_spec"];
+/// Of its `discrete_resource_spec`.
+pub(super) const DISCRETE_RESOURCE: &[&str] = &["kind", "value"];
 /// Of `deploy.resources.reservations`, not yet.
-pub(super) const RESERVATIONS_LATER: &[&str] = &["devices", "generic_resources", "pids"];
+pub(super) const RESERVATIONS_LATER: &[&str] = &["devices", "pids"];
 /// Of `deploy.restart_policy`.
 pub(super) const RESTART_POLICY: &[&str] = &["condition", "delay", "max_attempts", "window"];
 /// Of `deploy.update_config` and `deploy.rollback_config`.

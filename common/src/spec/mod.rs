@@ -8,6 +8,7 @@
 
 mod cluster;
 mod container;
+pub mod generic;
 mod logging;
 mod mode;
 mod network;

@@ -20,6 +20,8 @@ use crate::store::State;
 pub const SLICE_PREFIX: u8 = 22;
 /// Addresses of a slice that tasks can have.
 pub(crate) const SLICE_TASKS_MAX: u32 = (1 << (32 - SLICE_PREFIX)) - 3;
+/// The mesh numbers its nodes up to this one: what is above has no slice, however large the pool is.
+const NODE_NUMBER_MAX: u16 = 4094;
 /// The pool where a swarm names none.
 pub const DEFAULT_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 192, 0, 0), 10);
 
@@ -32,11 +34,13 @@ pub(crate) struct Cursors {
     pub(crate) networks: network::Cursors,
 }
 
-/// The slice of node number `number`; `None` where the pool is too small for it.
+/// The slice of node number `number`; `None` where the mesh or the pool ends before it.
 pub fn slice(pool: Ipv4Net, number: u16) -> Option<Ipv4Net> {
     let base = u32::from(pool.network()).checked_add(u32::from(number) << (32 - SLICE_PREFIX))?;
     let base = Ipv4Addr::from(base);
-    let is_inside = number > 0 && pool.prefix_len() < SLICE_PREFIX && pool.contains(&base);
+    let is_inside = (1..=NODE_NUMBER_MAX).contains(&number)
+        && pool.prefix_len() < SLICE_PREFIX
+        && pool.contains(&base);
     is_inside.then(|| Ipv4Net::new_assert(base, SLICE_PREFIX))
 }
 
@@ -78,6 +82,9 @@ mod tests {
         for (pool, number, expect) in [
             ("10.192.0.0/10", 1, Some("10.192.4.0/22")),
             ("10.192.0.0/10", 4094, Some("10.255.248.0/22")),
+            ("10.192.0.0/10", 4095, None),
+            ("10.0.0.0/8", 4094, Some("10.63.248.0/22")),
+            ("10.0.0.0/8", 4095, None),
             ("10.192.0.0/10", 0, None),
             ("10.250.0.0/16", 63, Some("10.250.252.0/22")),
             ("10.250.0.0/16", 64, None),

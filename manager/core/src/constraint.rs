@@ -3,13 +3,20 @@
 //! The grammar is SwarmKit's (`manager/constraint/constraint.go`), exactly: a key, `==` or `!=`, a
 //! value; values are compared whole and without regard to case; a missing label reads as empty, so
 //! that `!=` matches it; no node matches an unknown key. All constraints of a spec must hold.
+//!
+//! Differs: a spec with an unknown key is refused ([`check_keys`]).
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 use skep_common::Node;
 
-/// Why a constraint cannot be read. Texts are SwarmKit's.
+/// What a constraint can be about, for people.
+const KEYS: &str = "node.id, node.hostname, node.ip, node.role, node.platform.os, node.platform.arch, \
+                    node.labels.KEY or engine.labels.KEY";
+
+/// Why a constraint cannot be read, or not be asked for. Texts are SwarmKit's, but that of the
+/// unknown key, which matches no node there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Neither `==` nor `!=` is in it.
@@ -25,6 +32,12 @@ pub enum Error {
         key: String,
         /// What was given.
         expression: String,
+    },
+    /// The part before the operator names nothing that nodes have.
+    #[error("invalid constraint key {key}: use {KEYS}")]
+    UnknownKey {
+        /// That part.
+        key: String,
     },
     /// The part after the operator.
     #[error("value '{value}' is invalid in constraint {expression:?}")]
@@ -53,6 +66,12 @@ impl std::fmt::Display for Constraint {
 /// Reads the constraints of a spec.
 pub fn parse_all(expressions: &[String]) -> Result<Vec<Constraint>, Error> {
     expressions.iter().map(|expression| parse(expression)).collect()
+}
+
+/// Refuses constraints that no node can ever meet, since nodes have nothing of that name.
+pub fn check_keys(constraints: &[Constraint]) -> Result<(), Error> {
+    let unknown = constraints.iter().find(|constraint| !constraint.is_known());
+    unknown.map_or(Ok(()), |constraint| Err(Error::UnknownKey { key: constraint.key.clone() }))
 }
 
 /// Reads one constraint.
@@ -108,22 +127,21 @@ impl Constraint {
         }
     }
 
-    fn matches_label(&self, node: &Node) -> bool {
-        let engine_labels = node.description.as_ref().map(|description| &description.engine.labels);
-        let (labels, label) = if let Some(label) = self.label_under("node.labels.") {
-            (node.spec.labels.as_ref(), label)
-        } else if let Some(label) = self.label_under("engine.labels.") {
-            (engine_labels, label)
-        } else {
-            return false;
-        };
-        self.compare(labels.and_then(|labels| labels.get(label)).map_or("", String::as_str))
+    fn is_known(&self) -> bool {
+        let attributes = [
+            "node.id",
+            "node.hostname",
+            "node.ip",
+            "node.role",
+            "node.platform.os",
+            "node.platform.arch",
+        ];
+        attributes.iter().any(|known| self.key.eq_ignore_ascii_case(known))
+            || LabelKey::parse(&self.key).is_some()
     }
 
-    /// The label's name, whose case counts, behind a prefix, whose case does not.
-    fn label_under(&self, prefix: &str) -> Option<&str> {
-        let (head, label) = self.key.split_at_checked(prefix.len())?;
-        (head.eq_ignore_ascii_case(prefix) && !label.is_empty()).then_some(label)
+    fn matches_label(&self, node: &Node) -> bool {
+        LabelKey::parse(&self.key).is_some_and(|key| self.compare(key.value(node)))
     }
 
     fn compare(&self, actual: &str) -> bool {
@@ -138,6 +156,32 @@ impl Constraint {
             return (wanted == actual) == self.is_equal;
         }
         self.value.parse::<IpNet>().is_ok_and(|net| net.contains(&actual) == self.is_equal)
+    }
+}
+
+/// Which label of a node is meant by `node.labels.X` or `engine.labels.X`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LabelKey {
+    is_of_engine: bool,
+    label: String,
+}
+
+impl LabelKey {
+    /// The case of the label's name counts, that of the prefix does not.
+    pub(crate) fn parse(key: &str) -> Option<Self> {
+        let under = |prefix: &str| {
+            let (head, label) = key.split_at_checked(prefix.len())?;
+            (head.eq_ignore_ascii_case(prefix) && !label.is_empty()).then(|| label.to_owned())
+        };
+        let of_node = under("node.labels.").map(|label| Self { is_of_engine: false, label });
+        of_node.or_else(|| Some(Self { is_of_engine: true, label: under("engine.labels.")? }))
+    }
+
+    /// A node's value; empty where it has no such label.
+    pub(crate) fn value<'a>(&self, node: &'a Node) -> &'a str {
+        let engine = || node.description.as_ref().map(|description| &description.engine.labels);
+        let labels = if self.is_of_engine { engine() } else { node.spec.labels.as_ref() };
+        labels.and_then(|labels| labels.get(&self.label)).map_or("", String::as_str)
     }
 }
 
@@ -169,6 +213,33 @@ mod tests {
                 Err(error) => error.to_string(),
             };
             assert_eq!(text, expect, "{expression}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_nodes_do_not_have_is_refused() {
+        for (key, is_known) in [
+            ("node.id", true),
+            ("Node.Hostname", true),
+            ("node.ip", true),
+            ("NODE.ROLE", true),
+            ("node.platform.os", true),
+            ("node.platform.arch", true),
+            ("node.labels.Zone", true),
+            ("Engine.Labels.x", true),
+            ("node.labels.", false),
+            ("node.labels", false),
+            ("node.platform", false),
+            ("engine.label.x", false),
+            ("zone", false),
+        ] {
+            let constraints = parse_all(&[format!("{key} == x")]).unwrap();
+            let text = check_keys(&constraints).map_err(|error| error.to_string());
+            let refusal = format!(
+                "invalid constraint key {key}: use node.id, node.hostname, node.ip, node.role, \
+                 node.platform.os, node.platform.arch, node.labels.KEY or engine.labels.KEY"
+            );
+            assert_eq!(text, if is_known { Ok(()) } else { Err(refusal) });
         }
     }
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use rand::Rng;
 use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
-use skep_common::spec::TaskSpec;
+use skep_common::spec::{GenericResource, TaskSpec};
 use skep_common::{
     Kind, NetworkId, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
 };
@@ -154,13 +154,14 @@ impl<'a> Fork<'a> {
         }
     }
 
-    /// Gives a waiting task a node and its addresses.
+    /// Gives a waiting task a node, its addresses, and what it was given of the node's generic resources.
     pub(crate) fn place(
         &mut self,
         task_id: TaskId,
         node_id: NodeId,
         pinned: Option<String>,
         attachments: Vec<NetworkAttachment>,
+        generic: Vec<GenericResource>,
     ) {
         let now = self.now;
         self.touch(task_id);
@@ -171,6 +172,7 @@ impl<'a> Fork<'a> {
             );
             task.node_id = Some(node_id);
             task.networks_attachments = attachments;
+            task.assigned_generic_resources = generic;
             if let Some(pinned) = pinned
                 && let Some(container) = &mut Arc::make_mut(&mut task.spec).container_spec
             {
@@ -330,6 +332,8 @@ fn task_action(old: Option<&Arc<Task>>, new: Option<&Arc<Task>>) -> Option<Actio
     patch.node_id = new.node_id.filter(|_| old.node_id.is_none());
     patch.networks_attachments = (old.networks_attachments != new.networks_attachments)
         .then(|| new.networks_attachments.clone());
+    patch.generic_resources = (old.assigned_generic_resources != new.assigned_generic_resources)
+        .then(|| new.assigned_generic_resources.clone());
     patch.status = (old.status != new.status).then(|| new.status.clone());
     Some(Action::PatchTask(patch))
 }

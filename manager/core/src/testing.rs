@@ -2,7 +2,7 @@
 //!
 //! A node is `NUMBER[:ATTRIBUTE]…` with attributes `down`, `disconnected`, `unknown`, `drain`, `pause`,
 //! `user-space`,
-//! `cpu=CORES`, `mem=MIB`, `KEY=VALUE` (a label). A task is `SLOT@NODE:STATE[>DESIRED][~VERSION]`, `-`
+//! `cpu=CORES`, `mem=MIB`, `has-KIND=VALUE` (a generic resource), `KEY=VALUE` (a label). A task is `SLOT@NODE:STATE[>DESIRED][~VERSION]`, `-`
 //! for no node; the state `unhealthy` is `running` with a failing health check. Task ids count from
 //! 1 in the order written.
 //!
@@ -97,6 +97,12 @@ pub fn parse_node(word: &str) -> Node {
                 node.description.as_mut().expect("made above").ingress = Some(ingress);
             }
             ("mem", mib) => resources.memory_bytes = mib.parse::<i64>().ok().map(|mib| mib << 20),
+            (key, value) if key.starts_with("has-") => {
+                let text = format!("{}={value}", &key["has-".len()..]);
+                let parsed = skep_common::spec::generic::parse_of_node(&[text]);
+                let list = resources.generic_resources.get_or_insert_default();
+                list.extend(parsed.expect("a generic resource is KIND=VALUE"));
+            }
             (key, value) => {
                 let labels = node.spec.labels.get_or_insert_default();
                 labels.insert(key.to_owned(), value.to_owned());

@@ -7,13 +7,16 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use skep_common::spec::generic::is_kind;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, HealthConfig, Nanos, NodeSpec, PortProtocol,
-    PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec, UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, Nanos, NodeSpec,
+    PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec,
+    UpdateConfig,
 };
 
 use crate::constraint;
 use crate::orchestrator::MAX_ATTEMPTS_COUNTED;
+use crate::scheduler::parse_preferences;
 
 /// A thousandth of a core.
 const NANO_CPUS_MIN: i64 = 1_000_000;
@@ -108,8 +111,9 @@ pub(crate) fn task_spec(spec: &TaskSpec) -> Outcome {
     let placement = spec.placement.as_ref();
     let expressions = placement.and_then(|placement| placement.constraints.as_deref());
     constraint::parse_all(expressions.unwrap_or_default())
-        .map(|_| ())
-        .map_err(|error| Error(error.to_string()))
+        .and_then(|constraints| constraint::check_keys(&constraints))
+        .map_err(|error| Error(error.to_string()))?;
+    parse_preferences(placement).map(|_| ()).map_err(Error)
 }
 
 fn not_negative(what: &str, duration: Option<Nanos>) -> Outcome {
@@ -210,7 +214,33 @@ fn health_config(config: &HealthConfig) -> Outcome {
 
 fn requirements(requirements: &ResourceRequirements) -> Outcome {
     requirements.limits.as_ref().map_or(Ok(()), resources)?;
-    requirements.reservations.as_ref().map_or(Ok(()), resources)
+    requirements.reservations.as_ref().map_or(Ok(()), resources)?;
+    let reserved = requirements.reservations.as_ref();
+    generic(reserved.and_then(|all| all.generic_resources.as_deref()).unwrap_or_default())
+}
+
+fn generic(wanted: &[GenericResource]) -> Outcome {
+    let mut kinds = BTreeSet::new();
+    for resource in wanted {
+        let kind = resource.kind();
+        let GenericResource::Discrete { value, .. } = resource else {
+            return refuse(format!(
+                "generic resource {kind:?}: a service asks for a number, not for one by name"
+            ));
+        };
+        if !is_kind(kind) {
+            return refuse(format!(
+                "generic resource {kind:?}: a name has letters, digits, '-', '_' and '.'"
+            ));
+        }
+        if *value < 1 {
+            return refuse(format!("generic resource {kind:?}: ask for 1 or more, not {value}"));
+        }
+        if !kinds.insert(kind) {
+            return refuse(format!("generic resource {kind:?} is asked for twice"));
+        }
+    }
+    Ok(())
 }
 
 fn resources(resources: &Resources) -> Outcome {
@@ -315,23 +345,19 @@ fn has_deadline(config: Option<&UpdateConfig>) -> bool {
 }
 
 /// Fields of a task that nothing acts on yet, and whether they are given.
-fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 6] {
+fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 3] {
     let container = task.container_spec.as_ref();
     let secrets = container.and_then(|container| container.secrets.as_ref());
     let configs = container.and_then(|container| container.configs.as_ref());
-    let placement = task.placement.as_ref();
-    let preferences = placement.and_then(|placement| placement.preferences.as_ref());
-    let strategy = placement.and_then(|placement| placement.strategy);
     let resources = task.resources.as_ref();
-    let reserved = resources.and_then(|all| all.reservations.as_ref()?.generic_resources.as_ref());
     let limited = resources.and_then(|all| all.limits.as_ref()?.generic_resources.as_ref());
     [
         ("TaskTemplate.ContainerSpec.Secrets", secrets.is_some_and(|list| !list.is_empty())),
         ("TaskTemplate.ContainerSpec.Configs", configs.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Placement.Preferences", preferences.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Placement.Strategy", strategy.is_some()),
-        ("TaskTemplate.Resources.GenericResources", reserved.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.Resources.GenericResources", limited.is_some_and(|list| !list.is_empty())),
+        (
+            "TaskTemplate.Resources.Limits.GenericResources",
+            limited.is_some_and(|list| !list.is_empty()),
+        ),
     ]
 }
 
@@ -462,10 +488,6 @@ mod tests {
                 "TaskSpec: restart-delay cannot be negative",
             ),
             (
-                json!({"TaskTemplate": {"Placement": {"Constraints": ["node.role=manager"]}}}),
-                "constraint expected one operator from ==, !=: \"node.role=manager\"",
-            ),
-            (
                 json!({"UpdateConfig": {"MaxFailureRatio": 1.5}}),
                 "UpdateConfig: max failure ratio cannot be less than 0 or bigger than 1",
             ),
@@ -490,6 +512,62 @@ mod tests {
             (
                 json!({"EndpointSpec": {"Ports": [{"TargetPort": 53, "Protocol": "udp", "ProxyProtocol": "v2"}]}}),
                 "EndpointSpec: the PROXY protocol is for TCP: publish target port 53/udp without it",
+            ),
+        ] {
+            check(&part, expect);
+        }
+    }
+
+    #[test]
+    fn placements_and_generic_resources_are_refused_where_no_node_can_ever_fit() {
+        let reserved = |list| json!({"TaskTemplate": {"Resources": {"Reservations": {"GenericResources": list}}}});
+        for (part, expect) in [
+            (
+                json!({"TaskTemplate": {"Placement": {"Constraints": ["node.role=manager"]}}}),
+                "constraint expected one operator from ==, !=: \"node.role=manager\"",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Constraints": ["node.rule==manager"]}}}),
+                "invalid constraint key node.rule: use node.id, node.hostname, node.ip, node.role, \
+                 node.platform.os, node.platform.arch, node.labels.KEY or engine.labels.KEY",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Preferences": [
+                    {"Spread": {"SpreadDescriptor": "node.labels.zone"}},
+                    {"Spread": {"SpreadDescriptor": "engine.labels.rack"}},
+                ]}}}),
+                "",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Preferences": [
+                    {"Spread": {"SpreadDescriptor": "node.hostname"}},
+                ]}}}),
+                "invalid placement preference: cannot spread over \"node.hostname\": use node.labels.KEY \
+                 or engine.labels.KEY",
+            ),
+            (
+                json!({"TaskTemplate": {"Placement": {"Preferences": [{}]}}}),
+                "invalid placement preference: it must have Spread",
+            ),
+            (reserved(json!([{"DiscreteResourceSpec": {"Kind": "GPU", "Value": 2}}])), ""),
+            (
+                reserved(json!([{"DiscreteResourceSpec": {"Kind": "GPU", "Value": 0}}])),
+                "generic resource \"GPU\": ask for 1 or more, not 0",
+            ),
+            (
+                reserved(json!([{"NamedResourceSpec": {"Kind": "GPU", "Value": "a"}}])),
+                "generic resource \"GPU\": a service asks for a number, not for one by name",
+            ),
+            (
+                reserved(json!([{"DiscreteResourceSpec": {"Kind": "G U", "Value": 1}}])),
+                "generic resource \"G U\": a name has letters, digits, '-', '_' and '.'",
+            ),
+            (
+                reserved(json!([
+                    {"DiscreteResourceSpec": {"Kind": "GPU", "Value": 1}},
+                    {"DiscreteResourceSpec": {"Kind": "GPU", "Value": 1}},
+                ])),
+                "generic resource \"GPU\" is asked for twice",
             ),
         ] {
             check(&part, expect);

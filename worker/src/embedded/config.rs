@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use skep_common::Task;
 use skep_common::object::NetworkAttachment;
 use skep_common::placeholder::{self, NodeFacts};
+use skep_common::spec::generic;
 use skep_common::spec::{ContainerSpec, DnsConfig, LogDriver, LogRotation, Predefined, predefined};
 use skep_worker_core::dns::Scope;
 use skep_worker_core::image::{Digest, ImageConfig};
@@ -46,6 +47,7 @@ pub(super) fn container(
     let mut spec = task.spec.container_spec.clone().unwrap_or_default();
     expand(&mut spec, task, facts)?;
     let mut input = container_input(&spec, task.spec.resources.as_ref());
+    input.env.extend(generic::environment(&task.assigned_generic_resources));
     input.labels.extend(swarm_labels(task, facts));
     input.host_network = on_host_network(task);
     if input.host_network {

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, bail};
 use clap::Args;
 use skep_common::compose::units::capabilities;
+use skep_common::spec::generic::parse_wanted;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, Placement,
-    ServiceMode, ServiceSpec, TaskSpec, Ulimit,
+    ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels, NetworkAttachmentConfig,
+    PlacementPreference, ServiceMode, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
 
@@ -15,6 +16,7 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, sort_ports,
 };
+use super::placement::{change_generic, change_preferences, parse_preference};
 use super::{Waiting, caller_environment, converge, names};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
@@ -52,6 +54,12 @@ pub(crate) struct CreateArgs {
     /// Placement constraints
     #[arg(long)]
     constraint: Vec<String>,
+    /// Placement preferences
+    #[arg(long, value_parser = parse_preference, value_name = "spread=KEY")]
+    placement_pref: Vec<PlacementPreference>,
+    /// User defined resources
+    #[arg(long, value_parser = parse_wanted, value_name = "KIND=NUMBER")]
+    generic_resource: Vec<GenericResource>,
     /// Set one or more supplementary user groups for the container
     #[arg(long)]
     group: Vec<String>,
@@ -161,16 +169,11 @@ fn spec(
     };
     let mut ports: Vec<_> = args.publish.iter().flat_map(|Publish(ports)| ports.clone()).collect();
     sort_ports(&mut ports);
-    let constraints: Vec<String> = args.constraint.clone();
     let mut spec = ServiceSpec {
         name: args.name.clone().unwrap_or_default(),
         labels: labels(&args.label),
         task_template: TaskSpec {
             container_spec: Some(container),
-            placement: list(constraints).map(|constraints| Placement {
-                constraints: Some(constraints),
-                ..Default::default()
-            }),
             networks: list(args.network.clone()),
             ..Default::default()
         },
@@ -179,6 +182,11 @@ fn spec(
             .map(|ports| EndpointSpec { ports: Some(ports), ..EndpointSpec::default() }),
         ..Default::default()
     };
+    if let Some(constraints) = list(args.constraint.clone()) {
+        spec.task_template.placement.get_or_insert_default().constraints = Some(constraints);
+    }
+    change_preferences(&mut spec.task_template, &args.placement_pref, &[]);
+    change_generic(&mut spec.task_template, &args.generic_resource, &[]);
     args.flags.apply(&mut spec)?;
     Ok(spec)
 }
@@ -361,6 +369,8 @@ mod tests {
         check(
             "--limit-cpu 0.5 --limit-memory 64M --limit-pids 10 --reserve-cpu .25 --reserve-memory 32m \
              --constraint node.role==worker --constraint 'node.labels.a != b' --replicas-max-per-node 2 \
+             --placement-pref spread=node.labels.zone --placement-pref spread=engine.labels.rack \
+             --placement-strategy binpack --generic-resource GPU=2 \
              --restart-condition on-failure --restart-delay 1s --restart-max-attempts 3 --restart-window 1m \
              --update-parallelism 2 --update-delay 1s --update-order start-first --update-failure-action rollback \
              --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
@@ -380,7 +390,10 @@ mod tests {
                     },
                     "Resources": {
                         "Limits": {"NanoCPUs": 500_000_000, "MemoryBytes": 67_108_864, "Pids": 10},
-                        "Reservations": {"NanoCPUs": 250_000_000, "MemoryBytes": 33_554_432},
+                        "Reservations": {
+                            "NanoCPUs": 250_000_000, "MemoryBytes": 33_554_432,
+                            "GenericResources": [{"DiscreteResourceSpec": {"Kind": "GPU", "Value": 2}}],
+                        },
                     },
                     "RestartPolicy": {
                         "Condition": "on-failure", "Delay": 1_000_000_000, "MaxAttempts": 3,
@@ -388,6 +401,11 @@ mod tests {
                     },
                     "Placement": {
                         "Constraints": ["node.role==worker", "node.labels.a != b"], "MaxReplicas": 2,
+                        "Preferences": [
+                            {"Spread": {"SpreadDescriptor": "node.labels.zone"}},
+                            {"Spread": {"SpreadDescriptor": "engine.labels.rack"}},
+                        ],
+                        "Strategy": "binpack",
                     },
                     "LogDriver": {"Name": "local", "Options": {"max-file": "3", "max-size": "10m"}},
                 },
@@ -446,6 +464,10 @@ mod tests {
                 "--ulimit nofile=3:2 img",
                 "ulimit soft limit must be less than or equal to hard limit",
             ),
+            ("--placement-pref binpack=x img", "only spread is supported"),
+            ("--generic-resource GPU=UUID1 img", "write a number of 1 or more"),
+            ("--placement-pref spread= img", "nothing to spread over"),
+            ("--placement-strategy random img", "must be spread or binpack"),
             ("-e =x img", "invalid environment variable: =x"),
             (
                 "--no-healthcheck --health-cmd x img",

@@ -13,10 +13,11 @@ use skep_common::compose::units::{
 };
 use skep_common::spec::{
     ContainerSpec, EndpointSpec, HealthConfig, IngressPolicy, LogDriver, Nanos,
-    NetworkAttachmentConfig, Placement, PortConfig, PortProtocol, ProxyProtocol, PublishMode,
-    Replicated, ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec,
-    UpdateConfig,
+    NetworkAttachmentConfig, PortConfig, PortProtocol, ProxyProtocol, PublishMode, Replicated,
+    ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
 };
+
+use super::placement::PlacementFlags;
 
 /// Whether and how loudly the command waits.
 #[derive(Debug, Args)]
@@ -87,9 +88,8 @@ pub(super) struct SpecFlags {
     /// Number of tasks
     #[arg(long)]
     replicas: Option<u64>,
-    /// Maximum number of tasks per node (default 0 = unlimited)
-    #[arg(long)]
-    replicas_max_per_node: Option<u64>,
+    #[command(flatten)]
+    placement: PlacementFlags,
     /// Endpoint mode
     #[arg(long, value_parser = ["vip", "dnsrr"])]
     endpoint_mode: Option<String>,
@@ -277,10 +277,7 @@ impl SpecFlags {
             let endpoint: &mut EndpointSpec = spec.endpoint_spec.get_or_insert_default();
             endpoint.ingress_policy = IngressPolicy::of(policy);
         }
-        if self.replicas_max_per_node.is_some() {
-            let placement: &mut Placement = spec.task_template.placement.get_or_insert_default();
-            placement.max_replicas = self.replicas_max_per_node.filter(|n| *n > 0);
-        }
+        self.placement.apply(&mut spec.task_template.placement);
         self.apply_log_driver(&mut spec.task_template.log_driver);
         self.resources.apply(&mut spec.task_template.resources);
         self.restart.apply(&mut spec.task_template.restart_policy);

@@ -9,6 +9,7 @@ mod inspect;
 mod list;
 mod logs;
 mod names;
+mod placement;
 mod pretty;
 mod scale;
 mod update;

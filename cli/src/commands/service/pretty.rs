@@ -7,6 +7,7 @@ use skep_common::spec::{
 };
 use skep_common::{Service, Timestamp};
 
+use super::placement::preferences_text;
 use crate::format::human::{bytes_binary, duration, go_duration};
 
 /// The text of `inspect --pretty`.
@@ -25,6 +26,13 @@ pub(super) fn pretty(service: &Service, now: Timestamp) -> String {
     if let Some(placement) = &spec.task_template.placement {
         if let Some(constraints) = &placement.constraints {
             line(&mut out, format_args!(" Constraints:\t[{}]", constraints.join(" ")));
+        }
+        let preferences = placement.preferences.as_deref().filter(|list| !list.is_empty());
+        if let Some(preferences) = preferences {
+            line(&mut out, format_args!(" Preferences:\t[{}]", preferences_text(preferences)));
+        }
+        if let Some(strategy) = placement.strategy {
+            line(&mut out, format_args!(" Strategy:\t{}", strategy.name()));
         }
         if let Some(max) = placement.max_replicas {
             line(&mut out, format_args!(" Max Replicas Per Node:   {max}"));

@@ -8,9 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Result, bail};
 use clap::Args;
 use skep_common::compose::units::capability;
+use skep_common::spec::generic::parse_wanted;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Labels, NetworkAttachmentConfig, PortConfig,
-    Predefined, ServiceSpec, TaskSpec, Ulimit,
+    ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels, NetworkAttachmentConfig,
+    PlacementPreference, PortConfig, Predefined, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_common::{Network, Service};
 use skep_proto::UpdateServiceRequest;
@@ -20,6 +21,7 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, Words, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, parse_words, sort_ports,
 };
+use super::placement::{change_generic, change_preferences, parse_preference};
 use super::{Waiting, caller_environment, converge};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
@@ -73,6 +75,18 @@ pub(crate) struct UpdateArgs {
     /// Remove a constraint
     #[arg(long, value_name = "CONSTRAINT")]
     constraint_rm: Vec<String>,
+    /// Add a placement preference
+    #[arg(long, value_parser = parse_preference, value_name = "spread=KEY")]
+    placement_pref_add: Vec<PlacementPreference>,
+    /// Remove a placement preference
+    #[arg(long, value_parser = parse_preference, value_name = "spread=KEY")]
+    placement_pref_rm: Vec<PlacementPreference>,
+    /// Add or update a user defined resource
+    #[arg(long, value_parser = parse_wanted, value_name = "KIND=NUMBER")]
+    generic_resource_add: Vec<GenericResource>,
+    /// Remove a user defined resource
+    #[arg(long, value_name = "KIND")]
+    generic_resource_rm: Vec<String>,
     /// Add an additional supplementary user group to the container
     #[arg(long, value_name = "GROUP")]
     group_add: Vec<String>,
@@ -157,6 +171,8 @@ fn apply(
     }
     change_map(&mut spec.labels, &args.label_add, &args.label_rm);
     change_constraints(args, &mut spec.task_template);
+    change_generic(&mut spec.task_template, &args.generic_resource_add, &args.generic_resource_rm);
+    change_preferences(&mut spec.task_template, &args.placement_pref_add, &args.placement_pref_rm);
     change_ports(args, &mut spec.endpoint_spec);
     let container = spec.task_template.container_spec.get_or_insert_default();
     change_container(args, container, caller);
@@ -579,6 +595,17 @@ mod tests {
                 "--constraint-add node.role==worker --constraint-add a==b",
                 vec!["/TaskTemplate/Placement/Constraints=[\"node.role==worker\",\"a==b\"]".into()],
             ),
+            (
+                "--placement-pref-add spread=node.labels.zone --placement-pref-rm spread=node.labels.x",
+                vec!["/TaskTemplate/Placement/Preferences=[{\"Spread\":{\"SpreadDescriptor\":\"node.labels.zone\"}}]".into()],
+            ),
+            (
+                "--generic-resource-add GPU=2 --generic-resource-rm SSD",
+                vec!["/TaskTemplate/Resources={\"Reservations\":{\"GenericResources\":[{\"DiscreteResourceSpec\":{\"Kind\":\"GPU\",\"Value\":2}}]}}".into()],
+            ),
+            ("--generic-resource-rm GPU", vec![]),
+            ("--placement-pref-rm spread=node.labels.zone", vec![]),
+            ("--placement-strategy binpack", vec!["/TaskTemplate/Placement/Strategy=\"binpack\"".into()]),
             (
                 "--publish-rm 80",
                 vec!["/EndpointSpec/Ports=[{\"Protocol\":\"udp\",\"PublishMode\":\"ingress\",\"PublishedPort\":53,\"TargetPort\":53}]".into()],

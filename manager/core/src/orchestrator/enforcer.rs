@@ -3,7 +3,8 @@
 //! A node's labels, role, resources or kernel may change under its tasks. Only nodes with availability
 //! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them.
 //! Source: SwarmKit `manager/orchestrator/constraintenforcer`. Differs: where a node has become too
-//! small for the reservations of its tasks, the newest ones leave, where SwarmKit's choice is random.
+//! small for the reservations of its tasks, or has lost
+//! generic resources that they hold, the newest ones leave, where SwarmKit's choice is random.
 
 use std::cmp::Reverse;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use skep_common::{NodeId, Service, Task, TaskId, TaskState, Version};
 
 use super::is_live;
 use crate::constraint::{self, Constraint};
-use crate::scheduler::{Amounts, carries_overlays};
+use crate::scheduler::{Amounts, Stock, carries_overlays};
 use crate::store::State;
 
 /// The constraints of one service, for its tasks of every spec version.
@@ -72,20 +73,25 @@ pub(crate) fn overcommitted(state: &State, node_id: NodeId) -> Vec<TaskId> {
         return Vec::new();
     }
     let mut free = Amounts::of(Some(&description.resources));
+    let mut stock = Stock::default();
+    stock.set_node(Some(node));
     // Those that are stopping are on their way out already.
     let is_present = |task: &&Arc<Task>| is_live(task) && task.status.state <= TaskState::Running;
     let mut tasks: Vec<&Arc<Task>> = state.tasks_of_node(node_id).filter(is_present).collect();
     for task in &tasks {
         free.take(&Amounts::reserved_by(&task.spec));
+        stock.take(&task.assigned_generic_resources);
     }
     tasks.sort_by_key(|task| Reverse((task.meta.created_at, task.id)));
     let mut leaving = Vec::new();
     for task in tasks {
         let amounts = Amounts::reserved_by(&task.spec);
         let helps = (free.nano_cpus < 0 && amounts.nano_cpus > 0)
-            || (free.memory_bytes < 0 && amounts.memory_bytes > 0);
+            || (free.memory_bytes < 0 && amounts.memory_bytes > 0)
+            || stock.is_overdrawn_by(&task.assigned_generic_resources);
         if helps {
             free.give_back(&amounts);
+            stock.give_back(&task.assigned_generic_resources);
             leaving.push(task.id);
         }
     }

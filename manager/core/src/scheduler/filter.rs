@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use skep_common::spec::{Platform, PortProtocol};
+use skep_common::spec::{PlacementStrategy, Platform, PortProtocol};
 use skep_common::{Node, ServiceId, Task};
 
+use super::generic;
 use super::index::{self, Amounts, Entry, Index};
-use crate::constraint::{self, Constraint};
+use super::preference;
+use crate::constraint::{self, Constraint, LabelKey};
 use crate::network::{self, Wanted};
 use crate::store::State;
 
@@ -14,6 +16,8 @@ use crate::store::State;
 #[derive(Debug)]
 pub(super) struct Requirement {
     amounts: Amounts,
+    /// Numbers of generic resources.
+    pub(super) generic: generic::Wanted,
     constraints: Vec<Constraint>,
     platforms: Vec<Platform>,
     ports: Vec<(PortProtocol, u16)>,
@@ -23,6 +27,10 @@ pub(super) struct Requirement {
     pub(super) pinned_image: Option<String>,
     /// The networks to be on.
     pub(super) networks: Vec<Wanted>,
+    /// What tasks are spread over first.
+    pub(super) preferences: Vec<LabelKey>,
+    /// Which of the nodes that fit comes first.
+    pub(super) strategy: PlacementStrategy,
     /// Whether an address of the node's slice is needed.
     pub(super) has_uplink: bool,
 }
@@ -33,8 +41,10 @@ impl Requirement {
         let networks = network::wanted_by(state, &task.spec)?;
         let service = state.service(task.service_id).map(|service| &**service);
         let placement = task.spec.placement.clone().unwrap_or_default();
+        let preferences = preference::parse_all(Some(&placement))?;
         Ok(Self {
             amounts: Amounts::reserved_by(&task.spec),
+            generic: generic::wanted(&task.spec),
             constraints: constraint::parse_all(
                 placement.constraints.as_deref().unwrap_or_default(),
             )
@@ -43,10 +53,23 @@ impl Requirement {
             ports: index::host_ports(task),
             replicas_max: placement.max_replicas.unwrap_or(0),
             pinned_image: None,
+            preferences,
+            strategy: placement.strategy.unwrap_or_else(|| default_strategy(state)),
             has_uplink: network::wants_uplink(service, &task.spec, &networks),
             networks,
         })
     }
+
+    /// Whether CPU or memory is reserved.
+    pub(super) fn reserves(&self) -> bool {
+        self.amounts != Amounts::default()
+    }
+}
+
+/// The swarm's strategy, for services that name none.
+fn default_strategy(state: &State) -> PlacementStrategy {
+    let orchestration = state.cluster().and_then(|cluster| cluster.spec.orchestration.as_ref());
+    orchestration.and_then(|config| config.strategy).unwrap_or_default()
 }
 
 /// The filters in the order in which a node meets them: first what no placement changes, so that the
@@ -59,6 +82,7 @@ pub(super) enum Filter {
     Platform,
     Overlay,
     Resource,
+    Generic,
     HostPort,
     Replicas,
     Address,
@@ -75,6 +99,7 @@ impl Filter {
             Self::Overlay if n_nodes == 1 => "1 node cannot carry overlay networks".to_owned(),
             Self::Overlay => format!("{nodes} cannot carry overlay networks"),
             Self::Resource => format!("insufficient resources on {nodes}"),
+            Self::Generic => format!("insufficient generic resources on {nodes}"),
             Self::HostPort => format!("host-mode port already in use on {nodes}"),
             Self::Replicas => format!("max replicas per node limit exceeded on {nodes}"),
             Self::Address => format!("no free ingress address on {nodes}"),
@@ -102,6 +127,7 @@ pub(super) fn first_miss(
             is_short(amounts.nano_cpus, entry.free.nano_cpus)
                 || is_short(amounts.memory_bytes, entry.free.memory_bytes),
         ),
+        (Filter::Generic, entry.generic.lacks(&requirement.generic).is_some()),
         (Filter::HostPort, requirement.ports.iter().any(|port| entry.ports.contains_key(port))),
         (
             Filter::Replicas,
@@ -160,6 +186,7 @@ pub(super) fn explain(
     let nearest = missed
         .get(&Filter::Resource)
         .and_then(|nodes| nearest_by_resources(nodes, &requirement.amounts))
+        .or_else(|| nearest_by_generic(missed.get(&Filter::Generic)?, &requirement.generic))
         .or_else(|| unmet_constraint(missed.get(&Filter::Constraint)?, requirement));
     match nearest {
         Some(nearest) => format!("no suitable node ({words}): {nearest}"),
@@ -190,6 +217,18 @@ fn nearest_by_resources(nodes: &[&Entry], wanted: &Amounts) -> Option<String> {
         let (free, wanted) = (cpus(best.free.nano_cpus), cpus(wanted.nano_cpus));
         format!("most free CPU: {free} on {name}, {wanted} wanted")
     })
+}
+
+/// Of the nodes that have too little of a kind, the one that has most of it.
+fn nearest_by_generic(nodes: &[&Entry], wanted: &generic::Wanted) -> Option<String> {
+    let short = nodes.iter().filter_map(|entry| {
+        let (kind, count) = entry.generic.lacks(wanted)?;
+        Some((std::cmp::Reverse(entry.generic.free(kind).max(0)), entry.id, kind, count, entry))
+    });
+    let (std::cmp::Reverse(free), _, kind, count, entry) =
+        short.min_by_key(|(free, id, ..)| (*free, *id))?;
+    let name = entry.node.as_deref().map_or_else(|| entry.id.short(), node_name);
+    Some(format!("most free {kind}: {free} on {name}, {count} wanted"))
 }
 
 /// A constraint that none of these nodes meets.

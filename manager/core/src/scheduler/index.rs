@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NodeState, Slot};
-use skep_common::spec::{Availability, PortProtocol, Resources, TaskSpec};
+use skep_common::spec::{Availability, GenericResource, PortProtocol, Resources, TaskSpec};
 use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
+use super::generic::Stock;
 use super::{FAILURE_WINDOW, GroupKey};
 use crate::allocator;
 use crate::network;
@@ -56,6 +57,7 @@ pub(crate) struct Entry {
     pub(crate) node: Option<Arc<Node>>,
     pub(crate) total: Amounts,
     pub(crate) free: Amounts,
+    pub(crate) generic: Stock,
     /// Tasks that managers want to run.
     pub(crate) n_active: u32,
     /// Addresses of its slice in use, and how many there are.
@@ -95,6 +97,7 @@ enum Charge {
         number: usize,
         service_id: ServiceId,
         amounts: Amounts,
+        generic: Vec<GenericResource>,
         is_active: bool,
         has_uplink: bool,
         ports: Ports,
@@ -197,6 +200,7 @@ impl Index {
         entry.free.give_back(&total);
         entry.free.take(&entry.total);
         entry.total = total;
+        entry.generic.set_node(node.as_deref());
         entry.n_addresses_max = slice.map_or(0, |_| allocator::SLICE_TASKS_MAX);
         entry.node = node;
         self.is_changed = true;
@@ -209,6 +213,7 @@ impl Index {
                 node: None,
                 total: Amounts::default(),
                 free: Amounts::default(),
+                generic: Stock::default(),
                 n_active: 0,
                 n_addresses: 0,
                 n_addresses_max: 0,
@@ -251,6 +256,7 @@ impl Index {
                 number,
                 service_id: task.service_id,
                 amounts: Amounts::reserved_by(&task.spec),
+                generic: task.assigned_generic_resources.clone(),
                 is_active: is_live(task),
                 has_uplink: network::has_uplink(task),
                 ports: host_ports(task),
@@ -266,9 +272,18 @@ impl Index {
             Charge::Failed { number, key, at } => {
                 self.failures.entry(*key).or_default().insert((*number, task_id), *at);
             }
-            Charge::Placed { number, service_id, amounts, is_active, has_uplink, ports } => {
+            Charge::Placed {
+                number,
+                service_id,
+                amounts,
+                generic,
+                is_active,
+                has_uplink,
+                ports,
+            } => {
                 let entry = &mut self.entries[*number];
                 entry.free.take(amounts);
+                entry.generic.take(generic);
                 entry.n_addresses += u32::from(*has_uplink);
                 for port in ports {
                     *entry.ports.entry(*port).or_insert(0) += 1;
@@ -300,9 +315,18 @@ impl Index {
                     }
                 }
             }
-            Charge::Placed { number, service_id, amounts, is_active, has_uplink, ports } => {
+            Charge::Placed {
+                number,
+                service_id,
+                amounts,
+                generic,
+                is_active,
+                has_uplink,
+                ports,
+            } => {
                 let entry = &mut self.entries[*number];
                 entry.free.give_back(amounts);
+                entry.generic.give_back(generic);
                 entry.n_addresses -= u32::from(*has_uplink);
                 for port in ports {
                     decrement(&mut entry.ports, port);

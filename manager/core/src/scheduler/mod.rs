@@ -5,13 +5,13 @@
 //! its networks, or writes why none passes.
 //!
 //! ```text
-//! waiting ──► group by (service, spec version) ──► filter nodes ──► heap by rank ──► Assigned
+//! waiting ──► group by (service, spec version) ──► filter nodes ──► tree, by rank ──► Assigned
 //!                                                       └── none left ─────────────► Pending, why
 //! ```
 //!
 //! # Reading order
 //!
-//! [`schedule`], [`filter`] (requirements, filters and the words for people), then [`index`].
+//! [`schedule`], [`filter`] (requirements, filters and the words for people), [`preference`], then [`index`].
 //!
 //! # Invariants
 //!
@@ -19,7 +19,7 @@
 //! - Decisions of one pass see each other: two tasks never take the same last CPU.
 //! - Ties end in `NodeId` order, so every leader computes the same placement.
 //! - The index is a function of the state: fed change by change it equals one made anew.
-//! - Absent on purpose: preemption, bin packing, random choice. Time enters only to forget failures
+//! - Absent on purpose: preemption, random choice. Time enters only to forget failures
 //!   older than [`FAILURE_WINDOW`].
 //!
 //! Reasons are written after all groups are placed, so that they speak of what is left.
@@ -27,17 +27,20 @@
 //! # Sources
 //!
 //! SwarmKit `design/scheduler.md`, `manager/scheduler/{pipeline,filter,nodeinfo,scheduler}.go`.
-//! Differs: reservations count in the ranking; the text names the nearest miss.
+//! Differs: reservations count in the ranking; the text names the nearest miss; services and swarms can ask for
+//! [`PlacementStrategy::Binpack`].
 
 mod filter;
+mod generic;
 mod index;
+mod preference;
 #[cfg(test)]
 mod tests;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
+use skep_common::spec::PlacementStrategy;
 use skep_common::{NodeId, ServiceId, TaskId, Version};
 
 use crate::allocator::{self, Cursors};
@@ -48,7 +51,10 @@ use crate::network;
 use filter::Requirement;
 pub(crate) use filter::carries_overlays;
 pub use filter::node_name;
+pub(crate) use generic::Stock;
 pub(crate) use index::{Amounts, Index};
+use preference::Candidates;
+pub(crate) use preference::parse_all as parse_preferences;
 
 /// Failures of a service's tasks on a node count for this long. SwarmKit's `monitorFailures`.
 pub const FAILURE_WINDOW: Duration = Duration::from_mins(5);
@@ -60,9 +66,11 @@ pub(crate) type GroupKey = (ServiceId, Version);
 
 /// What orders nodes; the least is taken. The last part is the dense number of the node.
 ///
-/// 1. nodes where the service failed often come last, 2. fewer active tasks of the service, 3. less
-///    reserved, in percent of the scarcer resource, 4. fewer active tasks in all, 5. `NodeId`.
-type Rank = (u32, u32, u32, u32, NodeId, usize);
+/// 1. nodes where the service failed often come last. Spread: 2. fewer active tasks of the service,
+///    3. less reserved, in percent of the scarcer resource, 4. fewer active tasks in all. Binpack:
+///    2. more reserved, 3. more active tasks in all, 4. fewer of the service; where the service
+///    reserves nothing, 3 comes before 2. Both: 5. `NodeId`.
+type Rank = (u32, [u32; 3], NodeId, usize);
 
 /// Places what can be placed and says of the rest why it waits.
 pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cursors) {
@@ -132,17 +140,20 @@ fn place_group(
     let rank = |index: &Index, counts: &[u32], number: usize| -> Rank {
         let entry = index.entry(number);
         let failures = failures.get(&number).copied().filter(|n| *n >= FAILURES_MAX).unwrap_or(0);
-        (failures, counts[number], entry.reserved_percent(), entry.n_active, entry.id, number)
+        (failures, order(entry, requirement, counts[number]), entry.id, number)
     };
-    let fits = |(number, entry): &(usize, &index::Entry)| {
-        filter::first_miss(entry, requirement, counts[*number]).is_none()
-    };
-    let fitting = index.entries().enumerate().filter(fits);
-    let mut heap: BinaryHeap<Reverse<Rank>> =
-        fitting.map(|(number, _)| Reverse(rank(index, &counts, number))).collect();
+    let preferences = &requirement.preferences;
+    let mut candidates = Candidates::default();
+    for (number, entry) in index.entries().enumerate() {
+        let Some(node) = entry.node.as_deref() else { continue };
+        candidates.charge(preferences, node, counts[number]);
+        if filter::first_miss(entry, requirement, counts[number]).is_none() {
+            candidates.push(preferences, node, rank(index, &counts, number));
+        }
+    }
     'tasks: for task_id in tasks {
         let (number, uplink) = loop {
-            let Some(Reverse((.., number))) = heap.pop() else { break 'tasks };
+            let Some((.., number)) = candidates.pop() else { break 'tasks };
             let entry = index.entry(number);
             if filter::first_miss(entry, requirement, counts[number]).is_some() {
                 continue; // Full now; it stays out for the rest of the group.
@@ -160,10 +171,27 @@ fn place_group(
         let mut attachments = network::attach(fork.state(), &mut cursors.networks, networks)?;
         attachments.extend(uplink);
         let pinned = requirement.pinned_image.clone();
-        fork.place(task_id, index.entry(number).id, pinned, attachments);
+        let entry = index.entry(number);
+        let generic = entry.generic.choose(&requirement.generic);
+        fork.place(task_id, entry.id, pinned, attachments, generic);
         index.sync_task(fork.state(), task_id);
         counts[number] += 1;
-        heap.push(Reverse(rank(index, &counts, number)));
+        if let Some(node) = index.entry(number).node.as_deref() {
+            candidates.charge(preferences, node, 1);
+            candidates.push(preferences, node, rank(index, &counts, number));
+        }
     }
     Ok(())
+}
+
+/// The part of a node's rank that the strategy decides.
+fn order(entry: &index::Entry, requirement: &Requirement, n_replicas: u32) -> [u32; 3] {
+    let (reserved, n_active) = (entry.reserved_percent(), entry.n_active);
+    match requirement.strategy {
+        PlacementStrategy::Spread => [n_replicas, reserved, n_active],
+        PlacementStrategy::Binpack if requirement.reserves() => {
+            [u32::MAX - reserved, u32::MAX - n_active, n_replicas]
+        }
+        PlacementStrategy::Binpack => [u32::MAX - n_active, u32::MAX - reserved, n_replicas],
+    }
 }

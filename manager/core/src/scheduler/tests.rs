@@ -2,15 +2,17 @@
 
 use skep_common::object::Image;
 use skep_common::spec::{
-    ContainerSpec, EndpointSpec, Placement, Platform, PortConfig, PublishMode,
-    ResourceRequirements, Resources,
+    ContainerSpec, EndpointSpec, OrchestrationConfig, Placement, PlacementPreference,
+    PlacementStrategy, Platform, PortConfig, PublishMode, ResourceRequirements, Resources,
+    SpreadOver,
 };
 use skep_common::{ImageId, NodeId, Object, Service, TaskId, TaskState};
 
 use super::Index;
 use crate::testing::{NOW, World, service};
 
-/// `needs` has words: `cpu=CORES`, `mem=MIB`, `KEY==VALUE`, `max=N`, `arch=NAME`, `host=PORT`.
+/// `needs` has words: `cpu=CORES`, `mem=MIB`, `KEY==VALUE`, `max=N`, `arch=NAME`, `host=PORT`,
+/// `spread=KEY`, `strategy=NAME`, `needs-KIND=N`.
 fn service_with(replicas: u64, needs: &str) -> Service {
     let mut service = service(replicas);
     let mut placement = Placement::default();
@@ -26,6 +28,17 @@ fn service_with(replicas: u64, needs: &str) -> Service {
                 let platform = Platform { os: "linux".into(), architecture: name.into() };
                 placement.platforms = Some(vec![platform]);
             }
+            ("spread", key) => {
+                let spread = Some(SpreadOver { spread_descriptor: key.to_owned() });
+                let preferences = placement.preferences.get_or_insert_default();
+                preferences.push(PlacementPreference { spread });
+            }
+            (key, n) if key.starts_with("needs-") => {
+                let text = format!("{}={n}", &key["needs-".len()..]);
+                let list = reservations.generic_resources.get_or_insert_default();
+                list.push(skep_common::spec::generic::parse_wanted(&text).unwrap());
+            }
+            ("strategy", name) => placement.strategy = PlacementStrategy::of(name),
             ("host", port) => service.endpoint.ports.push(PortConfig {
                 target_port: 80,
                 published_port: Some(port.parse().unwrap()),
@@ -90,6 +103,216 @@ fn tasks_go_to_the_node_that_ranks_first() {
         let mut world = World::new(nodes, service_with(replicas, needs), tasks);
         world.expect_step(name, expect);
     }
+}
+
+#[test]
+fn preferences_level_branches() {
+    let zone = "spread=node.labels.zone";
+    for (name, nodes, needs, replicas, tasks, expect) in [
+        (
+            "as many in a small zone as in a large one",
+            "1:zone=a 2:zone=a 3:zone=a 4:zone=b",
+            zone,
+            6,
+            "",
+            "+1@1 +2@4 +3@2 +4@4 +5@3 +6@4",
+        ),
+        ("a missing label is a branch", "1:zone=a 2 3", zone, 4, "", "+1@2 +2@1 +3@3 +4@1"),
+        (
+            "a level for each",
+            "1:zone=a:rack=1 2:zone=a:rack=1 3:zone=a:rack=2 4:zone=b:rack=1",
+            "spread=node.labels.zone spread=node.labels.rack",
+            6,
+            "",
+            "+1@1 +2@4 +3@3 +4@4 +5@2 +6@4",
+        ),
+        (
+            "tasks on nodes that take no more count for their branch",
+            "1:zone=a:pause 2:zone=a 3:zone=b",
+            zone,
+            4,
+            "1@1:running 2@1:running",
+            "+3@3 +4@3",
+        ),
+        (
+            "a full branch gives way",
+            "1:zone=a:cpu=1 2:zone=b:cpu=8",
+            "cpu=1 spread=node.labels.zone",
+            4,
+            "",
+            "+1@1 +2@2 +3@2 +4@2",
+        ),
+        ("filters come first", "1:zone=a:drain 2:zone=b", zone, 2, "", "+1@2 +2@2"),
+    ] {
+        let mut world = World::new(nodes, service_with(replicas, needs), tasks);
+        world.expect_step(name, expect);
+    }
+}
+
+#[test]
+fn an_unbalanced_tree_ends() {
+    let nodes = "1:zone=a:rack=1:cpu=1 2:zone=a:rack=2:cpu=1 3:zone=b:cpu=1 4:cpu=1 5:zone=c:down";
+    let needs = "cpu=1 spread=node.labels.zone spread=node.labels.rack spread=engine.labels.none";
+    let mut world = World::new(nodes, service_with(6, needs), "");
+    world.expect_step("four find a place", "+1@4 +2@1 +3@3 +4@2 +5@- +6@-");
+}
+
+#[test]
+fn binpack_fills_before_it_opens() {
+    for (name, nodes, needs, replicas, tasks, expect) in [
+        (
+            "by what is reserved",
+            "1:cpu=2 2:cpu=2 3:cpu=2",
+            "strategy=binpack cpu=1",
+            5,
+            "",
+            "+1@1 +2@1 +3@2 +4@2 +5@3",
+        ),
+        (
+            "the fullest that has room",
+            "1:mem=1000 2:mem=1000 3:mem=1000",
+            "strategy=binpack mem=400",
+            4,
+            "1@2:running 2@3:running 3@3:running",
+            "+4@2",
+        ),
+        (
+            "by tasks where nothing is reserved",
+            "1 2",
+            "strategy=binpack",
+            4,
+            "1@2:running",
+            "+2@2 +3@2 +4@2",
+        ),
+        (
+            "little is reserved",
+            "1:mem=100000 2:mem=100000",
+            "strategy=binpack mem=4",
+            3,
+            "",
+            "+1@1 +2@1 +3@1",
+        ),
+        (
+            "preferences are above",
+            "1:zone=a 2:zone=a 3:zone=b 4:zone=b",
+            "strategy=binpack cpu=1 spread=node.labels.zone",
+            4,
+            "",
+            "+1@1 +2@3 +3@1 +4@3",
+        ),
+        ("a service may spread all the same", "1 2", "strategy=spread", 2, "", "+1@1 +2@2"),
+    ] {
+        let mut world = World::new(nodes, service_with(replicas, needs), tasks);
+        world.expect_step(name, expect);
+    }
+}
+
+#[test]
+fn a_service_that_says_nothing_is_placed_as_the_swarm_says() {
+    for (needs, expect) in [("", "+1@1 +2@1"), ("strategy=spread", "+1@1 +2@2")] {
+        let mut cluster = crate::testing::cluster();
+        let binpack = OrchestrationConfig {
+            strategy: Some(PlacementStrategy::Binpack),
+            ..OrchestrationConfig::default()
+        };
+        cluster.spec.orchestration = Some(binpack);
+        let mut world = World::new("1 2", service_with(2, needs), "");
+        world.put(vec![Object::Cluster(Box::new(cluster))]);
+        world.expect_step(needs, expect);
+    }
+}
+
+/// What each task that has not ended was given, by slot.
+fn given(world: &World) -> Vec<String> {
+    let tasks = world.state.tasks().values().filter(|task| !task.status.state.is_terminal());
+    let given = |resources| skep_common::spec::generic::environment(resources).join(" ");
+    let mut words: Vec<String> = tasks
+        .map(|task| format!("{} {}", task.slot, given(&task.assigned_generic_resources)))
+        .map(|line| line.replace("DOCKER_RESOURCE_", "").trim_end().to_owned())
+        .collect();
+    words.sort();
+    words
+}
+
+#[test]
+fn generic_resources_are_given_while_there_are_any() {
+    for (name, nodes, needs, replicas, expect, given_expect) in [
+        ("numbers", "1:has-SSD=3 2:has-SSD=1", "needs-SSD=2", 2, "+1@1 +2@-", vec!["1 SSD=2", "2"]),
+        (
+            "names, the first that are free",
+            "1:has-GPU=b:has-GPU=a:has-GPU=c 2",
+            "needs-GPU=1",
+            4,
+            "+1@1 +2@1 +3@1 +4@-",
+            vec!["1 GPU=a", "2 GPU=b", "3 GPU=c", "4"],
+        ),
+        (
+            "more kinds",
+            "1:has-SSD=3:has-GPU=a 2:has-GPU=x:has-GPU=y:has-SSD=2",
+            "needs-GPU=2 needs-SSD=2",
+            1,
+            "+1@2",
+            vec!["1 GPU=x,y SSD=2"],
+        ),
+    ] {
+        let mut world = World::new(nodes, service_with(replicas, needs), "");
+        world.expect_step(name, expect);
+        assert_eq!(given(&world), given_expect, "{name}");
+        let anew = Index::rebuild(&world.state).describe();
+        assert_eq!(world.memory.index().describe(), anew, "{name}");
+    }
+}
+
+#[test]
+fn a_generic_resource_is_free_once_its_task_has_ended() {
+    let mut world = World::new("1:has-GPU=a", service_with(2, "needs-GPU=1"), "");
+    world.expect_step("one for two", "+1@1 +2@-");
+    let by_slot = |world: &World, slot| {
+        let mut tasks = world.state.tasks().values();
+        tasks.find(|task| task.slot == slot).unwrap().clone()
+    };
+    let (holder, waiting) = (by_slot(&world, 1), by_slot(&world, 2));
+    assert_eq!(
+        waiting.status.err,
+        "no suitable node (insufficient generic resources on 1 node): most free GPU: 0 on n1, 1 wanted"
+    );
+    world.report(holder.id, TaskState::Failed);
+    world.step();
+    let holders = world.state.tasks().values().filter(|task| {
+        !task.status.state.is_terminal() && !task.assigned_generic_resources.is_empty()
+    });
+    let holders: Vec<TaskId> = holders.map(|task| task.id).collect();
+    assert_eq!(holders.len(), 1, "one for two still");
+    assert_ne!(holders[0], holder.id);
+}
+
+#[test]
+fn holders_of_what_a_node_lost_leave() {
+    let mut world = World::new(
+        "1:has-GPU=a:has-GPU=b:has-SSD=4 2",
+        service_with(2, "needs-GPU=1 needs-SSD=2"),
+        "",
+    );
+    world.expect_step("both have one", "+1@1 +2@1");
+    for id in world.state.tasks().keys().copied().collect::<Vec<_>>() {
+        world.report(id, TaskState::Running);
+    }
+    world.expect_step("they run", "");
+    assert_eq!(given(&world), ["1 GPU=a SSD=2", "2 GPU=b SSD=2"]);
+    let holder = |world: &World, slot| {
+        let mut tasks = world.state.tasks().values();
+        tasks
+            .find(|task| task.slot == slot && task.desired_state == TaskState::Running)
+            .unwrap()
+            .id
+            .0
+    };
+    let first = holder(&world, 1);
+    world.replace(Object::Node(Box::new(crate::testing::parse_node("1:has-GPU=b:has-SSD=4"))));
+    let words = world.step();
+    assert!(words.contains(&format!("!{first}")) && words.matches('!').count() == 1, "{words}");
+    assert!(words.contains("+1@-"), "nobody else has one: {words}");
+    world.expect_settled("the holder of b stays");
 }
 
 #[test]
