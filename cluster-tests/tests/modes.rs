@@ -42,7 +42,16 @@ fn a_global_service_has_a_task_on_every_node_that_may_have_one() {
     // A paused node is left as it is by an update, until it is active again.
     availability(&lab, "n3", "pause");
     let on_n3 = |tasks: &[TaskRow]| tasks.iter().find(|task| task.node == "n3").cloned();
-    let update = ["service", "update", "--update-monitor", "1s", "--env-add", "A=B", "agent"];
+    let update = [
+        "service",
+        "update",
+        "--detach=false",
+        "--update-monitor",
+        "1s",
+        "--env-add",
+        "A=B",
+        "agent",
+    ];
     let text = n1.skep(&update).ok();
     assert!(text.to_string().contains("3 out of 3 tasks"), "{text}");
     let updated = lab.wait_until_settled("n1", "agent", 3);
