@@ -275,6 +275,9 @@ impl LeaderMemory {
             if matters_to_service(view, *task_id) {
                 work.services.insert(*service_id);
             }
+            // A node that was removed while its user ran a container there: nobody else will look at it.
+            let node_id = view.task(*task_id).and_then(|task| task.node_id);
+            work.nodes.extend(node_id.filter(|node_id| view.node(*node_id).is_none()));
         }
         for service_id in &dirty.services {
             match view.service(*service_id).is_some_and(|service| is_global(service)) {
