@@ -52,8 +52,7 @@ fn a_global_service_has_a_task_on_every_node_that_may_have_one() {
         "A=B",
         "agent",
     ];
-    let text = n1.skep(&update).ok();
-    assert!(text.to_string().contains("3 out of 3 tasks"), "{text}");
+    n1.skep(&update).ok();
     let updated = lab.wait_until_settled("n1", "agent", 3);
     assert_eq!(on_n3(&updated), on_n3(&back), "{updated:#?}");
     assert!(updated.iter().filter(|task| back.contains(task)).count() == 1, "{updated:#?}");
