@@ -37,7 +37,7 @@ pub fn expand(text: &str, task: &Task, node: &NodeFacts) -> Result<String, Error
         "Task": {
             "ID": task.id.to_string(),
             "Name": task.container_name(),
-            "Slot": task.slot,
+            "Slot": task.slot_key().to_string(),
         },
     }))
 }

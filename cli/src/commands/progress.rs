@@ -175,7 +175,7 @@ impl State {
         }
         let slots = self.slots(service);
         let n_running = slots.values().filter(|task| is_running(task)).count() as u64;
-        let n_wanted = service.spec.replicas().unwrap_or(slots.len() as u64);
+        let n_wanted = wanted(service, &slots);
         let n_surplus = slots.values().filter(|task| task.desired_state.wants_run()).count() as u64;
         if n_running == n_wanted && n_surplus == n_wanted && !is_updating {
             Verdict::Stable
@@ -196,7 +196,7 @@ impl State {
         let Some(service) = self.current() else { return Vec::new() };
         let slots = self.slots(service);
         let n_running = slots.values().filter(|task| is_running(task)).count();
-        let replicas = service.spec.replicas().unwrap_or(slots.len() as u64);
+        let replicas = wanted(service, &slots);
         let prefix = if Self::is_rolling_back(service) { "rolling back update: " } else { "" };
         let overall = format!("{prefix}{n_running} out of {replicas} tasks");
         let mut lines = vec![("overall progress".to_owned(), overall)];
@@ -210,11 +210,20 @@ impl State {
             slots.values().copied().filter(|task| task.desired_state.wants_run()).collect();
         for number in 1..=replicas {
             let index = usize::try_from(number - 1).unwrap_or(usize::MAX);
-            let text = live.get(index).map_or_else(String::new, |task| slot_text(task));
-            lines.push((format!("{number}/{replicas}"), text));
+            let task = live.get(index);
+            let text = task.map_or_else(String::new, |task| slot_text(task));
+            let node = task.and_then(|task| task.preset_node);
+            let name = node.map_or_else(|| format!("{number}/{replicas}"), |node| node.short());
+            lines.push((name, text));
         }
         lines
     }
+}
+
+/// How many tasks shall run: where no number is given, one on each node that has one.
+fn wanted(service: &Service, slots: &BTreeMap<Slot, &Task>) -> u64 {
+    let live = || slots.values().filter(|task| task.desired_state.wants_run()).count() as u64;
+    service.spec.replicas().unwrap_or_else(live)
 }
 
 fn is_running(task: &Task) -> bool {
@@ -287,7 +296,7 @@ fn decorated(name: &str, value: &str) -> String {
     .iter()
     .position(|state| state.name() == value);
     match step {
-        Some(step) if name.contains('/') => {
+        Some(step) if name != "overall progress" => {
             let filled = (step + 1) * 50 / 8;
             format!("{name}: {value:<9} [{}>{}]", "=".repeat(filled), " ".repeat(50 - filled))
         }

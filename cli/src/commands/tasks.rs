@@ -152,7 +152,7 @@ fn rows(
     now: Timestamp,
 ) -> Vec<Value> {
     let name = |task: &Task| match flags.no_resolve {
-        true => format!("{}.{}", task.service_id, task.slot),
+        true => format!("{}.{}", task.service_id, task.slot_key()),
         false => task.name(),
     };
     let mut named: Vec<(String, Task)> =

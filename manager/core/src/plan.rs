@@ -19,7 +19,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use rand::Rng;
-use skep_common::{Kind, NetworkId, NodeId, ServiceId, TaskId, TaskState, Timestamp};
+use skep_common::spec::ModeKind;
+use skep_common::{Kind, NetworkId, NodeId, Service, ServiceId, TaskId, TaskState, Timestamp};
 
 use crate::allocator::Cursors;
 use crate::command::Action;
@@ -119,6 +120,8 @@ pub struct LeaderMemory {
     timers: Timers,
     /// Services that lack a virtual address: looked at in each pass, since any change may free one.
     without_address: BTreeSet<ServiceId>,
+    /// Global services: what becomes of a node decides about each.
+    global: BTreeSet<ServiceId>,
     /// Networks on their way out: looked at in each pass, since any task may be the last on one.
     leaving: BTreeSet<NetworkId>,
     /// What the last plan touched: looked at again, in case that it was not committed.
@@ -247,6 +250,8 @@ impl LeaderMemory {
             self.index = Index::rebuild(view);
             self.timers = Timers::default();
             self.without_address.clear();
+            let global = view.services().values().filter(|service| is_global(service));
+            self.global = global.map(|service| service.id).collect();
             let leaving = view.networks().values().filter(|network| network.pending_delete);
             self.leaving = leaving.map(|network| network.id).collect();
             return everything(view);
@@ -273,6 +278,15 @@ impl LeaderMemory {
             // A node that was removed while its user ran a container there: nobody else will look at it.
             let node_id = view.task(*task_id).and_then(|task| task.node_id);
             work.nodes.extend(node_id.filter(|node_id| view.node(*node_id).is_none()));
+        }
+        for service_id in &dirty.services {
+            match view.service(*service_id).is_some_and(|service| is_global(service)) {
+                true => self.global.insert(*service_id),
+                false => self.global.remove(service_id),
+            };
+        }
+        if !work.nodes.is_empty() {
+            work.services.extend(&self.global);
         }
         for node_id in &work.nodes {
             self.index.sync_node(view, *node_id);
@@ -340,6 +354,10 @@ impl LeaderMemory {
         }
         Plan { actions, deadline: self.timers.next() }
     }
+}
+
+fn is_global(service: &Service) -> bool {
+    service.spec.mode_kind().is_some_and(ModeKind::is_global)
 }
 
 /// Whether a change of a task can change what its service needs. A task on its way from one state to

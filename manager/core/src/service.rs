@@ -99,8 +99,8 @@ pub fn update(
     if spec.name != service.spec.name {
         return Err(Error::Rename);
     }
-    let is_replicated = |spec: &ServiceSpec| spec.replicas().is_some();
-    if is_replicated(&spec) != is_replicated(&service.spec) {
+    let mode = |spec: &ServiceSpec| spec.mode_kind().map(|kind| std::mem::discriminant(&kind));
+    if mode(&spec) != mode(&service.spec) {
         return Err(Error::ModeChange);
     }
     network::resolve(state, &mut spec)?;
@@ -234,10 +234,7 @@ mod tests {
             result.map(|_| ()).unwrap_err().to_string()
         };
         assert_eq!(refused(json!({"Name": "b"})), "renaming services is not supported");
-        assert_eq!(
-            refused(json!({"Mode": {"Global": {}}})),
-            "service mode Global is not supported yet: use Replicated"
-        );
+        assert_eq!(refused(json!({"Mode": {"Global": {}}})), "service mode change is not allowed");
         assert_eq!(
             create(&world.state, ServiceId(2), spec(&json!({}))).unwrap_err().to_string(),
             "name conflicts with an existing object: service api already exists"

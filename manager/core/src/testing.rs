@@ -4,7 +4,7 @@
 //! `user-space`,
 //! `cpu=CORES`, `mem=MIB`, `has-KIND=VALUE` (a generic resource), `KEY=VALUE` (a label). A task is `SLOT@NODE:STATE[>DESIRED][~VERSION]`, `-`
 //! for no node; the state `unhealthy` is `running` with a failing health check. Task ids count from
-//! 1 in the order written.
+//! 1 in the order written. The slot `gNODE` is that of a global service's task on a node.
 //!
 //! Of a plan, `+SLOT@NODE` makes a task (`>ready` if it is to wait), `ID@NODE` places one, `ID?` says
 //! why it waits, `!ID` shuts down, `-ID` asks for its deletion, `>ID` lets it run, `xID` erases it,
@@ -13,7 +13,7 @@
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use skep_common::object::{
-    IngressBalancer, IngressDescription, NodeDescription, NodeState, TaskStatus,
+    IngressBalancer, IngressDescription, NodeDescription, NodeState, Slot, TaskStatus,
 };
 use skep_common::spec::{Availability, Platform, Replicated, ServiceMode, ServiceSpec};
 use skep_common::{
@@ -137,6 +137,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
     let (word, desired) = word.split_once('>').unwrap_or((word, ""));
     let (slot, rest) = word.split_once('@').expect("a task is SLOT@NODE:STATE");
     let (node, state_name) = rest.split_once(':').expect("a task is SLOT@NODE:STATE");
+    let preset = slot.strip_prefix('g').and_then(|node| node.parse().ok()).map(NodeId);
     let by_name = |name: &str| TaskState::ALL.into_iter().find(|state| state.name() == name);
     let is_unhealthy = state_name == "unhealthy";
     let state = if is_unhealthy { Some(TaskState::Running) } else { by_name(state_name) };
@@ -150,7 +151,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         spec: service.spec.task_template.clone().into(),
         spec_version: Version { index },
         service_id: service.id,
-        slot: slot.parse().expect("a slot is a number"),
+        slot: if preset.is_some() { 0 } else { slot.parse().expect("a slot is a number") },
         node_id: node.parse().ok().map(NodeId),
         status: TaskStatus {
             timestamp: NOW,
@@ -165,7 +166,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         host_ports: crate::ports::host_mode(&service.endpoint.ports),
         standalone: None,
         job_iteration: None,
-        preset_node: None,
+        preset_node: preset,
         assigned_generic_resources: Vec::new(),
         service_labels: None,
     };
@@ -296,7 +297,11 @@ fn render_action(state: &State, action: &Action) -> String {
     match action {
         Action::Put { object: Object::Task(task), expect: Expect::Absent } => {
             let waits = if task.desired_state == TaskState::Ready { ">ready" } else { "" };
-            format!("+{}@{}{waits}", task.slot_key(), at(task.node_id))
+            let slot = match task.slot_key() {
+                Slot::Replica(number) => number.to_string(),
+                Slot::Node(node_id) => format!("g{}", node_id.0),
+            };
+            format!("+{slot}@{}{waits}", at(task.node_id))
         }
         Action::Put { object: Object::Task(task), .. } => {
             format!("{}@{}", task.id.0, at(task.node_id))

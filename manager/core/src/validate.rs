@@ -78,19 +78,22 @@ fn name(name: &str) -> Outcome {
 fn mode(spec: &ServiceSpec) -> Outcome {
     let Some(mode) = &spec.mode else { return Ok(()) };
     if let Some(other) = mode.extra.iter().find(|(_, value)| !value.is_null()).map(|(key, _)| key) {
-        return refuse(format!("service mode {other} is not supported yet: use Replicated"));
+        return refuse(format!(
+            "service mode {other} is not supported yet: use Replicated or Global"
+        ));
     }
     let later = [
-        ("Global", mode.global.is_some()),
         ("ReplicatedJob", mode.replicated_job.is_some()),
         ("GlobalJob", mode.global_job.is_some()),
     ];
     if let Some((other, _)) = later.into_iter().find(|(_, is_given)| *is_given) {
-        return refuse(format!("service mode {other} is not supported yet: use Replicated"));
+        return refuse(format!(
+            "service mode {other} is not supported yet: use Replicated or Global"
+        ));
     }
-    match mode.replicated {
+    match mode.kind() {
         Some(_) => Ok(()),
-        None => refuse("service mode must be Replicated"),
+        None => refuse("service mode must be one of Replicated and Global"),
     }
 }
 
@@ -419,8 +422,13 @@ mod tests {
             (json!({"Name": "a".repeat(64)}), "name must be 63 characters or fewer"),
             (json!({"Name": "a--_b"}), ""),
             (
-                json!({"Mode": {"Replicated": null, "Global": {}}}),
-                "service mode Global is not supported yet: use Replicated",
+                json!({"Mode": {"Replicated": null, "GlobalJob": {}}}),
+                "service mode GlobalJob is not supported yet: use Replicated or Global",
+            ),
+            (json!({"Mode": {"Replicated": null, "Global": {}}}), ""),
+            (
+                json!({"Mode": {"Replicated": {}, "Global": {}}}),
+                "service mode must be one of Replicated and Global",
             ),
             (
                 json!({"TaskTemplate": {"ContainerSpec": null}}),

@@ -1,10 +1,11 @@
 //! `skep service ls`, and the rows of `stack services`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
+use skep_common::object::Slot;
 use skep_common::spec::{ModeKind, PortConfig, PortProtocol, PublishMode};
 use skep_common::{Service, ServiceId, Task, TaskState};
 
@@ -74,22 +75,25 @@ pub(in super::super) fn show_notes(notes: &[String], ui: &mut Ui) -> Result<()> 
 /// A row per service, by name.
 pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<Value> {
     services.sort_by(|a, b| natural_order(&a.spec.name, &b.spec.name));
-    let mut running: BTreeMap<ServiceId, u64> = BTreeMap::new();
-    for task in tasks {
-        let wants = task.desired_state.may_start();
-        if wants && task.status.state == TaskState::Running {
-            *running.entry(task.service_id).or_default() += 1;
-        }
+    // Of each service, how many tasks run, and how many nodes or replicas have one that is to run.
+    let mut counts: BTreeMap<ServiceId, (u64, BTreeSet<Slot>)> = BTreeMap::new();
+    for task in tasks.iter().filter(|task| task.desired_state.wants_run()) {
+        let (running, slots) = counts.entry(task.service_id).or_default();
+        let runs = task.desired_state.may_start() && task.status.state == TaskState::Running;
+        *running += u64::from(runs);
+        slots.insert(task.slot_key());
     }
     let row = |service: &Service| {
-        let running = running.get(&service.id).copied().unwrap_or_default();
+        let counts = counts.get(&service.id);
+        let (running, slots) =
+            counts.map_or((0, 0), |(running, slots)| (*running, slots.len() as u64));
         let messages: Vec<&str> =
             service.conditions.iter().map(|one| one.message.as_str()).collect();
         json!({
             "ID": service.id.short(),
             "Name": service.spec.name,
             "Mode": mode_word(service),
-            "Replicas": replicas(service, running),
+            "Replicas": replicas(service, running, slots),
             "Image": familiar_image(&service.spec.container().image),
             "Ports": ports(&service.endpoint.ports),
             "Conditions": messages.join("; "),
@@ -103,8 +107,8 @@ fn mode_word(service: &Service) -> &'static str {
     service.spec.mode_kind().map_or("replicated", ModeKind::name)
 }
 
-fn replicas(service: &Service, running: u64) -> String {
-    let desired = service.spec.replicas().unwrap_or(running);
+fn replicas(service: &Service, running: u64, slots: u64) -> String {
+    let desired = service.spec.replicas().unwrap_or(slots);
     let placement = service.spec.task_template.placement.as_ref();
     match placement.and_then(|placement| placement.max_replicas) {
         Some(max) if max > 0 => format!("{running}/{desired} (max {max} per node)"),

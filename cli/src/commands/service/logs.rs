@@ -239,8 +239,8 @@ impl Names {
             Some(task) => {
                 let service =
                     if self.is_resolved { &task.service_name } else { &record.service_id };
-                let padding = self.width.saturating_sub(task.slot.to_string().len());
-                (format!("{service}.{}", task.slot), padding)
+                let padding = self.width.saturating_sub(task.slot_key().to_string().len());
+                (format!("{service}.{}", task.slot_key()), padding)
             }
             None => (record.service_id.clone(), 0),
         };

@@ -405,3 +405,39 @@ async fn the_swarm_and_this_machine() {
     let (_, out, _) = run(&daemon, "completion fish").await;
     assert!(out.contains("complete -c skep"), "{out}");
 }
+
+#[tokio::test]
+async fn global_services_are_counted_and_named_by_nodes() {
+    let daemon = Daemon::start();
+    daemon.hold("node", [node("n1", N1, Some(true)), node("n2", N2, None)]);
+    let service = json!({
+        "ID": "asv0000000000000000000000", "SpecVersion": {"Index": 1},
+        "Spec": {
+            "Name": "agent", "TaskTemplate": {"ContainerSpec": {"Image": "agent:1"}},
+            "Mode": {"Global": {}},
+        },
+    });
+    daemon.hold("service", [meta(service, "2023-11-14T22:00:00Z")]);
+    let on = |id: &str, node: &str, state: &str, desired: &str| {
+        let mut task = task(id, 0, node, state, desired, "2023-11-14T22:14:57Z", "");
+        task["PresetNodeID"] = json!(node);
+        task["ServiceName"] = json!("agent");
+        task
+    };
+    daemon.hold(
+        "task",
+        [
+            on("a1aaaaaaaaaaaaaaaaaaaaaaa", N1, "running", "running"),
+            on("a2aaaaaaaaaaaaaaaaaaaaaaa", N2, "preparing", "running"),
+            on("a3aaaaaaaaaaaaaaaaaaaaaaa", N10, "running", "shutdown"),
+        ],
+    );
+    let (_, out, _) = run(&daemon, "service ls --format '{{.Mode}}:{{.Replicas}}'").await;
+    assert_eq!(out, "global:1/2\n");
+    let (_, out, _) = run(&daemon, "service ps --format '{{.Name}}' agent").await;
+    let mut names: Vec<&str> = out.lines().collect();
+    names.sort_unstable();
+    let mut expect = [N1, N2, N10].map(|node| format!("agent.{node}"));
+    expect.sort_unstable();
+    assert_eq!(names, expect);
+}

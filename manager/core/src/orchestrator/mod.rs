@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! replicated: count of slots ─► restart: failed, evicted ─► updater: old spec ─► restart: release
-//!             +task  −slot               −task +task                −task +task         Ready → Running
+//! global: count of nodes             −task +task                −task +task         Ready → Running
+//!         +task  −slot
 //! ```
 //!
 //! # Words
@@ -23,6 +24,9 @@
 //! Source: SwarmKit `manager/orchestrator/{replicated,restart,update,constraintenforcer}`.
 
 pub(crate) mod enforcer;
+mod global;
+#[cfg(test)]
+mod global_tests;
 mod replicated;
 mod restart;
 #[cfg(test)]
@@ -35,6 +39,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skep_common::object::{NodeState, Slot};
+use skep_common::spec::ModeKind;
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::container;
@@ -75,8 +80,12 @@ pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
         remove_all(scope, service_id);
         return;
     };
-    let Some(replicas) = service.spec.replicas() else { return };
-    replicated::scale(scope, &service, replicas);
+    match service.spec.mode_kind() {
+        Some(ModeKind::Replicated(replicas)) => replicated::scale(scope, &service, replicas),
+        Some(ModeKind::Global) => global::scale(scope, &service),
+        // Validation refuses them; what is stored nevertheless is left as it is.
+        Some(ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob) | None => return,
+    }
     restart::replace_failed(scope, &service);
     updater::advance(scope, &service);
     updater::finish_start_first(scope, &service);

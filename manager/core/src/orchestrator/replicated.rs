@@ -40,7 +40,8 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service, replicas: u64)
     }
 }
 
-fn is_occupied(tasks: &[Arc<Task>], now: skep_common::Timestamp) -> bool {
+/// Whether a slot needs no new task: it has a live one, or ended for good.
+pub(super) fn is_occupied(tasks: &[Arc<Task>], now: skep_common::Timestamp) -> bool {
     let ended_for_good =
         || newest(tasks).is_some_and(|task| !restart::has_successor(task, tasks, now));
     tasks.iter().any(|task| is_live(task)) || ended_for_good()

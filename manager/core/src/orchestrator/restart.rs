@@ -17,7 +17,7 @@ use skep_common::object::NodeState;
 use skep_common::spec::{Availability, RestartCondition, RestartPolicy};
 use skep_common::{Service, Task, TaskState, Timestamp};
 
-use super::{OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, is_live, is_stopping, updater};
+use super::{OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater};
 
 /// The highest `MaxAttempts` that is a limit.
 pub const MAX_ATTEMPTS_COUNTED: u64 = 100;
@@ -44,10 +44,11 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
             continue;
         }
         let is_clean = |task: &Task| updater::is_clean(scope.fork.state(), service, task);
-        let has_sound = sound.iter().any(|(task, _)| is_clean(task));
+        let needs_none = sound.iter().any(|(task, _)| is_clean(task))
+            || !global::may_fill(scope, service, *slot);
         let mut start_after = failed
             .iter()
-            .filter(|(task, _)| !has_sound && has_successor(task, tasks, now))
+            .filter(|(task, _)| !needs_none && has_successor(task, tasks, now))
             .map(|(task, fault)| now.after(delay(task, *fault)));
         // Two of one slot fail together only mid-update; one successor is enough.
         let start_after = start_after.next().map(|first| start_after.fold(first, Timestamp::min));

@@ -16,10 +16,10 @@ use std::time::Duration;
 
 use skep_common::limits::defaults;
 use skep_common::object::{Slot, UpdateStatus};
-use skep_common::spec::{Placement, TaskSpec, UpdateConfig};
+use skep_common::spec::{ModeKind, Placement, TaskSpec, UpdateConfig};
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
-use super::{Scope, enforcer, is_live, newest};
+use super::{Scope, enforcer, global, is_live, newest};
 use crate::store::State;
 use crate::{image, network, ports};
 
@@ -103,15 +103,22 @@ struct Survey {
 /// Starts, advances, pauses, rolls back or completes the update of a service.
 pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     let state = service.update_status.as_ref().map_or("", |status| status.state.as_str());
+    let is_global = service.spec.mode_kind().is_some_and(ModeKind::is_global);
+    let is_new = match state {
+        "" => true,
+        // A node that was paused meanwhile may be active again, with its task as it was.
+        "completed" | "rollback_completed" => is_global,
+        _ => false,
+    };
     let is_rollback = match state {
         "" | "updating" => false,
         "rollback_started" => true,
+        _ if is_new => false,
         _ => {
             scope.updates.services.remove(&service.id);
             return;
         }
     };
-    let is_new = state.is_empty();
     let given =
         if is_rollback { &service.spec.rollback_config } else { &service.spec.update_config };
     let config = Config::of(given.as_ref());
@@ -266,7 +273,8 @@ fn survey(scope: &mut Scope<'_, '_>, service: &Service, config: &Config) -> Surv
         let is_new = |task: &&Arc<Task>| task.spec_version == service.spec_version;
         let touched: Vec<&Arc<Task>> = tasks.iter().filter(is_new).collect();
         if touched.is_empty() {
-            if is_dirty(scope.fork.state(), service, tasks) {
+            let is_dirty = is_dirty(scope.fork.state(), service, tasks);
+            if is_dirty && global::may_fill(scope, service, *slot) {
                 survey.dirty.push((*slot, tasks.clone()));
             }
             continue;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use skep_common::spec::{PlacementStrategy, Platform, PortProtocol};
-use skep_common::{Node, ServiceId, Task};
+use skep_common::{Node, NodeId, ServiceId, Task};
 
 use super::generic;
 use super::index::{self, Amounts, Entry, Index};
@@ -162,17 +162,19 @@ fn architecture(name: &str) -> &str {
     }
 }
 
-/// Why no node takes a task, with the number of nodes per filter and the nearest miss.
+/// Why no node takes a task, or the only one that may, with the number of nodes per filter and the nearest miss.
 pub(super) fn explain(
     state: &State,
     index: &Index,
     service_id: ServiceId,
     requirement: &Requirement,
+    only: Option<NodeId>,
 ) -> String {
     let counts = index.active_of_service(service_id);
     let mut missed: BTreeMap<Filter, Vec<&Entry>> = BTreeMap::new();
-    for (entry, n_replicas) in index.entries().zip(counts).filter(|(entry, _)| entry.node.is_some())
-    {
+    let is_asked = |entry: &Entry| entry.node.is_some() && only.is_none_or(|id| entry.id == id);
+    let entries = index.entries().zip(counts).filter(|(entry, _)| is_asked(entry));
+    for (entry, n_replicas) in entries {
         if let Some(filter) = first_miss(entry, requirement, n_replicas) {
             missed.entry(filter).or_default().push(entry);
         }

@@ -206,6 +206,11 @@ impl Index {
         self.is_changed = true;
     }
 
+    /// The number of a node, where it was heard of.
+    pub(crate) fn number_of(&self, node_id: NodeId) -> Option<usize> {
+        self.numbers.get(&node_id).copied()
+    }
+
     fn number(&mut self, node_id: NodeId) -> usize {
         *self.numbers.entry(node_id).or_insert_with(|| {
             self.entries.push(Entry {

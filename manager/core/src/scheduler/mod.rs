@@ -34,6 +34,7 @@ mod filter;
 mod generic;
 mod index;
 mod preference;
+mod preset;
 #[cfg(test)]
 mod tests;
 
@@ -85,7 +86,11 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
         };
         match requirement(fork, first) {
             Ok(requirement) => {
-                let reason = place_group(fork, index, cursors, key, &requirement).err();
+                let place = match preset::node_of(fork, first) {
+                    Some(_) => preset::place,
+                    None => place_group,
+                };
+                let reason = place(fork, index, cursors, key, &requirement).err();
                 settled.extend(reason.map(|reason| (key, reason)));
             }
             Err(reason) => {
@@ -101,11 +106,16 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
     for (key, tasks) in left {
         let reason = settled.remove(&key).or_else(|| {
             let requirement = requirement(fork, *tasks.first()?).ok()?;
-            Some(filter::explain(fork.state(), index, key.0, &requirement))
+            if preset::node_of(fork, *tasks.first()?).is_some() {
+                preset::explain(fork, index, key, &requirement, &tasks);
+                return None;
+            }
+            Some(filter::explain(fork.state(), index, key.0, &requirement, None))
         });
-        let reason = reason.unwrap_or_default();
         for task_id in tasks {
-            fork.defer(task_id, &reason);
+            if let Some(reason) = &reason {
+                fork.defer(task_id, reason);
+            }
             index.sync_task(fork.state(), task_id);
         }
     }
