@@ -1,5 +1,5 @@
 # Run any of these from a fresh clone, as root or as a user who may use sudo.
-.PHONY: demo test test-long test-vm verify fix bench release
+.PHONY: demo test test-long test-vm sim verify fix bench release
 
 STATIC_BUILD = RUSTFLAGS="-C target-feature=+crt-static" deploy/with-rust.sh cargo build --release \
   --target x86_64-unknown-linux-gnu --target-dir target/release-static
@@ -21,6 +21,12 @@ test-long:
 # A program without optimisation is too slow there. SKEP_BINARY chooses another than that of `make release`.
 test-vm: $(if $(SKEP_BINARY),,release)
 	SKEP_BINARY="$${SKEP_BINARY:-$(CURDIR)/target/skep}" deploy/test-vm.sh
+
+# The whole control plane under faults, in virtual time: SEEDS of them (200 unless told otherwise), or one SEED;
+# STEPS bounds the phase with faults. PRINT=1 prints each event of one seed.
+sim:
+	deploy/with-rust.sh cargo run --quiet --release --package skep-simulation --bin skep-sim -- \
+	  $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) $(if $(PRINT),--print)
 
 # What a change must pass; writes nothing.
 verify:

@@ -47,6 +47,7 @@ expect_spread() { # WHAT FILE EXPECTED
     echo "$1: $got"
     [ "$got" = "$3" ] || { head -3 "$2" >&2; fail "expected $3"; }
 }
+has_spread() { [ "$(spread "$1")" = "$2" ]; } # FILE EXPECTED
 each() { # N COUNT: the word COUNT, N times
     for _ in $(seq "$1"); do echo "$2"; done | xargs
 }
@@ -79,15 +80,15 @@ check_seven_replicas() {
     requests 70 "$(address "$2")" >"$work/answers"
     expect_spread "through $2" "$work/answers" "$(each 7 10)"
 }
-# SECONDS NODE…: its seven replicas are replaced while the nodes are asked.
+# SECONDS COUNT NODE…: its replicas, so many, are replaced while the nodes are asked.
 check_rolling_update() {
-    local seconds=$1
-    shift
+    local seconds=$1 n=$2
+    shift 2
     say "A rolling update under load: each replica is replaced, and no request fails"
     tasks | field ID | sort >"$work/before"
     start_load "$@"
     show n1 skep service update --env-add GREETING=hello "$SERVICE"
-    until_true "$seconds" "seven replicas run" is_running 7
+    until_true "$seconds" "$n replicas run" is_running "$n"
     stop_load "through all nodes, while every replica was replaced"
     tasks | field ID | sort >"$work/after"
     [ -z "$(comm -12 "$work/before" "$work/after")" ] || fail "a task of before the update still runs"

@@ -98,7 +98,7 @@ show lab start n5
 until_true 30 "n5 is ready again" is_ready n5
 
 check_seven_replicas 60 n4
-check_rolling_update 60 n1 n2 n3 n4 n5
+check_rolling_update 60 7 n1 n2 n3 n4 n5
 
 say "Cleaning up"
 show n1 skep stack rm whoami

@@ -69,12 +69,12 @@ on() { # NODE COMMAND…: its output and exit code, as if it ran here
     return "${tail%%$'\n'*}"
 }
 # The kernel's check of its timer fails where the host is busy, hence `no_timer_check`.
-power_on() { # NODE
-    local node=$1
+power_on() { # NODE [MORE]: words for its init
+    local node=$1 more=${2-}
     qemu-system-x86_64 -accel tcg -cpu max -nodefaults -no-user-config -display none -no-reboot \
         -m 768 -smp 1 -device virtio-rng-pci -serial "file:$work/$node.console" \
         -kernel "$work/vmlinuz" -initrd "$work/initramfs" \
-        -append "console=ttyS0 panic=-1 quiet no_timer_check skep.hostname=$node skep.address=$(address "$node")/24" \
+        -append "console=ttyS0 panic=-1 quiet no_timer_check skep.hostname=$node skep.address=$(address "$node")/24 $more" \
         -drive "file=$work/$node.disk,format=raw,if=none,id=disk" -device virtio-blk-pci,drive=disk \
         -netdev "tap,id=net,ifname=$node,script=no,downscript=no" \
         -device "virtio-net-pci,netdev=net,mac=52:54:00:00:00:0${node#n}" </dev/null &
@@ -98,11 +98,14 @@ ip link set switch up
 sed 's/interval: 1s/interval: 5s/; s/timeout: 3s/timeout: 30s/' deploy/examples/whoami.yml >"$work/whoami.yml"
 deploy/vm/image.sh "$SKEP_VM_KERNEL" "$work" "$SKEP_BINARY" \
     "$target/vm/whoami.tar" "$target/vm/tools.tar" "$target/vm/tools/bin/sctp" "$work/whoami.yml"
+plug() { # NODE: a cable to the switch, and a disk
+    ip tuntap add "$1" mode tap
+    ip link set "$1" master switch up
+    cp --sparse=always "$work/disk" "$work/$1.disk"
+}
 for node in n1 n2 n3; do
-    ip tuntap add "$node" mode tap
-    ip link set "$node" master switch up
-    cp --sparse=always "$work/disk" "$work/$node.disk"
-    power_on "$node"
+    plug $node
+    power_on $node
 done
 for node in n1 n2 n3; do
     until_true 120 "the daemon of $node answers" has_daemon "$node"
@@ -148,7 +151,7 @@ power_on n3
 until_true 120 "n3 is ready again, with what its disk has" is_ready n3
 
 check_seven_replicas 120 n3
-check_rolling_update 120 n1 n2 n3
+check_rolling_update 120 7 n1 n2 n3
 
 say "The stack goes"
 show n1 skep stack rm whoami
@@ -202,8 +205,33 @@ show n1 skep service rm ask answer
 until_true 60 "the services are gone" is_removed
 show n1 skep network rm secret
 
+say "A machine whose kernel has neither VXLAN nor nftables: the daemon balances"
+plug n4
+power_on n4 skep.without=vxlan,nf_tables
+until_true 120 "the daemon of n4 answers" has_daemon n4
+join=$(n1 skep swarm join-token worker | sed -n 's/.*\(skep swarm join .*\)/\1/p')
+# shellcheck disable=SC2086 # it is a command
+on n4 $join
+until_true 60 "n4 is ready" is_ready n4
+n1 skep node inspect --pretty n4 | grep -i -A 2 balancer
+n1 skep node inspect n4 | grep '"user-space"' >/dev/null || fail "n4 does not say that it balances in user space"
+SERVICE=everywhere PORT=8081
+show n1 skep service create --quiet --name $SERVICE --replicas 4 --publish $PORT:8080 \
+    --env TASK_SLOT='{{.Task.Slot}}' --env NODE_HOSTNAME='{{.Node.Hostname}}' whoami:latest
+until_true 60 "four replicas run" is_running 4
+has_replica_on n4 || fail "no replica runs on n4"
+has_turns() { # NODE: it has heard of all replicas
+    requests 40 "$(address "$1")" >"$work/answers" && has_spread "$work/answers" "$(each 4 10)"
+}
+for node in n1 n2 n3 n4; do
+    until_true 60 "each replica answers ten of 40 requests through $node" has_turns $node
+done
+check_rolling_update 120 4 n1 n2 n3 n4
+show n1 skep service rm $SERVICE
+until_true 60 "the service is gone" is_removed
+
 say "The machines leave"
-for node in n3 n2; do
+for node in n4 n3 n2; do
     show on $node skep swarm leave --force
 done
 echo "test-vm: ok"

@@ -71,6 +71,9 @@ fn nobody_reads_along_on_an_encrypted_network() {
     step("keys");
     let keys = NODES.map(|node| key(&lab, node));
     assert!(keys[0] != keys[1] && keys[1] != keys[2] && keys[0] != keys[2], "{keys:?}");
+    step("what is said of sessions");
+    what_stands_in_the_way_of_wireguard_is_named(&lab);
+    self::heard(&wire); // The check sends probes of the other tunnel.
     step("daemons that start again");
     let restarted = ["n1", "n2"];
     lab.kill_daemon(&restarted);
@@ -95,7 +98,56 @@ fn nobody_reads_along_on_an_encrypted_network() {
             ((!links.contains("skep-wg")).then_some(()), links)
         });
     }
+    assert_eq!(said_of_wireguard(&lab), ["n1 n2 ok: no encrypted network has tasks on both"]);
     lab.down();
+}
+
+/// What `network check` says of WireGuard between n1 and n2: `from to result: detail`.
+fn said_of_wireguard(lab: &Lab) -> Vec<String> {
+    let output = lab.node("n1").skep(&["network", "check", "--format", "json", "n1", "n2"]);
+    let rows = output.json_lines();
+    let word = |row: &Value, key: &str| row[key].as_str().unwrap().to_owned();
+    let rows = rows.iter().filter(|row| row["Check"] == "wireguard").map(|row| {
+        let [from, to, result, detail] =
+            ["From", "To", "Result", "Detail"].map(|key| word(row, key));
+        format!("{from} {to} {result}: {detail}")
+    });
+    let rows: Vec<String> = rows.collect();
+    assert!(!rows.is_empty(), "{output}");
+    rows
+}
+
+#[track_caller]
+fn assert_sessions(rows: &[String]) {
+    let [there, back] = rows else { panic!("a row a direction: {rows:?}") };
+    for (row, ends) in [(there, "n1 n2"), (back, "n2 n1")] {
+        let expect = format!("{ends} ok: UDP 4790 gets through; last handshake ");
+        assert!(row.starts_with(&expect) && row.ends_with(" received"), "{row}");
+    }
+}
+
+fn what_stands_in_the_way_of_wireguard_is_named(lab: &Lab) {
+    assert_sessions(&said_of_wireguard(lab));
+    let n2 = lab.node("n2");
+    let table = "add table inet hostfw; \
+        add set inet hostfw blocked { type inet_service; flags interval; }; \
+        add element inet hostfw blocked { 4790-4791 }; \
+        add chain inet hostfw in { type filter hook input priority 0; }; \
+        add rule inet hostfw in udp dport @blocked drop";
+    n2.exec(&["nft", table]).ok();
+    let rows = said_of_wireguard(lab);
+    let expect = "n1 n2 failed: UDP 4790 arrives at the interface and is dropped there: on n2, a rule of chain in in table inet hostfw";
+    assert!(rows[0].starts_with(expect), "{rows:?}");
+    assert!(rows[1].starts_with("n2 n1 ok: UDP 4790 gets through"), "{rows:?}");
+    n2.exec(&["nft", "flush chain inet hostfw in"]).ok();
+    let out = "add chain inet hostfw out { type filter hook output priority 0; }; \
+        add rule inet hostfw out udp dport { 53, 4790 } drop";
+    n2.exec(&["nft", out]).ok();
+    let rows = said_of_wireguard(lab);
+    let expect = "n2 n1 failed: UDP 4790 does not arrive at the interface: on n2, a rule of chain out in table inet hostfw";
+    assert!(rows[1].starts_with(expect), "{rows:?}");
+    n2.exec(&["nft", "delete table inet hostfw"]).ok();
+    assert_sessions(&said_of_wireguard(lab));
 }
 
 fn step(name: &str) {

@@ -4,8 +4,10 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::Value;
 use skep_cluster_tests::{
@@ -14,6 +16,8 @@ use skep_cluster_tests::{
 
 const WEB: &str = "web";
 const N_TASKS: usize = 2;
+/// A busy machine answers late; what is lost is not answered at all.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 #[test]
 fn operators_see_who_is_where() {
@@ -125,6 +129,7 @@ fn connections_are_counted_by_task(lab: &Lab) {
     assert!(of("direction=\"out\"") > 40 * 3 * 40, "{bytes:?}");
     assert_eq!(metric(lab, "n3", "skep_ingress_failures_total").values().sum::<u64>(), 0);
     refusals_are_counted(lab);
+    datagrams_and_ipv6_are_counted(lab);
 }
 
 /// A task that nobody listens in refuses connections: whoami listens on 8080, not on 81.
@@ -145,6 +150,63 @@ fn refusals_are_counted(lab: &Lab) {
     lab.client().exec(&["curl", "-sS", "--max-time", "10", &url]).err();
     assert_eq!(failures(), before + 1);
     n1.skep(&["service", "rm", "deaf"]).ok();
+}
+
+/// A flow of datagrams is one connection, and one by IPv6 counts with the same task.
+fn datagrams_and_ipv6_are_counted(lab: &Lab) {
+    const N_FLOWS: usize = 3;
+    let n1 = lab.node("n1");
+    let ports = ["--publish", "8082:8080", "--publish", "8082:8080/udp"];
+    n1.create_whoami("more", &[&ports[..], &["--constraint", "node.hostname==n1"]].concat());
+    lab.wait_until_settled("n1", "more", 1);
+    let of = |name: &str, protocol: &str, more: &str| -> u64 {
+        let (protocol, port) = (format!("protocol=\"{protocol}\""), "port=\"8082\"");
+        let all = metric(lab, "n3", name);
+        let are_of =
+            |labels: &str| [port, &protocol, more].iter().all(|part| labels.contains(part));
+        all.iter().filter(|(labels, _)| are_of(labels)).map(|(_, n)| n).sum()
+    };
+    let connections = |protocol: &str| of("skep_ingress_connections_total", protocol, "");
+    let address = lab.node("n3").address();
+    // n3 may hear of the task a moment later.
+    wait_until(SETTLES_WITHIN, "n3 balances to the task", || {
+        let rows = n1.skep(&["service", "endpoints", "--format", "json", "more"]).ok().json_lines();
+        let seen = format!("{rows:?}");
+        (rows.iter().all(|row| row["InBalancer"] == "yes").then_some(()), seen)
+    });
+    lab.in_network_of_client(move || {
+        for _ in 0..N_FLOWS {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+            socket.connect((address, 8082)).unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            for _ in 0..2 {
+                socket.send(b"who").unwrap();
+                socket.recv(&mut [0; 2000]).unwrap();
+            }
+        }
+    });
+    assert_eq!(connections("udp"), N_FLOWS as u64);
+    let bytes = |protocol: &str, direction: &str| {
+        of("skep_ingress_bytes_total", protocol, &format!("direction=\"{direction}\""))
+    };
+    // Each datagram of three bytes has headers of IP and UDP.
+    assert_eq!(bytes("udp", "in"), N_FLOWS as u64 * 2 * (20 + 8 + 3));
+    assert!(bytes("udp", "out") > bytes("udp", "in"));
+    let has_ipv6 = fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6");
+    if has_ipv6.is_ok_and(|text| text.trim() == "0") {
+        assert_eq!((connections("tcp"), bytes("tcp", "in")), (0, 0));
+        let [a, b, c, d] = address.octets().map(u16::from);
+        let of_ipv6 = Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, a << 8 | b, c << 8 | d);
+        let url = format!("http://[{of_ipv6}]:8082/");
+        for _ in 0..N_FLOWS {
+            lab.client().exec(&["curl", "-sS", "--max-time", "10", &url]).ok();
+        }
+        assert_eq!(connections("tcp"), N_FLOWS as u64);
+        // A handshake and the request alone: four packets with headers of IPv6 and TCP.
+        assert!(bytes("tcp", "in") > N_FLOWS as u64 * 4 * (40 + 20));
+        assert!(bytes("tcp", "out") > N_FLOWS as u64 * 4 * (40 + 20));
+    }
+    n1.skep(&["service", "rm", "more"]).ok();
 }
 
 /// n3 has no task of the service, but balances to it as every node does.
@@ -185,7 +247,10 @@ fn what_stands_between_two_nodes_is_named(lab: &Lab) {
     let chain =
         "add table inet hostfw; add chain inet hostfw in { type filter hook input priority 0; }";
     n3.exec(&["nft", chain]).ok();
-    n3.exec(&["nft", "add rule inet hostfw in udp dport 4789 drop"]).ok();
+    let named = "add set inet hostfw bad { type ipv4_addr; flags interval; }; \
+        add element inet hostfw bad { 0.0.0.0/1, 128.0.0.0/1 }; \
+        add rule inet hostfw in ip saddr @bad udp dport { 53, 4780-4789 } drop";
+    n3.exec(&["nft", named]).ok();
     let [dropped] = &failed_checks(lab)[..] else { panic!("one direction fails") };
     let expect = "vxlan n2 n3: UDP 4789 arrives at the interface and is dropped there: on n3, a rule of chain in in table inet hostfw";
     assert!(dropped.starts_with(expect), "{dropped}");

@@ -1,7 +1,6 @@
 //! What a node answers to other nodes: blobs of its images, output of its tasks, connections to them, what of
 //! their packets arrives.
 
-use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -22,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
+use crate::embedded::uplink::Uplink;
 use crate::images::ImageStore;
 use crate::passage::Entrance;
 use crate::path::Paths;
@@ -58,10 +58,10 @@ impl PeerService {
         Self { images, logs, tls, tasks, paths: None, entrance: None }
     }
 
-    /// Also probes the way from this node's underlay address to others.
+    /// Also probes the way from this node to others.
     #[must_use]
-    pub fn with_underlay(self, address: Ipv4Addr) -> Self {
-        Self { paths: Some(Paths::new(address)), ..self }
+    pub fn with_uplink(self, uplink: Uplink) -> Self {
+        Self { paths: Some(Paths::new(uplink)), ..self }
     }
 
     /// Also takes other nodes' connections to tasks of this one.

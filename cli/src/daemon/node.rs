@@ -156,7 +156,7 @@ impl Node {
             self.tls.clone(),
             self.tasks.clone(),
         );
-        let peer = peer.with_underlay(self.uplink.underlay());
+        let peer = peer.with_uplink(self.uplink.clone());
         let peer = peer.with_entrance(Entrance::new(self.uplink.targets()));
         let _ = self.peer.set(peer.clone()); // A node is served once.
         let mut routes = Routes::new(PeerServer::new(peer));

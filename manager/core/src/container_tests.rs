@@ -255,3 +255,16 @@ fn it_goes_by_itself_where_that_is_asked_or_its_node_is_gone() {
     assert_eq!(world.state.task(lost.id), None);
     assert!(!world.state.has_tasks_on(FRONT));
 }
+
+#[test]
+fn one_that_meets_the_removal_of_its_node_is_given_up_by_the_same_leader() {
+    let mut world = world();
+    let late = run(&world.state, TaskId(70), N2, request("late", &["front"]), NOW).unwrap();
+    world.apply(vec![Action::Delete { kind: Kind::Node, id: N2.0 }]);
+    world.step();
+    world.apply(vec![late]);
+    world.step();
+    world.expect_settled("nothing is left for a new leader to find");
+    assert_eq!(world.state.task(TaskId(70)), None);
+    assert!(!world.state.has_tasks_on(FRONT));
+}

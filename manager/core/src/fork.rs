@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use rand::Rng;
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
 use skep_common::spec::TaskSpec;
 use skep_common::{
@@ -164,7 +165,10 @@ impl<'a> Fork<'a> {
         let now = self.now;
         self.touch(task_id);
         self.state.scratch_place_task(task_id, |task| {
-            debug_assert!(task.node_id.is_none(), "a task is placed once");
+            debug_assert!(
+                task.node_id.is_none() || mistakes::is(Mistake::PlacedTwice),
+                "a task is placed once"
+            );
             task.node_id = Some(node_id);
             task.networks_attachments = attachments;
             if let Some(pinned) = pinned

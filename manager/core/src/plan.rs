@@ -269,6 +269,9 @@ impl LeaderMemory {
             if matters_to_service(view, *task_id) {
                 work.services.insert(*service_id);
             }
+            // A node that was removed while its user ran a container there: nobody else will look at it.
+            let node_id = view.task(*task_id).and_then(|task| task.node_id);
+            work.nodes.extend(node_id.filter(|node_id| view.node(*node_id).is_none()));
         }
         for node_id in &work.nodes {
             self.index.sync_node(view, *node_id);

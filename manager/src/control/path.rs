@@ -2,6 +2,9 @@
 //! that means.
 //!
 //! Both observe before either sends, and both have sent before either reports: no clock is compared.
+//! What that means for encrypted networks is in `secure`.
+
+mod secure;
 
 use std::time::Duration;
 
@@ -167,6 +170,7 @@ fn judge(one: (&str, &PathReport), other: (&str, &PathReport)) -> Vec<NetworkChe
     let detail =
         if ways[0] == ways[1] { ways[0].clone() } else { format!("{} and {}", ways[0], ways[1]) };
     checks.push(passed("encryption", (name, other.0), detail));
+    checks.extend(secure::judge(one, other));
     checks
 }
 
@@ -184,27 +188,39 @@ fn tunnel(
     to: (&str, &PathReport),
     (arrived, passes): (u32, u32),
 ) -> NetworkCheck {
-    let ends = (from.0, to.0);
     if passes > 0 {
-        return passed("vxlan", ends, "UDP 4789 gets through");
+        return passed("vxlan", (from.0, to.0), "UDP 4789 gets through");
     }
-    let (detail, culprit, obstacles) = match arrived {
-        0 => ("UDP 4789 does not arrive at the interface", from.0, &from.1.outgoing_obstacles),
-        _ => ("UDP 4789 arrives at the interface and is dropped there", to.0, &to.1.obstacles),
+    let places = (&to.1.obstacles[..], &from.1.outgoing_obstacles[..]);
+    blocked("vxlan", (from.0, to.0), 4789, arrived > 0, places)
+}
+
+/// Packets to a UDP port get lost, at the interface or behind it, where these obstacles are: those of the
+/// receiver and those of the sender.
+fn blocked(
+    name: &str,
+    ends: (&str, &str),
+    port: u32,
+    is_arrived: bool,
+    (incoming, outgoing): (&[String], &[String]),
+) -> NetworkCheck {
+    let (detail, culprit, obstacles) = match is_arrived {
+        false => ("does not arrive at the interface", ends.0, outgoing),
+        true => ("arrives at the interface and is dropped there", ends.1, incoming),
     };
     let named = match obstacles.is_empty() {
         true => String::new(),
         false => format!(": on {culprit}, {}", obstacles.join(", and ")),
     };
-    let remedy = match (arrived, obstacles.is_empty()) {
-        (_, false) => "let UDP 4789 through there, between all nodes of the swarm".to_owned(),
-        (0, true) => format!(
-            "look at firewalls and security groups between {} and {}: UDP 4789 must pass",
+    let remedy = match (is_arrived, obstacles.is_empty()) {
+        (_, false) => format!("let UDP {port} through there, between all nodes of the swarm"),
+        (false, true) => format!(
+            "look at firewalls and security groups between {} and {}: UDP {port} must pass",
             ends.0, ends.1
         ),
-        (_, true) => format!("look at the firewall of {culprit}: UDP 4789 must be let in"),
+        (true, true) => format!("look at the firewall of {culprit}: UDP {port} must be let in"),
     };
-    failed("vxlan", ends, format!("{detail}{named}"), remedy)
+    failed(name, ends, format!("UDP {port} {detail}{named}"), remedy)
 }
 
 fn loss(ends: (&str, &str), sent: u32, passes: u32) -> NetworkCheck {
@@ -257,6 +273,7 @@ mod tests {
             obstacles: Vec::new(),
             outgoing_obstacles: Vec::new(),
             encryption: "none".into(),
+            secure: None,
         }
     }
 

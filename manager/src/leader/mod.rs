@@ -10,7 +10,8 @@
 //!
 //! - Commands are proposed in the term that this loop was started in: a deposed leader writes nothing.
 //! - At most one command is in flight; everything that happens meanwhile is one batch for the next.
-//! - Nothing is decided while a command is in flight, nor on a state without it.
+//! - Nothing is decided while a command is in flight, nor on a state without it; nor while one whose outcome
+//!   is not known may still be committed.
 //! - The loop never waits for an agent: a session whose queue is full is told later.
 
 mod payloads;
@@ -108,6 +109,8 @@ struct Leader {
     missed: BTreeMap<TaskId, Vec<String>>,
     queued: VecDeque<Vec<Action>>,
     in_flight: Option<(InFlight, Carried)>,
+    /// An earlier command of this term may still be committed: nothing is decided before that is known.
+    is_uncertain: bool,
     deadline: Option<Timestamp>,
     probes: mpsc::Receiver<Event>,
     probe_results: mpsc::Sender<Event>,
@@ -138,6 +141,8 @@ impl Leader {
             missed: BTreeMap::new(),
             queued: VecDeque::new(),
             in_flight: None,
+            // A loop of before, of the same term, may have left one.
+            is_uncertain: true,
             deadline: None,
             probes,
             probe_results,
@@ -300,6 +305,11 @@ impl Leader {
             return;
         }
         let now = clock::now();
+        if std::mem::take(&mut self.is_uncertain) {
+            // What changes nothing comes behind all that this manager has in its log.
+            self.propose(Command::new(now, Vec::new()), Carried::default());
+            return;
+        }
         for entry in self.door.beats.iter() {
             self.liveness.observe(Event::Beat { node_id: *entry.key(), at: *entry.value() });
         }
@@ -387,6 +397,7 @@ impl Leader {
             Err(error) => {
                 // Not leading any more, mostly: then this loop ends before it could try again.
                 tracing::info!(%error, "a decision was not committed");
+                self.is_uncertain = true;
                 self.retry(carried);
             }
         }

@@ -281,7 +281,13 @@ impl Sessions {
         if std::mem::take(&mut self.are_duties_stale) {
             self.duties = assignments::copy_duties(state);
         }
-        self.open.retain(|node_id, _| state.node(*node_id).is_some());
+        self.open.retain(|node_id, _| {
+            let is_member = state.node(*node_id).is_some();
+            if !is_member {
+                drain.session_closed(*node_id); // Nobody waits for a node that was removed.
+            }
+            is_member
+        });
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
             if !session.is_dirty && !is_stale(session) {
@@ -561,7 +567,7 @@ mod tests {
     use skep_common::object::Image;
     use skep_common::spec::{NodeRole, NodeSpec};
     use skep_common::{ImageId, Meta};
-    use skep_manager_core::Command;
+    use skep_manager_core::{Command, TaskPatch};
 
     use super::*;
 
@@ -673,5 +679,49 @@ mod tests {
             };
             assert_eq!(actions, expect.map(correction).into_iter().collect::<Vec<_>>(), "{name}");
         }
+    }
+
+    #[test]
+    fn nobody_waits_for_the_acknowledgement_of_a_node_that_was_removed() {
+        let (service_id, task_id) = (ServiceId(7), TaskId(9));
+        let service = serde_json::json!({
+            "ID": service_id, "Spec": {"Name": "web"}, "SpecVersion": {"Index": 1},
+            "Endpoint": {"Ports": [{"TargetPort": 80, "PublishedPort": 8080}]},
+        });
+        let task = serde_json::json!({
+            "ID": task_id, "Spec": {}, "SpecVersion": {"Index": 1}, "ServiceID": service_id, "Slot": 1,
+            "NodeID": NodeId(1), "Status": {"State": "running"}, "DesiredState": "running",
+            "NetworksAttachments": [{"Ingress": true, "Address": "10.0.0.2", "Prefix": 24}],
+            "ServiceName": "web",
+        });
+        let put = |object| Action::Put { object, expect: Expect::Absent };
+        let objects = [
+            Object::Service(Box::new(serde_json::from_value(service).unwrap())),
+            Object::Task(Box::new(serde_json::from_value(task).unwrap())),
+        ];
+        let mut actions = vec![manager(1, 3), manager(2, 3)];
+        actions.extend(objects.map(put));
+        let (mut state, now) = (State::default(), Timestamp(1));
+        state.apply(1, &Command::new(now, actions));
+        let mut drain = Drain::new(&state, &BTreeSet::new(), now);
+        let mut sessions = Sessions::new(1);
+        for node_id in [NodeId(1), NodeId(2)] {
+            sessions.open.insert(node_id, session(NodeDescription::default()));
+            drain.session_opened(node_id);
+        }
+        let desired_state = Some(skep_common::TaskState::Shutdown);
+        let stop = TaskPatch { desired_state, ..TaskPatch::of(task_id) };
+        state.apply(2, &Command::new(now, vec![Action::PatchTask(stop)]));
+        assert!(drain.update(&state, &BTreeSet::new(), now));
+        drain.acknowledge(NodeId(1), drain.version());
+        assert_eq!(drain.held_back(&state, now), [task_id].into(), "the other node has it still");
+
+        let gone = Action::Delete { kind: skep_common::Kind::Node, id: 2 };
+        state.apply(3, &Command::new(now, vec![gone]));
+        drain.update(&state, &BTreeSet::new(), now);
+        drain.acknowledge(NodeId(1), drain.version());
+        sessions.mark_all();
+        sessions.dispatch(&state, &mut drain, BTreeSet::new(), now);
+        assert_eq!(drain.held_back(&state, now), BTreeSet::new());
     }
 }

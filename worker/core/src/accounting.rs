@@ -4,7 +4,7 @@
 //! ([`Key`]). [`Owners`] knows which task that is. Both forget: an address that goes to another task
 //! must not bring its counts along, and a task that is gone is told of for [`RETENTION`] more.
 //!
-//! Connections by IPv6 are not counted.
+//! A connection by IPv6 is to the twin of a task's address ([`twin`]), and counts with it.
 //!
 //! Units: connections, refused connections, and bytes of IP packets. Format: Prometheus' text
 //! exposition format 0.0.4.
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use skep_common::Timestamp;
 
-use crate::mesh::{MeshTable, Protocol};
+use crate::mesh::{MeshTable, Protocol, of_twin, twin};
 
 /// How long a task that left the table is told of: its last connections end meanwhile, and collectors come
 /// once a minute.
@@ -34,22 +34,31 @@ pub struct Key {
 }
 
 impl Key {
-    /// The key as the kernel has it: each part fills 4 bytes.
-    pub fn to_bytes(self) -> [u8; 16] {
-        let [a, b, c, d] = self.endpoint.ip().octets();
+    /// The key as the kernel has it in a table of IPv4, and in one of IPv6: each part fills 4 bytes, the
+    /// address of IPv6 16.
+    pub fn to_bytes(self) -> [Vec<u8>; 2] {
         let [port_high, port_low] = self.endpoint.port().to_be_bytes();
         let [high, low] = self.published.to_be_bytes();
         let protocol = self.protocol.number();
-        [a, b, c, d, port_high, port_low, 0, 0, high, low, 0, 0, protocol, 0, 0, 0]
+        let rest = [port_high, port_low, 0, 0, high, low, 0, 0, protocol, 0, 0, 0];
+        let address = *self.endpoint.ip();
+        [[&address.octets()[..], &rest].concat(), [&twin(address).octets()[..], &rest].concat()]
     }
 
     /// The key that the kernel's bytes stand for, of a protocol that the mesh carries.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let [a, b, c, d, port_high, port_low, _, _, high, low, _, _, protocol, ..] =
-            *bytes.first_chunk::<16>()?;
+        const REST_LENGTH: usize = 12;
+        let (address, rest) = bytes.split_at_checked(bytes.len().checked_sub(REST_LENGTH)?)?;
+        let address = match (<[u8; 4]>::try_from(address), <[u8; 16]>::try_from(address)) {
+            (Ok(octets), _) => Ipv4Addr::from(octets),
+            (_, Ok(octets)) => of_twin(octets.into())?,
+            _ => return None,
+        };
+        let [port_high, port_low, _, _, high, low, _, _, protocol, ..] =
+            *rest.first_chunk::<REST_LENGTH>()?;
         let port = u16::from_be_bytes([port_high, port_low]);
         Some(Self {
-            endpoint: SocketAddrV4::new(Ipv4Addr::new(a, b, c, d), port),
+            endpoint: SocketAddrV4::new(address, port),
             published: u16::from_be_bytes([high, low]),
             protocol: Protocol::from_number(protocol)?,
         })
@@ -201,10 +210,17 @@ mod tests {
 
     #[test]
     fn keys_are_read_back_as_written() {
-        let bytes = key(7).to_bytes();
+        let [bytes, of_ipv6] = key(7).to_bytes();
         assert_eq!(bytes, [10, 192, 4, 7, 0, 80, 0, 0, 0x1f, 0x90, 0, 0, 6, 0, 0, 0]);
         assert_eq!(Key::from_bytes(&bytes), Some(key(7)));
+        assert_eq!(of_ipv6.len(), 28);
+        assert_eq!(of_ipv6[12..], bytes[..], "the twin ends in the address");
+        assert_eq!(Key::from_bytes(&of_ipv6), Some(key(7)));
+        let mut stranger = of_ipv6;
+        stranger[0] = 0x20;
+        assert_eq!(Key::from_bytes(&stranger), None, "an address that is no twin");
         assert_eq!(Key::from_bytes(&bytes[..15]), None);
+        assert_eq!(Key::from_bytes(&bytes[..3]), None);
         let mut other = bytes;
         other[12] = 1;
         assert_eq!(Key::from_bytes(&other), None, "a protocol that is not the mesh's");

@@ -21,7 +21,7 @@ use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
 use crate::net::loopback;
-use crate::net::secure::{Keyring, Sessions};
+use crate::net::secure::{Keyring, PeerSession, Sessions};
 use crate::net::{
     Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, Passages,
     host_has_ipv6,
@@ -136,7 +136,7 @@ impl Uplink {
     /// Begins to count, or removes what an earlier daemon counted by. Ports are served in any case.
     async fn account(&self, pool: Ipv4Net) -> Option<Accounting> {
         let accounting = match self.is_counting {
-            true => Accounting::start(pool).await.map(Some),
+            true => Accounting::start(pool, host_has_ipv6()).await.map(Some),
             false => Accounting::remove().await.map(|()| None),
         };
         accounting.unwrap_or_else(|error| {
@@ -260,6 +260,20 @@ impl Uplink {
     pub async fn sessions(&self) -> Option<Sessions> {
         let started = self.started.borrow().clone();
         started?.networks?.sessions().await.ok()
+    }
+
+    /// What WireGuard has with the node of that number, which is greeted before if asked for; `None` where no
+    /// encrypted network has tasks on both.
+    pub(crate) async fn session_with(
+        &self,
+        number: u16,
+        is_greeted: bool,
+    ) -> Result<Option<PeerSession>, crate::net::Error> {
+        let (started, tables) = (self.started.borrow().clone(), self.tables.borrow().clone());
+        match started.and_then(|started| started.networks) {
+            Some(networks) => networks.session_with(tables, number, is_greeted).await,
+            None => Ok(None),
+        }
     }
 
     /// Removes everything of the mesh and of networks from this node: when it leaves the swarm.

@@ -1,8 +1,8 @@
 //! Counts connections through published ports, in the kernel, by task.
 //!
 //! The node that a client reaches counts: there its connection is translated, and there all of its
-//! packets pass, both ways. All of this is one nftables table of its own beside the mesh's, which
-//! is there only while someone may ask for the counts.
+//! packets pass, both ways. All of this is an nftables table of its own beside the mesh's, and one of
+//! IPv6 where the mesh has that, which are there only while someone may ask for the counts.
 //!
 //! ```text
 //! answers      prerouting -140  answers of tasks: their bytes, and refusals
@@ -21,14 +21,15 @@
 
 use std::collections::BTreeMap;
 
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net};
 use skep_common::Timestamp;
 use skep_worker_core::accounting::{Counts, Key, Owners};
-use skep_worker_core::mesh::MeshTable;
+use skep_worker_core::mesh::{MeshTable, twin_net};
 
 use super::Error;
+use super::mesh::host_has_ipv6;
 use super::nft::expression as rule;
-use super::nft::{Batch, Element, Expression, Hook, NftChannel, SetKind, Value};
+use super::nft::{Batch, Element, Expression, Family, Hook, NftChannel, SetKind, Value};
 use super::thread::KernelThread;
 
 const TABLE: &str = "skep-accounting";
@@ -40,9 +41,11 @@ const SETS: [&str; 4] = [CONNECTIONS, FAILURES, REQUESTS, ANSWERS];
 
 /// Backends of published ports that are counted; a connection to more of them is not, but served.
 const KEYS_MAX: u32 = 1 << 16;
-const KEY_LENGTH: u32 = 16;
-/// `ipv4_addr . inet_service . inet_service . inet_proto` as `nft` numbers types.
-const KEY_TYPE: u32 = 7 << 18 | 13 << 12 | 13 << 6 | 12;
+/// `inet_service . inet_service . inet_proto` as `nft` numbers types, behind the type of an address.
+const KEY_REST_TYPE: u32 = 13 << 12 | 13 << 6 | 12;
+const KEY_REST_LENGTH: u32 = 12;
+const TYPE_IPV4: u32 = 7;
+const TYPE_IPV6: u32 = 8;
 
 const PREROUTING: u32 = 0;
 const POSTROUTING: u32 = 4;
@@ -55,20 +58,28 @@ pub struct Accounting {
 
 #[derive(Debug)]
 struct Kernel {
-    channel: NftChannel,
+    /// The tables of IPv4, and where the host has it those of IPv6.
+    channels: Vec<NftChannel>,
     owners: Owners,
 }
 
 impl Accounting {
     /// Begins to count connections to tasks with addresses of `pool`, in the network namespace of the
-    /// calling thread.
+    /// calling thread, and to their twins where the mesh carries IPv6.
     ///
     /// Must be called within a Tokio runtime.
-    pub async fn start(pool: Ipv4Net) -> Result<Self, Error> {
+    pub async fn start(pool: Ipv4Net, has_ipv6: bool) -> Result<Self, Error> {
         let start = move || {
-            let mut channel = NftChannel::open()?;
-            channel.commit_any(&layout(pool))?;
-            Ok((Kernel { channel, owners: Owners::default() }, ()))
+            let mut channels = vec![NftChannel::open()?];
+            let mut batch = Batch::new();
+            lay_out(&mut batch, pool.into());
+            if has_ipv6 {
+                channels.push(NftChannel::open_of(Family::Ipv6)?);
+                batch.turn_to(Family::Ipv6);
+                lay_out(&mut batch, twin_net(pool).into());
+            }
+            NftChannel::open()?.commit_any(&batch)?;
+            Ok((Kernel { channels, owners: Owners::default() }, ()))
         };
         let (kernel, ()) = KernelThread::start("skep-accounting", start).await?;
         Ok(Self { kernel: std::sync::Arc::new(kernel) })
@@ -91,6 +102,11 @@ impl Accounting {
             let mut batch = Batch::new();
             batch.add_table(TABLE); // Deleting a table needs it to exist.
             batch.delete_table(TABLE);
+            if host_has_ipv6() {
+                batch.turn_to(Family::Ipv6);
+                batch.add_table(TABLE);
+                batch.delete_table(TABLE);
+            }
             Ok(((), NftChannel::open()?.commit_any(&batch)?))
         };
         KernelThread::start("skep-accounting", remove).await.map(drop)
@@ -103,28 +119,35 @@ impl Kernel {
         if stale.is_empty() {
             return Ok(());
         }
-        let mut batch = Batch::new();
-        for set in SETS {
-            let present = self.channel.counts(TABLE, set)?;
-            let stale = stale.iter().map(|key| key.to_bytes().to_vec());
-            let counted = stale.filter(|key| present.iter().any(|count| count.key == *key));
-            let elements: Vec<Element> = counted.map(Element::key).collect();
-            batch.delete_elements(TABLE, set, &elements);
+        for (family, channel) in self.channels.iter_mut().enumerate() {
+            let mut batch = Batch::of(if family == 0 { Family::Ipv4 } else { Family::Ipv6 });
+            for set in SETS {
+                let present = channel.counts(TABLE, set)?;
+                let stale = stale.iter().filter_map(|key| key.to_bytes().into_iter().nth(family));
+                let counted = stale.filter(|key| present.iter().any(|count| count.key == *key));
+                let elements: Vec<Element> = counted.map(Element::key).collect();
+                batch.delete_elements(TABLE, set, &elements);
+            }
+            if !batch.is_empty() {
+                channel.commit_any(&batch)?;
+            }
         }
-        if batch.is_empty() { Ok(()) } else { self.channel.commit_any(&batch) }
+        Ok(())
     }
 
     fn text(&mut self) -> Result<String, Error> {
         let mut all: BTreeMap<Key, Counts> = BTreeMap::new();
-        for set in SETS {
-            for count in self.channel.counts(TABLE, set)? {
+        for (channel, set) in
+            (0..self.channels.len()).flat_map(|channel| SETS.map(|set| (channel, set)))
+        {
+            for count in self.channels[channel].counts(TABLE, set)? {
                 let Some(key) = Key::from_bytes(&count.key) else { continue };
                 let counts = all.entry(key).or_default();
                 match set {
-                    CONNECTIONS => counts.connections = count.packets,
-                    FAILURES => counts.failures = count.packets,
-                    REQUESTS => counts.received_bytes = count.bytes,
-                    _ => counts.sent_bytes = count.bytes,
+                    CONNECTIONS => counts.connections += count.packets,
+                    FAILURES => counts.failures += count.packets,
+                    REQUESTS => counts.received_bytes += count.bytes,
+                    _ => counts.sent_bytes += count.bytes,
                 }
             }
         }
@@ -132,15 +155,16 @@ impl Kernel {
     }
 }
 
-/// The table, without a count.
-fn layout(pool: Ipv4Net) -> Batch {
-    let mut batch = Batch::new();
+/// The table of the pool's family, without a count.
+fn lay_out(batch: &mut Batch, pool: IpNet) {
+    let is_ipv4 = pool.addr().is_ipv4();
+    let (address_type, address_length) = if is_ipv4 { (TYPE_IPV4, 4) } else { (TYPE_IPV6, 16) };
     batch.add_table(TABLE);
     batch.delete_table(TABLE);
     batch.add_table(TABLE);
     let kind = SetKind {
-        key_type: KEY_TYPE,
-        key_length: KEY_LENGTH,
+        key_type: address_type << 18 | KEY_REST_TYPE,
+        key_length: address_length + KEY_REST_LENGTH,
         is_host_order: false,
         value: Value::None,
     };
@@ -161,12 +185,12 @@ fn layout(pool: Ipv4Net) -> Batch {
             Some(&Hook { kind, number, priority, drops_by_default: false }),
         );
         for (matches, set) in rules {
-            let count = rule::count_connection_in(set).to_vec();
+            let count = rule::count_connection_in(is_ipv4, set).to_vec();
             batch.add_rule(TABLE, name, &[matches.clone(), count].concat(), set);
         }
     };
     let refused = [rule::connection_is_refused().to_vec(), reply.clone(), published.clone()];
-    let unreachable = [rule::connection_is_unreachable().to_vec(), published.clone()];
+    let unreachable = [rule::connection_is_unreachable(is_ipv4), published.clone()];
     let answers = [reply, published.clone()].concat();
     let requests = [original, published.clone()].concat();
     let responses = [(refused.concat(), FAILURES), (answers, ANSWERS)];
@@ -179,5 +203,4 @@ fn layout(pool: Ipv4Net) -> Batch {
         &[(unreachable.concat(), FAILURES), (requests, REQUESTS)],
     );
     chain("connections", "nat", POSTROUTING, 99, &[(published, CONNECTIONS)]);
-    batch
 }

@@ -26,7 +26,7 @@ use skep_runtime::clock;
 use skep_worker_core::mesh::Mac;
 
 use super::Error;
-use super::firewall::obstacles;
+use super::firewall::{Interface, Packet, Ruleset};
 use super::nft::expression as rule;
 use super::nft::{Batch, Hook, NftChannel, SetKind, Value};
 use super::rtnetlink::RouteChannel;
@@ -34,6 +34,7 @@ use crate::sys;
 
 const TABLE: &str = "skep-check";
 const ARRIVED: &str = "arrived";
+const SECURE: &str = "secure";
 /// For local experiments (IEEE 802, "Local Experimental Ethertype 1").
 const ETHER_TYPE: u16 = 0x88b5;
 /// Of an echo's token, so that it is not taken for a probe.
@@ -44,6 +45,7 @@ const HEADERS: usize = IP_UDP + 8 + 14;
 /// From the UDP header on.
 const TOKEN_OFFSET: u32 = 30;
 const SIZE_OFFSET: u32 = 38;
+const PORT_OFFSET: u32 = 2;
 
 /// Small probes, whose loss and round trips are measured.
 pub const BURST_SIZE: u16 = 128;
@@ -60,10 +62,12 @@ const RECEIVE_TIMEOUT_MILLIS: i64 = 50;
 const FRAME_LENGTH_MAX: usize = 1 << 16;
 
 /// Between which ends, and how.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Ends {
     /// This node's underlay address.
     pub underlay: Ipv4Addr,
+    /// The interface that has it.
+    pub interface: String,
     /// Its number.
     pub number: u16,
     /// The other node's underlay address.
@@ -76,6 +80,17 @@ pub struct Ends {
     pub vxlan_port: u16,
     /// What VXLAN packets of this check are told by.
     pub token: u64,
+    /// The ports of WireGuard, where both carry encrypted networks.
+    pub secure: Option<SecurePorts>,
+}
+
+/// The UDP ports that two nodes send WireGuard's packets to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SecurePorts {
+    /// This node's.
+    pub own: u16,
+    /// The other node's, where it is known.
+    pub peer: Option<u16>,
 }
 
 /// What was seen. Counts are by size.
@@ -97,6 +112,12 @@ pub struct Seen {
     pub obstacles: Vec<String>,
     /// What drops those that go out.
     pub outgoing_obstacles: Vec<String>,
+    /// WireGuard's packets of the other node, at the interface.
+    pub secure_arrived: u32,
+    /// What drops such packets that come in here.
+    pub secure_obstacles: Vec<String>,
+    /// What drops those that go out.
+    pub secure_outgoing_obstacles: Vec<String>,
 }
 
 /// A check under way, in the network namespace of the thread that opened it.
@@ -109,6 +130,29 @@ pub struct Path {
     started: Instant,
     is_ended: Arc<AtomicBool>,
     receiver: Option<JoinHandle<Received>>,
+}
+
+impl Ends {
+    fn look_for_obstacles(&self, seen: &mut Seen) -> Result<(), Error> {
+        let link = RouteChannel::open()?.link(&self.interface)?;
+        let index = link.map(|link| link.index).unwrap_or_default();
+        let interface = Interface { name: self.interface.clone(), index };
+        let packet = |is_incoming: bool, source_port, port| {
+            let (own, peer) = (self.underlay, self.peer_underlay);
+            let (source, destination) = if is_incoming { (peer, own) } else { (own, peer) };
+            let interface = interface.clone();
+            Packet { source, destination, source_port, port, interface, is_incoming }
+        };
+        let rules = Ruleset::read()?;
+        seen.obstacles = rules.obstacles(&packet(true, None, self.vxlan_port));
+        seen.outgoing_obstacles = rules.obstacles(&packet(false, None, self.vxlan_port));
+        if let Some(SecurePorts { own, peer }) = self.secure {
+            seen.secure_obstacles = rules.obstacles(&packet(true, peer, own));
+            let outgoing = peer.map(|peer| rules.obstacles(&packet(false, Some(own), peer)));
+            seen.secure_outgoing_obstacles = outgoing.unwrap_or_default();
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -137,9 +181,10 @@ impl Path {
         let echo = socket.try_clone().map_err(action("share a socket"))?;
         let mut nft = NftChannel::open()?;
         nft.commit_any(&table(&ends))?;
+        let receiving = ends.clone();
         let (started, is_ended) = (clock::monotonic(), Arc::new(AtomicBool::new(false)));
         let until = Arc::clone(&is_ended);
-        let receive = move || receive(&frames, &echo, &ends, started, &until);
+        let receive = move || receive(&frames, &echo, &receiving, started, &until);
         let thread = std::thread::Builder::new().name("skep-probes".into()).spawn(receive);
         let receiver = Some(thread.map_err(action("start a thread"))?);
         let seen = Seen { full_size, ..Seen::default() };
@@ -181,6 +226,9 @@ impl Path {
             let packets = u32::try_from(count.packets).unwrap_or(u32::MAX);
             seen.arrived.insert(u16::from_be_bytes(*size), packets);
         }
+        for count in self.nft.counts(TABLE, SECURE)? {
+            seen.secure_arrived += u32::try_from(count.packets).unwrap_or(u32::MAX);
+        }
         let received = self.end();
         seen.passed = received.passed;
         for (sequence, came) in received.echoes {
@@ -189,8 +237,7 @@ impl Path {
                 seen.round_trips += came.saturating_sub(*sent);
             }
         }
-        let found = obstacles(self.ends.vxlan_port)?;
-        (seen.obstacles, seen.outgoing_obstacles) = (found.incoming, found.outgoing);
+        self.ends.look_for_obstacles(&mut seen)?;
         Ok(seen)
     }
 
@@ -304,6 +351,16 @@ fn table(ends: &Ends) -> Batch {
         rule::count_transport_bytes_in(ARRIVED, SIZE_OFFSET, 2).to_vec(),
     ];
     batch.add_rule(TABLE, "observe", &parts.concat(), "probes of another node");
+    batch.add_dynamic_set(TABLE, SECURE, &kind, 64);
+    if let Some(ports) = ends.secure {
+        let parts = [
+            rule::transport_protocol(UDP).to_vec(),
+            rule::destination_port(ports.own).to_vec(),
+            rule::source_network(peer.into()).to_vec(),
+            rule::count_transport_bytes_in(SECURE, PORT_OFFSET, 2).to_vec(),
+        ];
+        batch.add_rule(TABLE, "observe", &parts.concat(), "WireGuard of another node");
+    }
     batch
 }
 
@@ -315,12 +372,14 @@ mod tests {
     fn a_probe_has_its_size_and_is_read_back() {
         let ends = Ends {
             underlay: Ipv4Addr::new(192, 0, 2, 1),
+            interface: "eth0".into(),
             number: 1,
             peer_underlay: Ipv4Addr::new(192, 0, 2, 2),
             peer_number: 2,
             vni: 9001,
             vxlan_port: 4789,
             token: 7,
+            secure: None,
         };
         for size in SIZES.into_iter().chain([BURST_SIZE]) {
             let bytes = probe(&ends, 7, size, 3, 99);

@@ -21,6 +21,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
+use skep_common::mistakes::{self, Mistake};
 use skep_common::serving::withheld;
 use skep_common::spec::{IngressPolicy, PortProtocol, ProxyProtocol, PublishMode};
 use skep_common::wireguard::WireguardKeys;
@@ -409,6 +410,9 @@ impl Drain {
             oldest < *version && is_in_time
         });
         let is_stopping = |task_id: &&TaskId| is_to_stop(state, **task_id);
+        if mistakes::is(Mistake::DrainWithoutWait) {
+            return BTreeSet::new();
+        }
         self.withdrawn.keys().filter(is_stopping).copied().collect()
     }
 

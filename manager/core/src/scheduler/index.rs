@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NodeState, Slot};
 use skep_common::spec::{Availability, PortProtocol, Resources, TaskSpec};
 use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
@@ -126,8 +127,18 @@ impl Index {
         for node_id in state.nodes().keys() {
             index.sync_node(state, *node_id);
         }
-        for task_id in state.tasks().keys() {
-            index.sync_task(state, *task_id);
+        for task in state.tasks().values() {
+            let is_forgotten = mistakes::is(Mistake::PlacedTwice)
+                && task.status.state == TaskState::Assigned
+                && is_live(task);
+            if is_forgotten {
+                let key = (task.service_id, task.spec_version);
+                let charge = Charge::Waiting { key, slot: task.slot_key() };
+                index.take(task.id, &charge);
+                index.charges.insert(task.id, charge);
+            } else {
+                index.sync_task(state, task.id);
+            }
         }
         index
     }

@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use skep_common::mistakes::{self, Mistake};
 use skep_common::spec::PublishMode;
 use skep_common::{
     ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
@@ -236,7 +237,9 @@ impl State {
         if let Some(node_id) = task.node_id {
             self.node_tasks.insert((node_id, task.id));
         }
-        if !task.status.state.is_terminal() {
+        let is_freed_early =
+            mistakes::is(Mistake::AddressFreedEarly) && !task.desired_state.wants_run();
+        if !task.status.state.is_terminal() && !is_freed_early {
             self.claim_addresses(&task)?;
         }
         let change = change_of(&task);
@@ -264,7 +267,7 @@ impl State {
             task.assigned_generic_resources.clone_from(resources);
         }
         if let Some(status) = &patch.status
-            && status.state >= task.status.state
+            && (status.state >= task.status.state || mistakes::is(Mistake::StateFalls))
         {
             let advanced = status.state > task.status.state;
             let applied_at = if advanced { Some(writer.at) } else { task.status.applied_at };

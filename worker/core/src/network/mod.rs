@@ -22,6 +22,6 @@ mod tests;
 mod vips;
 
 pub use reach::{Reach, ReachOp};
-pub use secure::{SecurePeer, are_any_encrypted, nodes_without_key, secure_peers};
+pub use secure::{SecurePeer, are_any_encrypted, nodes_without_key, secure_nodes, secure_peers};
 pub use table::{EndpointEntry, NamedPort, NetworkTable, NetworkTables, ServiceEntry};
 pub use vips::{Balance, Connection, Peers, VipOp, Vips, in_turn};

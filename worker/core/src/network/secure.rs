@@ -24,7 +24,7 @@ pub fn are_any_encrypted(tables: &NetworkTables) -> bool {
 /// The peers of this node's tunnels, each key of each node.
 pub fn secure_peers(tables: &NetworkTables) -> BTreeMap<PublicKey, SecurePeer> {
     let mut peers = BTreeMap::new();
-    for number in nodes(tables) {
+    for number in secure_nodes(tables) {
         let (Some(underlay), Some(keys)) = (tables.peers.get(&number), tables.keys.get(&number))
         else {
             continue;
@@ -44,10 +44,11 @@ pub fn nodes_without_key(tables: &NetworkTables) -> BTreeSet<u16> {
     let has_key = |number: &u16| {
         tables.keys.get(number).is_some_and(|keys| keys.current_address(*number).is_some())
     };
-    nodes(tables).into_iter().filter(|number| !has_key(number)).collect()
+    secure_nodes(tables).into_iter().filter(|number| !has_key(number)).collect()
 }
 
-fn nodes(tables: &NetworkTables) -> BTreeSet<u16> {
+/// The other nodes that tasks of this node's encrypted networks are on.
+pub fn secure_nodes(tables: &NetworkTables) -> BTreeSet<u16> {
     let encrypted = tables.networks.values().filter(|network| network.encrypted);
     let endpoints = encrypted.flat_map(|network| network.endpoints.values());
     let numbers = endpoints.map(|endpoint| endpoint.node_number);

@@ -43,7 +43,7 @@ use tokio::sync::watch;
 use self::plane::Plane;
 use self::removal::Removal;
 use super::Error;
-use super::secure::{Keyring, Sessions};
+use super::secure::{Keyring, PeerSession, Sessions};
 use super::thread::KernelThread;
 
 /// What the networks of one node are set up with.
@@ -132,6 +132,17 @@ impl Networks {
     /// The nodes that encrypted networks have sessions with.
     pub async fn sessions(&self) -> Result<Sessions, Error> {
         self.plane.run(Plane::sessions).await
+    }
+
+    /// What WireGuard has with the node of that number, which is greeted before if asked for; `None` where no
+    /// encrypted network has tasks on both.
+    pub async fn session_with(
+        &self,
+        tables: Arc<NetworkTables>,
+        number: u16,
+        is_greeted: bool,
+    ) -> Result<Option<PeerSession>, Error> {
+        self.plane.run(move |plane| plane.session_with(&tables, number, is_greeted)).await?
     }
 
     /// Removes all networks from this node: for a node that leaves the swarm or is removed.

@@ -16,7 +16,7 @@ use super::{Attachment, NetworkOptions};
 use crate::net::Error;
 use crate::net::namespace::{self, Home};
 use crate::net::rtnetlink::RouteChannel;
-use crate::net::secure::{self, Secure, Sessions};
+use crate::net::secure::{self, PeerSession, Secure, Sessions};
 
 /// The directory in the run directory with a file for each network's namespace.
 const NAMESPACES: &str = "netns";
@@ -219,6 +219,16 @@ impl Plane {
     /// The nodes that encrypted networks have sessions with.
     pub(super) fn sessions(&mut self) -> Sessions {
         self.secure.sessions()
+    }
+
+    /// What there is with another node, which is greeted before if asked for.
+    pub(super) fn session_with(
+        &mut self,
+        tables: &NetworkTables,
+        number: u16,
+        is_greeted: bool,
+    ) -> Result<Option<PeerSession>, Error> {
+        self.secure.session_with(tables, number, is_greeted)
     }
 
     /// Brings WireGuard to what the tables ask for.

@@ -3,9 +3,9 @@
 //! Only what skep's rules need. Register 1 is the one that all of them work in; a concatenation
 //! goes on in register 9, the second 32-bit part of register 1.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::IpNet;
 
 use super::attribute::Attributes;
 use super::uapi::{
@@ -37,6 +37,7 @@ const CT_PROTO_SRC: u32 = 11;
 const CT_PROTO_DST: u32 = 12;
 const CT_ZONE: u32 = 17;
 const CT_SRC_IP: u32 = 19;
+const CT_SRC_IP6: u32 = 21;
 /// `NF_CT_STATE_BIT(IP_CT_RELATED)`.
 const CT_STATE_RELATED: u32 = 1 << 2;
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
@@ -289,25 +290,36 @@ pub fn connection_is_original() -> [Expression; 2] {
     [connection(CT_DIRECTION), compare(true, &[DIRECTION_ORIGINAL])]
 }
 
-/// `ct reply ip saddr NETWORK`: whoever answers is in there.
-pub fn connection_is_answered_from(network: Ipv4Net) -> [Expression; 3] {
+/// `ct reply ip saddr NETWORK`, or `ct reply ip6 saddr NETWORK`.
+pub fn connection_is_answered_from(network: IpNet) -> [Expression; 3] {
+    let bytes = |address: IpAddr| match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    let (mask, network_address) = (bytes(network.netmask()), bytes(network.network()));
     [
-        connection_of(REGISTER, CT_SRC_IP, DIRECTION_REPLY),
-        bitwise(&network.netmask().octets(), &[0; 4]),
-        compare(true, &network.network().octets()),
+        connection_of(REGISTER, source_key(network.addr().is_ipv4()), DIRECTION_REPLY),
+        bitwise(&mask, &vec![0; mask.len()]),
+        compare(true, &network_address),
     ]
 }
 
-/// `add @SET { ct reply ip saddr . ct reply proto-src . ct original proto-dst . ct protocol counter }`.
-pub fn count_connection_in(set: &str) -> [Expression; 5] {
+fn source_key(is_ipv4: bool) -> u32 {
+    if is_ipv4 { CT_SRC_IP } else { CT_SRC_IP6 }
+}
+
+/// `add @SET { ct reply ip saddr . ct reply proto-src . ct original proto-dst . ct protocol counter }`, in a
+/// table of IPv4, or of IPv6 with `ct reply ip6 saddr`.
+pub fn count_connection_in(is_ipv4: bool, set: &str) -> [Expression; 5] {
     const OPERATION_ADD: u32 = 0;
     let counter = Attributes::new().text(NFTA_EXPR_NAME, "counter");
     let list = Attributes::new().text(1, set).be32(3, OPERATION_ADD).be32(4, REGISTER);
+    let behind = if is_ipv4 { REGISTER_SECOND } else { REGISTER_FIFTH };
     [
-        connection_of(REGISTER, CT_SRC_IP, DIRECTION_REPLY),
-        connection_of(REGISTER_SECOND, CT_PROTO_SRC, DIRECTION_REPLY),
-        connection_of(REGISTER_SECOND + 1, CT_PROTO_DST, DIRECTION_ORIGINAL),
-        connection_of(REGISTER_SECOND + 2, CT_PROTOCOL, DIRECTION_ORIGINAL),
+        connection_of(REGISTER, source_key(is_ipv4), DIRECTION_REPLY),
+        connection_of(behind, CT_PROTO_SRC, DIRECTION_REPLY),
+        connection_of(behind + 1, CT_PROTO_DST, DIRECTION_ORIGINAL),
+        connection_of(behind + 2, CT_PROTOCOL, DIRECTION_ORIGINAL),
         named("dynset", &list.nested(7, &counter)),
     ]
 }
@@ -369,23 +381,31 @@ fn note_in(is_ipv4: bool, address: u32, port: u32, set: &str) -> [Expression; 3]
     ]
 }
 
-/// `ct state related icmp type destination-unreachable icmp code != frag-needed`.
-pub fn connection_is_unreachable() -> [Expression; 9] {
+/// `ct state related icmp type destination-unreachable icmp code != frag-needed`, or in a table of IPv6
+/// `ct state related icmpv6 type destination-unreachable`: a packet that is too big has a type of its own.
+pub fn connection_is_unreachable(is_ipv4: bool) -> Vec<Expression> {
     const ICMP: u8 = 1;
+    const ICMPV6: u8 = 58;
     const DESTINATION_UNREACHABLE: u8 = 3;
+    const DESTINATION_UNREACHABLE_6: u8 = 1;
     const FRAGMENTATION_NEEDED: u8 = 4;
-    let [protocol, is_icmp] = transport_protocol(ICMP);
-    [
-        protocol,
-        is_icmp,
+    let (protocol, unreachable) = match is_ipv4 {
+        true => (ICMP, DESTINATION_UNREACHABLE),
+        false => (ICMPV6, DESTINATION_UNREACHABLE_6),
+    };
+    let mut expressions = transport_protocol(protocol).to_vec();
+    expressions.extend([
         connection(CT_STATE),
         bitwise(&CT_STATE_RELATED.to_ne_bytes(), &[0; 4]),
         compare(false, &[0; 4]),
         payload(REGISTER, TRANSPORT_HEADER, 0, 1),
-        compare(true, &[DESTINATION_UNREACHABLE]),
-        payload(REGISTER, TRANSPORT_HEADER, 1, 1),
-        compare(false, &[FRAGMENTATION_NEEDED]),
-    ]
+        compare(true, &[unreachable]),
+    ]);
+    if is_ipv4 {
+        let code = payload(REGISTER, TRANSPORT_HEADER, 1, 1);
+        expressions.extend([code, compare(false, &[FRAGMENTATION_NEEDED])]);
+    }
+    expressions
 }
 
 /// `meta l4proto . th dport vmap @MAP`.

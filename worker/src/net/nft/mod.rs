@@ -17,7 +17,10 @@ mod socket;
 pub use attribute::{Attributes, attributes, be32, be64, find, text};
 pub use batch::{Batch, Element, Family, Hook, SetKind, Value};
 pub use expression::Expression;
-pub use read::{AgeRecord, ChainRecord, CountRecord, ElementRecord, RuleRecord, SetRecord};
+pub use read::{
+    AgeRecord, ChainRecord, CountRecord, ElementRecord, MemberRecord, RuleRecord, SetRecord,
+    VerdictRecord,
+};
 pub use socket::{CommitError, NftChannel};
 
 /// Attribute and message numbers, named as in the kernel's headers.
@@ -80,8 +83,11 @@ pub mod uapi {
     pub const NFTA_SET_ELEM_LIST_SET_ID: u16 = 4;
     pub const NFTA_SET_ELEM_KEY: u16 = 1;
     pub const NFTA_SET_ELEM_DATA: u16 = 2;
+    pub const NFTA_SET_ELEM_FLAGS: u16 = 3;
     pub const NFTA_SET_ELEM_EXPIRATION: u16 = 5;
     pub const NFTA_SET_ELEM_EXPR: u16 = 7;
+    pub const NFTA_SET_ELEM_KEY_END: u16 = 10;
+    pub const NFTA_SET_ELEM_EXPRESSIONS: u16 = 11;
     pub const NFTA_COUNTER_BYTES: u16 = 1;
     pub const NFTA_COUNTER_PACKETS: u16 = 2;
     pub const NFTA_LIST_ELEM: u16 = 1;
@@ -95,9 +101,11 @@ pub mod uapi {
 
     pub const NFT_SET_ANONYMOUS: u32 = 0x1;
     pub const NFT_SET_CONSTANT: u32 = 0x2;
+    pub const NFT_SET_INTERVAL: u32 = 0x4;
     pub const NFT_SET_MAP: u32 = 0x8;
     pub const NFT_SET_TIMEOUT: u32 = 0x10;
     pub const NFT_SET_EVAL: u32 = 0x20;
+    pub const NFT_SET_ELEM_INTERVAL_END: u32 = 0x1;
     pub const NFT_DATA_VERDICT: u32 = 0xffff_ff00;
 
     /// The comment's place in the user data of a rule (libnftnl `udata.h`).

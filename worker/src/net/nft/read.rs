@@ -90,13 +90,17 @@ pub struct SetRecord {
     pub name: String,
     /// Whether it belongs to one rule.
     pub is_anonymous: bool,
+    /// Whether its elements are where intervals begin and end.
+    pub has_intervals: bool,
 }
 
 impl SetRecord {
     pub(super) fn read(body: &[u8]) -> Option<Self> {
         let flags = find(body, NFTA_SET_FLAGS).and_then(be32).unwrap_or(0);
         let name = find(body, NFTA_SET_NAME).and_then(text)?.to_owned();
-        Some(Self { name, is_anonymous: flags & NFT_SET_ANONYMOUS != 0 })
+        let is = |flag| flags & flag != 0;
+        let (is_anonymous, has_intervals) = (is(NFT_SET_ANONYMOUS), is(NFT_SET_INTERVAL));
+        Some(Self { name, is_anonymous, has_intervals })
     }
 }
 
@@ -125,6 +129,66 @@ impl ElementRecord {
         let verdict = value.and_then(|value| find(value, NFTA_DATA_VERDICT));
         let chain = verdict.and_then(|verdict| find(verdict, NFTA_VERDICT_CHAIN)).and_then(text);
         Some(Self { key, data, chain: chain.map(str::to_owned) })
+    }
+}
+
+/// What is done with a packet, as the kernel lists it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VerdictRecord {
+    /// `NF_DROP`, `NF_ACCEPT` or one of nftables.
+    pub code: u32,
+    /// The chain that it leads to.
+    pub chain: Option<String>,
+}
+
+impl VerdictRecord {
+    /// Reads the attributes of a verdict.
+    pub fn of(verdict: &[u8]) -> Option<Self> {
+        let chain = find(verdict, NFTA_VERDICT_CHAIN).and_then(text).map(str::to_owned);
+        Some(Self { code: find(verdict, NFTA_VERDICT_CODE).and_then(be32)?, chain })
+    }
+}
+
+/// An element of a set or map of anyone's, as the kernel lists it: also a bound of an interval.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MemberRecord {
+    /// Its key; none of the element for all keys that no other one holds.
+    pub key: Option<Vec<u8>>,
+    /// The last key of a range of concatenated fields.
+    pub key_end: Option<Vec<u8>>,
+    /// Whether an interval ends before its key.
+    pub is_end: bool,
+    /// Whether it holds for some packets alone, by a limit of its own.
+    pub is_limited: bool,
+    /// Where a map of verdicts leads to.
+    pub verdict: Option<VerdictRecord>,
+    /// What a map leads to.
+    pub data: Option<Vec<u8>>,
+}
+
+impl MemberRecord {
+    /// The elements in one message of a dump.
+    pub(super) fn read_all(body: &[u8]) -> Vec<Self> {
+        let list = find(body, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+        attributes(list).map(|(_, element)| Self::read(element)).collect()
+    }
+
+    fn read(element: &[u8]) -> Self {
+        let value = |kind| find(find(element, kind)?, NFTA_DATA_VALUE).map(<[u8]>::to_vec);
+        let flags = find(element, NFTA_SET_ELEM_FLAGS).and_then(be32).unwrap_or(0);
+        let verdict = find(element, NFTA_SET_ELEM_DATA).and_then(|v| find(v, NFTA_DATA_VERDICT));
+        let several = find(element, NFTA_SET_ELEM_EXPRESSIONS).into_iter().flat_map(attributes);
+        let mut of_its_own =
+            find(element, NFTA_SET_ELEM_EXPR).into_iter().chain(several.map(|(_, one)| one));
+        let name = |expression| find(expression, NFTA_EXPR_NAME).and_then(text);
+        Self {
+            key: value(NFTA_SET_ELEM_KEY),
+            key_end: value(NFTA_SET_ELEM_KEY_END),
+            is_end: flags & NFT_SET_ELEM_INTERVAL_END != 0,
+            is_limited: of_its_own.any(|one| !matches!(name(one), Some("counter" | "last"))),
+            verdict: verdict.and_then(VerdictRecord::of),
+            data: value(NFTA_SET_ELEM_DATA),
+        }
     }
 }
 

@@ -7,7 +7,9 @@ use netlink_sys::protocols::NETLINK_NETFILTER;
 
 use super::attribute::{Attributes, be32, find};
 use super::batch::{Batch, Family, header};
-use super::read::{AgeRecord, ChainRecord, CountRecord, ElementRecord, RuleRecord, SetRecord};
+use super::read::{
+    AgeRecord, ChainRecord, CountRecord, ElementRecord, MemberRecord, RuleRecord, SetRecord,
+};
 use super::uapi::*;
 use crate::net::Error;
 use crate::net::channel::{Channel, check_answer};
@@ -155,6 +157,15 @@ impl NftChannel {
         let action = format!("list elements of {table} {set}");
         let bodies = self.dump(NFT_MSG_GETSETELEM, &filter, &action)?;
         Ok(bodies.iter().flat_map(|body| ElementRecord::read_all(body)).collect())
+    }
+
+    /// The elements of one set or map of anyone's, with the bounds of intervals.
+    pub fn members(&mut self, table: &str, set: &str) -> Result<Vec<MemberRecord>, Error> {
+        let filter = Attributes::new().text(NFTA_SET_ELEM_LIST_TABLE, table);
+        let filter = filter.text(NFTA_SET_ELEM_LIST_SET, set);
+        let action = format!("list elements of {table} {set}");
+        let bodies = self.dump(NFT_MSG_GETSETELEM, &filter, &action)?;
+        Ok(bodies.iter().flat_map(|body| MemberRecord::read_all(body)).collect())
     }
 
     /// The elements of one set that have a counter.

@@ -24,6 +24,7 @@ use skep_runtime::clock;
 use skep_worker_core::network::SecurePeer;
 
 use super::keyring::PrivateKey;
+use super::session::Activity;
 use crate::net::Error;
 use crate::net::channel::{Channel, Refusal};
 use crate::net::nft::{Attributes, attributes, find};
@@ -47,6 +48,8 @@ const WGPEER_A_FLAGS: u16 = 3;
 const WGPEER_A_ENDPOINT: u16 = 4;
 const WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL: u16 = 5;
 const WGPEER_A_LAST_HANDSHAKE_TIME: u16 = 6;
+const WGPEER_A_RX_BYTES: u16 = 7;
+const WGPEER_A_TX_BYTES: u16 = 8;
 const WGPEER_A_ALLOWEDIPS: u16 = 9;
 const WGPEER_F_REMOVE_ME: u32 = 1;
 const WGPEER_F_REPLACE_ALLOWEDIPS: u32 = 2;
@@ -81,11 +84,23 @@ struct Observed {
     endpoint: Option<SocketAddrV4>,
     addresses: BTreeSet<(Ipv4Addr, u8)>,
     last_handshake: Option<Timestamp>,
+    sent: u64,
+    received: u64,
 }
 
 impl Observed {
     fn has_session(&self, now: Timestamp) -> bool {
         self.last_handshake.is_some_and(|handshake| now.since(handshake) < SESSION_AGE_MAX)
+    }
+
+    fn has_address(&self, address: Ipv4Addr) -> bool {
+        self.addresses.contains(&(address, 32))
+    }
+
+    fn activity(&self, now: Timestamp) -> Activity {
+        let last_handshake = self.last_handshake.filter(|_| self.has_session(now));
+        let last_handshake = last_handshake.map(|handshake| now.since(handshake));
+        Activity { last_handshake, sent: self.sent, received: self.received }
     }
 
     fn is(&self, wanted: &SecurePeer) -> bool {
@@ -206,17 +221,33 @@ impl Driver {
     /// Asks every peer that there is no session with for one: a keep-alive that is set anew is sent at once.
     pub(super) fn greet_strangers(&mut self) -> Result<(), Error> {
         let now = clock::now();
+        self.greet_those(|peer| !peer.has_session(now))
+    }
+
+    /// Sends a keep-alive to the peer with that address, or asks it for a session.
+    pub(super) fn greet(&mut self, address: Ipv4Addr) -> Result<(), Error> {
+        self.greet_those(|peer| peer.has_address(address))
+    }
+
+    fn greet_those(&mut self, is_one: impl Fn(&Observed) -> bool) -> Result<(), Error> {
         let peers = self.peers()?;
-        let strangers = || peers.iter().filter(|(_, peer)| !peer.has_session(now));
+        let keys = || peers.iter().filter(|(_, peer)| is_one(peer)).map(|(key, _)| key);
         for interval in [0, KEEPALIVE] {
-            let peer = |(key, _): (&PublicKey, &Observed)| {
+            let peer = |key: &PublicKey| {
                 named(key)
                     .raw(WGPEER_A_FLAGS, &WGPEER_F_UPDATE_ONLY.to_ne_bytes())
                     .raw(WGPEER_A_PERSISTENT_KEEPALIVE_INTERVAL, &interval.to_ne_bytes())
             };
-            self.change_peers(&strangers().map(peer).collect::<Vec<_>>())?;
+            self.change_peers(&keys().map(peer).collect::<Vec<_>>())?;
         }
         Ok(())
+    }
+
+    /// What has passed between this interface and the peer with that address.
+    pub(super) fn activity(&mut self, address: Ipv4Addr) -> Result<Activity, Error> {
+        let now = clock::now();
+        let peers = self.peers()?.into_values().filter(|peer| peer.has_address(address));
+        Ok(peers.fold(Activity::default(), |all, peer| all.and(peer.activity(now))))
     }
 
     fn change_peers(&mut self, changes: &[Attributes]) -> Result<(), Error> {
@@ -294,6 +325,9 @@ fn read_peers<'a>(messages: impl Iterator<Item = &'a [u8]>) -> BTreeMap<PublicKe
             peer.endpoint = endpoint.or(peer.endpoint);
             let handshake = find(bytes, WGPEER_A_LAST_HANDSHAKE_TIME).and_then(read_time);
             peer.last_handshake = handshake.or(peer.last_handshake);
+            peer.received =
+                find(bytes, WGPEER_A_RX_BYTES).and_then(read_u64).unwrap_or(peer.received);
+            peer.sent = find(bytes, WGPEER_A_TX_BYTES).and_then(read_u64).unwrap_or(peer.sent);
             let addresses = find(bytes, WGPEER_A_ALLOWEDIPS).into_iter().flat_map(attributes);
             peer.addresses.extend(addresses.filter_map(|(_, bytes)| read_one(bytes)));
         }
@@ -310,6 +344,10 @@ fn read_socket_address(bytes: &[u8]) -> Option<SocketAddrV4> {
     let [f0, f1, p0, p1, a, b, c, d, ..] = *bytes else { return None };
     let is_ipv4 = u16::from_ne_bytes([f0, f1]) == libc::AF_INET as u16;
     is_ipv4.then(|| SocketAddrV4::new([a, b, c, d].into(), u16::from_be_bytes([p0, p1])))
+}
+
+fn read_u64(bytes: &[u8]) -> Option<u64> {
+    bytes.try_into().ok().map(u64::from_ne_bytes)
 }
 
 /// A `__kernel_timespec`, to the second; it is zero where there was no handshake.
@@ -372,14 +410,24 @@ mod tests {
                 .nested(WGPEER_A_ALLOWEDIPS, &Attributes::new().nested(ELEMENT, &one(address)))
         };
         let time = [7_i64.to_ne_bytes(), 0_i64.to_ne_bytes()].concat();
-        let first = with(peer(1).address).raw(WGPEER_A_LAST_HANDSHAKE_TIME, &time);
+        let first = with(peer(1).address)
+            .raw(WGPEER_A_LAST_HANDSHAKE_TIME, &time)
+            .raw(WGPEER_A_RX_BYTES, &180_u64.to_ne_bytes())
+            .raw(WGPEER_A_TX_BYTES, &148_u64.to_ne_bytes());
         let messages = [dumped(&[first]), dumped(&[with(peer(2).address)])];
         let observed = read_peers(messages.iter().map(Vec::as_slice));
         let expect = Observed {
             endpoint: None,
             addresses: [(peer(1).address, 32), (peer(2).address, 32)].into(),
             last_handshake: Some(Timestamp::from_secs(7)),
+            sent: 148,
+            received: 180,
         };
+        assert!(expect.has_address(peer(2).address) && !expect.has_address(peer(3).address));
+        let is = |last_handshake| Activity { last_handshake, sent: 148, received: 180 };
+        let (soon, late) = (Timestamp::from_secs(9), Timestamp::from_secs(600));
+        assert_eq!(expect.activity(soon), is(Some(Duration::from_secs(2))));
+        assert_eq!(expect.activity(late), is(None), "it is forgotten by then");
         assert_eq!(observed, BTreeMap::from([(key(1), expect)]));
     }
 }

@@ -25,6 +25,7 @@ mod kernel;
 mod keyring;
 mod rotation;
 mod routes;
+mod session;
 mod user_space;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,14 +36,15 @@ use std::sync::Arc;
 use ipnet::Ipv4Net;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use skep_common::wireguard::{PublicKey, SLOTS, port, tunnel_address};
+use skep_common::wireguard::{PublicKey, SLOTS, WireguardKey, port, tunnel_address};
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::network::{
-    NetworkTables, SecurePeer, are_any_encrypted, nodes_without_key, secure_peers,
+    NetworkTables, SecurePeer, are_any_encrypted, nodes_without_key, secure_nodes, secure_peers,
 };
 
 pub use self::keyring::{Keyring, Pair, Pairs, PrivateKey};
 pub use self::rotation::{Sessions, rotate};
+pub use self::session::{Activity, PeerSession};
 
 use super::mesh::links::ensure_address;
 use super::rtnetlink::{Link, Mode, RouteChannel};
@@ -143,6 +145,25 @@ impl Driver {
                 BTreeSet::new()
             }),
             Self::UserSpace(driver) => driver.sessions(),
+        }
+    }
+
+    /// Sends the peer with that address something that it hears of, or asks it for a session.
+    fn greet(&mut self, address: Ipv4Addr) -> Result<(), Error> {
+        match self {
+            Self::Kernel(driver) => driver.greet(address),
+            Self::UserSpace(driver) => {
+                driver.greet(address);
+                Ok(())
+            }
+        }
+    }
+
+    /// What has passed between this node and the peer with that address.
+    fn activity(&mut self, address: Ipv4Addr) -> Result<Activity, Error> {
+        match self {
+            Self::Kernel(driver) => driver.activity(address),
+            Self::UserSpace(driver) => Ok(driver.activity(address)),
         }
     }
 }
@@ -276,6 +297,36 @@ impl Secure {
             driver.greet_strangers();
         }
         self.interfaces.iter_mut().map(|(slot, (_, driver))| (*slot, driver.sessions())).collect()
+    }
+
+    /// What there is with the node of that number, which is greeted before if asked for; `None` where no
+    /// encrypted network has tasks on both.
+    pub(super) fn session_with(
+        &mut self,
+        tables: &NetworkTables,
+        number: u16,
+        is_greeted: bool,
+    ) -> Result<Option<PeerSession>, Error> {
+        if !secure_nodes(tables).contains(&number) {
+            return Ok(None);
+        }
+        let current = self.keyring.pairs().current;
+        let keys = tables.keys.get(&number);
+        let address = keys.and_then(|keys| keys.current_address(number));
+        let greeting = address.filter(|_| is_greeted);
+        if let (Some(address), Some((_, driver))) = (greeting, self.interfaces.get_mut(&current)) {
+            driver.greet(address)?;
+        }
+        let mut activity = Activity::default();
+        for (_, driver) in self.interfaces.values_mut() {
+            for slot in 0..SLOTS {
+                activity = activity.and(driver.activity(tunnel_address(number, slot))?);
+            }
+        }
+        let of_current = |key: &&WireguardKey| keys.is_some_and(|keys| key.slot == keys.current);
+        let peer_key = keys.and_then(|keys| keys.keys.iter().find(of_current));
+        let peer_port = peer_key.map(|key| key.port);
+        Ok(Some(PeerSession { own_port: port(current), peer_port, activity }))
     }
 
     /// Removes WireGuard from this node.

@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
@@ -30,6 +30,7 @@ use skep_common::wireguard::PublicKey;
 use skep_worker_core::network::SecurePeer;
 
 use super::keyring::PrivateKey;
+use super::session::Activity;
 use crate::sys;
 
 /// The longest packet with what WireGuard adds: IP allows no longer ones.
@@ -87,6 +88,9 @@ struct Peer {
     settings: SecurePeer,
     index: u32,
     tunnel: Mutex<Tunn>,
+    /// Bytes of UDP, as the kernel's WireGuard counts them.
+    sent: AtomicU64,
+    received: AtomicU64,
 }
 
 impl Peer {
@@ -180,6 +184,28 @@ impl Driver {
         }
     }
 
+    /// Sends an empty packet to the peer with that address, or asks it for a session.
+    pub(super) fn greet(&self, address: Ipv4Addr) {
+        if let Some(peer) = self.shared.peers().by_address.get(&address) {
+            let mut buffer = vec![0; PACKET_LENGTH_MAX];
+            if let TunnResult::WriteToNetwork(packet) = peer.tunnel().encapsulate(&[], &mut buffer)
+            {
+                self.shared.send(peer, packet);
+            }
+        }
+    }
+
+    /// What has passed between this interface and the peer with that address.
+    pub(super) fn activity(&self, address: Ipv4Addr) -> Activity {
+        let peers = self.shared.peers();
+        let Some(peer) = peers.by_address.get(&address) else { return Activity::default() };
+        Activity {
+            last_handshake: peer.tunnel().time_since_last_handshake(),
+            sent: peer.sent.load(Ordering::Relaxed),
+            received: peer.received.load(Ordering::Relaxed),
+        }
+    }
+
     /// Whether all of its threads are at work.
     pub(super) fn is_at_work(&self) -> bool {
         !self.shared.is_broken.load(Ordering::Acquire)
@@ -222,7 +248,8 @@ impl Shared {
             index,
             Some(Arc::clone(&self.limiter)),
         );
-        Arc::new(Peer { settings, index, tunnel: Mutex::new(tunnel) })
+        let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
+        Arc::new(Peer { settings, index, tunnel: Mutex::new(tunnel), sent, received })
     }
 
     /// Asks a peer for a session.
@@ -287,6 +314,9 @@ impl Shared {
         };
         let mut tunnel = peer.tunnel();
         let mut result = tunnel.decapsulate(Some((*from.ip()).into()), sealed, packet);
+        if !matches!(result, TunnResult::Err(_)) {
+            peer.received.fetch_add(sealed.len() as u64, Ordering::Relaxed);
+        }
         loop {
             match result {
                 TunnResult::WriteToNetwork(answer) => {
@@ -352,8 +382,11 @@ impl Shared {
     }
 
     fn send(&self, peer: &Peer, packet: &[u8]) {
-        if let Err(error) = self.socket.send_to(packet, peer.settings.endpoint) {
-            tracing::debug!(to = %peer.settings.endpoint, %error, "a packet is lost");
+        match self.socket.send_to(packet, peer.settings.endpoint) {
+            Ok(length) => drop(peer.sent.fetch_add(length as u64, Ordering::Relaxed)),
+            Err(error) => {
+                tracing::debug!(to = %peer.settings.endpoint, %error, "a packet is lost");
+            }
         }
     }
 

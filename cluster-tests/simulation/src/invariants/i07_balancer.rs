@@ -1,0 +1,107 @@
+//! 7. The balancer's set is of tasks that are running, healthy and not draining, as of the table that the
+//!    node last applied; and a task is told to stop only when no node with a session balances to it, or
+//!    each of them had its time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use skep_common::limits::DRAIN_ACK_WAIT;
+use skep_common::{TaskId, TaskState, Timestamp};
+use skep_manager_core::endpoints::Table;
+
+use super::{Invariant, ensure};
+use crate::seen::Seen;
+use crate::world::World;
+
+#[derive(Default)]
+pub(super) struct Balancer {
+    /// The tables of each term, by number.
+    tables: BTreeMap<(u64, u64), Arc<Table>>,
+    /// When a task left the newest table of a term.
+    withdrawn: BTreeMap<(u64, TaskId), Timestamp>,
+}
+
+fn backends(table: &Table) -> BTreeSet<TaskId> {
+    table.ports.values().flat_map(|port| port.backends.keys().copied()).collect()
+}
+
+impl Invariant for Balancer {
+    fn name(&self) -> &'static str {
+        "7: connections go to tasks that run, are healthy and are not draining"
+    }
+
+    fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
+        match seen {
+            Seen::Tabled { term, version, table, state, silent } => {
+                for task_id in backends(table) {
+                    let Some(task) = state.task(task_id) else {
+                        return Err(format!("{task_id} is balanced to and is not there"));
+                    };
+                    let is_sound = task.status.state == TaskState::Running
+                        && !task.status.unhealthy
+                        && task.desired_state == TaskState::Running
+                        && task.node_id.is_some_and(|node_id| !silent.contains(&node_id));
+                    ensure!(
+                        is_sound,
+                        "table {version} balances to {}: {:?}",
+                        task.name(),
+                        task.status
+                    );
+                }
+                let now = world.now();
+                let last = self.tables.range(..(*term, *version)).next_back();
+                let last = last.filter(|((of, _), _)| of == term).map(|(_, table)| backends(table));
+                let current = backends(table);
+                for gone in last.iter().flatten().filter(|id| !current.contains(id)) {
+                    self.withdrawn.insert((*term, *gone), now);
+                }
+                self.withdrawn.retain(|(of, id), _| of != term || !current.contains(id));
+                self.tables.insert((*term, *version), table.clone());
+            }
+            Seen::Programmed { machine } => {
+                let kernel = &world.machines[*machine].agent.kernel;
+                let table = self.tables.get(&(kernel.term, kernel.version));
+                // A table that differs only in what other nodes see has no number of its own here.
+                let is_same = table.is_none_or(|table| **table == *kernel.table.table);
+                ensure!(is_same, "{machine} balances by another table than {}", kernel.version);
+            }
+            Seen::Told { term, what, .. } => {
+                let tasks = what.tasks.iter().flat_map(|message| &message.changes.tasks);
+                let stopping = tasks.filter(|one| !one.desired_state.wants_run());
+                for task_id in stopping.map(|one| one.task.id) {
+                    self.check_stop(world, *term, task_id)?;
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+impl Balancer {
+    fn check_stop(&self, world: &World, term: u64, task_id: TaskId) -> Result<(), String> {
+        let now = world.now();
+        let Some((id, leader)) = world.leaders().find(|(_, leader)| leader.term == term) else {
+            return Ok(());
+        };
+        let since = self.withdrawn.get(&(term, task_id)).copied();
+        // A clock that jumped may have cut the wait short.
+        let runs = world.machines.iter().any(|machine| machine.agent.running.contains(&task_id));
+        let had_time = !runs
+            || since.is_none_or(|at| now >= at.after(DRAIN_ACK_WAIT))
+            || !world.machines[id].is_calm(now, DRAIN_ACK_WAIT * 2);
+        if had_time {
+            return Ok(());
+        }
+        // Who came later was not waited for.
+        let waited_for =
+            leader.nodes().filter(|(_, opened_at)| since.is_none_or(|at| *opened_at < at));
+        for (node_id, _) in waited_for {
+            let Some(machine) = world.machine_of(node_id) else { continue };
+            let kernel = &world.machines[machine].agent.kernel;
+            let still = backends(&kernel.table.table).contains(&task_id) && kernel.term == term;
+            ensure!(!still, "{task_id} is told to stop while {machine} balances to it");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,411 @@
+//! The leader's loop around the real core: what its shell does, without sockets and threads.
+//!
+//! Who drives it: the machine, at every message, commit and tick; after each, [`Leader::decide`] and
+//! [`Leader::dispatch`].
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
+use skep_common::mistakes::{self, Mistake};
+use skep_common::object::TaskStatus;
+use skep_common::{Kind, NodeId, TaskId, Timestamp};
+use skep_manager_core::assignments::{CopyDuties, Stream, for_node};
+use skep_manager_core::endpoints::{Drain, NodeTable};
+use skep_manager_core::liveness::{Event, Liveness};
+use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, TaskPatch, plan};
+
+use crate::message::{Assignments, MachineId, Message};
+use crate::seen::Seen;
+
+/// How often liveness is looked at though nothing happens.
+pub(crate) const TICK: Duration = Duration::from_millis(200);
+/// A session that is silent for so long is closed by the leader's side.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// How long a command may take before its leader decides anew.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug)]
+struct Session {
+    id: u64,
+    machine: MachineId,
+    stream: Stream,
+    told_table: Option<(u64, NodeTable)>,
+    is_dirty: bool,
+    opened_at: Timestamp,
+    heard_at: Timestamp,
+}
+
+/// What a command in flight carries beside its actions.
+#[derive(Debug, Default)]
+struct Carried {
+    statuses: BTreeMap<TaskId, TaskStatus>,
+    is_plan: bool,
+}
+
+/// One leadership of one manager.
+#[derive(Debug)]
+pub(crate) struct Leader {
+    pub(crate) term: u64,
+    pub(crate) state: State,
+    dirty: Dirty,
+    memory: LeaderMemory,
+    rng: StdRng,
+    liveness: Liveness,
+    not_in_balancer: BTreeSet<NodeId>,
+    drain: Drain,
+    seen_version: u64,
+    sessions: BTreeMap<NodeId, Session>,
+    held_back: BTreeSet<TaskId>,
+    reported: BTreeMap<TaskId, TaskStatus>,
+    missed: BTreeMap<TaskId, Vec<String>>,
+    queued: VecDeque<Vec<Action>>,
+    in_flight: Option<(u64, Timestamp, Carried)>,
+    /// A command of before may still be committed: nothing is decided on a state without it.
+    is_uncertain: bool,
+    deadline: Option<Timestamp>,
+    tick_at: Timestamp,
+    /// Nodes to probe, taken by the machine.
+    pub(crate) probes: Vec<NodeId>,
+}
+
+impl Leader {
+    pub(crate) fn new(
+        state: State,
+        term: u64,
+        now: Timestamp,
+        monotonic: Timestamp,
+        seed: u64,
+    ) -> Self {
+        Self {
+            term,
+            dirty: Dirty::all(),
+            memory: LeaderMemory::default(),
+            rng: StdRng::seed_from_u64(seed),
+            liveness: Liveness::new(&state, now),
+            not_in_balancer: BTreeSet::new(),
+            drain: Drain::new(&state, &BTreeSet::new(), now),
+            seen_version: 0,
+            state,
+            sessions: BTreeMap::new(),
+            held_back: BTreeSet::new(),
+            reported: BTreeMap::new(),
+            missed: BTreeMap::new(),
+            queued: VecDeque::new(),
+            in_flight: None,
+            is_uncertain: true,
+            deadline: None,
+            tick_at: monotonic.after(TICK),
+            probes: Vec::new(),
+        }
+    }
+
+    /// The sessions that are open, with their machines.
+    pub(crate) fn sessions(&self) -> impl Iterator<Item = (MachineId, u64)> {
+        self.sessions.values().map(|session| (session.machine, session.id))
+    }
+
+    /// Nodes that have a session, since when.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = (NodeId, Timestamp)> {
+        self.sessions.iter().map(|(node_id, session)| (*node_id, session.opened_at))
+    }
+
+    /// Takes what was applied on this manager.
+    pub(crate) fn take(&mut self, state: &State, changes: &[Change]) {
+        self.state = state.clone();
+        self.dirty.extend(changes);
+        for change in changes {
+            match (change.kind, change.node_id) {
+                (Kind::Task, Some(node_id)) => {
+                    if let Some(session) = self.sessions.get_mut(&node_id) {
+                        session.is_dirty = true;
+                    }
+                }
+                (Kind::Node | Kind::Image, _) => {
+                    self.sessions.values_mut().for_each(|session| session.is_dirty = true);
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Time has passed; what it passed too much is the leader's own fault.
+    pub(crate) fn tick(&mut self, monotonic: Timestamp) {
+        let late_by = monotonic.since(self.tick_at);
+        if late_by > TICK {
+            self.liveness.observe(Event::Tick { late_by });
+        }
+        self.tick_at = monotonic.after(TICK);
+        let silent = |session: &Session| monotonic > session.heard_at.after(KEEP_ALIVE);
+        let gone: Vec<NodeId> = self
+            .sessions
+            .iter()
+            .filter(|(_, session)| silent(session))
+            .map(|(id, _)| *id)
+            .collect();
+        for node_id in gone {
+            self.close(node_id);
+        }
+        if self.in_flight.as_ref().is_some_and(|(_, since, _)| monotonic > since.after(PATIENCE)) {
+            self.is_uncertain = true;
+            self.retry();
+        }
+    }
+
+    fn close(&mut self, node_id: NodeId) {
+        self.sessions.remove(&node_id);
+        self.liveness.observe(Event::SessionClosed { node_id });
+        self.drain.session_closed(node_id);
+    }
+
+    /// An agent said hello. False: it is no member.
+    pub(crate) fn open_session(
+        &mut self,
+        node_id: NodeId,
+        machine: MachineId,
+        id: u64,
+        now: Timestamp,
+        monotonic: Timestamp,
+    ) -> bool {
+        if self.state.node(node_id).is_none() {
+            return false;
+        }
+        let session = Session {
+            id,
+            machine,
+            stream: Stream::default(),
+            told_table: None,
+            is_dirty: true,
+            opened_at: monotonic,
+            heard_at: monotonic,
+        };
+        self.sessions.insert(node_id, session);
+        self.liveness.observe(Event::Beat { node_id, at: now });
+        self.liveness.observe(Event::SessionOpened { node_id, at: now });
+        self.drain.session_opened(node_id);
+        true
+    }
+
+    /// Whether that is a node's session here; notes that it was heard of.
+    pub(crate) fn hear(&mut self, node_id: NodeId, id: u64, monotonic: Timestamp) -> bool {
+        let session = self.sessions.get_mut(&node_id).filter(|session| session.id == id);
+        session.map(|session| session.heard_at = monotonic).is_some()
+    }
+
+    pub(crate) fn beat(&mut self, node_id: NodeId, now: Timestamp) {
+        self.liveness.observe(Event::Beat { node_id, at: now });
+    }
+
+    pub(crate) fn probed(&mut self, node_id: NodeId, at: Timestamp, is_alive: bool) {
+        self.liveness.observe(Event::Probed { node_id, at, is_alive });
+    }
+
+    pub(crate) fn end_session(&mut self, node_id: NodeId, id: u64) {
+        if self.sessions.get(&node_id).is_some_and(|session| session.id == id) {
+            self.close(node_id);
+        }
+    }
+
+    pub(crate) fn acknowledge(&mut self, node_id: NodeId, version: u64) {
+        self.drain.acknowledge(node_id, version);
+    }
+
+    pub(crate) fn take_report(&mut self, node_id: NodeId, task_id: TaskId, status: TaskStatus) {
+        let Some(task) = self.state.task(task_id) else { return };
+        if task.node_id != Some(node_id) {
+            return;
+        }
+        let mut known = task.status.clone();
+        known.applied_at = status.applied_at;
+        known.unacknowledged.clone_from(&status.unacknowledged);
+        // A report may be overtaken by the one after it.
+        let told = self.reported.get(&task_id).map_or(known.state, |told| told.state);
+        let is_later = status.state >= known.state.max(told) || mistakes::is(Mistake::StateFalls);
+        if is_later && status != known {
+            self.reported.insert(task_id, status);
+        }
+    }
+
+    /// The next command, where none is in flight, and whether it was decided on this very state; `id` names it.
+    pub(crate) fn decide(
+        &mut self,
+        now: Timestamp,
+        monotonic: Timestamp,
+        id: u64,
+        seen: &mut Vec<Seen>,
+    ) -> Option<(Command, bool)> {
+        if self.in_flight.is_some() {
+            return None;
+        }
+        if std::mem::take(&mut self.is_uncertain) {
+            self.in_flight = Some((id, monotonic, Carried::default()));
+            return Some((Command::new(now, Vec::new()), false));
+        }
+        let verdict = self.liveness.decide(&self.state, now);
+        self.probes.extend(verdict.probes);
+        self.not_in_balancer = verdict.not_in_balancer;
+        self.deadline = verdict.deadline;
+        if self.queued.is_empty() {
+            self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
+        }
+        let mut carried = Carried::default();
+        let mut actions = self.queued.pop_front().unwrap_or_default();
+        if actions.is_empty() {
+            actions = self.plan(now, seen);
+            carried.is_plan = true;
+        }
+        self.note_missed();
+        let statuses = std::mem::take(&mut self.reported);
+        actions.extend(statuses.iter().map(|(task_id, status)| {
+            Action::PatchTask(TaskPatch { status: Some(status.clone()), ..TaskPatch::of(*task_id) })
+        }));
+        carried.statuses = statuses;
+        if actions.is_empty() {
+            return None;
+        }
+        let is_plan = carried.is_plan;
+        self.in_flight = Some((id, monotonic, carried));
+        Some((Command::new(now, actions), is_plan))
+    }
+
+    fn plan(&mut self, now: Timestamp, seen: &mut Vec<Seen>) -> Vec<Action> {
+        let dirty = std::mem::take(&mut self.dirty);
+        let plan = plan(&self.state, &mut self.memory, &dirty, now, &mut self.rng);
+        let wake = plan.deadline.map(|(at, _)| at);
+        self.deadline = [self.deadline, wake].into_iter().flatten().min();
+        if !plan.actions.is_empty() {
+            let actions = Arc::new(plan.actions.clone());
+            seen.push(Seen::Planned { state: self.state.clone(), actions, now });
+        }
+        plan.actions
+    }
+
+    /// As the shell: nodes that were not waited for are named in the status that is stored.
+    fn note_missed(&mut self) {
+        let (state, reported) = (&self.state, &mut self.reported);
+        self.missed.retain(|task_id, names| {
+            let Some(task) = state.task(*task_id) else { return false };
+            let is_stored = task.status.unacknowledged == *names;
+            if !is_stored {
+                reported.entry(*task_id).or_insert_with(|| task.status.clone());
+            }
+            !is_stored
+        });
+        for (task_id, status) in reported {
+            let stored = || state.task(*task_id).map(|task| task.status.unacknowledged.clone());
+            let missed = self.missed.get(task_id).cloned();
+            status.unacknowledged = missed.or_else(stored).unwrap_or_default();
+        }
+    }
+
+    /// What became of the command with that name.
+    pub(crate) fn committed(&mut self, id: u64, is_applied: bool) {
+        if self.in_flight.as_ref().is_some_and(|(in_flight, ..)| *in_flight == id) {
+            if is_applied {
+                self.in_flight = None;
+            } else {
+                self.retry();
+            }
+        }
+    }
+
+    fn retry(&mut self) {
+        let Some((_, _, carried)) = self.in_flight.take() else { return };
+        if carried.is_plan {
+            self.dirty = Dirty::all();
+        }
+        for (task_id, status) in carried.statuses {
+            self.reported.entry(task_id).or_insert(status);
+        }
+    }
+
+    /// What is new for each node.
+    pub(crate) fn dispatch(
+        &mut self,
+        now: Timestamp,
+        seen: &mut Vec<Seen>,
+    ) -> Vec<(MachineId, Message)> {
+        self.drain.update(&self.state, &self.not_in_balancer, now);
+        if self.drain.version() != self.seen_version {
+            self.seen_version = self.drain.version();
+            let table = Arc::new(self.drain.table().clone());
+            let (term, version, state) = (self.term, self.seen_version, self.state.clone());
+            let silent = self.not_in_balancer.clone();
+            seen.push(Seen::Tabled { term, version, table, state, silent });
+        }
+        self.skip_unconcerned();
+        let held_back = self.drain.held_back(&self.state, now);
+        for (task_id, nodes) in self.drain.take_missed(&self.state) {
+            self.missed.insert(task_id, nodes.iter().map(ToString::to_string).collect());
+        }
+        for task_id in held_back.symmetric_difference(&self.held_back) {
+            let node_id = self.state.task(*task_id).and_then(|task| task.node_id);
+            if let Some(session) = node_id.and_then(|node_id| self.sessions.get_mut(&node_id)) {
+                session.is_dirty = true;
+            }
+        }
+        self.held_back = held_back;
+        let state = &self.state;
+        let mut out = Vec::new();
+        let drain = &mut self.drain;
+        self.sessions.retain(|node_id, session| {
+            let is_member = state.node(*node_id).is_some();
+            if !is_member {
+                drain.session_closed(*node_id);
+                out.push((session.machine, Message::End { session: session.id }));
+            }
+            is_member
+        });
+        let nodes: Vec<NodeId> = self.sessions.keys().copied().collect();
+        for node_id in nodes {
+            if let Some(message) = self.news(node_id, seen) {
+                out.push(message);
+            }
+        }
+        out
+    }
+
+    fn skip_unconcerned(&mut self) {
+        let newest = self.drain.version();
+        for (node_id, session) in &mut self.sessions {
+            let Some((version, told)) = &mut session.told_table else { continue };
+            if *version != newest && self.drain.of_node(*node_id).is_same(told) {
+                *version = newest;
+                self.drain.has_no_news_for(*node_id);
+            }
+        }
+    }
+
+    fn news(&mut self, node_id: NodeId, seen: &mut Vec<Seen>) -> Option<(MachineId, Message)> {
+        let session = self.sessions.get_mut(&node_id)?;
+        let version = self.drain.version();
+        let is_stale = session.told_table.as_ref().is_none_or(|(told, _)| *told != version);
+        if !session.is_dirty && !is_stale {
+            return None;
+        }
+        session.is_dirty = false;
+        let (duties, reported) = (CopyDuties::new(), BTreeSet::new());
+        let set = for_node(&self.state, node_id, &duties, &reported, &self.held_back);
+        let tasks = session.stream.next(set);
+        let table = is_stale.then(|| (version, self.drain.of_node(node_id)));
+        if is_stale {
+            session.told_table.clone_from(&table);
+            self.drain.sent(node_id);
+        }
+        if tasks.is_none() && table.is_none() {
+            return None;
+        }
+        let (machine, id) = (session.machine, session.id);
+        let what = Arc::new(Assignments { tasks, table });
+        seen.push(Seen::Told { term: self.term, what: what.clone() });
+        Some((machine, Message::Assignments { session: id, what }))
+    }
+
+    /// When to look again though nothing happens.
+    pub(crate) fn wake_at(&self) -> Option<Timestamp> {
+        let own = self.deadline.filter(|_| self.in_flight.is_none());
+        [own, self.drain.deadline()].into_iter().flatten().min()
+    }
+}

@@ -1,0 +1,30 @@
+//! A whole swarm under one seed, with faults: the control plane's cores, its dispatcher's protocol and a model
+//! of the replicated log, in virtual time and in one thread.
+//!
+//! The same seed gives the same run, bit for bit. A run has a rough phase, in which faults and wishes come at
+//! random, and a calm one, in which everything must come to rest and an update must keep its promise. All
+//! the while invariants are shown what happens.
+//!
+//! Reading order: [`run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `trouble`
+//! with [`fault`] and `client`, `invariants`.
+
+mod agent;
+mod client;
+pub mod fault;
+mod invariants;
+mod leader;
+mod machine;
+mod managing;
+mod message;
+mod network;
+mod queue;
+mod replica;
+pub mod run;
+mod seen;
+mod service;
+mod trace;
+mod trouble;
+mod working;
+mod world;
+
+pub use run::{Options, Report, run};

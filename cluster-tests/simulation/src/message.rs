@@ -1,0 +1,133 @@
+//! What machines tell each other.
+
+use std::sync::Arc;
+
+use skep_common::TaskId;
+use skep_common::object::TaskStatus;
+use skep_manager_core::endpoints::NodeTable;
+use skep_manager_core::{Command, Outcome, assignments};
+
+use crate::replica::{ManagerId, RaftMessage};
+
+/// A machine, by its place; the first ones are managers as well.
+pub(crate) type MachineId = usize;
+
+/// One message. Those with a session travel in its two streams, in order.
+#[derive(Debug, Clone)]
+pub(crate) enum Message {
+    Raft(RaftMessage),
+    /// An agent asks for a session.
+    Hello {
+        session: u64,
+    },
+    Welcome {
+        session: u64,
+        term: u64,
+    },
+    /// The manager asked does not lead.
+    Redirect {
+        session: u64,
+        leader: Option<ManagerId>,
+    },
+    /// The node is no member any more.
+    Removed {
+        session: u64,
+    },
+    Assignments {
+        session: u64,
+        what: Arc<Assignments>,
+    },
+    Report {
+        session: u64,
+        tasks: Arc<Vec<(TaskId, TaskStatus)>>,
+    },
+    MeshApplied {
+        session: u64,
+        version: u64,
+    },
+    /// One side ended the session.
+    End {
+        session: u64,
+    },
+    Beat {
+        session: u64,
+    },
+    BeatTaken,
+    /// A manager asks the leader how far the log is.
+    AskIndex {
+        request: u64,
+    },
+    /// `None`: ask another one.
+    Index {
+        request: u64,
+        index: Option<u64>,
+    },
+    Propose {
+        id: u64,
+        command: Arc<Command>,
+    },
+    /// What became of a proposal; `None` where it was not taken, or its leader was lost.
+    Proposed {
+        id: u64,
+        outcome: Option<Outcome>,
+        may_commit: bool,
+    },
+}
+
+impl Message {
+    /// The session whose stream it travels in.
+    pub(crate) fn stream(&self) -> Option<u64> {
+        match self {
+            Self::Hello { session }
+            | Self::Welcome { session, .. }
+            | Self::Redirect { session, .. }
+            | Self::Removed { session }
+            | Self::Assignments { session, .. }
+            | Self::Report { session, .. }
+            | Self::MeshApplied { session, .. }
+            | Self::End { session } => Some(*session),
+            Self::Raft(_)
+            | Self::Beat { .. }
+            | Self::BeatTaken
+            | Self::AskIndex { .. }
+            | Self::Index { .. }
+            | Self::Propose { .. }
+            | Self::Proposed { .. } => None,
+        }
+    }
+
+    /// For the trace.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Raft(RaftMessage::Vote { is_trial: true, .. }) => "pre-vote",
+            Self::Raft(RaftMessage::Vote { .. }) => "vote",
+            Self::Raft(RaftMessage::VoteReply { .. }) => "vote reply",
+            Self::Raft(RaftMessage::Append { .. }) => "append",
+            Self::Raft(RaftMessage::AppendReply { .. }) => "append reply",
+            Self::Raft(RaftMessage::Install { .. }) => "install",
+            Self::Hello { .. } => "hello",
+            Self::Welcome { .. } => "welcome",
+            Self::Redirect { .. } => "redirect",
+            Self::Removed { .. } => "removed",
+            Self::Assignments { .. } => "assignments",
+            Self::Report { .. } => "report",
+            Self::MeshApplied { .. } => "mesh applied",
+            Self::End { .. } => "end",
+            Self::Beat { .. } => "beat",
+            Self::BeatTaken => "beat taken",
+            Self::AskIndex { .. } => "ask index",
+            Self::Index { .. } => "index",
+            Self::Propose { .. } => "propose",
+            Self::Proposed { .. } => "proposed",
+        }
+    }
+}
+
+/// What a leader tells a node at once.
+#[derive(Debug)]
+pub(crate) struct Assignments {
+    /// Tasks; absent where only the table is new.
+    pub(crate) tasks: Option<assignments::Message>,
+    /// The newest table, with its number.
+    pub(crate) table: Option<(u64, NodeTable)>,
+}

@@ -1,0 +1,632 @@
+//! A model of the replicated log: one manager's replica, with terms, elections, and a disk that loses
+//! what was not synced.
+//!
+//! It is Raft as far as the rest of a manager can tell the difference: a command is committed once it
+//! is on the disks of a majority, a new leader may overwrite what was not committed, and one that is far
+//! behind is sent a snapshot. Words: Ongaro and Ousterhout, "In Search of an Understandable Consensus
+//! Algorithm", section 5; pre-vote and read index are of Ongaro's dissertation, 9.6 and 6.4.
+//!
+//! # Invariants
+//!
+//! - What a replica promised (a vote, an entry) is on its disk before the promise is sent.
+//! - A crash leaves the disk as of the last sync that ended, or with a part of what a sync was writing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt};
+use skep_common::Timestamp;
+use skep_manager_core::Command;
+
+/// A manager, by its place.
+pub(crate) type ManagerId = usize;
+
+/// How often a leader speaks.
+pub(crate) const HEARTBEAT: Duration = Duration::from_millis(100);
+/// How long a follower believes in a leader that is silent.
+const LEASE: Duration = Duration::from_millis(600);
+/// What is added to it at random, so that not all stand for election at once.
+const ELECTION_MILLIS: std::ops::Range<u64> = 300..600;
+/// A leader that no majority answered for so long does not count itself as one.
+const SILENCE_MAX: Duration = Duration::from_millis(900);
+/// Entries in one message at most.
+const BATCH: usize = 16;
+
+/// What is agreed on.
+#[derive(Debug, Clone)]
+pub(crate) enum Payload {
+    /// A new leader's first.
+    Blank,
+    Command {
+        /// Names the proposal, for whoever waits for it.
+        id: u64,
+        command: Arc<Command>,
+    },
+}
+
+/// One place of the log.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub(crate) index: u64,
+    pub(crate) term: u64,
+    pub(crate) payload: Payload,
+}
+
+/// All up to one place of the log, as bytes.
+#[derive(Debug, Default)]
+pub(crate) struct Snapshot {
+    pub(crate) index: u64,
+    pub(crate) term: u64,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// What replicas tell each other.
+#[derive(Debug, Clone)]
+pub(crate) enum RaftMessage {
+    Vote { term: u64, last: (u64, u64), is_trial: bool },
+    VoteReply { term: u64, is_granted: bool, is_trial: bool },
+    Append { term: u64, before: (u64, u64), entries: Vec<Arc<Entry>>, commit: u64, round: u64 },
+    AppendReply { term: u64, is_taken: bool, index: u64, round: u64 },
+    Install { term: u64, snapshot: Arc<Snapshot>, round: u64 },
+}
+
+/// What a disk holds.
+#[derive(Debug, Clone, Default)]
+struct Disk {
+    term: u64,
+    vote: Option<ManagerId>,
+    snapshot: Arc<Snapshot>,
+    /// From the one after the snapshot on.
+    log: Vec<Arc<Entry>>,
+}
+
+impl Disk {
+    fn last_index(&self) -> u64 {
+        self.snapshot.index + self.log.len() as u64
+    }
+
+    fn term_at(&self, index: u64) -> Option<u64> {
+        match index.checked_sub(self.snapshot.index)? {
+            0 => Some(self.snapshot.term),
+            nth => self.log.get(usize::try_from(nth - 1).ok()?).map(|entry| entry.term),
+        }
+    }
+
+    /// (term, index): the order of logs.
+    fn last(&self) -> (u64, u64) {
+        let index = self.last_index();
+        (self.term_at(index).unwrap_or(0), index)
+    }
+
+    fn entry(&self, index: u64) -> Option<&Arc<Entry>> {
+        let nth = index.checked_sub(self.snapshot.index + 1)?;
+        self.log.get(usize::try_from(nth).ok()?)
+    }
+
+    fn truncate(&mut self, last_kept: u64) {
+        let kept = usize::try_from(last_kept.saturating_sub(self.snapshot.index));
+        self.log.truncate(kept.unwrap_or(usize::MAX));
+    }
+}
+
+#[derive(Debug)]
+enum Role {
+    Follower,
+    Candidate { is_trial: bool, votes: BTreeSet<ManagerId> },
+    Leader(Box<Leading>),
+}
+
+/// What a leader knows of the others, by their place.
+#[derive(Debug)]
+struct Leading {
+    next: Vec<u64>,
+    matched: Vec<u64>,
+    /// The newest round that each answered.
+    answered: Vec<u64>,
+    round: u64,
+    /// When each of the last rounds began; the oldest first.
+    began: Vec<(u64, Timestamp)>,
+    quorum_at: Option<Timestamp>,
+    reads: Vec<Read>,
+}
+
+/// Somebody wants to know how far the log is for certain.
+#[derive(Debug, Clone)]
+struct Read {
+    id: u64,
+    index: u64,
+    round: u64,
+}
+
+/// A message and whom it is for.
+pub(crate) type Outgoing = (ManagerId, RaftMessage);
+
+/// One manager's replica.
+#[derive(Debug)]
+pub(crate) struct Replica {
+    me: ManagerId,
+    n_managers: usize,
+    disk: Disk,
+    synced: Disk,
+    /// What a sync is writing.
+    writing: Option<Disk>,
+    is_dirty: bool,
+    /// Promises that wait for the sync that is under way.
+    promised: Vec<Outgoing>,
+    /// Promises that wait for the sync after it.
+    waiting: Vec<Outgoing>,
+    role: Role,
+    leader: Option<ManagerId>,
+    commit: u64,
+    heard_at: Timestamp,
+    election_at: Timestamp,
+    /// Reads that a majority confirmed.
+    confirmed: Vec<(u64, u64)>,
+}
+
+impl Replica {
+    /// A replica whose log begins with `first`.
+    pub(crate) fn new(me: ManagerId, n_managers: usize, first: Arc<Entry>, now: Timestamp) -> Self {
+        let disk = Disk { term: first.term, log: vec![first], ..Disk::default() };
+        Self::start(me, n_managers, disk, now)
+    }
+
+    fn start(me: ManagerId, n_managers: usize, disk: Disk, now: Timestamp) -> Self {
+        Self {
+            me,
+            n_managers,
+            commit: disk.snapshot.index,
+            synced: disk.clone(),
+            disk,
+            writing: None,
+            is_dirty: false,
+            promised: Vec::new(),
+            waiting: Vec::new(),
+            role: Role::Follower,
+            leader: None,
+            heard_at: now,
+            // It waits as long as if it had just heard of a leader: there may be one.
+            election_at: now
+                .after(LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me as u64)),
+            confirmed: Vec::new(),
+        }
+    }
+
+    /// The replica after a crash and a restart: of what was being written, a part may be there.
+    pub(crate) fn restart(&self, now: Timestamp, rng: &mut StdRng) -> Self {
+        let mut disk = self.synced.clone();
+        if let Some(writing) = &self.writing {
+            let is_append = writing.snapshot.index == disk.snapshot.index
+                && writing.last_index() > disk.last_index()
+                && writing.term_at(disk.last_index()) == Some(disk.last().0);
+            if is_append {
+                let n_written = rng.random_range(0..=writing.log.len() - disk.log.len());
+                let from = disk.log.len();
+                disk.log.extend_from_slice(&writing.log[from..from + n_written]);
+                let torn_term = disk.last().0;
+                if disk.term < torn_term {
+                    (disk.term, disk.vote) = (torn_term, None);
+                }
+            }
+        }
+        Self::start(self.me, self.n_managers, disk, now)
+    }
+
+    pub(crate) fn term(&self) -> u64 {
+        self.disk.term
+    }
+
+    pub(crate) fn leader(&self) -> Option<ManagerId> {
+        self.leader
+    }
+
+    pub(crate) fn snapshot(&self) -> &Arc<Snapshot> {
+        &self.disk.snapshot
+    }
+
+    pub(crate) fn commit(&self) -> u64 {
+        self.commit
+    }
+
+    /// A committed entry; `None` where it is in the snapshot.
+    pub(crate) fn committed(&self, index: u64) -> Option<Arc<Entry>> {
+        (index <= self.commit).then(|| self.disk.entry(index).cloned()).flatten()
+    }
+
+    pub(crate) fn is_leader(&self) -> bool {
+        matches!(self.role, Role::Leader(_))
+    }
+
+    /// Whether it leads, applied an entry of its own term, and a majority answered lately.
+    pub(crate) fn leads_surely(&self, applied: u64, now: Timestamp) -> bool {
+        let Role::Leader(leading) = &self.role else { return false };
+        let is_heard = leading.quorum_at.is_some_and(|at| now < at.after(SILENCE_MAX));
+        is_heard && self.disk.term_at(applied) == Some(self.disk.term)
+    }
+
+    fn majority(&self) -> usize {
+        self.n_managers / 2 + 1
+    }
+
+    fn others(&self) -> impl Iterator<Item = ManagerId> + use<> {
+        let me = self.me;
+        (0..self.n_managers).filter(move |other| *other != me)
+    }
+
+    fn postpone_election(&mut self, now: Timestamp, rng: &mut impl Rng) {
+        self.heard_at = now;
+        self.election_at =
+            now.after(LEASE + Duration::from_millis(rng.random_range(ELECTION_MILLIS)));
+    }
+
+    fn follow(&mut self, term: u64, leader: Option<ManagerId>) {
+        if term > self.disk.term {
+            (self.disk.term, self.disk.vote) = (term, None);
+            self.is_dirty = true;
+            self.leader = None;
+        }
+        self.role = Role::Follower;
+        if leader.is_some() {
+            self.leader = leader;
+        }
+    }
+
+    /// Time has passed: stands for election, or speaks as the leader.
+    pub(crate) fn tick(&mut self, now: Timestamp, rng: &mut impl Rng, out: &mut Vec<Outgoing>) {
+        if self.is_leader() {
+            self.speak(now, out);
+        } else if now >= self.election_at {
+            self.postpone_election(now, rng);
+            self.leader = None;
+            self.role = Role::Candidate { is_trial: true, votes: [self.me].into() };
+            self.ask_for_votes(self.disk.term + 1, true, out);
+            self.count_votes(now, out);
+        }
+    }
+
+    fn ask_for_votes(&mut self, term: u64, is_trial: bool, out: &mut Vec<Outgoing>) {
+        let last = self.disk.last();
+        let asked = self.others().map(|other| (other, RaftMessage::Vote { term, last, is_trial }));
+        // Its own vote is a promise, too.
+        if is_trial { out.extend(asked) } else { self.waiting.extend(asked) }
+    }
+
+    fn count_votes(&mut self, now: Timestamp, out: &mut Vec<Outgoing>) {
+        let Role::Candidate { is_trial, votes } = &self.role else { return };
+        if votes.len() < self.majority() {
+            return;
+        }
+        if *is_trial {
+            (self.disk.term, self.disk.vote) = (self.disk.term + 1, Some(self.me));
+            self.is_dirty = true;
+            self.role = Role::Candidate { is_trial: false, votes: [self.me].into() };
+            self.ask_for_votes(self.disk.term, false, out);
+            return;
+        }
+        let last_index = self.disk.last_index();
+        self.role = Role::Leader(Box::new(Leading {
+            next: vec![last_index + 1; self.n_managers],
+            matched: vec![0; self.n_managers],
+            answered: vec![0; self.n_managers],
+            round: 0,
+            began: Vec::new(),
+            quorum_at: None,
+            reads: Vec::new(),
+        }));
+        self.leader = Some(self.me);
+        self.append(Payload::Blank);
+        self.speak(now, out);
+    }
+
+    /// Takes an entry as the leader; its place.
+    pub(crate) fn append(&mut self, payload: Payload) -> u64 {
+        let (index, term) = (self.disk.last_index() + 1, self.disk.term);
+        self.disk.log.push(Arc::new(Entry { index, term, payload }));
+        self.is_dirty = true;
+        index
+    }
+
+    /// Sends everybody what they lack, or a sign of life.
+    pub(crate) fn speak(&mut self, now: Timestamp, out: &mut Vec<Outgoing>) {
+        let Role::Leader(leading) = &mut self.role else { return };
+        leading.round += 1;
+        leading.began.push((leading.round, now));
+        for other in self.others() {
+            self.send_to(other, out);
+        }
+    }
+
+    fn send_to(&mut self, other: ManagerId, out: &mut Vec<Outgoing>) {
+        let Role::Leader(leading) = &mut self.role else { return };
+        let (term, round, disk) = (self.disk.term, leading.round, &self.disk);
+        let before = leading.next[other] - 1;
+        let Some(before_term) = disk.term_at(before) else {
+            leading.next[other] = disk.snapshot.index + 1;
+            let snapshot = disk.snapshot.clone();
+            out.push((other, RaftMessage::Install { term, snapshot, round }));
+            return;
+        };
+        let first = usize::try_from(before - disk.snapshot.index).unwrap_or(usize::MAX);
+        let entries: Vec<Arc<Entry>> = disk.log.iter().skip(first).take(BATCH).cloned().collect();
+        leading.next[other] += entries.len() as u64;
+        let (before, commit) = ((before_term, before), self.commit);
+        out.push((other, RaftMessage::Append { term, before, entries, commit, round }));
+    }
+
+    /// Wants to know how far the log is; the answer comes as [`Replica::take_confirmed`].
+    pub(crate) fn read(
+        &mut self,
+        id: u64,
+        applied: u64,
+        now: Timestamp,
+        out: &mut Vec<Outgoing>,
+    ) -> bool {
+        if !self.leads_surely(applied, now) {
+            return false;
+        }
+        let index = self.commit;
+        if let Role::Leader(leading) = &mut self.role {
+            leading.reads.push(Read { id, index, round: leading.round + 1 });
+        }
+        self.speak(now, out);
+        true
+    }
+
+    /// Reads that a majority confirmed, with the index to wait for.
+    pub(crate) fn take_confirmed(&mut self) -> Vec<(u64, u64)> {
+        std::mem::take(&mut self.confirmed)
+    }
+
+    /// Takes a message of another replica.
+    pub(crate) fn handle(
+        &mut self,
+        from: ManagerId,
+        message: RaftMessage,
+        now: Timestamp,
+        rng: &mut impl Rng,
+        out: &mut Vec<Outgoing>,
+    ) {
+        match message {
+            RaftMessage::Vote { term, last, is_trial } => {
+                self.handle_vote(from, term, last, is_trial, now, rng, out);
+            }
+            RaftMessage::VoteReply { term, is_granted, is_trial } => {
+                if term > self.disk.term && !is_trial {
+                    self.follow(term, None);
+                }
+                let own_term = self.disk.term;
+                if let Role::Candidate { is_trial: own, votes } = &mut self.role {
+                    let is_answer = *own == is_trial && term == own_term + u64::from(is_trial);
+                    if is_answer && is_granted {
+                        votes.insert(from);
+                    }
+                }
+                self.count_votes(now, out);
+            }
+            RaftMessage::Append { term, before, entries, commit, round } => {
+                if self.is_of_leader(from, term, now, rng) {
+                    self.handle_append(from, before, entries, commit, round);
+                } else {
+                    self.refuse(from, round);
+                }
+            }
+            RaftMessage::Install { term, snapshot, round } => {
+                if self.is_of_leader(from, term, now, rng) {
+                    self.handle_install(from, snapshot, round);
+                } else {
+                    self.refuse(from, round);
+                }
+            }
+            RaftMessage::AppendReply { term, is_taken, index, round } => {
+                if term > self.disk.term {
+                    self.follow(term, None);
+                } else if term == self.disk.term {
+                    self.handle_reply(from, is_taken, index, round, out);
+                }
+            }
+        }
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "they are the parts of one message and its moment"
+    )]
+    fn handle_vote(
+        &mut self,
+        from: ManagerId,
+        term: u64,
+        last: (u64, u64),
+        is_trial: bool,
+        now: Timestamp,
+        rng: &mut impl Rng,
+        out: &mut Vec<Outgoing>,
+    ) {
+        // Whoever hears a leader wants no other.
+        let is_content =
+            self.is_leader() || (self.leader.is_some() && now < self.heard_at.after(LEASE));
+        if is_trial {
+            let is_granted = !is_content && term > self.disk.term && last >= self.disk.last();
+            out.push((from, RaftMessage::VoteReply { term, is_granted, is_trial }));
+            return;
+        }
+        if term > self.disk.term && (!is_content || self.is_leader()) {
+            self.follow(term, None);
+        }
+        let is_free = self.disk.vote.is_none_or(|vote| vote == from);
+        let is_granted = term == self.disk.term
+            && is_free
+            && last >= self.disk.last()
+            && matches!(self.role, Role::Follower);
+        if is_granted && self.disk.vote.is_none() {
+            self.disk.vote = Some(from);
+            self.is_dirty = true;
+            self.postpone_election(now, rng);
+        }
+        let term = self.disk.term;
+        self.waiting.push((from, RaftMessage::VoteReply { term, is_granted, is_trial }));
+    }
+
+    fn is_of_leader(
+        &mut self,
+        from: ManagerId,
+        term: u64,
+        now: Timestamp,
+        rng: &mut impl Rng,
+    ) -> bool {
+        if term < self.disk.term {
+            return false;
+        }
+        debug_assert!(term > self.disk.term || !self.is_leader(), "two leaders in term {term}");
+        self.follow(term, Some(from));
+        self.postpone_election(now, rng);
+        true
+    }
+
+    fn refuse(&mut self, to: ManagerId, round: u64) {
+        let (term, index) = (self.disk.term, self.disk.last_index());
+        self.waiting.push((to, RaftMessage::AppendReply { term, is_taken: false, index, round }));
+    }
+
+    fn handle_append(
+        &mut self,
+        from: ManagerId,
+        (before_term, before): (u64, u64),
+        entries: Vec<Arc<Entry>>,
+        commit: u64,
+        round: u64,
+    ) {
+        let is_known =
+            before < self.disk.snapshot.index || self.disk.term_at(before) == Some(before_term);
+        if !is_known {
+            let index = self.disk.last_index().min(before.saturating_sub(1)).max(self.commit);
+            let term = self.disk.term;
+            self.waiting
+                .push((from, RaftMessage::AppendReply { term, is_taken: false, index, round }));
+            return;
+        }
+        let matched = before + entries.len() as u64;
+        for entry in entries {
+            match self.disk.term_at(entry.index) {
+                _ if entry.index <= self.disk.snapshot.index => continue,
+                Some(term) if term == entry.term => continue,
+                Some(_) => self.disk.truncate(entry.index - 1),
+                None => {}
+            }
+            self.disk.log.push(entry);
+            self.is_dirty = true;
+        }
+        self.commit = self.commit.max(commit.min(matched));
+        let term = self.disk.term;
+        self.waiting
+            .push((from, RaftMessage::AppendReply { term, is_taken: true, index: matched, round }));
+    }
+
+    fn handle_install(&mut self, from: ManagerId, snapshot: Arc<Snapshot>, round: u64) {
+        let index = snapshot.index;
+        if index > self.commit {
+            if self.disk.term_at(index) == Some(snapshot.term) {
+                let n_covered =
+                    usize::try_from(index - self.disk.snapshot.index).unwrap_or(usize::MAX);
+                self.disk.log.drain(..n_covered.min(self.disk.log.len()));
+            } else {
+                self.disk.log.clear();
+            }
+            self.disk.snapshot = snapshot;
+            self.commit = index;
+            self.is_dirty = true;
+        }
+        let term = self.disk.term;
+        self.waiting.push((from, RaftMessage::AppendReply { term, is_taken: true, index, round }));
+    }
+
+    fn handle_reply(
+        &mut self,
+        from: ManagerId,
+        is_taken: bool,
+        index: u64,
+        round: u64,
+        out: &mut Vec<Outgoing>,
+    ) {
+        let Role::Leader(leading) = &mut self.role else { return };
+        leading.answered[from] = leading.answered[from].max(round);
+        if is_taken {
+            leading.matched[from] = leading.matched[from].max(index);
+            leading.next[from] = leading.next[from].max(index + 1);
+        } else if index >= leading.matched[from] {
+            leading.next[from] = index + 1;
+        }
+        self.note_quorum();
+        self.advance_commit();
+        let has_more = matches!(&self.role, Role::Leader(leading) if leading.next[from] <= self.disk.last_index());
+        if has_more {
+            self.send_to(from, out);
+        }
+    }
+
+    fn note_quorum(&mut self) {
+        let n_others = self.majority() - 1;
+        let me = self.me;
+        let Role::Leader(leading) = &mut self.role else { return };
+        let mut rounds: Vec<u64> = leading.answered.clone();
+        rounds.remove(me);
+        rounds.sort_unstable_by(|left, right| right.cmp(left));
+        let newest = n_others.checked_sub(1).map_or(leading.round, |nth| rounds[nth]);
+        if let Some((_, at)) = leading.began.iter().find(|(round, _)| *round == newest) {
+            leading.quorum_at = leading.quorum_at.max(Some(*at));
+        }
+        leading.began.retain(|(round, _)| *round > newest);
+        let (done, open) =
+            std::mem::take(&mut leading.reads).into_iter().partition(|r| r.round <= newest);
+        leading.reads = open;
+        let done: Vec<Read> = done;
+        self.confirmed.extend(done.into_iter().map(|read| (read.id, read.index)));
+    }
+
+    fn advance_commit(&mut self) {
+        let majority = self.majority();
+        let own = self.synced.last_index().min(self.disk.last_index());
+        let Role::Leader(leading) = &mut self.role else { return };
+        leading.matched[self.me] = own;
+        let mut matched = leading.matched.clone();
+        matched.sort_unstable_by(|left, right| right.cmp(left));
+        let index = matched[majority - 1];
+        if index > self.commit && self.disk.term_at(index) == Some(self.disk.term) {
+            self.commit = index;
+        }
+    }
+
+    /// Replaces the log up to `index` with a snapshot.
+    pub(crate) fn compact(&mut self, index: u64, bytes: Vec<u8>) {
+        let Some(term) = self.disk.term_at(index) else { return };
+        let n_covered = usize::try_from(index - self.disk.snapshot.index).unwrap_or(usize::MAX);
+        self.disk.log.drain(..n_covered.min(self.disk.log.len()));
+        self.disk.snapshot = Arc::new(Snapshot { index, term, bytes });
+        self.is_dirty = true;
+    }
+
+    /// Begins a sync where one is due; else what waited goes out at once. True: a sync has begun.
+    pub(crate) fn begin_sync(&mut self, out: &mut Vec<Outgoing>) -> bool {
+        if self.writing.is_some() {
+            return false;
+        }
+        if !self.is_dirty {
+            out.append(&mut self.waiting);
+            return false;
+        }
+        self.is_dirty = false;
+        self.promised = std::mem::take(&mut self.waiting);
+        self.writing = Some(self.disk.clone());
+        true
+    }
+
+    /// A sync has ended: what was promised on it goes out.
+    pub(crate) fn end_sync(&mut self, out: &mut Vec<Outgoing>) {
+        if let Some(disk) = self.writing.take() {
+            self.synced = disk;
+            out.append(&mut self.promised);
+            self.advance_commit();
+        }
+    }
+}

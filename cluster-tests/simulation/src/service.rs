@@ -1,0 +1,172 @@
+//! The services, networks and nodes that simulated swarms have.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use rand::RngExt as _;
+use rand::rngs::StdRng;
+use skep_common::object::Image;
+use skep_common::spec::{
+    Availability, ContainerSpec, EndpointSpec, Nanos, NetworkAttachmentConfig, NetworkSpec,
+    NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements, Resources,
+    RestartPolicy, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
+};
+use skep_common::{ImageId, Meta, Node, NodeId, Object};
+use skep_manager_core::testing;
+
+/// Names of services: few, so that wishes meet.
+pub(crate) const N_SERVICES: u16 = 5;
+/// Names of networks.
+pub(crate) const N_NETWORKS: u16 = 2;
+
+/// The name of a service.
+pub(crate) fn name(number: u16) -> String {
+    format!("s{number}")
+}
+
+/// The name of a network.
+pub(crate) fn network_name(number: u16) -> String {
+    format!("net{number}")
+}
+
+/// A network.
+pub(crate) fn network(number: u16) -> NetworkSpec {
+    NetworkSpec { name: network_name(number), attachable: Some(true), ..NetworkSpec::default() }
+}
+
+/// A node of a swarm: some have a fast disk, one has little memory.
+pub(crate) fn node(number: u16) -> Node {
+    let mut node = testing::node(number);
+    let labels = node.spec.labels.get_or_insert_default();
+    labels.insert("disk".into(), if number.is_multiple_of(3) { "hdd" } else { "ssd" }.into());
+    if let Some(description) = &mut node.description {
+        description.resources.memory_bytes =
+            Some(if number.is_multiple_of(4) { 512 << 20 } else { 1 << 30 });
+        description.format_level = skep_manager_core::command::FORMAT_LEVEL;
+    }
+    node
+}
+
+/// The object of a manager's node.
+pub(crate) fn manager(number: u16) -> Node {
+    let mut node = node(number);
+    node.spec.role = skep_common::spec::NodeRole::Manager;
+    node.manager_status = Some(skep_common::object::ManagerStatus {
+        raft_id: number.into(),
+        addr: node.address(),
+        ..skep_common::object::ManagerStatus::default()
+    });
+    node
+}
+
+/// All that a swarm begins with.
+pub(crate) fn founding(n_managers: u16, n_nodes: u16) -> Vec<Object> {
+    let mut objects = vec![Object::Cluster(Box::new(testing::cluster()))];
+    let nodes = (1..=n_nodes).map(|n| if n <= n_managers { manager(n) } else { node(n) });
+    objects.extend(nodes.map(|node| Object::Node(Box::new(node))));
+    let holders: BTreeSet<NodeId> = (1..=n_managers).map(|number| NodeId(number.into())).collect();
+    let images = (1..=N_IMAGES).map(|number| image_record(number, holders.clone()));
+    objects.extend(images.map(|image| Object::Image(Box::new(image))));
+    objects
+}
+
+fn seconds(seconds: u64) -> Option<Nanos> {
+    Some(Nanos::from(Duration::from_secs(seconds)))
+}
+
+/// How many images there are.
+const N_IMAGES: u8 = 3;
+
+/// The name of an image.
+pub(crate) fn image(number: u8) -> String {
+    format!("i{number}")
+}
+
+fn image_record(number: u8, holders: BTreeSet<NodeId>) -> Image {
+    Image {
+        id: ImageId(number.into()),
+        meta: Meta::default(),
+        name: format!("docker.io/library/{}:latest", image(number)),
+        digest: format!("sha256:{}", number.to_string().repeat(64)),
+        size: 1,
+        created: None,
+        holders,
+    }
+}
+
+/// What a user asks of a service of this number. Each number has its own kind:
+///
+/// 1 is published, 2 constrained and sized, 3 start-first and published, 4 on networks, 5 in host mode.
+pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
+    let image = image(rng.random_range(1..=N_IMAGES));
+    let container = ContainerSpec { image, ..ContainerSpec::default() };
+    let mut template = TaskSpec { container_spec: Some(container), ..TaskSpec::default() };
+    template.restart_policy = Some(RestartPolicy { delay: seconds(1), ..RestartPolicy::default() });
+    template.force_update = Some(rng.random_range(0..1000));
+    let mut spec = ServiceSpec { name: name(number), ..ServiceSpec::default() };
+    let port = |published: Option<u32>| PortConfig {
+        target_port: 80,
+        published_port: published.and_then(|port| u16::try_from(port).ok()),
+        ..PortConfig::default()
+    };
+    match number {
+        1 => publish(&mut spec, port(Some(8080))),
+        2 => {
+            template.placement = Some(Placement {
+                constraints: Some(vec!["node.labels.disk == ssd".into()]),
+                max_replicas: Some(2),
+                ..Placement::default()
+            });
+            let memory = Resources { memory_bytes: Some(300 << 20), ..Resources::default() };
+            template.resources = Some(ResourceRequirements {
+                reservations: Some(memory),
+                ..ResourceRequirements::default()
+            });
+        }
+        3 => publish(&mut spec, port(None)),
+        4 => {
+            let n_networks = rng.random_range(1..=N_NETWORKS);
+            template.networks = Some((1..=n_networks).map(on_network).collect());
+        }
+        _ => {
+            let mode = Some(PublishMode::Host);
+            publish(&mut spec, PortConfig { publish_mode: mode, ..port(Some(9000)) });
+        }
+    }
+    let replicas = Some(rng.random_range(0..6));
+    spec.mode =
+        Some(ServiceMode { replicated: Some(Replicated { replicas }), ..ServiceMode::default() });
+    let actions = ["continue", "pause", "rollback"];
+    spec.update_config = Some(UpdateConfig {
+        order: (number == 3).then(|| "start-first".to_owned()),
+        parallelism: Some(rng.random_range(1..=2)),
+        failure_action: Some(actions[rng.random_range(0..3)].to_owned()),
+        monitor: seconds(2),
+        ..UpdateConfig::default()
+    });
+    spec.task_template = template;
+    spec
+}
+
+fn publish(spec: &mut ServiceSpec, port: PortConfig) {
+    spec.endpoint_spec = Some(EndpointSpec { ports: Some(vec![port]), ..EndpointSpec::default() });
+}
+
+fn on_network(number: u16) -> NetworkAttachmentConfig {
+    NetworkAttachmentConfig { target: network_name(number), ..NetworkAttachmentConfig::default() }
+}
+
+/// What an operator asks of a node.
+pub(crate) fn node_spec(old: &NodeSpec, rng: &mut StdRng) -> NodeSpec {
+    let mut spec = old.clone();
+    spec.availability = match rng.random_range(0..5) {
+        0 | 1 => Availability::Drain,
+        2 => Availability::Pause,
+        _ => Availability::Active,
+    };
+    if rng.random_bool(0.2) {
+        let disk = if rng.random_bool(0.5) { "hdd" } else { "ssd" };
+        spec.labels.get_or_insert_default().insert("disk".into(), disk.into());
+    }
+    spec
+}
