@@ -131,7 +131,7 @@ impl Ca for CaService {
         let state = self.read().await?;
         let gone =
             || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
-        let role = state.node(node_id).ok_or_else(gone)?.spec.role;
+        let role = state.node(node_id).ok_or_else(gone)?.observed_role();
         let (certificate_pem, _) =
             Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
         Ok(Response::new(RenewResponse { certificate_pem, ..RenewResponse::default() }))
@@ -211,6 +211,12 @@ pub(crate) async fn add_manager(
         let gone =
             || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
         let mut node = (**state.node(node_id).ok_or_else(gone)?).clone();
+        if node.spec.role != NodeRole::Manager {
+            let why = format!(
+                "node {node_id} is to be a worker: promote it to have it join the managers"
+            );
+            return Err(Status::permission_denied(why));
+        }
         if node.manager_status.as_ref() == Some(&status) {
             break;
         }
@@ -222,13 +228,25 @@ pub(crate) async fn add_manager(
             Ok(()) => break,
         }
     }
-    consensus
-        .add_manager(raft_id, addr)
-        .await
-        .map_err(|error| Status::unavailable(Chain(&error).to_string()))
+    let unavailable = |error| Status::unavailable(Chain(&error).to_string());
+    consensus.add_manager(raft_id, addr).await.map_err(unavailable)?;
+    // Demoted or removed meanwhile: then nobody else would take it out again.
+    let state = consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
+    let is_manager = |node: &std::sync::Arc<Node>| node.manager_status.as_ref() == Some(&status);
+    if state.node(node_id).is_some_and(is_manager) {
+        return Ok(());
+    }
+    consensus.remove_manager(raft_id).await.map_err(unavailable)?;
+    Err(Status::permission_denied(format!(
+        "node {node_id} was demoted while it joined the managers"
+    )))
 }
 
-async fn commit(consensus: &Consensus, object: Object, expect: Expect) -> Result<(), Status> {
+pub(crate) async fn commit(
+    consensus: &Consensus,
+    object: Object,
+    expect: Expect,
+) -> Result<(), Status> {
     debug_assert_eq!(object.kind(), Kind::Node);
     let command = Command::new(clock::now(), vec![Action::Put { object, expect }]);
     let outcome =

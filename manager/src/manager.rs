@@ -153,6 +153,12 @@ impl Manager {
         ask_to_add(&self.options.pool, managers, self.options.raft_id, &self.options.address).await
     }
 
+    /// Asks the other managers not to count this one any more; returns once they do not. Refused where
+    /// they would lose their quorum.
+    pub async fn leave(&self) -> Result<(), Status> {
+        crate::roles::ask_to_leave(&self.options.pool, &self.consensus).await
+    }
+
     /// What clients ask.
     pub fn control(&self) -> ControlService {
         self.control.clone()

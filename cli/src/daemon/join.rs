@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use skep_common::spec::SwarmSpec;
 use skep_common::{ClusterId, NodeId};
-use skep_manager::NewSwarm;
 use skep_manager::join::{parse_availability, parse_pools};
+use skep_manager::{Manager, NewSwarm};
 use skep_proto::ca_client::CaClient;
 use skep_proto::{
     InitSwarmRequest, InitSwarmResponse, IssueRequest, IssueResponse, JoinSwarmRequest,
@@ -314,10 +314,8 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
             return Err(Status::failed_precondition("This node is not part of a swarm"));
         }
     };
-    if node.manager.is_some() && !force {
-        return Err(Status::failed_precondition(
-            "You are attempting to leave the swarm on a node that is participating as a manager. The other managers go on counting this one, and lose their quorum when a majority is gone. Use --force to leave all the same.",
-        ));
+    if let Some(manager) = &node.manager {
+        resign(manager, force).await?;
     }
     node.stop().await;
     let removed = remove_containers(machine).await;
@@ -325,6 +323,20 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
     forget(machine);
     machine.set_membership(Membership::Outside);
     removed
+}
+
+/// Has the other managers count this one no more, unless they cannot and it is to leave all the same.
+async fn resign(manager: &Manager, force: bool) -> Result<(), Status> {
+    let Err(status) = manager.leave().await else { return Ok(()) };
+    if force {
+        let why = status.message();
+        tracing::warn!(why, "this manager leaves, and the others may go on counting it");
+        return Ok(());
+    }
+    Err(Status::failed_precondition(format!(
+        "You are attempting to leave the swarm on a node that is participating as a manager, and the other managers cannot do without it: {}. Use --force to leave all the same.",
+        status.message()
+    )))
 }
 
 /// `swarm leave` where this machine takes no part in its swarm: what an earlier daemon left is removed.

@@ -24,6 +24,7 @@ mod record;
 mod renewal;
 mod restore;
 mod resume;
+mod role;
 mod unlock;
 
 use std::os::unix::fs::DirBuilderExt as _;

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 
 use anyhow::{Context as _, Result};
@@ -49,7 +50,10 @@ pub(super) struct Node {
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
     keyring: Arc<Keyring>,
-    tls: Tls,
+    pub(super) tls: Tls,
+    pub(super) raft_key: RaftKey,
+    /// Whether it has tried to take up another part: the next time waits.
+    pub(super) has_tried_role: AtomicBool,
     /// Reads its containers' output, once they are taken up.
     peer: OnceLock<PeerService>,
     /// Its port, until it is served.
@@ -112,7 +116,8 @@ impl Node {
             _ => None,
         };
         let files = Files::in_data_dir(&options.data_dir);
-        let renewing = renewal::run(tls.clone(), files, raft_key, managers.clone(), pool.clone());
+        let renewing =
+            renewal::run(tls.clone(), files, raft_key.clone(), managers.clone(), pool.clone());
         tasks.spawn("renew certificate", renewing);
         remember_managers(options, &record, &managers, &tasks);
         Ok(Self {
@@ -127,6 +132,8 @@ impl Node {
             uplink,
             keyring,
             tls,
+            raft_key,
+            has_tried_role: AtomicBool::new(false),
             peer: OnceLock::new(),
             listener,
             tasks,

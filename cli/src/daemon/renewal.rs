@@ -35,7 +35,7 @@ pub(super) async fn run(
     }
 }
 
-async fn renew(
+pub(super) async fn renew(
     tls: &Tls,
     files: &Files,
     raft_key: &RaftKey,

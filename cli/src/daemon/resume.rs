@@ -7,6 +7,8 @@
 //!
 //! - A machine that cannot take part serves its socket all the same, and says why: its operator can have it
 //!   forget the swarm. Its containers live on until then.
+//! - A node that is given another part takes it up as a restarted daemon would: its containers, its mesh and
+//!   its files stay.
 //! - Only what may go away by itself is tried again; everything else waits for its operator.
 
 use std::sync::Arc;
@@ -22,6 +24,7 @@ use tonic::{Code, Status};
 use super::machine::{Machine, Membership};
 use super::node::{Node, Parts, Passing};
 use super::record::RecordFile;
+use super::role;
 
 /// An address that comes up while the machine boots is there within seconds.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -101,8 +104,14 @@ async fn start(machine: &Machine) -> Result<Option<Node>> {
         node.serve(options).await?;
         if let (Some(manager), false) = (&node.manager, is_voter) {
             // It was stopped in the middle of joining.
-            manager.join(&managers).await.map_err(|status| not_joined(&status))?;
-            file.update(|record| record.is_voter = true)?;
+            match manager.join(&managers).await {
+                Ok(()) => file.update(|record| record.is_voter = true)?,
+                // It is to be no manager any more: the leader tells its agent.
+                Err(status) if status.code() == Code::PermissionDenied => {
+                    tracing::warn!(why = status.message(), "this node does not join the managers");
+                }
+                Err(status) => return Err(not_joined(&status)),
+            }
         }
         Ok(())
     };
@@ -152,6 +161,7 @@ pub(super) async fn keep(machine: Machine) {
 enum Step {
     Retry,
     TakeOut(Arc<Node>, StopReason),
+    ChangeRole(Arc<Node>),
 }
 
 async fn next_step(membership: &Membership, pause: Duration) -> Step {
@@ -161,12 +171,20 @@ async fn next_step(membership: &Membership, pause: Duration) -> Step {
             return Step::Retry;
         }
         Membership::Member(node) => {
-            if let Some(manager) = &node.manager {
-                let reason = manager.stopped().await;
-                // A shutdown is the work of whoever changes the membership next.
-                if !matches!(reason, StopReason::Shutdown) {
-                    return Step::TakeOut(Arc::clone(node), reason);
+            let stopped = async {
+                match &node.manager {
+                    Some(manager) => manager.stopped().await,
+                    None => std::future::pending().await,
                 }
+            };
+            tokio::select! {
+                reason = stopped => {
+                    // A shutdown is the work of whoever changes the membership next.
+                    if !matches!(reason, StopReason::Shutdown) {
+                        return Step::TakeOut(Arc::clone(node), reason);
+                    }
+                }
+                () = role::differs(node) => return Step::ChangeRole(Arc::clone(node)),
             }
         }
         Membership::Failed(_) | Membership::Outside => {}
@@ -178,6 +196,7 @@ impl Step {
     async fn take(self, machine: &Machine) {
         match self {
             Self::Retry => resume(machine).await,
+            Self::ChangeRole(node) => role::change(machine, &node).await,
             Self::TakeOut(node, reason) => {
                 node.stop().await;
                 node.release().await;

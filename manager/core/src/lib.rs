@@ -26,7 +26,7 @@ pub mod network;
 pub mod orchestrator;
 pub mod ports;
 mod reaper;
-mod roles;
+pub mod roles;
 mod rotation;
 pub mod scheduler;
 mod secrets;

@@ -5,11 +5,13 @@
 //! changes, one at a time; other managers pass them on.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use openraft::errors::{ChangeMembershipError, ClientWriteError, RaftError};
 use openraft::{BasicNode, ChangeMembers, LogIdOptionExt as _, RaftMetrics};
 use serde::Serialize;
+use skep_manager_core::roles;
+use skep_runtime::clock;
 
 use super::Consensus;
 use super::deadline::Deadline;
@@ -82,6 +84,12 @@ impl Consensus {
         self.change(MembershipChange::Remove { raft_id, patience }, raft_id, patience).await
     }
 
+    /// Whether a manager could be taken out: the others that answer its leader keep a majority.
+    pub async fn ask_to_remove(&self, raft_id: u64) -> Result<(), Error> {
+        let patience = self.inner.timing.patience;
+        self.change(MembershipChange::MayRemove { raft_id, patience }, raft_id, patience).await
+    }
+
     /// All managers, by Raft id.
     pub fn members(&self) -> Vec<Member> {
         let metrics = self.inner.metrics.borrow();
@@ -137,8 +145,9 @@ impl Consensus {
 
     /// Makes a change as leader.
     pub(crate) async fn change_here(&self, change: &MembershipChange) -> Verdict<()> {
-        let (MembershipChange::Add { patience, .. } | MembershipChange::Remove { patience, .. }) =
-            change;
+        let (MembershipChange::Add { patience, .. }
+        | MembershipChange::Remove { patience, .. }
+        | MembershipChange::MayRemove { patience, .. }) = change;
         let deadline = Deadline::after(*patience);
         let Some(_one_at_a_time) = deadline.bound(self.inner.membership_change.lock()).await else {
             let reason = "another change of the managers is under way; repeat when it has ended";
@@ -149,6 +158,7 @@ impl Consensus {
                 self.add_here(*raft_id, addr, &deadline).await
             }
             MembershipChange::Remove { raft_id, .. } => self.remove_here(*raft_id).await,
+            MembershipChange::MayRemove { raft_id, .. } => self.may_remove(*raft_id).await,
         };
         match done {
             Ok(()) => Verdict::Done(()),
@@ -187,12 +197,31 @@ impl Consensus {
         let membership = self.membership();
         let ids = BTreeSet::from([raft_id]);
         if membership.voter_ids().any(|voter| voter == raft_id) {
+            self.may_remove(raft_id).await?;
             self.write_membership(ChangeMembers::RemoveVoters(ids), false).await
         } else if membership.get_node(&raft_id).is_some() {
             self.write_membership(ChangeMembers::RemoveNodes(ids), false).await
         } else {
             Ok(())
         }
+    }
+
+    /// Only what answers from now on counts: a manager may have died a moment ago. It is waited for as long
+    /// as a manager may be silent.
+    async fn may_remove(&self, raft_id: u64) -> Result<(), Verdict<()>> {
+        let silence_max = self.inner.timing.leader_silence_max();
+        let asked_at = clock::monotonic();
+        let mut metrics = self.inner.metrics.clone();
+        let settled = metrics.wait_for(|metrics| {
+            let has_lost_the_lead = metrics.current_leader != Some(metrics.id);
+            has_lost_the_lead || silent_others(metrics, raft_id, asked_at).is_ok()
+        });
+        let settled = Deadline::after(silence_max).bound(settled).await.flatten();
+        let metrics = settled.unwrap_or_else(|| self.inner.metrics.borrow().clone());
+        if metrics.current_leader != Some(metrics.id) {
+            return Err(Verdict::NotTaken);
+        }
+        silent_others(&metrics, raft_id, asked_at).map_err(Verdict::Refused)
     }
 
     async fn wait_caught_up(&self, raft_id: u64, deadline: &Deadline) -> Result<(), Verdict<()>> {
@@ -263,6 +292,42 @@ pub(crate) fn members_of(membership: &Membership) -> Vec<Member> {
             role: role(raft_id),
         })
         .collect()
+}
+
+/// Why the others would have no majority without `raft_id`, with those that do not answer this leader.
+fn silent_others(
+    metrics: &RaftMetrics<TypeConfig>,
+    raft_id: u64,
+    asked_at: Instant,
+) -> Result<(), String> {
+    let membership = metrics.membership_config.membership();
+    let voters: BTreeSet<u64> = membership.voter_ids().collect();
+    if !voters.contains(&raft_id) {
+        return Ok(());
+    }
+    if voters.len() == 1 {
+        return Err("it is the last manager of the swarm: promote another node first".to_owned());
+    }
+    let since_asked = clock::monotonic().duration_since(asked_at);
+    let answers = |voter: u64| {
+        let heard = metrics.heartbeat.as_ref().and_then(|peers| peers.get(&voter));
+        let heard = heard.copied().flatten();
+        voter == metrics.id
+            || heard.is_some_and(|at| openraft::Instant::elapsed(&*at) <= since_asked)
+    };
+    let others = voters.iter().copied().filter(|voter| *voter != raft_id);
+    let (answering, silent): (Vec<u64>, Vec<u64>) = others.partition(|voter| answers(*voter));
+    if roles::keeps_majority(voters.len(), answering.len()) {
+        return Ok(());
+    }
+    let address = |voter: &u64| membership.get_node(voter).map_or("?", |node| node.addr.as_str());
+    let silent: Vec<&str> = silent.iter().map(address).collect();
+    Err(format!(
+        "the swarm would lose its quorum without it: {} of the {} other managers do not answer ({}); start them again first, or remove them from the swarm",
+        silent.len(),
+        voters.len() - 1,
+        silent.join(", ")
+    ))
 }
 
 /// It votes, and no change is half done.

@@ -56,7 +56,7 @@ pub use feed::{Commit, Feed};
 pub use handle::{BootstrapError, Consensus, ReadError, Status, StopReason};
 pub use leadership::{Leader, Leadership};
 pub use machine::Unapplicable;
-pub use membership::{Member, MemberRole};
+pub use membership::{Error as MembershipError, Member, MemberRole};
 pub use network::{CallError, RaftTransport};
 pub use options::{Compaction, Options, StartError, Timing};
 pub use seal::DataKey;

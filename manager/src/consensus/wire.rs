@@ -260,6 +260,8 @@ pub(crate) enum MembershipChange {
     Add { raft_id: u64, addr: String, patience: Duration },
     /// Removes a manager.
     Remove { raft_id: u64, patience: Duration },
+    /// Asks whether a manager could be removed; changes nothing.
+    MayRemove { raft_id: u64, patience: Duration },
 }
 
 impl Proposal {
@@ -386,6 +388,7 @@ mod tests {
                 patience,
             }),
             Proposal::Membership(MembershipChange::Remove { raft_id: 1, patience }),
+            Proposal::Membership(MembershipChange::MayRemove { raft_id: 1, patience }),
         ] {
             let mut bytes = reader(|bytes| proposal.put(bytes));
             assert_eq!(Proposal::read(&mut bytes).unwrap(), proposal);

@@ -1,13 +1,14 @@
 //! `node update` and `node rm`.
 
 use skep_common::object::NodeState;
-use skep_common::spec::NodeSpec;
+use skep_common::spec::{NodeRole, NodeSpec};
 use skep_common::{Kind, NodeId, Object, Version};
-use skep_manager_core::{Action, Expect};
+use skep_manager_core::{Action, Expect, node_name, roles};
 use skep_proto::{RemoveNodeRequest, UpdateNodeRequest};
 
 use super::error::Error;
 use super::{ControlService, parse_id, parse_json};
+use crate::roles::reason;
 
 pub(super) async fn update(
     control: &ControlService,
@@ -18,9 +19,14 @@ pub(super) async fn update(
     let state = control.read().await?;
     let not_found = || Error::NotFound { kind: "node", reference: request.id.clone() };
     let mut node = (**state.node(node_id).ok_or_else(not_found)?).clone();
-    if spec.role != node.spec.role {
-        let why = "changing the role of a node is not supported yet: let it leave, and join it again with the other token";
-        return Err(Error::Invalid(why.into()));
+    let is_demoted = (node.spec.role, spec.role) == (NodeRole::Manager, NodeRole::Worker);
+    let refused = |error: roles::Error| Error::Precondition(error.to_string());
+    roles::ask(&state, &mut node, spec.role).map_err(refused)?;
+    if let (true, Some(manager)) = (is_demoted, &node.manager_status) {
+        control.inner.consensus.ask_to_remove(manager.raft_id).await.map_err(|error| {
+            let (name, why) = (node_name(&node), reason(&error));
+            Error::Precondition(format!("node {name} cannot be demoted: {why}"))
+        })?;
     }
     node.spec = spec;
     let expect = Expect::Version(Version { index: request.version });
@@ -39,13 +45,12 @@ pub(super) async fn remove(
     if let Some(manager) = &node.manager_status {
         if node.status.state != NodeState::Down || !request.force {
             let why = format!(
-                "node {node_id} is a manager and must not be missed by the others: let it leave the swarm (skep swarm leave --force), and when it is down, remove it with skep node rm --force"
+                "node {node_id} is a cluster manager and is a member of the raft cluster. It must be demoted to worker before removal (skep node demote), or be down and removed with --force"
             );
             return Err(Error::Precondition(why));
         }
         control.inner.consensus.remove_manager(manager.raft_id).await.map_err(|error| {
-            let why = skep_runtime::telemetry::Chain(&error).to_string();
-            Error::Precondition(format!("manager {node_id} cannot be removed: {why}"))
+            Error::Precondition(format!("manager {node_id} cannot be removed: {}", reason(&error)))
         })?;
     }
     if node.status.state == NodeState::Ready && !request.force {

@@ -66,6 +66,7 @@ pub(crate) async fn run(consensus: Consensus, door: Door, tasks: TaskSet) {
             // An error means that consensus has ended.
             let _ = leadership.wait_for(|leadership| !still(leadership)).await;
         };
+        probing.spawn("roles", crate::roles::run(consensus.clone(), term));
         let leader = Leader::new(consensus.clone(), door.clone(), term, probing.clone());
         tokio::select! {
             () = lost => {}

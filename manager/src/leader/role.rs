@@ -2,7 +2,7 @@
 
 use skep_common::Node;
 
-/// The part that a node is told to have; empty where it is not told. Nodes keep that of their token so far.
-pub(super) fn role_of(_node: &Node) -> String {
-    String::new()
+/// The part that a node is told to have: it gets a certificate for it, and plays it.
+pub(super) fn role_of(node: &Node) -> String {
+    node.observed_role().name().to_owned()
 }

@@ -41,6 +41,7 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     told_managers: Vec<String>,
+    told_role: String,
     /// Ports that the node cannot serve, once it said so in this session.
     conditions: Option<Vec<object::PortCondition>>,
     /// Digests of the images that the node said it holds.
@@ -121,6 +122,7 @@ impl Sessions {
             }
         };
         let told_managers = manager_addresses(state);
+        let told_role = role_of(node);
         let welcome = Welcome {
             session_id: format!("{session_id:016x}"),
             heartbeat_millis: u64::try_from(HEARTBEAT_PERIOD.as_millis()).unwrap_or(u64::MAX),
@@ -128,7 +130,7 @@ impl Sessions {
             managers: told_managers.clone(),
             node_number: node.number.into(),
             ingress_pool: cluster.ingress_pool.to_string(),
-            role: role_of(node),
+            role: told_role.clone(),
             trust_pem: trust_of(state),
         };
         let message = DispatcherMessage { message: Some(Message::Welcome(welcome)) };
@@ -141,6 +143,7 @@ impl Sessions {
             stream: Stream::default(),
             told_table: None,
             told_managers,
+            told_role,
             conditions: None,
             images: hello.image_digests.iter().cloned().collect(),
             is_dirty: true,
@@ -377,6 +380,8 @@ fn news(
     let told = session.told_table.as_ref().map(|(_, told)| told);
     let mesh = table.as_ref().map(|(version, table)| mesh_update(told, *version, table));
     let managers = manager_addresses(state);
+    let role = state.node(node_id).map(|node| role_of(node)).unwrap_or_default();
+    let is_role_new = role != session.told_role;
     let is_management_new = managers != session.told_managers;
     let mut message = match session.stream.next(set) {
         Some(message) => Assignments {
@@ -388,7 +393,7 @@ fn news(
             removed_tasks: message.changes.removed_tasks.iter().map(ToString::to_string).collect(),
             ..Assignments::default()
         },
-        None if mesh.is_some() || is_management_new => {
+        None if mesh.is_some() || is_management_new || is_role_new => {
             let sequence = session.stream.sequence();
             Assignments { applies_to: sequence, results_in: sequence, ..Assignments::default() }
         }
@@ -401,6 +406,10 @@ fn news(
     if is_management_new {
         session.told_managers.clone_from(&managers);
         message.managers = managers;
+    }
+    if is_role_new {
+        session.told_role.clone_from(&role);
+        message.role = role;
     }
     message.secrets = payloads(state, node_id);
     Some(message)

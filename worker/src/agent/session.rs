@@ -35,13 +35,16 @@ const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 pub struct Managers {
     known: Arc<Mutex<Vec<String>>>,
     changed: Arc<watch::Sender<Vec<String>>>,
+    told_role: Arc<watch::Sender<String>>,
 }
 
 impl Managers {
     /// The managers that the daemon remembers.
     pub fn new(known: Vec<String>) -> Self {
         let (changed, _) = watch::channel(known.clone());
-        Self { known: Arc::new(Mutex::new(known)), changed: Arc::new(changed) }
+        let (told_role, _) = watch::channel(String::new());
+        let (changed, told_role) = (Arc::new(changed), Arc::new(told_role));
+        Self { known: Arc::new(Mutex::new(known)), changed, told_role }
     }
 
     /// All of them.
@@ -52,6 +55,17 @@ impl Managers {
     /// Follows changes of the set.
     pub fn watch(&self) -> watch::Receiver<Vec<String>> {
         self.changed.subscribe()
+    }
+
+    /// The part that the leader gives this node: `worker` or `manager`, and empty until it has said so.
+    pub fn told_role(&self) -> watch::Receiver<String> {
+        self.told_role.subscribe()
+    }
+
+    fn tell_role(&self, role: String) {
+        if !role.is_empty() {
+            self.told_role.send_replace(role);
+        }
     }
 
     fn replace(&self, managers: Vec<String>) {
@@ -172,6 +186,7 @@ async fn attempt(
     *term_seen = welcome.term;
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
     options.managers.replace(welcome.managers.clone());
+    options.managers.tell_role(welcome.role.clone());
     let beats = Heartbeats::start(options, address, &welcome);
     let end = options.tasks.token().child_token();
     let opened = FromSession::Opened { welcome, to_leader, end: end.clone() };
@@ -186,6 +201,7 @@ async fn attempt(
         let Some(Ok(message)) = next else { break };
         let Some(Message::Assignments(mut assignments)) = message.message else { continue };
         options.managers.replace(std::mem::take(&mut assignments.managers));
+        options.managers.tell_role(std::mem::take(&mut assignments.role));
         if events.send(FromSession::Assignments(Box::new(assignments))).await.is_err() {
             break;
         }
