@@ -146,6 +146,15 @@ impl State {
         slots
     }
 
+    /// How many tasks shall run: where no number is given, one on each node that has one, of whichever spec.
+    fn wanted(&self, service: &Service) -> u64 {
+        let nodes = || {
+            let live = self.tasks.values().filter(|task| task.desired_state.wants_run());
+            live.map(Task::slot_key).collect::<BTreeSet<Slot>>().len() as u64
+        };
+        service.spec.replicas().unwrap_or_else(nodes)
+    }
+
     fn is_rolling_back(service: &Service) -> bool {
         service.update_status.as_ref().is_some_and(|status| status.state.starts_with("rollback"))
     }
@@ -175,7 +184,7 @@ impl State {
         }
         let slots = self.slots(service);
         let n_running = slots.values().filter(|task| is_running(task)).count() as u64;
-        let n_wanted = wanted(service, &slots);
+        let n_wanted = self.wanted(service);
         let n_surplus = slots.values().filter(|task| task.desired_state.wants_run()).count() as u64;
         if n_running == n_wanted && n_surplus == n_wanted && !is_updating {
             Verdict::Stable
@@ -196,7 +205,7 @@ impl State {
         let Some(service) = self.current() else { return Vec::new() };
         let slots = self.slots(service);
         let n_running = slots.values().filter(|task| is_running(task)).count();
-        let replicas = wanted(service, &slots);
+        let replicas = self.wanted(service);
         let prefix = if Self::is_rolling_back(service) { "rolling back update: " } else { "" };
         let overall = format!("{prefix}{n_running} out of {replicas} tasks");
         let mut lines = vec![("overall progress".to_owned(), overall)];
@@ -218,12 +227,6 @@ impl State {
         }
         lines
     }
-}
-
-/// How many tasks shall run: where no number is given, one on each node that has one.
-fn wanted(service: &Service, slots: &BTreeMap<Slot, &Task>) -> u64 {
-    let live = || slots.values().filter(|task| task.desired_state.wants_run()).count() as u64;
-    service.spec.replicas().unwrap_or_else(live)
 }
 
 fn is_running(task: &Task) -> bool {

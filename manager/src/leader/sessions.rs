@@ -595,6 +595,7 @@ mod tests {
             stream: Stream::default(),
             told_table: None,
             told_managers: Vec::new(),
+            told_role: String::new(),
             conditions: None,
             images: BTreeSet::new(),
             is_dirty: false,

@@ -420,6 +420,10 @@ mod tests {
                 ]},
             }),
         );
+    }
+
+    #[test]
+    fn ports_and_modes() {
         check(
             "-p target=80,published=8080,proxy-protocol=v2 img",
             &json!({

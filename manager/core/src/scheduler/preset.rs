@@ -46,7 +46,8 @@ pub(super) fn place(
         let mut attachments = network::attach(fork.state(), &mut cursors.networks, networks)?;
         attachments.extend(uplink);
         let (node_id, pinned) = (entry.id, requirement.pinned_image.clone());
-        fork.place(task_id, node_id, pinned, attachments);
+        let generic = entry.generic.choose(&requirement.generic);
+        fork.place(task_id, node_id, pinned, attachments, generic);
         index.sync_task(fork.state(), task_id);
     }
     Ok(())
