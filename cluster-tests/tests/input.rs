@@ -73,10 +73,14 @@ fn a_wrong_request_is_refused_in_one_sentence_and_changes_nothing() {
     let args = ["service", "create", "--detach", "--name", "later", "nowhere:1.0"];
     let output = lab.node("n1").skep(&args).ok();
     check_sentence(&output.stderr, &["nowhere:1.0", "skep image load"]);
-    // Nor is a constraint that no node meets, even with a key that there is not, as in Swarm.
-    let impossible = ["--name", "unplaced", "--constraint", "node.rool==manager", BUSYBOX];
+    // Nor is a constraint that no node meets, unless nodes have nothing of that name.
+    let unplaced = |constraint| {
+        let create = ["service", "create", "--detach", "--name", "unplaced", "--constraint"];
+        lab.node("n1").skep(&[&create[..], &[constraint, BUSYBOX]].concat())
+    };
+    check_sentence(&unplaced("node.rool==manager").err(), &["node.rool", "node.role"]);
     lab.import_busybox("n1");
-    lab.node("n1").skep(&[&["service", "create", "--detach"], &impossible[..]].concat()).ok();
+    unplaced("node.labels.zone==none").ok();
     lab.node("n1").wait_for_tasks("unplaced", "it names the constraint", |tasks| {
         tasks.iter().find(|task| task.error.contains("constraint")).cloned()
     });

@@ -26,6 +26,9 @@ const CONDITION_PERIOD: Duration = Duration::from_secs(1);
 /// an answer takes within a swarm, and less than the second after which a client sends its request again.
 const SETTLE_AFTER: Duration = Duration::from_millis(200);
 
+/// The same for the first of tables that follow each other.
+const SETTLE_WITHIN: Duration = Duration::from_millis(700);
+
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
 pub trait Balancers: Send + fmt::Debug + 'static {
@@ -117,7 +120,7 @@ async fn run(
     let mut last_error = None;
     let mut acknowledged: Option<(u64, u64, Vec<PortCondition>)> = None;
     let mut repair_at = Instant::now() + REPAIR_PERIOD;
-    let mut settle_at: Option<Instant> = None;
+    let (mut settle_at, mut unsettled_since): (Option<Instant>, Option<Instant>) = (None, None);
     loop {
         let has_conditions = acknowledged.as_ref().is_some_and(|(.., found)| !found.is_empty());
         let look_at = Instant::now() + CONDITION_PERIOD;
@@ -125,7 +128,7 @@ async fn run(
         tokio::select! {
             changed = tables.changed() => if changed.is_err() { return },
             () = tokio::time::sleep_until(settle_at.unwrap_or(repair_at)), if settle_at.is_some() => {
-                settle_at = None;
+                (settle_at, unsettled_since) = (None, None);
                 if let Some(balancers) = &mut balancers {
                     balancers.settle().await;
                 }
@@ -151,8 +154,10 @@ async fn run(
             Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
         };
-        // Tables that follow each other closely do not put it off.
-        settle_at.get_or_insert_with(|| Instant::now() + SETTLE_AFTER);
+        // Each table has its time until then, so that tables that follow each other closely put it off, but
+        // not beyond the moment in which clients send again.
+        let (now, first) = (Instant::now(), *unsettled_since.get_or_insert_with(Instant::now));
+        settle_at = Some((now + SETTLE_AFTER).min(first + SETTLE_WITHIN));
         match result {
             Ok(conditions) => {
                 last_error = None;

@@ -55,25 +55,32 @@ impl KernelFlows {
         if flows == self.flows {
             return Ok(());
         }
-        self.flows = flows;
         self.unsettled.has_datagrams = true;
-        self.forget_datagrams(channel)
+        self.forget_datagrams(&flows, channel)?;
+        // Not before: a table whose flows could not be forgotten is applied again.
+        self.flows = flows;
+        Ok(())
     }
 
     /// Judges what was under way when the ports changed last. To be called when answers must have come.
     pub(super) fn settle(&mut self, channel: &mut RouteChannel) -> Result<(), Error> {
-        let Unsettled { has_datagrams, lost } = std::mem::take(&mut self.unsettled);
-        if has_datagrams {
-            self.forget_datagrams(channel)?;
+        if self.unsettled.has_datagrams {
+            let flows = self.flows.clone();
+            self.forget_datagrams(&flows, channel)?;
+            self.unsettled.has_datagrams = false;
         }
-        if lost.is_empty() { Ok(()) } else { forget_unanswered(&mut self.connections, &lost) }
+        if !self.unsettled.lost.is_empty() {
+            forget_unanswered(&mut self.connections, &self.unsettled.lost)?;
+            self.unsettled.lost.clear();
+        }
+        Ok(())
     }
 
-    fn forget_datagrams(&mut self, channel: &mut RouteChannel) -> Result<(), Error> {
+    fn forget_datagrams(&mut self, flows: &Flows, channel: &mut RouteChannel) -> Result<(), Error> {
         let own = own_addresses(channel)?;
         let connections = opened(&mut self.connections)?;
         for entry in connections.list()? {
-            if self.flows.is_stale(&entry.connection, &own) {
+            if flows.is_stale(&entry.connection, &own) {
                 tracing::debug!(flow = ?entry.connection, "forgetting a flow of the mesh");
                 connections.delete(&entry)?;
             }

@@ -76,6 +76,7 @@ impl Relays {
         for key in changes.withdraw {
             if let Some(served) = self.served.remove(&key) {
                 served.token.cancel();
+                served.balance.withdraw();
             }
         }
         // Whom its first client goes to must be known when a port is served.

@@ -62,6 +62,14 @@ impl Balance {
         tasks.proxy_protocol = relay.proxy_protocol;
     }
 
+    /// From now on no task is given a connection, also of clients that are between two tasks.
+    pub(super) fn withdraw(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tasks) = &mut state.tasks {
+            tasks.turns.set(&[]);
+        }
+    }
+
     /// From now on the rules take connections; whoever came before them still goes to the tasks.
     pub(super) fn leave_to_rules(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -45,7 +45,8 @@ impl Balancing for UserSpace {
         self.options.check_table(table)?;
         let version = table.version;
         table.validate().map_err(|source| Error::Table { version, source })?;
-        links::ensure_bridge(&mut self.channel, &self.options, &self.slices)?;
+        // Its failure must not keep tasks in turn that the table withdraws: it is told last.
+        let bridge = links::ensure_bridge(&mut self.channel, &self.options, &self.slices);
         let mut changes =
             ListenerChanges { balance: user_space_relays(table), ..ListenerChanges::default() };
         let carried = table.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
@@ -63,6 +64,7 @@ impl Balancing for UserSpace {
         self.ports.note(&conditions);
         changes.withdraw = self.ports.keep(table);
         follow(changes);
+        bridge?;
         Ok(conditions)
     }
 

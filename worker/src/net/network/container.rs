@@ -93,12 +93,12 @@ impl Container {
         let Some(in_force) = self.in_force.as_ref().filter(|_| self.is_unsettled) else {
             return Ok(());
         };
-        self.is_unsettled = false;
         for entry in self.connections.list_unanswered()? {
             if in_force.values().any(|balance| balance.is_astray(&entry.connection)) {
                 self.connections.delete_unanswered(&entry)?;
             }
         }
+        self.is_unsettled = false;
         Ok(())
     }
 
