@@ -18,7 +18,7 @@ use tonic::codegen::http::Uri;
 use tonic::transport::{Channel, Endpoint};
 
 use super::Tls;
-use super::server::CONNECTION_WINDOW_BYTES;
+use super::server::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
 use super::tls::root_store;
 use crate::identity::{Error, NODE_SERVER_NAME, node_server_name};
 
@@ -28,9 +28,6 @@ const JOIN_CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(2);
 
-/// What one connection of a client may have on its way where its node relays it. Windows of the whole are so large
-/// that clients who do not read keep nobody else waiting.
-const RELAYED_WINDOW_BYTES: u32 = 256 << 10;
 /// Clients' connections outlive a stall of their node that calls between nodes need not.
 const RELAYED_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 const RELAYED_KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(4);
@@ -99,7 +96,7 @@ impl ChannelPool {
                 .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
                 .keep_alive_timeout(KEEP_ALIVE_DEADLINE),
             true => endpoint()
-                .initial_stream_window_size(RELAYED_WINDOW_BYTES)
+                .initial_stream_window_size(STREAM_WINDOW_BYTES)
                 .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
                 .http2_keep_alive_interval(RELAYED_KEEP_ALIVE_INTERVAL)
                 .keep_alive_timeout(RELAYED_KEEP_ALIVE_DEADLINE),

@@ -24,12 +24,13 @@ use crate::{TaskSet, clock};
 
 /// A peer that does not finish its handshake within this time is dropped: it holds a task, no more.
 const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
-/// Largest window of one stream; a set of assignments comes in one piece.
-const STREAM_WINDOW_BYTES: u32 = 1 << 20;
-/// Window of all streams of one peer: so many may stand full, unread, before another one waits.
-pub(super) const CONNECTION_WINDOW_BYTES: u32 = 1 << 30;
+/// Window of one stream: what may be on its way in a call, or in a client's connection that nodes relay.
+pub(super) const STREAM_WINDOW_BYTES: u32 = 128 << 10;
 /// Streams of one peer at once, each a call or a client's connection; more wait at the peer.
-const STREAMS_MAX: u32 = 8192;
+const STREAMS_MAX: u32 = 4096;
+/// Window of all streams of one peer: all may stand full, unread, and keep no other one waiting. It is also
+/// what a peer can have this process hold, 512 MiB.
+pub(super) const CONNECTION_WINDOW_BYTES: u32 = STREAMS_MAX * STREAM_WINDOW_BYTES;
 
 /// Why a socket cannot be served.
 #[derive(Debug, thiserror::Error)]
