@@ -3,6 +3,8 @@
 //! A manager that does not lead names the one that does and keeps nothing.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use skep_common::limits::{HEARTBEAT_PERIOD, QUEUE_LENGTH};
@@ -48,11 +50,25 @@ pub(crate) struct Door {
     /// When each node was last heard. Written by handlers, read by the loop at its ticks: a heartbeat
     /// waits in no queue.
     pub(crate) beats: Arc<DashMap<NodeId, Timestamp>>,
+    /// What nodes are told, in milliseconds.
+    period_millis: Arc<AtomicU64>,
 }
 
 impl Door {
     pub(crate) fn new() -> Self {
-        Self { leading: Arc::new(watch::Sender::new(None)), beats: Arc::default() }
+        let door = Self {
+            leading: Arc::new(watch::Sender::new(None)),
+            beats: Arc::default(),
+            period_millis: Arc::default(),
+        };
+        door.tell_period(HEARTBEAT_PERIOD);
+        door
+    }
+
+    /// Has nodes told how often to let hear of themselves. The leader's loop reckons with it by then.
+    pub(crate) fn tell_period(&self, period: Duration) {
+        let millis = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
+        self.period_millis.store(millis, Ordering::Relaxed);
     }
 
     /// Lets sessions in until the receiver is dropped or the door is closed.
@@ -165,7 +181,7 @@ impl Dispatcher for DispatcherService {
         let node_id = Caller::node_id(&request)?;
         self.entrance()?;
         self.door.beats.insert(node_id, clock::now());
-        let heartbeat_millis = u64::try_from(HEARTBEAT_PERIOD.as_millis()).unwrap_or(u64::MAX);
+        let heartbeat_millis = self.door.period_millis.load(Ordering::Relaxed);
         Ok(Response::new(HeartbeatResponse { heartbeat_millis }))
     }
 

@@ -1,19 +1,17 @@
 //! How nodes become members: certificates for the bearers of join tokens, Raft membership for managers.
 
-use std::time::Duration;
-
 use ipnet::Ipv4Net;
 use skep_common::object::{ManagerStatus, Node, NodeState, NodeStatus};
 use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
-use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State};
+use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, swarm};
 use skep_proto::ca_server::Ca;
 use skep_proto::{
     IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse,
 };
 use skep_runtime::access::Caller;
 use skep_runtime::clock;
-use skep_runtime::identity::{Authority, JoinToken, NODE_CERTIFICATE_LIFE, root_digest};
+use skep_runtime::identity::{Authority, JoinToken, root_digest};
 use skep_runtime::telemetry::Chain;
 use tonic::{Request, Response, Status};
 
@@ -67,8 +65,7 @@ impl CaService {
             state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
         let authority =
             Authority::from_pem(&cluster.root_ca_cert, &cluster.root_ca_key).map_err(internal)?;
-        let configured = cluster.spec.ca_config.as_ref().and_then(|config| config.node_cert_expiry);
-        let life: Duration = configured.map_or(NODE_CERTIFICATE_LIFE, |expiry| expiry.duration());
+        let life = swarm::certificate_life(&cluster.spec);
         let signed = authority.sign(csr_pem, node_id, role, cluster.id, clock::now(), life);
         let unsigned = |error| {
             Status::invalid_argument(format!(

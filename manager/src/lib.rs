@@ -15,3 +15,4 @@ mod roles;
 
 pub use manager::{Manager, ManagerOptions, NewSwarm};
 pub use skep_manager_core::command::FORMAT_LEVEL;
+pub use skep_manager_core::swarm;

@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use skep_proto::{InitSwarmRequest, JoinSwarmRequest, JoinTokenRequest, LeaveSwarmRequest};
 
+use super::swarm_update::SettingsArgs;
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
 
@@ -34,7 +35,6 @@ pub(crate) enum Command {
     #[command(hide = true)]
     UnlockKey(super::swarm_lock::UnlockKeyArgs),
     /// Update the swarm
-    #[command(hide = true)]
     Update(super::swarm_update::UpdateArgs),
 }
 
@@ -71,12 +71,8 @@ pub(crate) struct InitArgs {
     /// Prefix length of networks' subnets of the default address pools (default 20)
     #[arg(long, value_name = "BITS")]
     default_addr_pool_mask_length: Option<u32>,
-    /// Task history retention limit
-    #[arg(long)]
-    task_history_limit: Option<i64>,
-    /// Validity period for node certificates (ns|us|ms|s|m|h)
-    #[arg(long, value_parser = skep_common::compose::units::parse_duration)]
-    cert_expiry: Option<skep_common::spec::Nanos>,
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 /// `skep swarm join`
@@ -133,32 +129,12 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
         Command::Ca(args) => super::swarm_ca::run(&args),
         Command::Unlock(args) => super::swarm_lock::unlock(&args),
         Command::UnlockKey(args) => super::swarm_lock::unlock_key(&args),
-        Command::Update(args) => super::swarm_update::run(&args),
+        Command::Update(args) => super::swarm_update::run(&args, client, ui).await,
     }
-}
-
-/// The swarm's settings that were given, as JSON; empty where none was.
-fn swarm_spec(args: &InitArgs) -> Result<String> {
-    use skep_common::spec::{CaConfig, OrchestrationConfig, SwarmSpec};
-    if args.task_history_limit.is_none() && args.cert_expiry.is_none() {
-        return Ok(String::new());
-    }
-    let spec = SwarmSpec {
-        name: "default".into(),
-        orchestration: args.task_history_limit.map(|limit| OrchestrationConfig {
-            task_history_retention_limit: Some(limit),
-            strategy: None,
-        }),
-        ca_config: args
-            .cert_expiry
-            .map(|expiry| CaConfig { node_cert_expiry: Some(expiry), ..CaConfig::default() }),
-        ..Default::default()
-    };
-    Ok(serde_json::to_string(&spec)?)
 }
 
 async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let spec_json = swarm_spec(&args)?;
+    let spec_json = args.settings.of_new_swarm()?;
     let request = InitSwarmRequest {
         advertise_addr: args.address.advertise_addr,
         listen_addr: args.address.listen_addr,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use skep_common::spec::SwarmSpec;
 use skep_common::{ClusterId, NodeId};
 use skep_manager::join::{parse_availability, parse_pools};
+use skep_manager::swarm::{self, certificate_life};
 use skep_manager::{Manager, NewSwarm};
 use skep_proto::ca_client::CaClient;
 use skep_proto::{
@@ -12,9 +13,7 @@ use skep_proto::{
     JoinSwarmResponse, RootRequest,
 };
 use skep_runtime::clock;
-use skep_runtime::identity::{
-    Authority, Credentials, Csr, Files, JoinToken, NODE_CERTIFICATE_LIFE, RaftKey, root_digest,
-};
+use skep_runtime::identity::{Authority, Credentials, Csr, Files, JoinToken, RaftKey, root_digest};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{connect_unverified, connect_with_root};
 use skep_worker::embedded::uplink::Uplink;
@@ -26,8 +25,6 @@ use super::machine::{Machine, Membership};
 use super::node::{Node, Parts};
 use super::record::{NodeRecord, RecordFile};
 
-/// Shorter lives would be renewed all the time. Docker's minimum.
-const CERTIFICATE_LIFE_MIN: std::time::Duration = std::time::Duration::from_secs(3600);
 const DEFAULT_INGRESS_POOL: &str = "10.192.0.0/10";
 
 fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
@@ -67,10 +64,7 @@ pub(super) async fn init(
             Status::invalid_argument(format!("the swarm spec is not valid: {error}"))
         })?,
     };
-    let expiry = spec.ca_config.as_ref().and_then(|config| config.node_cert_expiry);
-    if expiry.is_some_and(|expiry| expiry.duration() < CERTIFICATE_LIFE_MIN) {
-        return Err(Status::invalid_argument("minimum certificate expiry time must be 1h0m0s"));
-    }
+    swarm::check(&spec).map_err(|error| Status::invalid_argument(error.to_string()))?;
     let pool =
         if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
     let ingress_pool = pool.parse().map_err(|_| {
@@ -86,7 +80,7 @@ pub(super) async fn init(
     let csr = Csr::generate().map_err(|error| internal(&error))?;
     let role = skep_common::spec::NodeRole::Manager;
     let certificate_pem = authority
-        .sign(&csr.csr_pem, node_id, role, cluster_id, now, NODE_CERTIFICATE_LIFE)
+        .sign(&csr.csr_pem, node_id, role, cluster_id, now, certificate_life(&spec))
         .map_err(|error| internal(&error))?;
     let root_pem = authority.root_pem().to_owned();
     let credentials =

@@ -4,7 +4,7 @@
 //! the one function that changes them), [`plan`](mod@plan) (one pass of all control loops) and what
 //! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`liveness`] (which
 //! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
-//! [`container`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
+//! [`container`], [`swarm`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
 
 pub mod claims;
 pub mod command;
@@ -32,6 +32,7 @@ pub mod scheduler;
 mod secrets;
 pub mod service;
 pub mod stack;
+pub mod swarm;
 pub mod validate;
 
 #[cfg(test)]

@@ -5,9 +5,9 @@
 //!
 //! # Rules
 //!
-//! 1. A node is silent when no heartbeat came for [`NODE_DOWN_AFTER`], or when its session closed and
+//! 1. A node is silent when no heartbeat came for three periods, or when its session closed and
 //!    two probes failed. It leaves the balancers, and it is down.
-//! 2. A closed session is probed at once; while it stays closed, once a heartbeat period.
+//! 2. A closed session is probed at once; while it stays closed, once a second.
 //! 3. The leader doubts itself: what its own tick was late is added to every deadline.
 //! 4. A new leader gives every node a fresh full grace, whatever the store says of it.
 //! 5. When more than a third of the nodes (and at least two) fall silent in one window, the fault is
@@ -23,15 +23,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use skep_common::limits::{HEARTBEAT_PERIOD, MASS_SILENCE_WAIT, NODE_DOWN_AFTER};
+use skep_common::limits::MASS_SILENCE_WAIT;
 use skep_common::object::NodeState;
 use skep_common::{Node, NodeId, Object, Timestamp};
 
 use crate::command::{Action, Expect};
 use crate::store::State;
+use crate::swarm::{self, SILENT_PERIODS};
 
 /// Failed probes of a node without a session that make it silent.
 const PROBES_MAX: u32 = 2;
+/// Between two probes of a node that answers them.
+const PROBE_PERIOD: Duration = Duration::from_secs(1);
 
 /// What the leader's shell saw. Times are the leader's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,9 +105,9 @@ struct Watch {
 }
 
 impl Watch {
-    fn new(now: Timestamp) -> Self {
+    fn new(now: Timestamp, grace: Duration) -> Self {
         Self {
-            silent_at: now.after(NODE_DOWN_AFTER),
+            silent_at: now.after(grace),
             last_beat: Timestamp(i64::MIN),
             has_session: false,
             is_known: false,
@@ -114,8 +117,8 @@ impl Watch {
         }
     }
 
-    fn see(&mut self, at: Timestamp) {
-        self.silent_at = self.silent_at.max(at.after(NODE_DOWN_AFTER));
+    fn see(&mut self, at: Timestamp, grace: Duration) {
+        self.silent_at = self.silent_at.max(at.after(grace));
         self.is_known = true;
         self.n_failed_probes = 0;
         self.held_until = None;
@@ -126,8 +129,8 @@ impl Watch {
     }
 
     /// Silent, or one heartbeat short of it.
-    fn is_falling_silent(&self, now: Timestamp) -> bool {
-        self.is_silent(now.after(HEARTBEAT_PERIOD))
+    fn is_falling_silent(&self, now: Timestamp, period: Duration) -> bool {
+        self.is_silent(now.after(period))
     }
 }
 
@@ -135,28 +138,42 @@ impl Watch {
 #[derive(Debug)]
 pub struct Liveness {
     watches: BTreeMap<NodeId, Watch>,
+    /// What nodes are told. A shorter one counts from a node's next heartbeat on: that is when it hears of it.
+    period: Duration,
 }
 
 impl Liveness {
     /// Starts to lead: every node has a full grace from now on.
     pub fn new(view: &State, now: Timestamp) -> Self {
-        let watches = view.nodes().keys().map(|node_id| (*node_id, Watch::new(now))).collect();
-        Self { watches }
+        let period = swarm::heartbeat_period(view);
+        let grace = period * SILENT_PERIODS;
+        let watch = |node_id: &NodeId| (*node_id, Watch::new(now, grace));
+        Self { watches: view.nodes().keys().map(watch).collect(), period }
+    }
+
+    /// The period that nodes may be told from now on.
+    pub fn period(&self) -> Duration {
+        self.period
+    }
+
+    fn grace(&self) -> Duration {
+        self.period * SILENT_PERIODS
     }
 
     /// Takes note of what was seen.
     pub fn observe(&mut self, event: Event) {
+        let grace = self.grace();
         match event {
             Event::Beat { node_id, at } => {
                 let watch = self.watch(node_id, at);
                 if at > watch.last_beat {
                     watch.last_beat = at;
-                    watch.see(at);
+                    watch.see(at, grace);
                 }
             }
             Event::SessionOpened { node_id, at } => {
                 let watch = self.watch(node_id, at);
-                watch.see(at);
+                watch.see(at, grace);
                 watch.has_session = true;
                 watch.probe_at = None;
             }
@@ -169,12 +186,12 @@ impl Liveness {
             Event::Probed { node_id, at, is_alive } => {
                 let Some(watch) = self.watches.get_mut(&node_id) else { return };
                 if is_alive {
-                    watch.see(at);
+                    watch.see(at, grace);
                 } else {
                     watch.n_failed_probes += 1;
                 }
                 let is_done = watch.has_session || watch.n_failed_probes >= PROBES_MAX;
-                let again_at = if is_alive { at.after(HEARTBEAT_PERIOD) } else { at };
+                let again_at = if is_alive { at.after(PROBE_PERIOD) } else { at };
                 watch.probe_at = (!is_done).then_some(again_at);
             }
             Event::Tick { late_by } => {
@@ -186,11 +203,13 @@ impl Liveness {
     }
 
     fn watch(&mut self, node_id: NodeId, at: Timestamp) -> &mut Watch {
-        self.watches.entry(node_id).or_insert_with(|| Watch::new(at))
+        let grace = self.grace();
+        self.watches.entry(node_id).or_insert_with(|| Watch::new(at, grace))
     }
 
     /// What follows from all that was seen. What was decided but not committed is decided again.
     pub fn decide(&mut self, view: &State, now: Timestamp) -> Verdict {
+        self.period = swarm::heartbeat_period(view);
         self.watches.retain(|node_id, _| view.node(*node_id).is_some());
         for node_id in view.nodes().keys() {
             self.watch(*node_id, now);
@@ -245,7 +264,8 @@ impl Liveness {
             })
         };
         let up = self.watches.iter().filter(|(node_id, _)| is_up(node_id));
-        let n_falling = up.clone().filter(|(_, watch)| watch.is_falling_silent(now)).count();
+        let n_falling =
+            up.clone().filter(|(_, watch)| watch.is_falling_silent(now, self.period)).count();
         if n_falling < 2 || n_falling * 3 <= up.count() {
             return;
         }
@@ -293,6 +313,7 @@ fn put(node: &Node, state: NodeState, message: &str) -> Action {
 mod tests {
     use super::*;
     use crate::testing::{NOW, World, service};
+    use skep_common::limits::NODE_DOWN_AFTER;
 
     struct Play {
         world: World,
@@ -474,5 +495,33 @@ mod tests {
         let mut play = Play::new("1 2 3 4");
         let verdict = play.liveness.decide(&play.world.state, NOW);
         assert_eq!(verdict.deadline, Some(NOW.after(NODE_DOWN_AFTER)));
+    }
+
+    fn set_period(play: &mut Play, millis: i64) {
+        let stored = play.world.state.cluster().map(|cluster| (**cluster).clone());
+        let expect = stored.as_ref().map_or(Expect::Absent, |c| Expect::Version(c.meta.version));
+        let mut cluster = stored.unwrap_or_else(crate::testing::cluster);
+        let period = Some(skep_common::spec::Nanos(millis * 1_000_000));
+        cluster.spec.dispatcher.get_or_insert_default().heartbeat_period = period;
+        let object = Object::Cluster(Box::new(cluster));
+        play.world.apply(vec![Action::Put { object, expect }]);
+    }
+
+    #[test]
+    fn three_periods_of_silence_count_whatever_the_period_is() {
+        let mut play = Play::new("1 2 3 4");
+        set_period(&mut play, 5000);
+        assert_eq!(play.at(900, &[]), "");
+        assert_eq!(play.beats(901, &[1, 2, 3, 4]), "", "they are told of it now");
+        assert_eq!(play.beats(5901, &[2, 3, 4]), "", "so this is early enough");
+        assert_eq!(play.beats(10_901, &[2, 3, 4]), "");
+        // A shorter one: nobody is late who could not have heard of it.
+        set_period(&mut play, 200);
+        assert_eq!(play.at(15_900, &[]), "");
+        assert_eq!(play.beats(15_901, &[2, 3, 4]), "1=down, out 1");
+        for at in (16_101..25_901).step_by(200) {
+            assert_eq!(play.beats(at, &[3, 4]), "out 1", "{at}");
+        }
+        assert_eq!(play.beats(25_901, &[3, 4]), "2=down, out 1, out 2");
     }
 }

@@ -12,6 +12,7 @@ use skep_manager_core::State;
 use skep_runtime::TaskSet;
 use tokio::sync::{Mutex, mpsc, watch};
 
+use super::compaction;
 use super::deadline::Deadline;
 use super::disk::{self, DirLock};
 use super::feed::{Feed, Hub};
@@ -152,7 +153,7 @@ impl Consensus {
         let started = runtime.handle().spawn(start).await;
         let (raft, log) = started.map_err(|error| StartError::Raft(error.to_string()))??;
 
-        let Options { raft_id, transport, timing, dir, .. } = options;
+        let Options { raft_id, transport, timing, dir, compaction, .. } = options;
         let metrics = Metrics::of(&raft);
         let (announced, leadership) = watch::channel(Leadership::default());
         let (forwards, queue) = mpsc::channel(propose::QUEUE_LENGTH);
@@ -164,6 +165,9 @@ impl Consensus {
             let transport = Arc::clone(&transport);
             let forwarder = Forwarder { raft_id, metrics: metrics.clone(), transport };
             tasks.spawn("raft forwarder", forwarder.run(queue));
+            let compacting =
+                compaction::run(raft.clone(), metrics.clone(), hub.watch(), compaction);
+            tasks.spawn("raft compaction", compacting);
         }
         let (log, membership_change) = (std::sync::Mutex::new(Some(log)), Mutex::default());
         let inner = Inner {

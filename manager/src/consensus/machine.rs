@@ -16,7 +16,7 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, alias};
 use serde::Deserialize;
 use skep_manager_core::command::FORMAT_LEVEL;
-use skep_manager_core::{Change, Command, State};
+use skep_manager_core::{Change, Command, State, swarm};
 use tokio::runtime::RuntimeFlavor;
 
 use super::codec::entry_size;
@@ -195,7 +195,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let (snapshots, stored_meta) = (self.snapshots.clone(), meta.clone());
         let install = move || {
             let state = data.state()?;
-            snapshots.write(&stored_meta, &data).map_err(io::Error::other)?;
+            let n_old = swarm::old_snapshots_kept(&state);
+            snapshots.write(&stored_meta, &data, n_old).map_err(io::Error::other)?;
             Ok::<State, io::Error>(state)
         };
         let state = tokio::task::spawn_blocking(install).await.map_err(io::Error::other)??;
@@ -240,7 +241,8 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
         let snapshots = self.snapshots.clone();
         let build = move || {
             let snapshot = SnapshotData::of(&state)?;
-            snapshots.write(&meta, &snapshot).map_err(io::Error::other)?;
+            let n_old = swarm::old_snapshots_kept(&state);
+            snapshots.write(&meta, &snapshot, n_old).map_err(io::Error::other)?;
             Ok::<_, io::Error>(openraft::Snapshot { meta, snapshot })
         };
         tokio::task::spawn_blocking(build).await.map_err(io::Error::other)?

@@ -12,7 +12,7 @@
 //! # Reading order
 //!
 //! `handle` and `options`; `propose`, `membership`, `leadership`, `feed` (what callers use); `serve`,
-//! `network`, `wire` (between managers); `machine`, `snapshot`, `log`, `lost_tail` (below openraft); `codec`,
+//! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `codec`,
 //! `frame`, `seal`, `disk` (bytes).
 //!
 //! # Invariants
@@ -29,6 +29,7 @@
 //! 9.6); openraft 0.10 `docs`; SwarmKit `manager/state/raft`.
 
 mod codec;
+mod compaction;
 mod deadline;
 mod disk;
 mod feed;

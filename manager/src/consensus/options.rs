@@ -52,7 +52,8 @@ impl Timing {
 /// When the log is replaced by a snapshot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Compaction {
-    /// A snapshot is made after this many entries. SwarmKit's `SnapshotInterval`.
+    /// A snapshot is made after this many entries, where the swarm's settings name no other number.
+    /// SwarmKit's `SnapshotInterval`.
     pub entries: u64,
     /// Entries kept before a snapshot, for followers that are a little behind. SwarmKit's
     /// `LogEntriesForSlowFollowers`.
@@ -115,7 +116,8 @@ impl Options {
             election_timeout_max: millis(election_max),
             max_payload_entries: ENTRIES_AT_ONCE,
             max_append_entries: Some(ENTRIES_AT_ONCE),
-            snapshot_policy: SnapshotPolicy::LogsSinceLast(self.compaction.entries),
+            // The interval is the swarm's to change: see `compaction`.
+            snapshot_policy: SnapshotPolicy::Never,
             max_in_snapshot_log_to_keep: self.compaction.keep,
             enable_pre_vote: Some(true),
             // A manager that restarts stands for election: its term names one run of its loops.

@@ -20,6 +20,8 @@ use super::types::SnapshotMeta;
 
 const SNAPSHOT: FileKind = FileKind { magic: b"skepsnap", purpose: "skep raft snapshot" };
 const FILE: &str = "snapshot";
+/// An older snapshot: this, and the index of its last entry.
+const OLD_PREFIX: &str = "snapshot.old-";
 const TEMPORARY_FILE: &str = "snapshot.new";
 /// Content of one frame.
 const PIECE_BYTES: usize = 1 << 20;
@@ -75,8 +77,13 @@ impl SnapshotStore {
         Ok(store)
     }
 
-    /// Stores a snapshot durably, unless a newer one is there. Blocks.
-    pub(crate) fn write(&self, meta: &SnapshotMeta, data: &SnapshotData) -> Result<(), Error> {
+    /// Stores a snapshot durably, unless a newer one is there, and keeps so many older ones beside it. Blocks.
+    pub(crate) fn write(
+        &self,
+        meta: &SnapshotMeta,
+        data: &SnapshotData,
+        n_old: usize,
+    ) -> Result<(), Error> {
         let mut current = self.current.lock().expect(UNPOISONED);
         if current.as_ref().is_some_and(|current| current.last_log_id >= meta.last_log_id) {
             return Ok(());
@@ -93,9 +100,38 @@ impl SnapshotStore {
         let written = std::io::Write::write_all(&mut &file, &bytes);
         written.map_err(Error::io("write", &temporary))?;
         file.sync_all().map_err(Error::io("sync", &temporary))?;
+        if let Some(before) = current.as_ref().filter(|_| n_old > 0) {
+            let index = before.last_log_id.map_or(0, |log_id| log_id.index);
+            let kept = self.dir.join(format!("{OLD_PREFIX}{index:020}"));
+            match fs::hard_link(self.path(), &kept) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+                    return Err(Error::io("link", &kept)(error));
+                }
+                _ => {}
+            }
+        }
         fs::rename(&temporary, self.path()).map_err(Error::io("rename", &temporary))?;
+        self.remove_old(n_old)?;
         disk::sync_dir(&self.dir)?;
         *current = Some(meta.clone());
+        Ok(())
+    }
+
+    /// Removes the oldest of the older snapshots, beyond so many.
+    fn remove_old(&self, n_kept: usize) -> Result<(), Error> {
+        let mut old = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(Error::io("list", &self.dir))? {
+            let path = entry.map_err(Error::io("list", &self.dir))?.path();
+            let name = path.file_name().and_then(|name| name.to_str());
+            if name.is_some_and(|name| name.starts_with(OLD_PREFIX)) {
+                old.push(path);
+            }
+        }
+        old.sort();
+        let n_surplus = old.len().saturating_sub(n_kept);
+        for path in old.drain(..n_surplus) {
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
         Ok(())
     }
 
@@ -177,8 +213,8 @@ mod tests {
         let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
         assert_eq!(store.read().unwrap(), None);
         let large = SnapshotData(vec![5; 3 * PIECE_BYTES + 7].into());
-        store.write(&meta(9), &large).unwrap();
-        store.write(&meta(8), &SnapshotData(Bytes::new())).unwrap();
+        store.write(&meta(9), &large, 0).unwrap();
+        store.write(&meta(8), &SnapshotData(Bytes::new()), 0).unwrap();
         let mode = fs::metadata(store.path()).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
 
@@ -197,7 +233,7 @@ mod tests {
             opened.map(drop).map_err(|error| error.to_string())
         };
         let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
-        store.write(&meta(9), &SnapshotData(Bytes::from_static(b"state"))).unwrap();
+        store.write(&meta(9), &SnapshotData(Bytes::from_static(b"state")), 0).unwrap();
         let good = fs::read(store.path()).unwrap();
 
         let mut flipped = good.clone();
@@ -222,6 +258,31 @@ mod tests {
         open(&key).unwrap();
     }
 
+    #[test]
+    fn so_many_older_snapshots_are_kept_as_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = DataKey::new(3, [1; 32]);
+        let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
+        let old = |index: u64| dir.path().join(format!("{OLD_PREFIX}{index:020}"));
+        for (index, n_old, kept) in [
+            (1, 2, vec![]),
+            (2, 2, vec![1]),
+            (3, 2, vec![1, 2]),
+            (14, 2, vec![2, 3]),
+            (15, 0, vec![]),
+        ] {
+            let data = SnapshotData(Bytes::from(vec![u8::try_from(index).unwrap()]));
+            store.write(&meta(index), &data, n_old).unwrap();
+            let found: Vec<u64> = (1..20).filter(|index| old(*index).exists()).collect();
+            assert_eq!(found, kept, "after {index}");
+        }
+        store.write(&meta(16), &SnapshotData(Bytes::new()), 1).unwrap();
+        fs::rename(old(15), store.path()).unwrap();
+        let store = SnapshotStore::open(dir.path().to_owned(), key).unwrap();
+        let (found, data) = store.read().unwrap().unwrap();
+        assert_eq!((found, &*data.0), (meta(15), &[15][..]), "it opens in the newest one's place");
+    }
+
     /// `UPDATE_GOLDEN=1` rewrites the file, which only a new format version justifies.
     #[test]
     fn a_snapshot_of_format_version_1_still_opens() {
@@ -233,7 +294,7 @@ mod tests {
         state.skip(9);
         if std::env::var_os("UPDATE_GOLDEN").is_some() {
             let store = SnapshotStore::open(dir.path().to_owned(), key.clone()).unwrap();
-            store.write(&meta(9), &SnapshotData::of(&state).unwrap()).unwrap();
+            store.write(&meta(9), &SnapshotData::of(&state).unwrap(), 0).unwrap();
             fs::rename(store.path(), &golden).unwrap();
         }
         fs::copy(&golden, dir.path().join(FILE)).unwrap();

@@ -1,24 +1,51 @@
 //! The swarm's own settings, its root, its unlock key and its backup.
 
-#![expect(clippy::unused_async, reason = "they will ask the store")]
+use std::sync::Arc;
 
+use skep_common::object::Cluster;
+use skep_common::spec::SwarmSpec;
+use skep_common::{Object, Version};
+use skep_manager_core::{Action, Expect, State, swarm};
 use skep_proto::{
     BackupChunk, BackupRequest, RotateCaRequest, RotateCaResponse, UnlockKeyRequest,
     UnlockKeyResponse, UpdateSwarmRequest, UpdateSwarmResponse,
 };
+use skep_runtime::identity::new_secret;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::ControlService;
-use super::error::not_supported;
+use super::error::{Error, not_supported};
+use super::{ControlService, parse_json};
 
-pub(super) async fn update(
-    _control: &ControlService,
-    _request: UpdateSwarmRequest,
-) -> Result<UpdateSwarmResponse, Status> {
-    Err(not_supported("swarm update"))
+fn cluster(state: &State) -> Result<&Arc<Cluster>, Error> {
+    let not_found = || Error::NotFound { kind: "cluster", reference: "default".into() };
+    state.cluster().ok_or_else(not_found)
 }
 
+pub(super) async fn update(
+    control: &ControlService,
+    request: UpdateSwarmRequest,
+) -> Result<UpdateSwarmResponse, Error> {
+    let spec: SwarmSpec = parse_json("swarm spec", &request.spec_json)?;
+    let state = control.read().await?;
+    let mut changed = swarm::with_spec(cluster(&state)?, spec).map_err(invalid)?;
+    if request.rotate_worker_token {
+        changed.join_tokens.worker = new_secret();
+    }
+    if request.rotate_manager_token {
+        changed.join_tokens.manager = new_secret();
+    }
+    let expect = Expect::Version(Version { index: request.version });
+    let object = Object::Cluster(Box::new(changed));
+    let version = control.write(vec![Action::Put { object, expect }]).await?;
+    Ok(UpdateSwarmResponse { version: version.index })
+}
+
+fn invalid(error: swarm::Error) -> Error {
+    Error::Invalid(error.to_string())
+}
+
+#[expect(clippy::unused_async, reason = "it will ask the store")]
 pub(super) async fn rotate_ca(
     _control: &ControlService,
     _request: RotateCaRequest,
@@ -26,6 +53,7 @@ pub(super) async fn rotate_ca(
     Err(not_supported("swarm ca --rotate"))
 }
 
+#[expect(clippy::unused_async, reason = "it will ask the store")]
 pub(super) async fn unlock_key(
     _control: &ControlService,
     _request: UnlockKeyRequest,

@@ -32,6 +32,7 @@ use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Event, Liveness};
 use skep_manager_core::{
     Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, level, node_name, plan,
+    swarm,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -57,6 +58,7 @@ pub(crate) async fn run(consensus: Consensus, door: Door, tasks: TaskSet) {
             Err(_) => return, // Consensus has ended.
         };
         tracing::info!(raft.term = term, "leading");
+        door.tell_period(swarm::heartbeat_period(&consensus.state()));
         let events = door.open();
         let probing = tasks.child();
         let lost = async {
@@ -226,7 +228,9 @@ impl Leader {
     fn handle(&mut self, event: SessionEvent) {
         match event {
             SessionEvent::Opened { node_id, session_id, hello, to_agent } => {
-                let opened = self.sessions.open(&self.state, node_id, session_id, &hello, to_agent);
+                let period = self.liveness.period();
+                let opened =
+                    self.sessions.open(&self.state, node_id, session_id, period, &hello, to_agent);
                 let Some(actions) = opened else { return };
                 self.liveness.observe(Event::SessionOpened { node_id, at: clock::now() });
                 self.drain.session_opened(node_id);
@@ -314,6 +318,7 @@ impl Leader {
             self.liveness.observe(Event::Beat { node_id: *entry.key(), at: *entry.value() });
         }
         let verdict = self.liveness.decide(&self.state, now);
+        self.door.tell_period(self.liveness.period());
         self.probe(&verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;

@@ -1,13 +1,13 @@
 //! The open sessions: what each node was told, and what is new for it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use super::payloads::payloads;
 use super::role::role_of;
 use super::trust::trust_of;
 use skep_common::limits::{
-    CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, HEARTBEAT_PERIOD,
-    PORT_CONDITIONS_MAX,
+    CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, PORT_CONDITIONS_MAX,
 };
 use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
@@ -96,6 +96,7 @@ impl Sessions {
         state: &State,
         node_id: NodeId,
         session_id: u64,
+        period: Duration,
         hello: &Hello,
         to_agent: ToAgent,
     ) -> Option<Vec<Action>> {
@@ -125,7 +126,7 @@ impl Sessions {
         let told_role = role_of(node);
         let welcome = Welcome {
             session_id: format!("{session_id:016x}"),
-            heartbeat_millis: u64::try_from(HEARTBEAT_PERIOD.as_millis()).unwrap_or(u64::MAX),
+            heartbeat_millis: u64::try_from(period.as_millis()).unwrap_or(u64::MAX),
             term: self.term,
             managers: told_managers.clone(),
             node_number: node.number.into(),

@@ -25,6 +25,8 @@ use tonic::Status;
 
 /// First wait after a failed attempt. SwarmKit's agent begins with it as well.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
+/// A heartbeat that is not answered by then is lost.
+const BEAT_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest wait between attempts. SwarmKit waits up to 8 s; an idle attempt costs little.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A leader answers a Hello at once; one that does not is not the leader any more.
@@ -228,17 +230,29 @@ impl Heartbeats {
             let Ok(runtime) = runtime else { return };
             runtime.block_on(async {
                 let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
-                let mut interval = tokio::time::interval(period);
+                let mut period = period;
+                let mut next = tokio::time::Instant::now();
                 loop {
                     tokio::select! {
                         () = token.cancelled() => return,
-                        _ = interval.tick() => {}
+                        () = tokio::time::sleep_until(next) => {}
                     }
+                    next = (next + period).max(tokio::time::Instant::now());
                     let mut request =
                         tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
-                    request.set_timeout(period);
-                    if let Err(status) = client.heartbeat(request).await {
-                        tracing::debug!(error = status.message(), "a heartbeat failed");
+                    request.set_timeout(period.min(BEAT_DEADLINE));
+                    let told = match client.heartbeat(request).await {
+                        Ok(answer) => answer.into_inner().heartbeat_millis,
+                        Err(status) => {
+                            tracing::debug!(error = status.message(), "a heartbeat failed");
+                            continue;
+                        }
+                    };
+                    let told = Duration::from_millis(told.max(1));
+                    if told != period {
+                        tracing::info!(?told, "managers hear of this node at another period now");
+                        next = tokio::time::Instant::now() + told;
+                        period = told;
                     }
                 }
             });

@@ -386,9 +386,14 @@ impl Control for Served {
 
     async fn update_swarm(
         &self,
-        _: Request<skep_proto::UpdateSwarmRequest>,
+        request: Request<skep_proto::UpdateSwarmRequest>,
     ) -> Answer<skep_proto::UpdateSwarmResponse> {
-        Err(Status::unimplemented("swarm update"))
+        let request = request.into_inner();
+        self.ask(json!({"version": request.version, "spec": request.spec_json}));
+        if let Some(status) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(status);
+        }
+        Ok(Response::new(skep_proto::UpdateSwarmResponse { version: request.version + 1 }))
     }
 
     async fn rotate_ca(

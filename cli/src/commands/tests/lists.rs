@@ -353,6 +353,30 @@ web          1         0123456789ab   About an hour ago   7.34MB
 }
 
 #[tokio::test]
+async fn what_is_not_named_of_the_swarms_settings_stays() {
+    let daemon = Daemon::start();
+    daemon.hold(
+        "cluster",
+        [json!({
+            "ID": "0000000000000000000000001", "Version": {"Index": 7},
+            "Spec": {"Name": "default", "Orchestration": {"TaskHistoryRetentionLimit": 2}},
+        })],
+    );
+    let (code, _, err) = run(&daemon, "swarm update").await;
+    assert_eq!(code, 1);
+    assert!(err.contains("nothing to update"), "{err}");
+    let raced = tonic::Status::aborted("update out of sequence");
+    daemon.table.lock().unwrap().refusals.push_back(raced);
+    check(
+        run(&daemon, "swarm update --cert-expiry 48h --dispatcher-heartbeat 5s --max-snapshots 2 --snapshot-interval 500 --placement-strategy binpack").await,
+        "Swarm updated.\n",
+    );
+    let spec = "{\"Name\":\"default\",\"Orchestration\":{\"TaskHistoryRetentionLimit\":2,\"Strategy\":\"binpack\"},\"CAConfig\":{\"NodeCertExpiry\":172800000000000},\"Raft\":{\"SnapshotInterval\":500,\"KeepOldSnapshots\":2},\"Dispatcher\":{\"HeartbeatPeriod\":5000000000}}";
+    let asked = json!({"version": 7, "spec": spec});
+    assert_eq!(daemon.asked(), [asked.clone(), asked], "it is asked again after a race");
+}
+
+#[tokio::test]
 async fn the_swarm_and_this_machine() {
     let daemon = cluster();
     check(

@@ -7,13 +7,50 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use futures::future::join_all;
-use skep_manager_core::Outcome;
+use skep_common::Timestamp;
 use skep_manager_core::command::FORMAT_LEVEL;
+use skep_manager_core::{Action, Command, Expect, Outcome};
 use skep_runtime::TaskSet;
 
 use super::harness::{Swarm, has_config, put_config, within};
 use crate::consensus::disk::{Disk, RealDisk};
 use crate::consensus::{Consensus, RaftRequest, StartError, StopReason, Unapplicable};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_made_after_as_many_entries_as_the_swarm_says() {
+    let mut swarm = Swarm::of(1).await;
+    let manager = swarm.get(1).clone();
+    let cluster = serde_json::json!({
+        "ID": "0000000000000000000000001", "Version": {"Index": 0}, "Spec": {"Name": "default"},
+        "JoinTokens": {"Worker": "", "Manager": ""}, "RootCaCert": "", "RootCaKey": "",
+        "IngressPool": "10.192.0.0/10", "CreatedAt": "2023-11-14T22:00:00Z", "UpdatedAt": "2023-11-14T22:00:00Z",
+    });
+    let mut cluster: skep_common::object::Cluster = serde_json::from_value(cluster).unwrap();
+    for (n_entries, at) in [(20, 100), (50, 1000)] {
+        let raft = cluster.spec.raft.get_or_insert_default();
+        (raft.snapshot_interval, raft.keep_old_snapshots) = (Some(n_entries), Some(3));
+        let object = skep_common::Object::Cluster(Box::new(cluster.clone()));
+        let stored = manager.state().cluster().map(|cluster| cluster.meta.version);
+        let expect = stored.map_or(Expect::Absent, Expect::Version);
+        let command = Command::new(Timestamp(1), vec![Action::Put { object, expect }]);
+        within("a write", manager.propose(&command)).await.unwrap();
+        let before = manager.status().await.snapshot.unwrap_or(0);
+        for number in at..at + n_entries {
+            within("a write", manager.propose(&put_config(number, 10))).await.unwrap();
+        }
+        let mut made = manager.inner.metrics.clone();
+        let is_made = |metrics: &openraft::RaftMetrics<_>| {
+            metrics.snapshot.is_some_and(|log_id| log_id.index >= before + n_entries)
+        };
+        within("a snapshot", made.wait_for(is_made)).await.unwrap();
+    }
+    let dir = swarm.options(1).dir;
+    let kept = std::fs::read_dir(dir).unwrap();
+    let is_old = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("snapshot.old-");
+    let n_kept = kept.map(|entry| entry.unwrap().file_name()).filter(is_old).count();
+    assert!(n_kept >= 1, "the first one is kept beside the second");
+    swarm.stop().await;
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_acknowledged_write_is_lost_when_leaders_are_killed_again_and_again() {

@@ -1,0 +1,153 @@
+//! The swarm's own settings: what may be asked, and what follows where nothing was.
+
+use std::time::Duration;
+
+use skep_common::limits::HEARTBEAT_PERIOD;
+use skep_common::object::Cluster;
+use skep_common::spec::SwarmSpec;
+
+use crate::store::State;
+
+/// Life of node certificates where the swarm's settings name none. SwarmKit's value.
+const CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+/// Shorter lives of certificates would be renewed all the time. Docker's minimum.
+pub const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(3600);
+/// Heartbeats more often than this keep the leader busy, and a node down for a hiccup.
+pub const HEARTBEAT_MIN: Duration = Duration::from_millis(200);
+/// With fewer heartbeats than one a minute, a dead node would be found after minutes.
+pub const HEARTBEAT_MAX: Duration = Duration::from_secs(60);
+/// Periods of silence after which a node counts as down, as in Swarm.
+pub const SILENT_PERIODS: u32 = 3;
+
+/// Why the settings of a swarm are refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Docker's words.
+    #[error("minimum certificate expiry time must be 1h0m0s")]
+    CertificateLife,
+    /// Out of bounds.
+    #[error("invalid heartbeat period: it must be from 200ms to 1m0s")]
+    Heartbeat,
+    /// The log would grow for ever.
+    #[error("invalid snapshot interval 0: a snapshot must be made after some number of entries")]
+    SnapshotInterval,
+    /// There is one swarm, and it has this name.
+    #[error("a swarm is named \"default\", not {0:?}")]
+    Name(String),
+    /// Managers sign certificates themselves.
+    #[error(
+        "external certificate authorities are not supported: managers sign certificates themselves"
+    )]
+    ExternalAuthority,
+    /// Not yet.
+    #[error("managers that start locked are not supported yet")]
+    Autolock,
+    /// Changing the root is a request of its own.
+    #[error("the root of certificates is changed with `skep swarm ca --rotate`")]
+    Root,
+}
+
+/// Checks the settings of a new swarm.
+pub fn check(spec: &SwarmSpec) -> Result<(), Error> {
+    if !matches!(spec.name.as_str(), "" | "default") {
+        return Err(Error::Name(spec.name.clone()));
+    }
+    if let Some(config) = &spec.ca_config {
+        if config.node_cert_expiry.is_some_and(|expiry| expiry.duration() < CERTIFICATE_LIFE_MIN) {
+            return Err(Error::CertificateLife);
+        }
+        let is_none = |value: &serde_json::Value| {
+            value.is_null() || value.as_array().is_some_and(Vec::is_empty)
+        };
+        if config.extra.get("ExternalCAs").is_some_and(|value| !is_none(value)) {
+            return Err(Error::ExternalAuthority);
+        }
+        let is_root_named = config.force_rotate.is_some_and(|counter| counter > 0)
+            || config.signing_ca_cert.as_ref().is_some_and(|pem| !pem.is_empty())
+            || config.signing_ca_key.as_ref().is_some_and(|pem| !pem.is_empty());
+        if is_root_named {
+            return Err(Error::Root);
+        }
+    }
+    let is_locked = spec.encryption_config.as_ref().and_then(|config| config.auto_lock_managers);
+    if is_locked == Some(true) {
+        return Err(Error::Autolock);
+    }
+    let period = spec.dispatcher.as_ref().and_then(|config| config.heartbeat_period);
+    if period.is_some_and(|period| !(HEARTBEAT_MIN..=HEARTBEAT_MAX).contains(&period.duration())) {
+        return Err(Error::Heartbeat);
+    }
+    if spec.raft.as_ref().and_then(|config| config.snapshot_interval) == Some(0) {
+        return Err(Error::SnapshotInterval);
+    }
+    Ok(())
+}
+
+/// The swarm with other settings, where they may be had.
+pub fn with_spec(cluster: &Cluster, spec: SwarmSpec) -> Result<Cluster, Error> {
+    check(&spec)?;
+    let mut changed = cluster.clone();
+    changed.spec = SwarmSpec { name: "default".into(), ..spec };
+    Ok(changed)
+}
+
+/// How long node certificates are good.
+pub fn certificate_life(spec: &SwarmSpec) -> Duration {
+    let expiry = spec.ca_config.as_ref().and_then(|config| config.node_cert_expiry);
+    expiry.map_or(CERTIFICATE_LIFE, |expiry| expiry.duration().max(CERTIFICATE_LIFE_MIN))
+}
+
+/// How often nodes let hear of themselves.
+pub fn heartbeat_period(view: &State) -> Duration {
+    let spec = view.cluster().and_then(|cluster| cluster.spec.dispatcher.as_ref());
+    spec.and_then(|config| config.heartbeat_period)
+        .map_or(HEARTBEAT_PERIOD, |period| period.duration().clamp(HEARTBEAT_MIN, HEARTBEAT_MAX))
+}
+
+/// After how many entries of the log a snapshot is made; `None` where the swarm says nothing.
+pub fn snapshot_interval(view: &State) -> Option<u64> {
+    let spec = view.cluster().and_then(|cluster| cluster.spec.raft.as_ref());
+    spec.and_then(|config| config.snapshot_interval).filter(|entries| *entries > 0)
+}
+
+/// How many snapshots are kept beside the newest.
+pub fn old_snapshots_kept(view: &State) -> usize {
+    let spec = view.cluster().and_then(|cluster| cluster.spec.raft.as_ref());
+    let kept = spec.and_then(|config| config.keep_old_snapshots).unwrap_or(0);
+    usize::try_from(kept).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_within_bounds() {
+        let hour = 3_600_000_000_000i64;
+        for (json, expect) in [
+            ("{}".to_owned(), Ok(())),
+            (r#"{"Name":"default"}"#.to_owned(), Ok(())),
+            (r#"{"Name":"web"}"#.to_owned(), Err(Error::Name("web".into()))),
+            (format!(r#"{{"CAConfig":{{"NodeCertExpiry":{hour}}}}}"#), Ok(())),
+            (
+                format!(r#"{{"CAConfig":{{"NodeCertExpiry":{}}}}}"#, hour - 1),
+                Err(Error::CertificateLife),
+            ),
+            (r#"{"CAConfig":{"ExternalCAs":[]}}"#.to_owned(), Ok(())),
+            (
+                r#"{"CAConfig":{"ExternalCAs":[{"URL":"u"}]}}"#.to_owned(),
+                Err(Error::ExternalAuthority),
+            ),
+            (r#"{"CAConfig":{"ForceRotate":0}}"#.to_owned(), Ok(())),
+            (r#"{"CAConfig":{"ForceRotate":1}}"#.to_owned(), Err(Error::Root)),
+            (r#"{"Dispatcher":{"HeartbeatPeriod":200000000}}"#.to_owned(), Ok(())),
+            (r#"{"Dispatcher":{"HeartbeatPeriod":199999999}}"#.to_owned(), Err(Error::Heartbeat)),
+            (r#"{"Dispatcher":{"HeartbeatPeriod":60000000001}}"#.to_owned(), Err(Error::Heartbeat)),
+            (r#"{"Raft":{"SnapshotInterval":1}}"#.to_owned(), Ok(())),
+            (r#"{"Raft":{"SnapshotInterval":0}}"#.to_owned(), Err(Error::SnapshotInterval)),
+        ] {
+            let spec: SwarmSpec = serde_json::from_str(&json).unwrap();
+            assert_eq!(check(&spec), expect, "{json}");
+        }
+    }
+}
