@@ -9,6 +9,7 @@ pub mod control;
 pub mod dispatcher;
 pub mod join;
 pub mod leader;
+mod lock;
 pub mod manager;
 pub mod raft_rpc;
 mod roles;

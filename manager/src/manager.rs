@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ipnet::Ipv4Net;
 use skep_common::limits::{ANONYMOUS_MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX};
 use skep_common::object::{Cluster, JoinTokens, ManagerStatus, Network};
-use skep_common::spec::{Availability, NetworkSpec, NodeRole, SwarmSpec};
+use skep_common::spec::{Availability, Base64, NetworkSpec, NodeRole, SwarmSpec};
 use skep_common::{ClusterId, Meta, NetworkId, NodeId, Object};
 use skep_manager_core::{Action, Command, Expect, Outcome};
 use skep_proto::ca_server::CaServer;
@@ -14,9 +14,10 @@ use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
 use skep_proto::dispatcher_server::DispatcherServer;
 use skep_proto::raft_server::RaftServer;
-use skep_runtime::identity::{Authority, RaftKey, new_secret};
+use skep_runtime::identity::{Authority, Files, RaftKey, UnlockKey, new_secret};
 use skep_runtime::transport::ChannelPool;
 use skep_runtime::{TaskSet, clock};
+use tokio::sync::watch;
 use tonic::Status;
 use tonic::service::Routes;
 
@@ -25,6 +26,7 @@ use crate::control::{ContainersService, ControlService};
 use crate::dispatcher::{DispatcherService, Door};
 use crate::join::{self, CaService};
 use crate::leader;
+use crate::lock;
 use crate::raft_rpc::{GrpcTransport, RaftService, ask_to_add};
 
 /// What a manager needs.
@@ -40,6 +42,8 @@ pub struct ManagerOptions {
     pub raft_dir: PathBuf,
     /// Seals them.
     pub raft_key: RaftKey,
+    /// Where that key lies.
+    pub files: Files,
     /// `ip:port` at which other nodes reach it.
     pub address: String,
     /// Channels to other nodes.
@@ -55,6 +59,8 @@ pub struct NewSwarm {
     pub authority: Authority,
     /// Its settings.
     pub spec: SwarmSpec,
+    /// What managers are to start locked with.
+    pub unlock_key: Option<UnlockKey>,
     /// Pool of ingress slices.
     pub ingress_pool: Ipv4Net,
     /// Pools of the subnets of networks; none is the default one.
@@ -84,12 +90,15 @@ impl Manager {
         let raft = consensus::Options::new(options.raft_id, &options.raft_dir, key, transport);
         let consensus = Consensus::start(raft).await?;
         let tasks = TaskSet::new();
+        let (kept, lock_version) = watch::channel(options.files.lock_version());
+        tasks.spawn("lock", lock::follow(consensus.clone(), options.files.clone(), kept));
         let control = ControlService::new(
             consensus.clone(),
             options.node_id,
             options.pool.clone(),
             options.address.clone(),
             tasks.clone(),
+            lock_version,
         );
         let door = Door::new();
         tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));
@@ -102,6 +111,7 @@ impl Manager {
         self.consensus.bootstrap(&self.options.address).await.map_err(|error| internal(&error))?;
         let tokens = JoinTokens { worker: new_secret(), manager: new_secret() };
         let worker_secret = tokens.worker.clone();
+        let lock_version = u64::from(swarm.unlock_key.is_some());
         let cluster = Cluster {
             id: swarm.cluster_id,
             meta: Meta::default(),
@@ -113,8 +123,8 @@ impl Manager {
             default_addr_pool: swarm.default_addr_pool,
             subnet_size: swarm.subnet_size,
             root_rotation: None,
-            unlock_key: None,
-            unlock_key_version: 0,
+            unlock_key: swarm.unlock_key.map(|key| Base64(key.to_bytes())),
+            unlock_key_version: lock_version,
             blacklisted: std::collections::BTreeMap::new(),
         };
         let address = &self.options.address;
@@ -143,7 +153,10 @@ impl Manager {
         ];
         let command = Command::new(clock::now(), actions);
         match self.consensus.propose(&command).await.map_err(|error| internal(&error))? {
-            Outcome::Applied(_) => Ok(worker_secret),
+            Outcome::Applied(_) => {
+                self.control.wait_locked(lock_version).await;
+                Ok(worker_secret)
+            }
             Outcome::Refused(refusal) => Err(Status::internal(refusal.to_string())),
         }
     }

@@ -60,7 +60,9 @@ pub(super) async fn info(args: &InfoArgs, client: &Client, ui: &mut Ui) -> Resul
     if !info.error.is_empty() {
         text.push_str(&format!(" Error: {}\n", info.error));
     }
-    if !info.node_id.is_empty() {
+    if swarm == "locked" {
+        text.push_str(&format!(" NodeID: {}\n", info.node_id));
+    } else if !info.node_id.is_empty() {
         text.push_str(&format!(
             " NodeID: {}\n Is Manager: {}\n ClusterID: {}\n Node Address: {}\n Manager Addresses:\n",
             info.node_id,
@@ -80,6 +82,7 @@ pub(super) async fn info(args: &InfoArgs, client: &Client, ui: &mut Ui) -> Resul
 /// Docker's word for the part that this machine has in a swarm.
 fn local_state(info: &InfoResponse) -> &'static str {
     match (info.error.is_empty(), info.node_id.is_empty()) {
+        _ if info.state == "locked" => "locked",
         (false, _) => "error",
         (true, true) => "inactive",
         (true, false) => "active",

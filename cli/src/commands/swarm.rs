@@ -29,10 +29,8 @@ pub(crate) enum Command {
     #[command(hide = true)]
     Ca(super::swarm_ca::CaArgs),
     /// Unlock swarm
-    #[command(hide = true)]
     Unlock(super::swarm_lock::UnlockArgs),
     /// Manage the unlock key
-    #[command(hide = true)]
     UnlockKey(super::swarm_lock::UnlockKeyArgs),
     /// Update the swarm
     Update(super::swarm_update::UpdateArgs),
@@ -127,8 +125,8 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
         Command::Backup(args) => super::swarm_backup::backup(&args),
         Command::Restore(args) => super::swarm_backup::restore(&args),
         Command::Ca(args) => super::swarm_ca::run(&args),
-        Command::Unlock(args) => super::swarm_lock::unlock(&args),
-        Command::UnlockKey(args) => super::swarm_lock::unlock_key(&args),
+        Command::Unlock(args) => super::swarm_lock::unlock(&args, client, ui).await,
+        Command::UnlockKey(args) => super::swarm_lock::unlock_key(&args, client, ui).await,
         Command::Update(args) => super::swarm_update::run(&args, client, ui).await,
     }
 }
@@ -154,6 +152,10 @@ async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     ui.line(
         "To add a manager to this swarm, run 'skep swarm join-token manager' and follow the instructions.",
     )?;
+    if !made.unlock_key.is_empty() {
+        ui.line("")?;
+        super::swarm_lock::tell(&made.unlock_key, ui)?;
+    }
     Ok(())
 }
 

@@ -6,8 +6,9 @@ use serde::Deserialize;
 use skep_common::Version;
 use skep_common::compose::units::parse_duration;
 use skep_common::spec::{Nanos, PlacementStrategy, SwarmSpec};
-use skep_proto::{UpdateSwarmRequest, UpdateSwarmResponse};
+use skep_proto::UpdateSwarmRequest;
 
+use super::swarm_lock;
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
 
@@ -32,6 +33,9 @@ pub(crate) struct SettingsArgs {
     /// Task history retention limit (default 5)
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true)]
     task_history_limit: Option<i64>,
+    /// Change manager autolocking setting (true|false)
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    autolock: Option<bool>,
     /// Which nodes come first for services that name no strategy: spread or binpack (default spread)
     #[arg(long, value_name = "STRATEGY", value_parser = strategy)]
     placement_strategy: Option<PlacementStrategy>,
@@ -44,13 +48,14 @@ fn strategy(text: &str) -> Result<PlacementStrategy, String> {
 impl SettingsArgs {
     fn is_empty(&self) -> bool {
         let Self { cert_expiry, dispatcher_heartbeat, max_snapshots, snapshot_interval, .. } = self;
-        let Self { task_history_limit, placement_strategy, .. } = self;
+        let Self { task_history_limit, placement_strategy, autolock, .. } = self;
         cert_expiry.is_none()
             && dispatcher_heartbeat.is_none()
             && max_snapshots.is_none()
             && snapshot_interval.is_none()
             && task_history_limit.is_none()
             && placement_strategy.is_none()
+            && autolock.is_none()
     }
 
     /// Lays what was given over the settings.
@@ -66,6 +71,9 @@ impl SettingsArgs {
         }
         if let Some(number) = self.snapshot_interval {
             spec.raft.get_or_insert_default().snapshot_interval = Some(number);
+        }
+        if let Some(is_locked) = self.autolock {
+            spec.encryption_config.get_or_insert_default().auto_lock_managers = Some(is_locked);
         }
         if let Some(limit) = self.task_history_limit {
             let orchestration = spec.orchestration.get_or_insert_default();
@@ -99,8 +107,15 @@ pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Resu
         bail!("nothing to update: name a setting, see skep swarm update --help");
     }
     let request = UpdateSwarmRequest::default();
-    change(client, |spec| args.settings.apply(spec), request).await?;
-    Ok(ui.line("Swarm updated.")?)
+    let before = change(client, |spec| args.settings.apply(spec), request).await?;
+    ui.line("Swarm updated.")?;
+    let config = before.encryption_config;
+    let was_locked = config.and_then(|config| config.auto_lock_managers).unwrap_or(false);
+    if args.settings.autolock == Some(true) && !was_locked {
+        ui.line("")?;
+        swarm_lock::tell(&swarm_lock::ask(client).await?, ui)?;
+    }
+    Ok(())
 }
 
 /// What is read of the swarm.
@@ -111,15 +126,16 @@ struct Settings {
     spec: SwarmSpec,
 }
 
-/// Reads the settings, changes them, and asks for them until nobody else wrote meanwhile.
+/// Reads the settings, changes them, and asks for them until nobody else wrote meanwhile. Gives what they
+/// were.
 pub(super) async fn change(
     client: &Client,
     apply: impl Fn(&mut SwarmSpec),
     request: UpdateSwarmRequest,
-) -> Result<UpdateSwarmResponse> {
+) -> Result<SwarmSpec> {
     for attempt in 1.. {
         let cluster: Settings = client.get("cluster", "default").await?;
-        let mut spec = cluster.spec;
+        let mut spec = cluster.spec.clone();
         apply(&mut spec);
         let request = UpdateSwarmRequest {
             version: cluster.version.index,
@@ -127,7 +143,7 @@ pub(super) async fn change(
             ..request.clone()
         };
         match client.control().update_swarm(request).await {
-            Ok(answer) => return Ok(answer.into_inner()),
+            Ok(_) => return Ok(cluster.spec),
             Err(status) if status.code() == tonic::Code::Aborted && attempt < ATTEMPTS_MAX => {}
             Err(status) => return Err(Refusal(status).into()),
         }

@@ -31,6 +31,7 @@ impl LocalContainers {
         let node = match self.machine.membership() {
             Membership::Member(node) => node,
             Membership::Failed(obstacle) => return Err(obstacle.status()),
+            Membership::Locked(_) => return Err(super::unlock::locked()),
             Membership::Outside => {
                 return Err(Status::failed_precondition(
                     "This node is in no swarm: containers run on members. Use \"skep swarm init\" or \"skep swarm join\" and try again.",

@@ -78,6 +78,11 @@ async fn register(machine: &Machine, image: &Loaded) -> Result<(), Status> {
                 "the image was loaded, but this node is in no swarm that could use it: skep swarm init, then load it again",
             ));
         }
+        Membership::Locked(_) => {
+            let why = super::unlock::locked();
+            let why = format!("the image was loaded, but this node is locked: {}", why.message());
+            return Err(Status::failed_precondition(why));
+        }
         Membership::Failed(obstacle) => {
             let why = &obstacle.sentence;
             return Err(Status::failed_precondition(format!("the image was loaded, but {why}")));

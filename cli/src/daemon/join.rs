@@ -13,7 +13,9 @@ use skep_proto::{
     JoinSwarmResponse, RootRequest,
 };
 use skep_runtime::clock;
-use skep_runtime::identity::{Authority, Credentials, Csr, Files, JoinToken, RaftKey, root_digest};
+use skep_runtime::identity::{
+    Authority, Credentials, Csr, JoinToken, RaftKey, UnlockKey, root_digest,
+};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{connect_unverified, connect_with_root};
 use skep_worker::embedded::uplink::Uplink;
@@ -24,6 +26,7 @@ use super::address;
 use super::machine::{Machine, Membership};
 use super::node::{Node, Parts};
 use super::record::{NodeRecord, RecordFile};
+use super::unlock;
 
 const DEFAULT_INGRESS_POOL: &str = "10.192.0.0/10";
 
@@ -39,6 +42,7 @@ fn refuse_member(machine: &Machine) -> Result<(), Status> {
     match machine.membership() {
         Membership::Outside => Ok(()),
         Membership::Failed(obstacle) => Err(obstacle.status()),
+        Membership::Locked(_) => Err(unlock::locked()),
         Membership::Member(_) => Err(Status::failed_precondition(
             "This node is already part of a swarm. Use \"skep swarm leave\" to leave this swarm and join another one.",
         )),
@@ -58,12 +62,17 @@ pub(super) async fn init(
     let written = or_configured(&request.advertise_addr, options.advertise_addr.as_deref());
     let advertise = address::advertise(written, listen, None)?;
     let availability = parse_availability(&request.availability)?;
-    let spec: SwarmSpec = match request.spec_json.as_str() {
+    let mut spec: SwarmSpec = match request.spec_json.as_str() {
         "" => SwarmSpec::default(),
         json => serde_json::from_str(json).map_err(|error| {
             Status::invalid_argument(format!("the swarm spec is not valid: {error}"))
         })?,
     };
+    if request.autolock {
+        spec.encryption_config.get_or_insert_default().auto_lock_managers = Some(true);
+    }
+    let unlock_key = swarm::starts_locked(&spec).then(UnlockKey::generate);
+    let unlock_text = unlock_key.as_ref().map(UnlockKey::to_text).unwrap_or_default();
     swarm::check(&spec).map_err(|error| Status::invalid_argument(error.to_string()))?;
     let pool =
         if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
@@ -101,6 +110,7 @@ pub(super) async fn init(
                     cluster_id,
                     authority,
                     spec,
+                    unlock_key,
                     ingress_pool,
                     default_addr_pool,
                     subnet_size,
@@ -114,7 +124,7 @@ pub(super) async fn init(
         node_id: node_id.to_string(),
         worker_token: JoinToken { root_digest, secret }.to_string(),
         address: advertise.to_string(),
-        ..InitSwarmResponse::default()
+        unlock_key: unlock_text,
     })
 }
 
@@ -122,9 +132,6 @@ pub(super) async fn init(
 fn refuse_unsupported(request: &InitSwarmRequest) -> Result<(), Status> {
     if request.force_new_cluster {
         return Err(Status::unimplemented("swarm init --force-new-cluster is not supported yet"));
-    }
-    if request.autolock {
-        return Err(Status::unimplemented("swarm init --autolock is not supported yet"));
     }
     Ok(())
 }
@@ -238,9 +245,10 @@ impl Entering<'_> {
         let file = RecordFile::in_data_dir(&options.data_dir);
         file.store(&record).map_err(|error| failed(&error))?;
         let image_store = machine.inner.image_store.clone();
-        let stored = Files::in_data_dir(&options.data_dir).store(&credentials, &raft_key);
+        let files = machine.inner.files.clone();
+        let stored = files.store(&credentials, &raft_key);
         stored.map_err(|error| internal(&error))?;
-        let parts = Parts { credentials, raft_key, record: record.clone(), image_store };
+        let parts = Parts { credentials, raft_key, files, record: record.clone(), image_store };
         let node = match Node::start(options, parts).await {
             Ok(node) => node,
             Err(error) => {
@@ -275,7 +283,7 @@ impl Entering<'_> {
 fn forget(machine: &Machine) {
     let options = &machine.inner.options;
     let mut failures = Vec::new();
-    if let Err(error) = Files::in_data_dir(&options.data_dir).remove() {
+    if let Err(error) = machine.inner.files.remove() {
         failures.push(Chain(&error).to_string());
     }
     if let Err(error) = RecordFile::in_data_dir(&options.data_dir).remove() {
@@ -304,6 +312,12 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
     let node = match machine.membership() {
         Membership::Member(node) => node,
         Membership::Failed(_) => return leave_unseen(machine, force).await,
+        Membership::Locked(_) if force => return leave_unseen(machine, force).await,
+        Membership::Locked(_) => {
+            return Err(Status::failed_precondition(
+                "Swarm is encrypted and locked. Please unlock it first or use \"--force\" to ignore this message.",
+            ));
+        }
         Membership::Outside => {
             return Err(Status::failed_precondition("This node is not part of a swarm"));
         }

@@ -5,6 +5,7 @@ use skep_proto::*;
 use tonic::{Request, Response, Status};
 
 use super::machine::{Machine, Membership};
+use super::unlock;
 use skep_manager::control::ControlService;
 
 /// Answers for whatever this machine is at the moment.
@@ -21,6 +22,7 @@ impl LocalControl {
     fn manager(&self) -> Result<ControlService, Status> {
         let why = match self.machine.membership() {
             Membership::Failed(obstacle) => return Err(obstacle.status()),
+            Membership::Locked(_) => return Err(unlock::locked()),
             Membership::Member(node) => match node.control() {
                 Some(control) => return Ok(control),
                 None => {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use skep_common::NodeId;
 use skep_proto::machine_server::Machine as MachineApi;
 use skep_proto::{
     InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest,
@@ -9,6 +10,7 @@ use skep_proto::{
     LogRecord, RestoreRequest, TaskLogsRequest, UnlockRequest, UnlockResponse,
 };
 use skep_runtime::TaskSet;
+use skep_runtime::identity::Files;
 use skep_worker::images::ImageStore;
 use tokio::sync::{Mutex, MutexGuard, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -29,6 +31,8 @@ pub(super) struct Machine {
 pub(super) struct Inner {
     pub(super) options: Options,
     pub(super) image_store: ImageStore,
+    /// This node's identity, and the unlock key while this daemon runs.
+    pub(super) files: Files,
     warnings: Vec<String>,
     changing: Mutex<()>,
     pub(super) membership: watch::Sender<Membership>,
@@ -41,6 +45,8 @@ pub(super) struct Inner {
 pub(super) enum Membership {
     Outside,
     Member(Arc<Node>),
+    /// It is a manager whose key file is sealed: it takes part once it is unlocked.
+    Locked(NodeId),
     /// Its files say that it is in one, but it takes no part.
     Failed(Arc<Obstacle>),
 }
@@ -52,7 +58,8 @@ impl Machine {
         let image_store = ImageStore::open(options.data_dir.join("images")).await?;
         let (membership, _) = watch::channel(Membership::Outside);
         let (changing, tasks) = (Mutex::default(), TaskSet::new());
-        let inner = Inner { options, image_store, warnings, changing, membership, tasks };
+        let files = Files::in_data_dir(&options.data_dir);
+        let inner = Inner { options, image_store, files, warnings, changing, membership, tasks };
         let machine = Self { inner: Arc::new(inner) };
         resume::resume(&machine).await;
         machine.inner.tasks.spawn_to_end("membership", resume::keep(machine.clone()));
@@ -101,7 +108,7 @@ impl Machine {
     pub(super) fn node(&self) -> Option<Arc<Node>> {
         match &*self.inner.membership.borrow() {
             Membership::Member(node) => Some(Arc::clone(node)),
-            Membership::Outside | Membership::Failed(_) => None,
+            Membership::Outside | Membership::Locked(_) | Membership::Failed(_) => None,
         }
     }
 
@@ -139,8 +146,16 @@ impl MachineApi for Machine {
         };
         match self.membership() {
             Membership::Outside => {}
-            Membership::Failed(obstacle) => info.error.clone_from(&obstacle.sentence),
+            Membership::Locked(node_id) => {
+                "locked".clone_into(&mut info.state);
+                info.node_id = node_id.to_string();
+            }
+            Membership::Failed(obstacle) => {
+                "error".clone_into(&mut info.state);
+                info.error.clone_from(&obstacle.sentence);
+            }
             Membership::Member(node) => {
+                "active".clone_into(&mut info.state);
                 info.node_id = node.node_id.to_string();
                 info.cluster_id = node.cluster_id.to_string();
                 info.role = node.role.name().to_owned();
@@ -198,7 +213,9 @@ impl MachineApi for Machine {
         &self,
         request: Request<UnlockRequest>,
     ) -> Result<Response<UnlockResponse>, Status> {
-        Ok(Response::new(unlock::unlock(self, request.into_inner()).await?))
+        let (machine, request) = (self.clone(), request.into_inner());
+        let work = async move { unlock::unlock(&machine, request).await };
+        Ok(Response::new(self.run_to_end("swarm unlock", work).await?))
     }
 
     async fn restore(

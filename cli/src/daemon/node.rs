@@ -52,6 +52,7 @@ pub(super) struct Node {
     keyring: Arc<Keyring>,
     pub(super) tls: Tls,
     pub(super) raft_key: RaftKey,
+    pub(super) files: Files,
     /// Whether it has tried to take up another part: the next time waits.
     pub(super) has_tried_role: AtomicBool,
     /// Reads its containers' output, once they are taken up.
@@ -70,6 +71,8 @@ pub(super) struct Passing(pub(super) String);
 pub(super) struct Parts {
     pub(super) credentials: Credentials,
     pub(super) raft_key: RaftKey,
+    /// Where both are kept.
+    pub(super) files: Files,
     pub(super) record: NodeRecord,
     pub(super) image_store: ImageStore,
 }
@@ -77,7 +80,7 @@ pub(super) struct Parts {
 impl Node {
     /// Takes the port, and starts everything but the agent: a manager takes part in consensus.
     pub(super) async fn start(options: &Options, parts: Parts) -> Result<Self> {
-        let Parts { credentials, raft_key, record, image_store } = parts;
+        let Parts { credentials, raft_key, files, record, image_store } = parts;
         let subject = credentials.subject().context("this node's certificate cannot be read")?;
         let tls = Tls::new(credentials).context("failed to set up TLS")?;
         let pool = ChannelPool::new(tls.clone());
@@ -102,6 +105,7 @@ impl Node {
                     raft_id,
                     raft_dir: options.data_dir.join("raft"),
                     raft_key: raft_key.clone(),
+                    files: files.clone(),
                     address: record.advertise_addr.clone(),
                     pool: pool.clone(),
                 };
@@ -115,9 +119,13 @@ impl Node {
             }
             _ => None,
         };
-        let files = Files::in_data_dir(&options.data_dir);
-        let renewing =
-            renewal::run(tls.clone(), files, raft_key.clone(), managers.clone(), pool.clone());
+        let renewing = renewal::run(
+            tls.clone(),
+            files.clone(),
+            raft_key.clone(),
+            managers.clone(),
+            pool.clone(),
+        );
         tasks.spawn("renew certificate", renewing);
         remember_managers(options, &record, &managers, &tasks);
         Ok(Self {
@@ -133,6 +141,7 @@ impl Node {
             keyring,
             tls,
             raft_key,
+            files,
             has_tried_role: AtomicBool::new(false),
             peer: OnceLock::new(),
             listener,

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use skep_manager::consensus::StopReason;
 use skep_runtime::clock;
-use skep_runtime::identity::Files;
+use skep_runtime::identity::Stored;
 use skep_runtime::telemetry::Chain;
 use tonic::{Code, Status};
 
@@ -66,8 +66,7 @@ impl Obstacle {
 /// Takes up this machine's part in its swarm, if it is in one. A failure is remembered, and told once.
 pub(super) async fn resume(machine: &Machine) {
     let membership = match start(machine).await {
-        Ok(Some(node)) => Membership::Member(Arc::new(node)),
-        Ok(None) => Membership::Outside,
+        Ok(membership) => membership,
         Err(error) => Membership::Failed(Arc::new(Obstacle::of(&error))),
     };
     match (machine.membership(), &membership) {
@@ -75,7 +74,10 @@ pub(super) async fn resume(machine: &Machine) {
         (_, Membership::Failed(now)) => {
             tracing::error!(why = %now.sentence, "this machine is not in its swarm");
         }
-        (Membership::Failed(_), Membership::Member(_)) => {
+        (_, Membership::Locked(_)) => {
+            tracing::warn!("this manager is locked: unlock it with `skep swarm unlock`");
+        }
+        (Membership::Failed(_) | Membership::Locked(_), Membership::Member(_)) => {
             tracing::info!("this machine is in its swarm again");
         }
         _ => {}
@@ -83,10 +85,13 @@ pub(super) async fn resume(machine: &Machine) {
     machine.set_membership(membership);
 }
 
-async fn start(machine: &Machine) -> Result<Option<Node>> {
+async fn start(machine: &Machine) -> Result<Membership> {
     let options = &machine.inner.options;
-    let Some((credentials, raft_key)) = Files::in_data_dir(&options.data_dir).load()? else {
-        return Ok(None);
+    let files = machine.inner.files.clone();
+    let (credentials, raft_key) = match files.load()? {
+        Stored::Nothing => return Ok(Membership::Outside),
+        Stored::Locked(subject) => return Ok(Membership::Locked(subject.node_id)),
+        Stored::Open(credentials, raft_key) => (*credentials, raft_key),
     };
     let subject = credentials.subject().context("this node's certificate cannot be read")?;
     if subject.not_after < clock::now() {
@@ -99,7 +104,8 @@ async fn start(machine: &Machine) -> Result<Option<Node>> {
     let record = file.load()?;
     let (is_voter, managers) = (record.is_voter, record.managers.clone());
     let image_store = machine.inner.image_store.clone();
-    let node = Node::start(options, Parts { credentials, raft_key, record, image_store }).await?;
+    let parts = Parts { credentials, raft_key, files, record, image_store };
+    let node = Node::start(options, parts).await?;
     let taken_up = async {
         node.serve(options).await?;
         if let (Some(manager), false) = (&node.manager, is_voter) {
@@ -116,7 +122,7 @@ async fn start(machine: &Machine) -> Result<Option<Node>> {
         Ok(())
     };
     match taken_up.await {
-        Ok(()) => Ok(Some(node)),
+        Ok(()) => Ok(Membership::Member(Arc::new(node))),
         Err(error) => {
             node.stop().await;
             node.release().await;
@@ -187,7 +193,7 @@ async fn next_step(membership: &Membership, pause: Duration) -> Step {
                 () = role::differs(node) => return Step::ChangeRole(Arc::clone(node)),
             }
         }
-        Membership::Failed(_) | Membership::Outside => {}
+        Membership::Failed(_) | Membership::Locked(_) | Membership::Outside => {}
     }
     std::future::pending().await
 }
@@ -219,7 +225,7 @@ mod tests {
     use skep_common::{ClusterId, NodeId, Timestamp};
     use skep_proto::machine_server::Machine as _;
     use skep_proto::{InfoRequest, JoinSwarmRequest, LeaveSwarmRequest};
-    use skep_runtime::identity::{Authority, Credentials, Csr, RaftKey};
+    use skep_runtime::identity::{Authority, Credentials, Csr, Files, RaftKey};
     use tonic::Request;
 
     /// Nothing has this address (RFC 5737).

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use skep_common::spec::NodeRole;
-use skep_runtime::identity::Files;
 
 use super::machine::Machine;
 use super::node::Node;
@@ -70,8 +69,7 @@ async fn prepare(machine: &Machine, node: &Node) -> Result<bool> {
             record.is_voter = false;
         })?;
     }
-    let files = Files::in_data_dir(&options.data_dir);
-    renewal::renew(&node.tls, &files, &node.raft_key, &node.managers, &node.pool)
+    renewal::renew(&node.tls, &node.files, &node.raft_key, &node.managers, &node.pool)
         .await
         .map_err(|why| anyhow::anyhow!("no certificate for it: {why}"))?;
     Ok(node.tls.subject().role != node.role)

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use skep_common::limits::HEARTBEAT_PERIOD;
 use skep_common::object::Cluster;
-use skep_common::spec::SwarmSpec;
+use skep_common::spec::{Base64, SwarmSpec};
 
 use crate::store::State;
 
@@ -39,9 +39,11 @@ pub enum Error {
         "external certificate authorities are not supported: managers sign certificates themselves"
     )]
     ExternalAuthority,
-    /// Not yet.
-    #[error("managers that start locked are not supported yet")]
-    Autolock,
+    /// There is no key to change.
+    #[error(
+        "the unlock key cannot be changed: managers do not start locked; have them do with `skep swarm update --autolock`"
+    )]
+    NotLocked,
     /// Changing the root is a request of its own.
     #[error("the root of certificates is changed with `skep swarm ca --rotate`")]
     Root,
@@ -69,10 +71,6 @@ pub fn check(spec: &SwarmSpec) -> Result<(), Error> {
             return Err(Error::Root);
         }
     }
-    let is_locked = spec.encryption_config.as_ref().and_then(|config| config.auto_lock_managers);
-    if is_locked == Some(true) {
-        return Err(Error::Autolock);
-    }
     let period = spec.dispatcher.as_ref().and_then(|config| config.heartbeat_period);
     if period.is_some_and(|period| !(HEARTBEAT_MIN..=HEARTBEAT_MAX).contains(&period.duration())) {
         return Err(Error::Heartbeat);
@@ -83,12 +81,32 @@ pub fn check(spec: &SwarmSpec) -> Result<(), Error> {
     Ok(())
 }
 
-/// The swarm with other settings, where they may be had.
-pub fn with_spec(cluster: &Cluster, spec: SwarmSpec) -> Result<Cluster, Error> {
+/// The swarm with other settings, where they may be had. `new_key` draws an unlock key where one is needed:
+/// when managers are to start locked from now on, and when another key is asked for.
+pub fn with_spec(
+    cluster: &Cluster,
+    spec: SwarmSpec,
+    is_key_rotated: bool,
+    new_key: impl FnOnce() -> Vec<u8>,
+) -> Result<Cluster, Error> {
     check(&spec)?;
     let mut changed = cluster.clone();
     changed.spec = SwarmSpec { name: "default".into(), ..spec };
+    let is_locked = starts_locked(&changed.spec);
+    if is_key_rotated && !is_locked {
+        return Err(Error::NotLocked);
+    }
+    if is_key_rotated || is_locked != changed.unlock_key.is_some() {
+        changed.unlock_key = is_locked.then(|| Base64(new_key()));
+        changed.unlock_key_version += 1;
+    }
     Ok(changed)
+}
+
+/// Whether managers need the unlock key when they start.
+pub fn starts_locked(spec: &SwarmSpec) -> bool {
+    let config = spec.encryption_config.as_ref();
+    config.and_then(|config| config.auto_lock_managers).unwrap_or(false)
 }
 
 /// How long node certificates are good.
@@ -120,6 +138,37 @@ pub fn old_snapshots_kept(view: &State) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_unlock_key_is_drawn_when_it_is_needed_and_kept_until_then() {
+        let mut cluster = crate::testing::cluster();
+        let mut n_drawn = 0;
+        // Whether managers shall start locked, whether another key is asked for: the key's number, its version.
+        for (is_locked, is_rotated, expect) in [
+            (false, false, Ok((None, 0))),
+            (false, true, Err(Error::NotLocked)),
+            (true, false, Ok((Some(1), 1))),
+            (true, false, Ok((Some(1), 1))),
+            (true, true, Ok((Some(2), 2))),
+            (false, false, Ok((None, 3))),
+            (true, true, Ok((Some(3), 4))),
+        ] {
+            let mut spec = SwarmSpec::default();
+            spec.encryption_config.get_or_insert_default().auto_lock_managers = Some(is_locked);
+            let changed = with_spec(&cluster, spec, is_rotated, || {
+                n_drawn += 1;
+                vec![n_drawn]
+            });
+            if let Ok(changed) = &changed {
+                cluster = changed.clone();
+            }
+            let key = |changed: Cluster| {
+                let key = changed.unlock_key.map(|key| key.0[0]);
+                (key, changed.unlock_key_version)
+            };
+            assert_eq!(changed.map(key), expect, "{is_locked} {is_rotated}");
+        }
+    }
 
     #[test]
     fn settings_are_within_bounds() {

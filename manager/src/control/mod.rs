@@ -55,7 +55,12 @@ pub(crate) struct Inner {
     pub(crate) tasks: TaskSet,
     /// `ip:port` at which this manager is joined.
     pub(crate) address: String,
+    /// Version of the unlock key that this manager's key file has.
+    pub(crate) lock_version: tokio::sync::watch::Receiver<u64>,
 }
+
+/// How long a request waits for the key file of the manager that answers it; a disk that fails is in its log.
+const LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -67,8 +72,10 @@ impl ControlService {
         pool: ChannelPool,
         address: String,
         tasks: TaskSet,
+        lock_version: tokio::sync::watch::Receiver<u64>,
     ) -> Self {
-        Self { inner: Arc::new(Inner { consensus, node_id, pool, tasks, address }) }
+        let inner = Inner { consensus, node_id, pool, tasks, address, lock_version };
+        Self { inner: Arc::new(inner) }
     }
 
     async fn read(&self) -> Result<State, Error> {
@@ -81,6 +88,15 @@ impl ControlService {
         match outcome {
             Outcome::Applied(version) => Ok(version),
             Outcome::Refused(refusal) => Err(Error::Refused(refusal)),
+        }
+    }
+
+    /// Waits until this manager's own key file is sealed as asked: who restarts it then finds it so.
+    pub(crate) async fn wait_locked(&self, version: u64) {
+        let mut kept = self.inner.lock_version.clone();
+        let is_kept = kept.wait_for(|kept| *kept >= version);
+        if tokio::time::timeout(LOCK_WAIT, is_kept).await.is_err() {
+            tracing::warn!("this manager's key file is not sealed as asked yet");
         }
     }
 

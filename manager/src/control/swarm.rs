@@ -10,7 +10,7 @@ use skep_proto::{
     BackupChunk, BackupRequest, RotateCaRequest, RotateCaResponse, UnlockKeyRequest,
     UnlockKeyResponse, UpdateSwarmRequest, UpdateSwarmResponse,
 };
-use skep_runtime::identity::new_secret;
+use skep_runtime::identity::{UnlockKey, new_secret};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
@@ -28,7 +28,10 @@ pub(super) async fn update(
 ) -> Result<UpdateSwarmResponse, Error> {
     let spec: SwarmSpec = parse_json("swarm spec", &request.spec_json)?;
     let state = control.read().await?;
-    let mut changed = swarm::with_spec(cluster(&state)?, spec).map_err(invalid)?;
+    let new_key = || UnlockKey::generate().to_bytes();
+    let changed = swarm::with_spec(cluster(&state)?, spec, request.rotate_unlock_key, new_key);
+    let mut changed = changed.map_err(invalid)?;
+    let lock_version = changed.unlock_key_version;
     if request.rotate_worker_token {
         changed.join_tokens.worker = new_secret();
     }
@@ -38,6 +41,7 @@ pub(super) async fn update(
     let expect = Expect::Version(Version { index: request.version });
     let object = Object::Cluster(Box::new(changed));
     let version = control.write(vec![Action::Put { object, expect }]).await?;
+    control.wait_locked(lock_version).await;
     Ok(UpdateSwarmResponse { version: version.index })
 }
 
@@ -53,12 +57,16 @@ pub(super) async fn rotate_ca(
     Err(not_supported("swarm ca --rotate"))
 }
 
-#[expect(clippy::unused_async, reason = "it will ask the store")]
+/// The unlock key as users keep it; empty where managers do not start locked.
 pub(super) async fn unlock_key(
-    _control: &ControlService,
+    control: &ControlService,
     _request: UnlockKeyRequest,
-) -> Result<UnlockKeyResponse, Status> {
-    Err(not_supported("swarm unlock-key"))
+) -> Result<UnlockKeyResponse, Error> {
+    let state = control.read().await?;
+    let Some(key) = &cluster(&state)?.unlock_key else { return Ok(UnlockKeyResponse::default()) };
+    let key =
+        UnlockKey::from_bytes(&key.0).map_err(|error| Error::Precondition(error.to_string()))?;
+    Ok(UnlockKeyResponse { key: key.to_text() })
 }
 
 pub(super) fn backup(

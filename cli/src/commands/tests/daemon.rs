@@ -389,7 +389,11 @@ impl Control for Served {
         request: Request<skep_proto::UpdateSwarmRequest>,
     ) -> Answer<skep_proto::UpdateSwarmResponse> {
         let request = request.into_inner();
-        self.ask(json!({"version": request.version, "spec": request.spec_json}));
+        let mut asked = json!({"version": request.version, "spec": request.spec_json});
+        if request.rotate_unlock_key {
+            asked["rotate"] = true.into();
+        }
+        self.ask(asked);
         if let Some(status) = self.0.lock().unwrap().refusals.pop_front() {
             return Err(status);
         }
@@ -407,7 +411,7 @@ impl Control for Served {
         &self,
         _: Request<skep_proto::UnlockKeyRequest>,
     ) -> Answer<skep_proto::UnlockKeyResponse> {
-        Err(Status::unimplemented("swarm unlock-key"))
+        Ok(Response::new(skep_proto::UnlockKeyResponse { key: "SWMKEY-1-k".into() }))
     }
 
     async fn service_history(

@@ -377,6 +377,30 @@ async fn what_is_not_named_of_the_swarms_settings_stays() {
 }
 
 #[tokio::test]
+async fn the_unlock_key_is_shown_when_managers_start_locked_from_now_on() {
+    let daemon = Daemon::start();
+    let lock = |is_locked: bool| {
+        json!({"Version": {"Index": 7}, "ID": "c", "Spec": {
+            "Name": "default", "EncryptionConfig": {"AutoLockManagers": is_locked},
+        }})
+    };
+    daemon.hold("cluster", [lock(false)]);
+    let (code, out, _) = run(&daemon, "swarm update --autolock").await;
+    assert_eq!(code, 0);
+    assert!(out.starts_with("Swarm updated.\n\nTo unlock") && out.contains("SWMKEY-1-k"), "{out}");
+    assert!(daemon.asked()[0]["spec"].to_string().contains("AutoLockManagers\\\":true"));
+    check(run(&daemon, "swarm update --autolock=false").await, "Swarm updated.\n");
+    check(run(&daemon, "swarm unlock-key -q").await, "SWMKEY-1-k\n");
+    check(run(&daemon, "swarm unlock-key -q --rotate").await, "SWMKEY-1-k\n");
+    assert_eq!(daemon.asked()[2]["rotate"], true);
+    daemon.table.lock().unwrap().objects.clear();
+    daemon.hold("cluster", [lock(true)]);
+    check(run(&daemon, "swarm update --autolock").await, "Swarm updated.\n");
+    let (_, out, _) = run(&daemon, "swarm unlock-key --rotate").await;
+    assert!(out.starts_with("Successfully rotated manager unlock key.\n\nTo unlock"), "{out}");
+}
+
+#[tokio::test]
 async fn the_swarm_and_this_machine() {
     let daemon = cluster();
     check(

@@ -7,20 +7,18 @@ mod authority;
 mod files;
 mod grant;
 mod token;
+mod unlock;
 
 pub use authority::{Authority, Csr};
-pub use files::{Files, RaftKey};
+pub use files::{Files, Lock, RaftKey, Stored};
 pub use grant::{GrantError, sign_grant, verify_grant};
 pub use token::{JoinToken, TokenError, new_secret, root_digest};
-
-use std::time::Duration;
+pub use unlock::{UnlockKey, UnlockKeyError};
 
 use skep_common::spec::NodeRole;
 use skep_common::{ClusterId, NodeId, Timestamp};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-/// Life of a node certificate. Docker's default, 90 days.
-pub const NODE_CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 /// Every node's certificate answers to this name, whatever its role.
 pub const NODE_SERVER_NAME: &str = "swarm-node";
 
