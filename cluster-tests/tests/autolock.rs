@@ -42,6 +42,29 @@ fn version_of_lock(lab: &Lab, node: &str) -> String {
     file.text().trim_start_matches("Unlock-Key-Version: ").to_owned()
 }
 
+/// A change of the key reaches who is away when it is back, with the old key.
+#[track_caller]
+fn change_the_key_while_one_is_away(lab: &Lab, first: &str) {
+    let n1 = lab.node("n1");
+    lab.kill_daemon(&["n3"]);
+    let second = n1.skep(&["swarm", "unlock-key", "--rotate", "-q"]).ok().text().to_owned();
+    assert_ne!(first, second);
+    lab.start_nodes(&["n3"]);
+    wait_for_state(lab, "n3", "locked");
+    let early = unlock(lab.node("n3"), &second).err();
+    assert!(early.contains("that is the one from before"), "{early}");
+    unlock(lab.node("n3"), first).ok();
+    wait_until(SETTLES_WITHIN, "n3 has the new key", || {
+        let version = version_of_lock(lab, "n3");
+        ((version == "2").then_some(()), version)
+    });
+    restart(lab, "n3");
+    wait_for_state(lab, "n3", "locked");
+    unlock(lab.node("n3"), first).err();
+    unlock(lab.node("n3"), &second).ok();
+    wait_for_state(lab, "n3", "active");
+}
+
 #[test]
 fn restarted_managers_are_locked_and_their_containers_go_on() {
     if !is_root_or_skip() {
@@ -101,25 +124,7 @@ fn restarted_managers_are_locked_and_their_containers_go_on() {
     assert!(again.contains("swarm is not locked"), "{again}");
     lab.wait_until_settled("n1", "web", 4);
 
-    // A change of the key reaches who is away when it is back, with the old key.
-    lab.kill_daemon(&["n3"]);
-    let second = n1.skep(&["swarm", "unlock-key", "--rotate", "-q"]).ok().text().to_owned();
-    assert_ne!(first, second);
-    lab.start_nodes(&["n3"]);
-    wait_for_state(&lab, "n3", "locked");
-    let early = unlock(lab.node("n3"), &second).err();
-    assert!(early.contains("that is the one from before"), "{early}");
-    unlock(lab.node("n3"), &first).ok();
-    wait_until(SETTLES_WITHIN, "n3 has the new key", || {
-        let version = version_of_lock(&lab, "n3");
-        ((version == "2").then_some(()), version)
-    });
-    restart(&lab, "n3");
-    wait_for_state(&lab, "n3", "locked");
-    unlock(lab.node("n3"), &first).err();
-    unlock(lab.node("n3"), &second).ok();
-    wait_for_state(&lab, "n3", "active");
-
+    change_the_key_while_one_is_away(&lab, &first);
     n1.skep(&["swarm", "update", "--autolock=false"]).ok();
     wait_until_sealed(&lab, "n1", false);
     restart(&lab, "n1");

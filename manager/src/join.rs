@@ -4,7 +4,7 @@ use ipnet::Ipv4Net;
 use skep_common::object::{ManagerStatus, Node, NodeState, NodeStatus};
 use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
-use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, swarm};
+use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, rotation, swarm};
 use skep_proto::ca_server::Ca;
 use skep_proto::{
     IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse,
@@ -63,8 +63,10 @@ impl CaService {
     ) -> Result<(String, ClusterId), Status> {
         let cluster =
             state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
-        let authority =
-            Authority::from_pem(&cluster.root_ca_cert, &cluster.root_ca_key).map_err(internal)?;
+        let authority = {
+            let (certificate, key) = rotation::signing(cluster);
+            Authority::from_pem(certificate, key).map_err(internal)?
+        };
         let life = swarm::certificate_life(&cluster.spec);
         let signed = authority.sign(csr_pem, node_id, role, cluster.id, clock::now(), life);
         let unsigned = |error| {
@@ -89,11 +91,11 @@ fn internal(error: impl std::error::Error) -> Status {
 #[tonic::async_trait]
 impl Ca for CaService {
     async fn root(&self, _: Request<RootRequest>) -> Result<Response<RootResponse>, Status> {
-        // The local copy will do: a root does not change, and the joiner checks its digest.
+        // The local copy will do: the joiner checks its digest.
         let state = self.consensus.state();
         let cluster =
             state.cluster().ok_or_else(|| Status::unavailable("this manager has no swarm yet"))?;
-        Ok(Response::new(RootResponse { root_pem: cluster.root_ca_cert.clone() }))
+        Ok(Response::new(RootResponse { root_pem: rotation::told_to_joiners(cluster) }))
     }
 
     async fn issue(
@@ -107,9 +109,12 @@ impl Ca for CaService {
         let role = Self::role_of(&state, &token)?;
         let availability = parse_availability(&request.availability)?;
         let node_id = NodeId::random(&mut rand::rng());
-        let (certificate_pem, cluster_id) = Self::sign(&state, &request.csr_pem, node_id, role)?;
+        Self::sign(&state, &request.csr_pem, node_id, role)?; // Refused before anything is written.
         let node = new_node(node_id, role, availability, &request.advertise_addr)?;
         commit(&self.consensus, Object::Node(Box::new(node)), Expect::Absent).await?;
+        // From now on a change of the root waits for this node: what signs in this view is trusted until it renews.
+        let state = self.read().await?;
+        let (certificate_pem, cluster_id) = Self::sign(&state, &request.csr_pem, node_id, role)?;
         tracing::info!(node.id = %node_id, role = role.name(), hostname = request.hostname, "a node joins");
         Ok(Response::new(IssueResponse {
             certificate_pem,
@@ -131,7 +136,8 @@ impl Ca for CaService {
         let role = state.node(node_id).ok_or_else(gone)?.observed_role();
         let (certificate_pem, _) =
             Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
-        Ok(Response::new(RenewResponse { certificate_pem, ..RenewResponse::default() }))
+        let role = role.name().to_owned();
+        Ok(Response::new(RenewResponse { certificate_pem, role, ..RenewResponse::default() }))
     }
 }
 

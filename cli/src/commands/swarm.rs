@@ -26,7 +26,6 @@ pub(crate) enum Command {
     #[command(hide = true)]
     Restore(super::swarm_backup::RestoreArgs),
     /// Display and rotate the root CA
-    #[command(hide = true)]
     Ca(super::swarm_ca::CaArgs),
     /// Unlock swarm
     Unlock(super::swarm_lock::UnlockArgs),
@@ -124,7 +123,7 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
         }
         Command::Backup(args) => super::swarm_backup::backup(&args),
         Command::Restore(args) => super::swarm_backup::restore(&args),
-        Command::Ca(args) => super::swarm_ca::run(&args),
+        Command::Ca(args) => super::swarm_ca::run(&args, client, ui).await,
         Command::Unlock(args) => super::swarm_lock::unlock(&args, client, ui).await,
         Command::UnlockKey(args) => super::swarm_lock::unlock_key(&args, client, ui).await,
         Command::Update(args) => super::swarm_update::run(&args, client, ui).await,

@@ -14,7 +14,7 @@ use skep_proto::{
 };
 use skep_runtime::clock;
 use skep_runtime::identity::{
-    Authority, Credentials, Csr, JoinToken, RaftKey, UnlockKey, root_digest,
+    Authority, Credentials, Csr, JoinToken, RaftKey, UnlockKey, root_digest, vetted,
 };
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{connect_unverified, connect_with_root};
@@ -62,18 +62,9 @@ pub(super) async fn init(
     let written = or_configured(&request.advertise_addr, options.advertise_addr.as_deref());
     let advertise = address::advertise(written, listen, None)?;
     let availability = parse_availability(&request.availability)?;
-    let mut spec: SwarmSpec = match request.spec_json.as_str() {
-        "" => SwarmSpec::default(),
-        json => serde_json::from_str(json).map_err(|error| {
-            Status::invalid_argument(format!("the swarm spec is not valid: {error}"))
-        })?,
-    };
-    if request.autolock {
-        spec.encryption_config.get_or_insert_default().auto_lock_managers = Some(true);
-    }
+    let spec = settings(&request)?;
     let unlock_key = swarm::starts_locked(&spec).then(UnlockKey::generate);
     let unlock_text = unlock_key.as_ref().map(UnlockKey::to_text).unwrap_or_default();
-    swarm::check(&spec).map_err(|error| Status::invalid_argument(error.to_string()))?;
     let pool =
         if request.ingress_pool.is_empty() { DEFAULT_INGRESS_POOL } else { &request.ingress_pool };
     let ingress_pool = pool.parse().map_err(|_| {
@@ -126,6 +117,21 @@ pub(super) async fn init(
         address: advertise.to_string(),
         unlock_key: unlock_text,
     })
+}
+
+/// The settings of the new swarm.
+fn settings(request: &InitSwarmRequest) -> Result<SwarmSpec, Status> {
+    let mut spec: SwarmSpec = match request.spec_json.as_str() {
+        "" => SwarmSpec::default(),
+        json => serde_json::from_str(json).map_err(|error| {
+            Status::invalid_argument(format!("the swarm spec is not valid: {error}"))
+        })?,
+    };
+    if request.autolock {
+        spec.encryption_config.get_or_insert_default().auto_lock_managers = Some(true);
+    }
+    swarm::check(&spec).map_err(|error| Status::invalid_argument(error.to_string()))?;
+    Ok(spec)
 }
 
 /// Refuses what clients can ask of `init` and nothing acts on.
@@ -222,6 +228,7 @@ async fn ask(
             "the join token is for another swarm than the one that answers at {remote}: get the current one there with `skep swarm join-token worker`"
         )));
     }
+    let root = vetted(&root).map_err(|error| internal(&error))?;
     let channel = connect_with_root(remote, &root).map_err(|error| internal(&error))?;
     let issued = CaClient::new(channel).issue(issue.clone()).await?.into_inner();
     Ok((root, issued))

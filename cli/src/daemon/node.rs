@@ -17,7 +17,7 @@ use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
 use skep_proto::{LogRecord, TaskLogsRequest};
 use skep_runtime::TaskSet;
-use skep_runtime::identity::{Credentials, Files, RaftKey};
+use skep_runtime::identity::{Credentials, Files, RaftKey, tls_info};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
 use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
@@ -36,7 +36,7 @@ use tonic::service::Routes;
 
 use super::options::Options;
 use super::record::{NodeRecord, RecordFile};
-use super::renewal;
+use super::renewal::{self, Identity};
 
 /// A machine that is in a swarm.
 pub(super) struct Node {
@@ -51,8 +51,7 @@ pub(super) struct Node {
     uplink: Uplink,
     keyring: Arc<Keyring>,
     pub(super) tls: Tls,
-    pub(super) raft_key: RaftKey,
-    pub(super) files: Files,
+    pub(super) identity: Identity,
     /// Whether it has tried to take up another part: the next time waits.
     pub(super) has_tried_role: AtomicBool,
     /// Reads its containers' output, once they are taken up.
@@ -119,14 +118,10 @@ impl Node {
             }
             _ => None,
         };
-        let renewing = renewal::run(
-            tls.clone(),
-            files.clone(),
-            raft_key.clone(),
-            managers.clone(),
-            pool.clone(),
-        );
+        let identity = Identity::new(tls.clone(), files, raft_key);
+        let renewing = renewal::run(identity.clone(), managers.clone(), pool.clone());
         tasks.spawn("renew certificate", renewing);
+        tasks.spawn("trust", renewal::follow_trust(identity.clone(), managers.clone()));
         remember_managers(options, &record, &managers, &tasks);
         Ok(Self {
             node_id: subject.node_id,
@@ -140,8 +135,7 @@ impl Node {
             uplink,
             keyring,
             tls,
-            raft_key,
-            files,
+            identity,
             has_tried_role: AtomicBool::new(false),
             peer: OnceLock::new(),
             listener,
@@ -207,6 +201,8 @@ impl Node {
         let mut pairs = self.keyring.watch();
         let mut failure = self.uplink.encryption_failure();
         let mut described = description(options, self.uplink.interface());
+        let tls = self.tls.clone();
+        let mut credentials = tls.watch();
         let mut describe = move |pairs: &Pairs, failure: &Option<String>| {
             described.wireguard = Some(match &implementation {
                 Ok(name) => WireguardDescription {
@@ -218,15 +214,23 @@ impl Node {
                     ..WireguardDescription::default()
                 },
             });
+            let credentials = tls.credentials();
+            match tls_info(&credentials) {
+                Ok(info) => described.tls_info = Some(info),
+                Err(error) => {
+                    tracing::error!(error = %Chain(&error), "this node's certificate cannot be described");
+                }
+            }
             described.clone()
         };
         let first = describe(&pairs.borrow_and_update(), &failure.borrow_and_update());
         let (sender, receiver) = watch::channel(first);
-        self.tasks.spawn("describe keys", async move {
+        self.tasks.spawn("describe", async move {
             loop {
                 let changed = tokio::select! {
                     changed = pairs.changed() => changed,
                     changed = failure.changed() => changed,
+                    changed = credentials.changed() => changed,
                 };
                 if changed.is_err() {
                     return;

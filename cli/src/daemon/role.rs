@@ -16,7 +16,7 @@ use skep_common::spec::NodeRole;
 use super::machine::Machine;
 use super::node::Node;
 use super::record::RecordFile;
-use super::{renewal, resume};
+use super::resume;
 
 /// Between attempts that failed.
 const RETRY: Duration = Duration::from_secs(1);
@@ -69,9 +69,8 @@ async fn prepare(machine: &Machine, node: &Node) -> Result<bool> {
             record.is_voter = false;
         })?;
     }
-    renewal::renew(&node.tls, &node.files, &node.raft_key, &node.managers, &node.pool)
-        .await
-        .map_err(|why| anyhow::anyhow!("no certificate for it: {why}"))?;
+    let renewed = node.identity.renew(&node.managers, &node.pool).await;
+    renewed.map_err(|why| anyhow::anyhow!("no certificate for it: {why}"))?;
     Ok(node.tls.subject().role != node.role)
 }
 

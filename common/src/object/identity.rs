@@ -33,6 +33,12 @@ pub struct RootRotation {
     pub cross_signed_cert: String,
     /// When it began, by the proposer's clock.
     pub started_at: Timestamp,
+    /// Public key of the new root, base64 of DER: what nodes say of their certificates' issuer.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub public_key: String,
+    /// Since when every node trusts the new root, so that it signs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trusted_at: Option<Timestamp>,
 }
 
 impl fmt::Debug for RootRotation {

@@ -83,9 +83,11 @@ pub(crate) fn of_object(object: &Object) -> u32 {
     }
 }
 
-/// Managers of before would drop a role that is on its way, and lead with another one.
+/// Managers of before would drop a role that is on its way, and lead with another one, or what nodes say of their
+/// certificates.
 fn of_node(node: &Node) -> u32 {
-    if node.role.is_some() {
+    let says_tls = node.description.as_ref().is_some_and(|said| said.tls_info.is_some());
+    if node.role.is_some() || says_tls {
         return CONTROL;
     }
     if node.status.port_conditions.is_empty() { FIRST } else { FACTS }

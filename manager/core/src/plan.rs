@@ -29,7 +29,7 @@ use crate::network;
 use crate::orchestrator::{self, Scope, enforcer, is_live, updater};
 use crate::scheduler::{self, Index};
 use crate::store::{Change, State};
-use crate::{reaper, rotation, secrets};
+use crate::{reaper, secrets};
 
 /// What changed since the last pass.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -200,7 +200,6 @@ pub fn plan(
 ) -> Plan {
     let mut work = memory.begin(view, dirty, now);
     let mut fork = Fork::new(view, now, rng, memory.options.new_tasks_max);
-    rotation::advance(&mut fork);
     let mut evicted = BTreeSet::new();
     // Only nodes that were decided about are looked at again if this plan is lost.
     let mut decided = BTreeSet::new();

@@ -5,12 +5,17 @@ use std::sync::Arc;
 use skep_common::object::Cluster;
 use skep_common::spec::SwarmSpec;
 use skep_common::{Object, Version};
-use skep_manager_core::{Action, Expect, State, swarm};
+use skep_manager_core::rotation::{self, NewRoot};
+use skep_manager_core::{Action, Expect, Refusal, State, swarm};
 use skep_proto::{
     BackupChunk, BackupRequest, RotateCaRequest, RotateCaResponse, UnlockKeyRequest,
     UnlockKeyResponse, UpdateSwarmRequest, UpdateSwarmResponse,
 };
-use skep_runtime::identity::{UnlockKey, new_secret};
+use skep_runtime::clock;
+use skep_runtime::identity::{
+    Authority, Error as IdentityError, UnlockKey, new_secret, public_key_of,
+};
+use skep_runtime::telemetry::Chain;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
@@ -49,12 +54,46 @@ fn invalid(error: swarm::Error) -> Error {
     Error::Invalid(error.to_string())
 }
 
-#[expect(clippy::unused_async, reason = "it will ask the store")]
+/// Begins a change of the root; the leader's loop brings it to its end.
 pub(super) async fn rotate_ca(
-    _control: &ControlService,
-    _request: RotateCaRequest,
-) -> Result<RotateCaResponse, Status> {
-    Err(not_supported("swarm ca --rotate"))
+    control: &ControlService,
+    request: RotateCaRequest,
+) -> Result<RotateCaResponse, Error> {
+    let invalid = |error: IdentityError| Error::Invalid(Chain(&error).to_string());
+    let (certificate, key) = (request.ca_cert_pem.as_str(), request.ca_key_pem.as_str());
+    let new = match (certificate.is_empty(), key.is_empty()) {
+        (true, true) => Authority::generate(clock::now()),
+        (false, false) => Authority::from_user(certificate, key, clock::now()),
+        _ => {
+            let why = "a root needs its certificate and its key: give both --ca-cert and --ca-key";
+            return Err(Error::Invalid(why.into()));
+        }
+    };
+    let new = new.map_err(invalid)?;
+    let public_key = public_key_of(new.root_pem()).map_err(invalid)?;
+    loop {
+        let state = control.read().await?;
+        let cluster = cluster(&state)?;
+        if public_key_of(&cluster.root_ca_cert).map_err(invalid)? == public_key {
+            return Err(Error::Invalid("this is the root that the swarm has already".into()));
+        }
+        let old = Authority::from_pem(&cluster.root_ca_cert, &cluster.root_ca_key);
+        let root = NewRoot {
+            ca_cert: new.root_pem().to_owned(),
+            ca_key: new.key_pem().to_owned(),
+            cross_signed_cert: old.and_then(|old| old.certify(new.root_pem())).map_err(invalid)?,
+            public_key: public_key.clone(),
+        };
+        let changed = rotation::begin(&state, cluster, root, clock::now());
+        let changed = changed.map_err(|error| Error::Precondition(error.to_string()))?;
+        let expect = Expect::Version(cluster.meta.version);
+        let object = Object::Cluster(Box::new(changed));
+        match control.write(vec![Action::Put { object, expect }]).await {
+            Err(Error::Refused(Refusal::OutOfSequence { .. })) => {} // Another setting was just written.
+            Err(error) => return Err(error),
+            Ok(_) => return Ok(RotateCaResponse {}),
+        }
+    }
 }
 
 /// The unlock key as users keep it; empty where managers do not start locked.

@@ -32,7 +32,7 @@ use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Event, Liveness};
 use skep_manager_core::{
     Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, level, node_name, plan,
-    swarm,
+    rotation, swarm,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -219,7 +219,7 @@ impl Leader {
         for change in &commit.changes {
             match change.kind {
                 Kind::Task => self.sessions.mark(change.node_id),
-                Kind::Node | Kind::Image => self.sessions.mark_all(),
+                Kind::Node | Kind::Image | Kind::Cluster => self.sessions.mark_all(),
                 _ => {}
             }
         }
@@ -330,6 +330,12 @@ impl Leader {
         if self.queued.is_empty() {
             verdict.actions.iter().for_each(log_transition);
             self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
+        }
+        if self.queued.is_empty()
+            && let Some(step) = rotation::advance(&self.state, now)
+        {
+            tracing::info!("the change of the root goes on: all nodes are ready for its next step");
+            self.queued.push_back(vec![step]);
         }
         let mut carried = Carried::default();
         let mut actions = self.queued.pop_front().unwrap_or_default();
@@ -455,6 +461,7 @@ impl Leader {
             tracing::warn!(task.id = %task_id, nodes, "a task is stopped without the acknowledgement of nodes that may still balance to it");
             self.missed.insert(task_id, names);
         }
+        self.sessions.renew(&self.state, now);
         self.sessions.dispatch(&self.state, &mut self.drain, held_back, now);
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::payloads::payloads;
 use super::role::role_of;
-use super::trust::trust_of;
+use super::trust::{Renewals, Trust};
 use skep_common::limits::{
     CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, PORT_CONDITIONS_MAX,
 };
@@ -19,7 +19,7 @@ use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
 use skep_manager_core::endpoints::{self, Drain, NodeTable};
-use skep_manager_core::{Action, Expect, State, level};
+use skep_manager_core::{Action, Expect, State, level, rotation};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
@@ -42,6 +42,9 @@ struct Session {
     told_table: Option<(u64, NodeTable)>,
     told_managers: Vec<String>,
     told_role: String,
+    told_trust: Trust,
+    /// It is to get another certificate, and was not told yet.
+    must_renew: bool,
     /// Ports that the node cannot serve, once it said so in this session.
     conditions: Option<Vec<object::PortCondition>>,
     /// Digests of the images that the node said it holds.
@@ -62,6 +65,7 @@ pub(super) struct Sessions {
     duties: CopyDuties,
     /// Images or nodes changed: duties are chosen anew.
     are_duties_stale: bool,
+    renewals: Renewals,
 }
 
 impl Sessions {
@@ -72,6 +76,7 @@ impl Sessions {
             held_back: BTreeSet::new(),
             duties: CopyDuties::new(),
             are_duties_stale: true,
+            renewals: Renewals::default(),
         }
     }
 
@@ -124,6 +129,7 @@ impl Sessions {
         };
         let told_managers = manager_addresses(state);
         let told_role = role_of(node);
+        let told_trust = Trust::of(state);
         let welcome = Welcome {
             session_id: format!("{session_id:016x}"),
             heartbeat_millis: u64::try_from(period.as_millis()).unwrap_or(u64::MAX),
@@ -132,7 +138,7 @@ impl Sessions {
             node_number: node.number.into(),
             ingress_pool: cluster.ingress_pool.to_string(),
             role: told_role.clone(),
-            trust_pem: trust_of(state),
+            trust_pem: told_trust.pem.clone(),
         };
         let message = DispatcherMessage { message: Some(Message::Welcome(welcome)) };
         if to_agent.try_send(Ok(message)).is_err() {
@@ -145,6 +151,8 @@ impl Sessions {
             told_table: None,
             told_managers,
             told_role,
+            told_trust,
+            must_renew: false,
             conditions: None,
             images: hello.image_digests.iter().cloned().collect(),
             is_dirty: true,
@@ -175,12 +183,19 @@ impl Sessions {
             session.described_at.is_none_or(|at| now >= at.after(DESCRIPTION_PERIOD))
         };
         let mut claims = Claims::of(state);
-        let is_known = level::of_managers(state) >= level::FACTS;
+        let level = level::of_managers(state);
+        let is_known = level >= level::FACTS;
         let due = self.open.iter_mut().filter(|(_, session)| is_due(session));
         let wrong = due.filter_map(|(node_id, session)| {
             let node = state.node(*node_id)?;
             let mut changed = (**node).clone();
-            changed.description = Some(claims.accept(*node_id, &session.description));
+            let mut description = claims.accept(*node_id, &session.description);
+            if level < level::CONTROL {
+                // A manager that has not said its level yet is no reason to forget what is stored.
+                let stored = node.description.as_ref();
+                description.tls_info = stored.and_then(|stored| stored.tls_info.clone());
+            }
+            changed.description = Some(description);
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
             let conditions = session.conditions.as_ref();
@@ -259,6 +274,15 @@ impl Sessions {
         }
     }
 
+    /// Has nodes get certificates of another root, some at a time.
+    pub(super) fn renew(&mut self, state: &State, now: Timestamp) {
+        for node_id in self.renewals.due(state, self.open.keys(), now) {
+            if let Some(session) = self.open.get_mut(&node_id) {
+                (session.must_renew, session.is_dirty) = (true, true);
+            }
+        }
+    }
+
     /// Tells every node what is new for it, as far as its queue has room.
     pub(super) fn dispatch(
         &mut self,
@@ -289,6 +313,7 @@ impl Sessions {
             }
             is_member
         });
+        let trust = Trust::of(state);
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
             if !session.is_dirty && !is_stale(session) {
@@ -312,7 +337,7 @@ impl Sessions {
             session.is_dirty = false;
             let is_news = is_stale(session);
             let table = is_news.then(|| (version, drain.of_node(*node_id)));
-            let message = news(session, state, *node_id, set, table, now);
+            let message = news(session, state, *node_id, &trust, set, table, now);
             if is_news {
                 drain.sent(*node_id);
             }
@@ -374,6 +399,7 @@ fn news(
     session: &mut Session,
     state: &State,
     node_id: NodeId,
+    trust: &Trust,
     set: assignments::AssignmentSet,
     table: Option<(u64, NodeTable)>,
     now: Timestamp,
@@ -384,19 +410,40 @@ fn news(
     let role = state.node(node_id).map(|node| role_of(node)).unwrap_or_default();
     let is_role_new = role != session.told_role;
     let is_management_new = managers != session.told_managers;
+    let must_renew = std::mem::take(&mut session.must_renew);
+    let is_trust_new = session.told_trust != *trust;
+    // Grants of a root that goes are of no use soon.
+    let mut regranted = BTreeMap::new();
+    if session.told_trust.signer != trust.signer {
+        regranted.clone_from(&set.images);
+        regranted.retain(|_, image| !image.holders.is_empty());
+    }
     let mut message = match session.stream.next(set) {
         Some(message) => Assignments {
             applies_to: message.applies_to,
             results_in: message.results_in,
-            images: images(state, node_id, &message.changes.images, now),
+            images: {
+                regranted.extend(message.changes.images);
+                images(state, node_id, &regranted, now)
+            },
             removed_images: message.changes.removed_images,
             task_jsons: message.changes.tasks.iter().map(task_json).collect(),
             removed_tasks: message.changes.removed_tasks.iter().map(ToString::to_string).collect(),
             ..Assignments::default()
         },
-        None if mesh.is_some() || is_management_new || is_role_new => {
+        None if mesh.is_some()
+            || is_management_new
+            || is_role_new
+            || is_trust_new
+            || must_renew =>
+        {
             let sequence = session.stream.sequence();
-            Assignments { applies_to: sequence, results_in: sequence, ..Assignments::default() }
+            Assignments {
+                applies_to: sequence,
+                results_in: sequence,
+                images: images(state, node_id, &regranted, now),
+                ..Assignments::default()
+            }
         }
         None => return None,
     };
@@ -412,6 +459,11 @@ fn news(
         session.told_role.clone_from(&role);
         message.role = role;
     }
+    if is_trust_new {
+        session.told_trust.clone_from(trust);
+        message.trust_pem = trust.pem.clone();
+    }
+    message.renew = must_renew;
     message.secrets = payloads(state, node_id);
     Some(message)
 }
@@ -426,12 +478,12 @@ fn images(
     images: &BTreeMap<String, AssignedImage>,
     now: Timestamp,
 ) -> Vec<ImageAssignment> {
-    let key = state.cluster().map(|cluster| cluster.root_ca_key.clone()).unwrap_or_default();
+    let key = state.cluster().map(|cluster| rotation::signing(cluster).1).unwrap_or_default();
     let assigned = images.iter().map(|(digest, image)| {
         let grant = if image.holders.is_empty() {
             Vec::new()
         } else {
-            sign_grant(&key, digest, node_id, now).unwrap_or_else(|error| {
+            sign_grant(key, digest, node_id, now).unwrap_or_else(|error| {
                 tracing::error!(error = %skep_runtime::telemetry::Chain(&error), "no grant for an image");
                 Vec::new()
             })
@@ -597,6 +649,8 @@ mod tests {
             told_table: None,
             told_managers: Vec::new(),
             told_role: String::new(),
+            told_trust: Trust::default(),
+            must_renew: false,
             conditions: None,
             images: BTreeSet::new(),
             is_dirty: false,

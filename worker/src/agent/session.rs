@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::Bytes;
 use rand::RngExt as _;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_proto::dispatcher_client::DispatcherClient;
@@ -38,6 +39,8 @@ pub struct Managers {
     known: Arc<Mutex<Vec<String>>>,
     changed: Arc<watch::Sender<Vec<String>>>,
     told_role: Arc<watch::Sender<String>>,
+    told_trust: Arc<watch::Sender<Bytes>>,
+    renewals: Arc<watch::Sender<u64>>,
 }
 
 impl Managers {
@@ -45,8 +48,15 @@ impl Managers {
     pub fn new(known: Vec<String>) -> Self {
         let (changed, _) = watch::channel(known.clone());
         let (told_role, _) = watch::channel(String::new());
-        let (changed, told_role) = (Arc::new(changed), Arc::new(told_role));
-        Self { known: Arc::new(Mutex::new(known)), changed, told_role }
+        let (told_trust, _) = watch::channel(Bytes::new());
+        let (renewals, _) = watch::channel(0);
+        Self {
+            known: Arc::new(Mutex::new(known)),
+            changed: Arc::new(changed),
+            told_role: Arc::new(told_role),
+            told_trust: Arc::new(told_trust),
+            renewals: Arc::new(renewals),
+        }
     }
 
     /// All of them.
@@ -62,6 +72,22 @@ impl Managers {
     /// The part that the leader gives this node: `worker` or `manager`, and empty until it has said so.
     pub fn told_role(&self) -> watch::Receiver<String> {
         self.told_role.subscribe()
+    }
+
+    /// The roots that the leader has this node trust, PEM, and empty until it has said so.
+    pub fn told_trust(&self) -> watch::Receiver<Bytes> {
+        self.told_trust.subscribe()
+    }
+
+    /// Wakes when the leader has this node get another certificate.
+    pub fn renewals(&self) -> watch::Receiver<u64> {
+        self.renewals.subscribe()
+    }
+
+    fn tell_trust(&self, trust: Bytes) {
+        if !trust.is_empty() {
+            self.told_trust.send_replace(trust);
+        }
     }
 
     fn tell_role(&self, role: String) {
@@ -189,6 +215,7 @@ async fn attempt(
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
     options.managers.replace(welcome.managers.clone());
     options.managers.tell_role(welcome.role.clone());
+    options.managers.tell_trust(welcome.trust_pem.clone());
     let beats = Heartbeats::start(options, address, &welcome);
     let end = options.tasks.token().child_token();
     let opened = FromSession::Opened { welcome, to_leader, end: end.clone() };
@@ -204,6 +231,10 @@ async fn attempt(
         let Some(Message::Assignments(mut assignments)) = message.message else { continue };
         options.managers.replace(std::mem::take(&mut assignments.managers));
         options.managers.tell_role(std::mem::take(&mut assignments.role));
+        options.managers.tell_trust(std::mem::take(&mut assignments.trust_pem));
+        if assignments.renew {
+            options.managers.renewals.send_modify(|n_told| *n_told += 1);
+        }
         if events.send(FromSession::Assignments(Box::new(assignments))).await.is_err() {
             break;
         }

@@ -402,9 +402,11 @@ impl Control for Served {
 
     async fn rotate_ca(
         &self,
-        _: Request<skep_proto::RotateCaRequest>,
+        request: Request<skep_proto::RotateCaRequest>,
     ) -> Answer<skep_proto::RotateCaResponse> {
-        Err(Status::unimplemented("swarm ca --rotate"))
+        let request = request.into_inner();
+        self.ask(json!({"rotate": request.ca_cert_pem, "key": request.ca_key_pem}));
+        Ok(Response::new(skep_proto::RotateCaResponse {}))
     }
 
     async fn unlock_key(

@@ -377,6 +377,32 @@ async fn what_is_not_named_of_the_swarms_settings_stays() {
 }
 
 #[tokio::test]
+async fn the_root_is_shown_and_changed() {
+    let daemon = Daemon::start();
+    let spec = json!({"Name": "default"});
+    daemon.hold(
+        "cluster",
+        [json!({"ID": "c", "Version": {"Index": 7}, "Spec": spec, "RootCaCert": "PEM\n"})],
+    );
+    check(run(&daemon, "swarm ca").await, "PEM\n");
+    check(run(&daemon, "swarm ca --rotate --detach").await, "");
+    check(run(&daemon, "swarm ca --rotate --cert-expiry 2h").await, "PEM\n");
+    for (name, text) in [("cert", "the cert"), ("key", "the key")] {
+        std::fs::write(daemon.directory().join(name), text).unwrap();
+    }
+    let path = |name: &str| daemon.directory().join(name).display().to_string();
+    let line = format!("swarm ca --rotate -d --ca-cert {} --ca-key {}", path("cert"), path("key"));
+    check(run(&daemon, &line).await, "");
+    let asked = daemon.asked();
+    assert_eq!(asked[0], json!({"rotate": "", "key": ""}));
+    assert!(asked[1]["spec"].to_string().contains("7200000000000"), "{}", asked[1]);
+    assert_eq!(asked[3], json!({"rotate": "the cert", "key": "the key"}));
+    let (code, _, err) = run(&daemon, "swarm ca --rotate --ca-cert /no --ca-key /no").await;
+    assert_eq!(code, 1);
+    assert!(err.contains("failed to read /no"), "{err}");
+}
+
+#[tokio::test]
 async fn the_unlock_key_is_shown_when_managers_start_locked_from_now_on() {
     let daemon = Daemon::start();
     let lock = |is_locked: bool| {

@@ -3,12 +3,13 @@
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, SanType,
+    PKCS_ECDSA_P256_SHA256, PublicKeyData as _, SanType, SubjectPublicKeyInfo,
 };
 use skep_common::spec::NodeRole;
 use skep_common::{ClusterId, NodeId, Timestamp};
 use std::time::Duration;
 use time::OffsetDateTime;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
 
 use super::{Error, NODE_SERVER_NAME};
 
@@ -37,7 +38,8 @@ impl Authority {
         let mut params = CertificateParams::default();
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::CommonName, "swarm-ca");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        // One more, for a certificate of the root that takes this one's place.
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.not_before = moment(now)? - BACKDATE;
         params.not_after = moment(now.after(ROOT_LIFE))?;
@@ -51,6 +53,49 @@ impl Authority {
         let key = KeyPair::from_pem(key_pem)?;
         let issuer = Issuer::from_ca_cert_pem(root_pem, key)?;
         Ok(Self { issuer, root_pem: root_pem.to_owned(), key_pem: key_pem.to_owned() })
+    }
+
+    /// Takes up a root that a user brings: it must be able to sign for a swarm.
+    pub fn from_user(root_pem: &str, key_pem: &str, now: Timestamp) -> Result<Self, Error> {
+        let invalid = |why: &str| Error::invalid("root certificate", why);
+        let der = super::pem_to_der("root certificate", root_pem)?;
+        let (_, root) = X509Certificate::from_der(&der)
+            .map_err(|error| Error::invalid("root certificate", error))?;
+        if !root.is_ca() {
+            return Err(invalid("it is no certificate of an authority"));
+        }
+        let validity = root.validity();
+        let seconds = now.0 / 1_000_000_000;
+        if seconds < validity.not_before.timestamp() || seconds > validity.not_after.timestamp() {
+            return Err(invalid("it is not valid now"));
+        }
+        let key = KeyPair::from_pem(key_pem)?;
+        if !key.is_compatible(&PKCS_ECDSA_P256_SHA256) {
+            return Err(invalid("its key must be an ECDSA key of P-256, in PKCS 8"));
+        }
+        if key.subject_public_key_info() != root.public_key().raw {
+            return Err(invalid("the key is of another certificate"));
+        }
+        Self::from_pem(root_pem, key_pem)
+    }
+
+    /// Certifies that this root's swarm may trust another root: a certificate of that one's key.
+    pub fn certify(&self, other_root_pem: &str) -> Result<String, Error> {
+        let der = super::pem_to_der("root certificate", other_root_pem)?;
+        let (_, other) = X509Certificate::from_der(&der)
+            .map_err(|error| Error::invalid("root certificate", error))?;
+        let key = SubjectPublicKeyInfo::from_der(other.public_key().raw)?;
+        let moment = |time: i64| {
+            OffsetDateTime::from_unix_timestamp(time).map_err(|e| Error::invalid("time", e))
+        };
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "swarm-ca");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.not_before = moment(other.validity().not_before.timestamp())?;
+        params.not_after = moment(other.validity().not_after.timestamp())?;
+        Ok(params.signed_by(&key, &self.issuer)?.pem())
     }
 
     /// The root certificate.

@@ -1,11 +1,12 @@
 //! The leader's word that a node may fetch an image, signed with the authority's key.
 //!
-//! A holder checks it by the root certificate alone, without asking a manager.
+//! A holder checks it by the roots that it trusts alone, without asking a manager.
 
 use prost::Message as _;
 use ring::signature::{
     ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, UnparsedPublicKey,
 };
+use rustls::pki_types::CertificateDer;
 use skep_common::{NodeId, Timestamp};
 use skep_proto::{ImageGrant, SignedImageGrant};
 use std::time::Duration;
@@ -61,18 +62,23 @@ pub fn sign_grant(
 
 /// Checks a grant that `caller` shows, and returns the manifest digest it is for.
 pub fn verify_grant(
-    root_pem: &str,
+    roots_pem: &str,
     bytes: &[u8],
     caller: NodeId,
     now: Timestamp,
 ) -> Result<String, GrantError> {
     let signed = SignedImageGrant::decode(bytes).map_err(|_| GrantError::Unreadable)?;
-    let der = super::pem_to_der("root certificate", root_pem).map_err(|_| GrantError::Signature)?;
-    let (_, root) = X509Certificate::from_der(&der).map_err(|_| GrantError::Signature)?;
-    let public_key = root.public_key().subject_public_key.data.as_ref();
-    UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, public_key)
-        .verify(&signed.grant, &signed.signature)
-        .map_err(|_| GrantError::Signature)?;
+    let roots = super::certificates(roots_pem).map_err(|_| GrantError::Signature)?;
+    let is_signed_by = |der: &CertificateDer<'_>| {
+        X509Certificate::from_der(der).is_ok_and(|(_, root)| {
+            let public_key = root.public_key().subject_public_key.data.as_ref();
+            let public_key = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, public_key);
+            public_key.verify(&signed.grant, &signed.signature).is_ok()
+        })
+    };
+    if !roots.iter().any(is_signed_by) {
+        return Err(GrantError::Signature);
+    }
     let grant = ImageGrant::decode(signed.grant).map_err(|_| GrantError::Unreadable)?;
     if grant.node_id != caller.to_string() {
         return Err(GrantError::OtherNode(grant.node_id));
@@ -96,6 +102,8 @@ mod tests {
         let verify = |root: &Authority, node, at| verify_grant(root.root_pem(), &signed, node, at);
         assert_eq!(verify(&ours, NodeId(7), now), Ok("sha256:aa".to_owned()));
         assert_eq!(verify(&other, NodeId(7), now), Err(GrantError::Signature));
+        let both = format!("{}{}", other.root_pem(), ours.root_pem());
+        assert!(verify_grant(&both, &signed, NodeId(7), now).is_ok(), "any root will do");
         assert!(matches!(verify(&ours, NodeId(8), now), Err(GrantError::OtherNode(_))));
         let late = now.after(GRANT_LIFE + Duration::from_secs(1));
         assert_eq!(verify(&ours, NodeId(7), late), Err(GrantError::Expired));

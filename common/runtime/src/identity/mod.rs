@@ -4,12 +4,15 @@
 //! certificate's CN is the node id, its OU the role, its O the cluster id. Source: SwarmKit `ca/`.
 
 mod authority;
+mod bundle;
 mod files;
 mod grant;
 mod token;
 mod unlock;
 
 pub use authority::{Authority, Csr};
+pub(crate) use bundle::certificates;
+pub use bundle::{is_trusted_by, public_key_of, tls_info, vetted};
 pub use files::{Files, Lock, RaftKey, Stored};
 pub use grant::{GrantError, sign_grant, verify_grant};
 pub use token::{JoinToken, TokenError, new_secret, root_digest};

@@ -102,7 +102,10 @@ impl ChannelPool {
                 .keep_alive_timeout(RELAYED_KEEP_ALIVE_DEADLINE),
         };
         let endpoint = endpoint.keep_alive_while_idle(true);
-        connect_lazily(&endpoint, address, self.tls.client(), peer.server_name(), CONNECT_DEADLINE)
+        // Asked at each connect: certificates and roots change while the channel lives.
+        let tls = self.tls.clone();
+        let config = move || tls.client();
+        connect_lazily(&endpoint, address, config, peer.server_name(), CONNECT_DEADLINE)
     }
 
     /// Forgets the channels to an address: the next call dials anew.
@@ -138,7 +141,9 @@ fn joining_channel(address: &str, mut config: ClientConfig) -> Channel {
     config.alpn_protocols = vec![b"h2".to_vec()];
     let name = Peer::Manager.server_name();
     let endpoint = endpoint().timeout(RPC_DEADLINE);
-    connect_lazily(&endpoint, address, Arc::new(config), name, JOIN_CONNECT_DEADLINE)
+    let config = Arc::new(config);
+    let config = move || Arc::clone(&config);
+    connect_lazily(&endpoint, address, config, name, JOIN_CONNECT_DEADLINE)
 }
 
 fn endpoint() -> Endpoint {
@@ -152,13 +157,13 @@ fn endpoint() -> Endpoint {
 fn connect_lazily(
     endpoint: &Endpoint,
     address: &str,
-    config: Arc<ClientConfig>,
+    config: impl Fn() -> Arc<ClientConfig> + Send + Sync + 'static,
     name: ServerName<'static>,
     deadline: Duration,
 ) -> Channel {
     let address = address.to_owned();
     endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
-        let (address, config, name) = (address.clone(), Arc::clone(&config), name.clone());
+        let (address, config, name) = (address.clone(), config(), name.clone());
         async move {
             let connect = async {
                 let stream = TcpStream::connect(&address).await?;

@@ -146,3 +146,40 @@ async fn new_credentials_change_the_next_connection_and_no_open_one() {
     assert_eq!(call(renewed, "/skep.v1.Peer/TaskLogs").await.code(), Code::Unimplemented);
     tasks.shutdown().await;
 }
+
+#[tokio::test]
+async fn open_connections_outlive_a_change_of_the_root() {
+    let [old, new] = [(); 2].map(|()| Authority::generate(clock::now()).unwrap());
+    let both = format!("{}{}", old.root_pem(), new.root_pem());
+    let of = |authority: &Authority, node: u128, role, roots: &str| Credentials {
+        root_pem: roots.to_owned(),
+        ..credentials(authority, ClusterId(1), NodeId(node), role)
+    };
+    let tasks = TaskSet::new();
+    let (manager, worker) = (NodeRole::Manager, NodeRole::Worker);
+    let server = Tls::new(of(&old, 1, manager, old.root_pem())).unwrap();
+    let address = serve(server.clone(), &tasks).await;
+    let client = Tls::new(of(&old, 2, worker, old.root_pem())).unwrap();
+    let left_behind = Tls::new(of(&old, 3, worker, old.root_pem())).unwrap();
+    let left_behind = ChannelPool::new(left_behind);
+    let pool = ChannelPool::new(client.clone());
+    let open = pool.channel(&address, Peer::Manager);
+    let made_before = pool.fresh(&address, Peer::Manager);
+    let ask = async |channel: Channel| call(channel, "/skep.v1.Dispatcher/Heartbeat").await.code();
+    assert_eq!(ask(open.clone()).await, Code::Unimplemented);
+
+    // Each step as the nodes take it: trust, renew, forget the old one.
+    server.replace(of(&old, 1, manager, &both)).unwrap();
+    client.replace(of(&old, 2, worker, &both)).unwrap();
+    assert_eq!(ask(pool.fresh(&address, Peer::Manager)).await, Code::Unimplemented);
+    server.replace(of(&new, 1, manager, &both)).unwrap();
+    assert_eq!(ask(pool.fresh(&address, Peer::Manager)).await, Code::Unimplemented);
+    assert_eq!(ask(left_behind.fresh(&address, Peer::Manager)).await, Code::Unavailable);
+    client.replace(of(&new, 2, worker, &both)).unwrap();
+    assert_eq!(ask(pool.fresh(&address, Peer::Manager)).await, Code::Unimplemented);
+    server.replace(of(&new, 1, manager, new.root_pem())).unwrap();
+    client.replace(of(&new, 2, worker, new.root_pem())).unwrap();
+    assert_eq!(ask(open).await, Code::Unimplemented, "it was never closed");
+    assert_eq!(ask(made_before).await, Code::Unimplemented, "it connects with what is current");
+    tasks.shutdown().await;
+}
