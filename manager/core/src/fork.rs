@@ -28,20 +28,34 @@ pub(crate) struct Fork<'a> {
     tasks: BTreeSet<TaskId>,
     services: BTreeSet<ServiceId>,
     networks: BTreeSet<NetworkId>,
-    new_tasks_left: usize,
+    room: Room,
+    /// What the step may still decide.
+    left: Room,
     n_changes: u64,
-    /// That of the last task that was made.
-    template: Option<Arc<TaskSpec>>,
+    /// That of the last task that was made, and its length as JSON.
+    template: Option<(Arc<TaskSpec>, usize)>,
 }
 
+/// How much a step of a pass decides: its actions travel together, and a command that is too long for
+/// the log would be too long whenever it is tried. What one decision needs may go beyond it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// Tasks and services that are changed.
+    pub(crate) actions: usize,
+    /// What they take as JSON, estimated.
+    pub(crate) bytes: usize,
+}
+
+/// A patch of a task as JSON, with the longest texts that it has but for the reason of a task to wait.
+const PATCH_BYTES: usize = 512;
+/// A task as JSON, without its spec.
+const TASK_BYTES: usize = 1024;
+/// A place on a network as JSON, without its aliases.
+const ATTACHMENT_BYTES: usize = 256;
+
 impl<'a> Fork<'a> {
-    /// Starts from `view`; at most `new_tasks_max` tasks can be made.
-    pub(crate) fn new(
-        view: &'a State,
-        now: Timestamp,
-        rng: &'a mut dyn Rng,
-        new_tasks_max: usize,
-    ) -> Self {
+    /// Starts from `view`; each step has `room`.
+    pub(crate) fn new(view: &'a State, now: Timestamp, rng: &'a mut dyn Rng, room: Room) -> Self {
         Self {
             view,
             state: view.clone(),
@@ -50,7 +64,8 @@ impl<'a> Fork<'a> {
             tasks: BTreeSet::new(),
             services: BTreeSet::new(),
             networks: BTreeSet::new(),
-            new_tasks_left: new_tasks_max,
+            room,
+            left: room,
             n_changes: 0,
             template: None,
         }
@@ -86,19 +101,31 @@ impl<'a> Fork<'a> {
         self.tasks.insert(task_id);
     }
 
-    /// Whether a task can still be made in this pass.
+    /// Whether the step can still decide something; the rest is for the next pass.
     pub(crate) fn has_room(&self) -> bool {
-        self.new_tasks_left > 0
+        self.left.actions > 0 && self.left.bytes > 0
     }
 
-    /// The service's template, shared with the task that was made of it last.
-    fn template_of(&mut self, service: &Service) -> Arc<TaskSpec> {
+    /// Begins the next step of the pass, which has the whole room again: else steps that come late would
+    /// never have their turn while there is much to do for the first.
+    pub(crate) fn next_step(&mut self) {
+        self.left = self.room;
+    }
+
+    fn spend(&mut self, bytes: usize) {
+        self.left.actions = self.left.actions.saturating_sub(1);
+        self.left.bytes = self.left.bytes.saturating_sub(bytes);
+    }
+
+    /// The service's template, shared with the task that was made of it last, and its length.
+    fn template_of(&mut self, service: &Service) -> (Arc<TaskSpec>, usize) {
         let wanted = &service.spec.task_template;
-        if let Some(template) = self.template.as_ref().filter(|template| ***template == *wanted) {
-            return Arc::clone(template);
+        if let Some(template) = self.template.as_ref().filter(|(template, _)| **template == *wanted)
+        {
+            return template.clone();
         }
-        let template = Arc::new(wanted.clone());
-        self.template = Some(Arc::clone(&template));
+        let template = (Arc::new(wanted.clone()), json_bytes(wanted));
+        self.template = Some(template.clone());
         template
     }
 
@@ -113,11 +140,12 @@ impl<'a> Fork<'a> {
         if !self.has_room() {
             return false;
         }
-        self.new_tasks_left -= 1;
+        let (spec, spec_bytes) = self.template_of(service);
+        self.spend(TASK_BYTES + spec_bytes);
         let mut task = Task {
             id: TaskId::random(&mut self.rng),
             meta: skep_common::Meta::default(),
-            spec: self.template_of(service),
+            spec,
             spec_version: service.spec_version,
             service_id: service.id,
             slot: slot.number(),
@@ -150,6 +178,7 @@ impl<'a> Fork<'a> {
     pub(crate) fn desire(&mut self, task_id: TaskId, desired_state: TaskState) {
         if self.state.task(task_id).is_some_and(|task| task.desired_state < desired_state) {
             self.touch(task_id);
+            self.spend(PATCH_BYTES);
             self.state.scratch_touch_task(task_id, |task| task.desired_state = desired_state);
         }
     }
@@ -165,6 +194,15 @@ impl<'a> Fork<'a> {
     ) {
         let now = self.now;
         self.touch(task_id);
+        let aliases = attachments.iter().flat_map(|one| &one.aliases).map(String::len);
+        let attached = attachments.len() * ATTACHMENT_BYTES + aliases.sum::<usize>();
+        let mut bytes = PATCH_BYTES + attached;
+        if pinned.is_some()
+            && let Some(task) = self.state.task(task_id)
+        {
+            bytes += TASK_BYTES + json_bytes(&task.spec); // A spec is not patched.
+        }
+        self.spend(bytes);
         self.state.scratch_place_task(task_id, |task| {
             debug_assert!(
                 task.node_id.is_none() || mistakes::is(Mistake::PlacedTwice),
@@ -197,6 +235,7 @@ impl<'a> Fork<'a> {
             return;
         }
         self.touch(task_id);
+        self.spend(PATCH_BYTES + reason.len());
         self.state.scratch_touch_task(task_id, |task| {
             if task.status.state != TaskState::Pending {
                 task.status.applied_at = Some(now);
@@ -212,6 +251,7 @@ impl<'a> Fork<'a> {
     pub(crate) fn orphan(&mut self, task_id: TaskId, reason: &str) {
         let now = self.now;
         self.touch(task_id);
+        self.spend(PATCH_BYTES);
         self.state.scratch_edit_task(task_id, |task| {
             task.status.timestamp = now;
             task.status.applied_at = Some(now);
@@ -223,6 +263,7 @@ impl<'a> Fork<'a> {
     /// Erases a task.
     pub(crate) fn delete_task(&mut self, task_id: TaskId) {
         self.touch(task_id);
+        self.spend(PATCH_BYTES);
         self.state.scratch_delete_task(task_id);
     }
 
@@ -249,6 +290,7 @@ impl<'a> Fork<'a> {
     /// knows the new spec's version.
     pub(crate) fn put_service(&mut self, service: Service) {
         self.services.insert(service.id);
+        self.spend(json_bytes(&service));
         self.try_out(Action::Put {
             object: Object::Service(Box::new(service)),
             expect: Expect::Present,
@@ -311,6 +353,11 @@ impl<'a> Fork<'a> {
         actions.extend(networks.into_iter().map(erased));
         actions
     }
+}
+
+/// What a value takes in the log.
+fn json_bytes(value: &impl serde::Serialize) -> usize {
+    serde_json::to_vec(value).map_or(0, |bytes| bytes.len())
 }
 
 /// The action that makes `old` what `new` is.

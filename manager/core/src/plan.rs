@@ -24,7 +24,7 @@ use skep_common::{Kind, NetworkId, NodeId, Service, ServiceId, TaskId, TaskState
 
 use crate::allocator::Cursors;
 use crate::command::Action;
-use crate::fork::Fork;
+use crate::fork::{Fork, Room};
 use crate::network;
 use crate::orchestrator::{self, Scope, enforcer, is_live, updater};
 use crate::scheduler::{self, Index};
@@ -99,13 +99,17 @@ pub struct Options {
     /// A task of an update that does not run within this time is a failure of the update. Swarm has
     /// none and waits for ever; 10 minutes is Kubernetes' `progressDeadlineSeconds`.
     pub progress_deadline: Duration,
-    /// Tasks made in one pass: bounds the size of a Raft entry. The rest follows at once.
-    pub new_tasks_max: usize,
+    /// Actions of each of a pass's three steps: what services need, placing, reaping. Bounds how long a
+    /// pass and its commit take. The rest follows at once.
+    pub actions_max: usize,
+    /// Their bytes as JSON, estimated: three steps with much to decide stay well below the 16 MiB that a
+    /// command may have.
+    pub bytes_max: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { progress_deadline: Duration::from_mins(10), new_tasks_max: 4096 }
+        Self { progress_deadline: Duration::from_mins(10), actions_max: 4096, bytes_max: 3 << 20 }
     }
 }
 
@@ -124,7 +128,8 @@ pub struct LeaderMemory {
     global: BTreeSet<ServiceId>,
     /// Networks on their way out: looked at in each pass, since any task may be the last on one.
     leaving: BTreeSet<NetworkId>,
-    /// What the last plan touched: looked at again, in case that it was not committed.
+    /// What the last plan touched: looked at again, in case that it was not committed. And what it left
+    /// out for its size.
     last: Work,
 }
 
@@ -199,7 +204,9 @@ pub fn plan(
     rng: &mut impl Rng,
 ) -> Plan {
     let mut work = memory.begin(view, dirty, now);
-    let mut fork = Fork::new(view, now, rng, memory.options.new_tasks_max);
+    let room = Room { actions: memory.options.actions_max, bytes: memory.options.bytes_max };
+    let mut fork = Fork::new(view, now, rng, room);
+    let mut rest = Work::default();
     rotation::advance(&mut fork);
     let mut evicted = BTreeSet::new();
     // Only nodes that were decided about are looked at again if this plan is lost.
@@ -213,20 +220,22 @@ pub fn plan(
             decided.insert(*node_id);
         }
         evicted.extend(leaving);
+        if !fork.has_room() {
+            rest.nodes.insert(*node_id);
+        }
     }
     work.nodes = decided;
-    for service_id in &work.services {
-        let LeaderMemory { options, updates, .. } = &mut *memory;
-        let mut scope = Scope::new(&mut fork, options, updates, &evicted);
-        orchestrator::reconcile(&mut scope, *service_id);
-        let wake = scope.wake;
-        memory.timers.set(Subject::Service(*service_id), wake);
-    }
+    memory.reconcile(&mut fork, &work, &evicted, &mut rest);
     memory.give_virtual_ips(&mut fork, &work);
     memory.sync_touched(&fork);
-    scheduler::schedule(&mut fork, &mut memory.index, &mut memory.cursors);
+    fork.next_step();
+    let is_all = scheduler::schedule(&mut fork, &mut memory.index, &mut memory.cursors);
+    fork.next_step();
     for service_id in &work.services {
         reaper::reap(&mut fork, *service_id);
+        if !fork.has_room() {
+            rest.services.insert(*service_id);
+        }
     }
     for network_id in &memory.leaving {
         if reaper::reap_network(&mut fork, *network_id) {
@@ -235,7 +244,13 @@ pub fn plan(
     }
     secrets::reap(&mut fork);
     memory.sync_touched(&fork);
-    memory.end(view, work, fork)
+    let mut plan = memory.end(view, work, fork);
+    if !is_all || !rest.services.is_empty() || !rest.nodes.is_empty() {
+        memory.last.services.extend(rest.services);
+        memory.last.nodes.extend(rest.nodes);
+        plan.deadline = Some((now, "decisions that the pass had no room for"));
+    }
+    plan
 }
 
 impl LeaderMemory {
@@ -305,6 +320,32 @@ impl LeaderMemory {
             self.index.set_changed();
         }
         work
+    }
+
+    /// Decides what services need. Those that the room did not suffice for are to be looked at again,
+    /// and with them the nodes, whose tasks may be among those that have to leave.
+    fn reconcile(
+        &mut self,
+        fork: &mut Fork<'_>,
+        work: &Work,
+        evicted: &BTreeSet<TaskId>,
+        rest: &mut Work,
+    ) {
+        for service_id in &work.services {
+            if fork.has_room() {
+                let Self { options, updates, .. } = &mut *self;
+                let mut scope = Scope::new(fork, options, updates, evicted);
+                orchestrator::reconcile(&mut scope, *service_id);
+                let wake = scope.wake;
+                self.timers.set(Subject::Service(*service_id), wake);
+            }
+            if !fork.has_room() {
+                rest.services.insert(*service_id);
+            }
+        }
+        if !rest.services.is_empty() {
+            rest.nodes.extend(&work.nodes);
+        }
     }
 
     /// Gives services the virtual addresses that they lack, as far as their networks have any left.

@@ -73,7 +73,7 @@ pub(crate) struct Scope<'p, 'a> {
 /// The tasks of a service by slot, without those that are to be deleted.
 pub(crate) type Slots = BTreeMap<Slot, Vec<Arc<Task>>>;
 
-/// Brings one service as close to its spec as this moment allows.
+/// Brings one service as close to its spec as this moment and the pass's room allow.
 pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
     let service = scope.fork.state().service(service_id).cloned();
     let Some(service) = service.filter(|service| !service.pending_delete) else {
@@ -101,6 +101,9 @@ fn remove_all(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
     let tasks = scope.fork.state().tasks_of_service(service_id);
     let tasks: Vec<TaskId> = tasks.filter(is_over).map(|task| task.id).collect();
     for task_id in tasks {
+        if !scope.fork.has_room() {
+            return;
+        }
         scope.fork.desire(task_id, TaskState::Remove);
     }
 }
@@ -135,11 +138,6 @@ impl<'p, 'a> Scope<'p, 'a> {
         if self.wake.is_none_or(|(earliest, _)| at < earliest) {
             self.wake = Some((at, why));
         }
-    }
-
-    /// Notes that the pass was full: the rest is for the next one.
-    fn wake_for_rest(&mut self) {
-        self.wake_at(self.fork.now(), "tasks still to be created");
     }
 
     /// Makes a task that starts at `start_after` or, later, once the slot's other tasks have stopped.

@@ -26,13 +26,17 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service, replicas: u64)
     let missing: Vec<Slot> = (n_occupied..replicas).zip(free_slots).map(|(_, slot)| slot).collect();
     for slot in missing {
         if !scope.create_in_slot(service, slot, now) {
-            scope.wake_for_rest();
             break;
         }
     }
     if n_occupied > replicas {
         let surplus = (0..).zip(keep_order(&occupied)).filter(|(rank, _)| *rank >= replicas);
-        for (_, slot) in surplus {
+        // The last come first: where the pass is full, the next one finds the same order without them.
+        let surplus: Vec<Slot> = surplus.map(|(_, slot)| slot).collect();
+        for slot in surplus.into_iter().rev() {
+            if !scope.fork.has_room() {
+                break;
+            }
             for task in occupied[&slot] {
                 scope.fork.desire(task.id, TaskState::Remove);
             }

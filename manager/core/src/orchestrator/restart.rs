@@ -52,8 +52,7 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
             .map(|(task, fault)| now.after(delay(task, *fault)));
         // Two of one slot fail together only mid-update; one successor is enough.
         let start_after = start_after.next().map(|first| start_after.fold(first, Timestamp::min));
-        if start_after.is_some() && !scope.fork.has_room() {
-            scope.wake_for_rest();
+        if !scope.fork.has_room() {
             return;
         }
         for (task, _) in failed {
@@ -127,6 +126,9 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
             let patience = stopping.map(|old| task.meta.created_at.after(patience(old))).max();
             let at = patience.map_or(start_after, |patience| patience.max(start_after));
             if at <= now {
+                if !scope.fork.has_room() {
+                    return;
+                }
                 scope.fork.desire(task.id, TaskState::Running);
             } else {
                 scope.wake_at(at, "restart delay or the stop of an older task");

@@ -145,7 +145,6 @@ pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     let is_last = survey.dirty.is_empty() && !survey.is_unsettled;
     for (slot, tasks) in survey.dirty.into_iter().take(room) {
         if !replace(scope, service, slot, &tasks, config.is_start_first) {
-            scope.wake_for_rest();
             break;
         }
     }
@@ -242,7 +241,7 @@ fn replace(
 pub(super) fn finish_start_first(scope: &mut Scope<'_, '_>, service: &Service) {
     for tasks in scope.slots(service.id).values() {
         let live: Vec<&Arc<Task>> = tasks.iter().filter(|task| is_live(task)).collect();
-        if live.len() < 2 {
+        if live.len() < 2 || !scope.fork.has_room() {
             continue;
         }
         let runs = |task: &&&Arc<Task>| {

@@ -73,10 +73,10 @@ pub(crate) type GroupKey = (ServiceId, Version);
 ///    reserves nothing, 3 comes before 2. Both: 5. `NodeId`.
 type Rank = (u32, [u32; 3], NodeId, usize);
 
-/// Places what can be placed and says of the rest why it waits.
-pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cursors) {
+/// Places what can be placed and says of the rest why it waits; `false` where the pass was full before.
+pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cursors) -> bool {
     if !index.take_changed() {
-        return; // The reasons that were written are still true.
+        return true; // The reasons that were written are still true.
     }
     let keys: Vec<GroupKey> = index.waiting().keys().copied().collect();
     let mut settled: BTreeMap<GroupKey, String> = BTreeMap::new();
@@ -97,7 +97,23 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
                 settled.insert(key, reason);
             }
         }
+        if !fork.has_room() {
+            index.set_changed(); // The next pass goes on here.
+            return false;
+        }
     }
+    explain_rest(fork, index, settled);
+    let is_all = fork.has_room();
+    if is_all {
+        index.take_changed();
+    } else {
+        index.set_changed();
+    }
+    is_all
+}
+
+/// Writes why tasks still wait.
+fn explain_rest(fork: &mut Fork<'_>, index: &Index, mut settled: BTreeMap<GroupKey, String>) {
     let left: Vec<(GroupKey, Vec<TaskId>)> = index
         .waiting()
         .iter()
@@ -113,13 +129,11 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
             Some(filter::explain(fork.state(), index, key.0, &requirement, None))
         });
         for task_id in tasks {
-            if let Some(reason) = &reason {
+            if let Some(reason) = reason.as_ref().filter(|_| fork.has_room()) {
                 fork.defer(task_id, reason);
             }
-            index.sync_task(fork.state(), task_id);
         }
     }
-    index.take_changed();
 }
 
 /// What a group's tasks need; an error is their reason to wait, whatever the nodes have.
@@ -162,6 +176,9 @@ fn place_group(
         }
     }
     'tasks: for task_id in tasks {
+        if !fork.has_room() {
+            break;
+        }
         let (number, uplink) = loop {
             let Some((.., number)) = candidates.pop() else { break 'tasks };
             let entry = index.entry(number);

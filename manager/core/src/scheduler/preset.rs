@@ -25,6 +25,9 @@ pub(super) fn place(
     let tasks: Vec<TaskId> = index.waiting()[&key].iter().map(|(_, task_id)| *task_id).collect();
     let counts = index.active_of_service(key.0);
     for task_id in tasks {
+        if !fork.has_room() {
+            break;
+        }
         let Some(number) = node_of(fork, task_id).and_then(|node_id| index.number_of(node_id))
         else {
             continue;
@@ -62,6 +65,9 @@ pub(super) fn explain(
     tasks: &[TaskId],
 ) {
     for task_id in tasks {
+        if !fork.has_room() {
+            break;
+        }
         let node_id = node_of(fork, *task_id);
         let reason = filter::explain(fork.state(), index, key.0, requirement, node_id);
         fork.defer(*task_id, &reason);
