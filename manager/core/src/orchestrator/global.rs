@@ -34,7 +34,7 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service) {
     }
     let nodes = scope.fork.state().nodes().values();
     let lacks = |node: &&Arc<Node>| {
-        let tasks = slots.get(&Slot::Node(node.id));
+        let tasks = slots.get(Slot::Node(node.id));
         takes(service, node) && !tasks.is_some_and(|tasks| replicated::is_occupied(tasks, now))
     };
     let missing: Vec<NodeId> = nodes.filter(lacks).map(|node| node.id).collect();
