@@ -338,8 +338,8 @@ impl LeaderMemory {
         let mut to_reap = Vec::new();
         for service_id in &work.services {
             if fork.has_room() {
-                let Self { options, updates, .. } = &mut *self;
-                let mut scope = Scope::new(fork, options, updates, evicted);
+                let Self { options, updates, index, .. } = &mut *self;
+                let mut scope = Scope::new(fork, options, updates, index, evicted);
                 if orchestrator::reconcile(&mut scope, *service_id) {
                     to_reap.push(*service_id);
                 }

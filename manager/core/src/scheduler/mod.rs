@@ -54,7 +54,7 @@ use filter::Requirement;
 pub(crate) use filter::carries_overlays;
 pub use filter::node_name;
 pub(crate) use generic::Stock;
-pub(crate) use index::{Amounts, Index};
+pub(crate) use index::{Amounts, Index, keeps_tasks};
 use preference::Candidates;
 pub(crate) use preference::parse_all as parse_preferences;
 
