@@ -326,8 +326,9 @@ impl LeaderMemory {
         work
     }
 
-    /// Decides what services need, and says which of them the reaper has to look at. Those that the room did not suffice for are to be looked at again,
-    /// and with them the nodes, whose tasks may be among those that have to leave.
+    /// Decides what services need, and says which of them the reaper has to look at. Those that the room
+    /// did not suffice for are to be looked at again, and with them the nodes, whose tasks may be among
+    /// those that have to leave.
     fn reconcile(
         &mut self,
         fork: &mut Fork<'_>,

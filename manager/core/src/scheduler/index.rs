@@ -4,8 +4,7 @@
 //! that spreading looks at, its failure. A change of a task takes the old charge back and makes the
 //! new one, so the cost of a pass depends on what changed, not on what there is.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
@@ -16,6 +15,7 @@ use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 use super::generic::Stock;
 use super::{FAILURE_WINDOW, GroupKey, Requirement};
 use crate::allocator;
+use crate::by_id::ById;
 use crate::network;
 use crate::orchestrator::is_live;
 use crate::store::State;
@@ -143,31 +143,6 @@ impl Rare {
         (!is_nothing).then(|| Box::new(Self { generic: generic.to_vec(), ports }))
     }
 }
-
-/// Hashes an id: random bits already, so that folding them is enough, and a multiplication for the small
-/// ids of tests. Nobody outside chooses ids, so no others are to be feared.
-#[derive(Debug, Default)]
-struct IdHasher(u64);
-
-impl Hasher for IdHasher {
-    fn write_u128(&mut self, id: u128) {
-        let folded = (id >> 64) as u64 ^ id as u64;
-        self.0 = folded.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 ^= self.0 >> 32;
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u128(u128::from(self.0) << 8 | u128::from(*byte));
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-type ById<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;
 
 /// All nodes and what is charged to them.
 #[derive(Debug, Default)]

@@ -46,9 +46,10 @@ use skep_common::spec::PlacementStrategy;
 use skep_common::{NodeId, ServiceId, TaskId, Version};
 
 use crate::allocator::Cursors;
-use crate::fork::{Fork, Pinned};
+use crate::fork::Fork;
 use crate::image;
 use crate::network;
+use crate::placed::Pinned;
 
 use filter::Requirement;
 pub(crate) use filter::carries_overlays;
