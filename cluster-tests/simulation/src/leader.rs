@@ -330,7 +330,7 @@ impl Leader {
         self.drain.update(&self.state, &self.not_in_balancer, now);
         if self.drain.version() != self.seen_version {
             self.seen_version = self.drain.version();
-            let table = Arc::new(self.drain.table().clone());
+            let table = self.drain.table().clone();
             let (term, version, state) = (self.term, self.seen_version, self.state.clone());
             let silent = self.not_in_balancer.clone();
             seen.push(Seen::Tabled { term, version, table, state, silent });

@@ -1,6 +1,7 @@
 //! The open sessions: what each node was told, and what is new for it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::payloads::payloads;
 use super::role::role_of;
@@ -18,7 +19,7 @@ use skep_manager_core::claims::Claims;
 use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
-use skep_manager_core::endpoints::{self, Drain, NodeTable};
+use skep_manager_core::endpoints::{self, Drain, NodeTable, PortKey};
 use skep_manager_core::{Action, Expect, State, level};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
@@ -451,11 +452,11 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
     let empty = NodeTable::default();
     let node_changes = told.unwrap_or(&empty).diff(table);
     let changes = &node_changes.table;
-    let key = |(protocol, published): &(PortProtocol, u16)| MeshPortKey {
+    let key = |(protocol, published): &PortKey| MeshPortKey {
         protocol: protocol.name().to_owned(),
         published: (*published).into(),
     };
-    let peer = |(number, peer): (&u16, &endpoints::Peer)| MeshPeer {
+    let peer = |(number, peer): (&u16, &Arc<endpoints::Peer>)| MeshPeer {
         number: (*number).into(),
         underlay: peer.underlay.to_string(),
         has_ipv6: peer.ipv6.is_some(),
@@ -489,7 +490,7 @@ fn wireguard_keys(keys: &WireguardKeys) -> skep_proto::WireguardKeys {
     }
 }
 
-fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
+fn mesh_port((id, port): (&PortKey, &Arc<endpoints::Port>)) -> MeshPort {
     let backend = |(task_id, address): (&TaskId, &std::net::Ipv4Addr)| MeshBackend {
         task_id: task_id.to_string(),
         address: address.to_string(),
