@@ -19,8 +19,8 @@ use skep_common::spec::{IngressPolicy, PortConfig, PortProtocol, ProxyProtocol, 
 use skep_common::wireguard::WireguardKeys;
 use skep_common::{Node, NodeId, Service, ServiceId, TaskId};
 
-use super::{Update, changed, difference, is_serving};
-use crate::store::State;
+use super::{Update, difference, is_serving};
+use crate::store::{State, changed};
 
 /// What a node must know to serve every published port.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

@@ -27,7 +27,7 @@ use skep_common::mistakes::{self, Mistake};
 use skep_common::serving::withheld;
 use skep_common::{NetworkId, NodeId, Task, TaskId, TaskState, Timestamp};
 
-use crate::store::{self, State};
+use crate::store::State;
 use ingress::Ingress;
 pub use ingress::{Peer, Port, PortKey, Table, TableChanges, diff, table};
 use networks::{NetworkChanges, NetworkTable, NetworkTables};
@@ -47,19 +47,6 @@ struct Update {
     withdrawn: BTreeSet<TaskId>,
     /// Tasks that began to serve.
     returned: BTreeSet<TaskId>,
-}
-
-/// The ids of what differs between two tables of the store.
-fn changed<K: Ord + Copy, V: PartialEq>(
-    old: &store::Table<K, V>,
-    new: &store::Table<K, V>,
-) -> Vec<K> {
-    let id = |item| match item {
-        DiffItem::Add(id, _) | DiffItem::Remove(id, _) | DiffItem::Update { new: (id, _), .. } => {
-            *id
-        }
-    };
-    old.diff(new).map(id).collect()
 }
 
 /// What is new or changed, and what is gone.

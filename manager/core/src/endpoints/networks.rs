@@ -20,9 +20,9 @@ use skep_common::placeholder::{self, NodeFacts};
 use skep_common::spec::PortProtocol;
 use skep_common::{Network, NetworkId, Node, NodeId, Service, ServiceId, Task, TaskId};
 
-use super::{Update, changed, difference, is_serving};
+use super::{Update, difference, is_serving};
 use crate::network;
-use crate::store::State;
+use crate::store::{State, changed};
 
 /// What nodes must know of a network to make it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
