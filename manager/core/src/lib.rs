@@ -26,6 +26,7 @@ pub mod network;
 pub mod orchestrator;
 pub mod ports;
 mod reaper;
+pub mod reports;
 pub mod roles;
 mod rotation;
 pub mod scheduler;
