@@ -1,18 +1,18 @@
 //! The part of the mesh that lives on a dedicated thread and blocks on the kernel.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use skep_worker_core::mesh::{
-    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Relay, Slices, Target, leave_out,
-    relays, twin_net,
+    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Slices, leave_out, relays,
+    twin_net,
 };
 
 use super::ejection::{Ejector, Sample};
 use super::flows::KernelFlows;
+use super::hand_over::HandOver;
 use super::layout::Layout;
 use super::links;
 use super::options::Options;
@@ -51,8 +51,7 @@ pub(super) struct Kernel {
     routes6: Option<Routes>,
     rules: Rules,
     ports: Ports,
-    /// Those that the daemon balances, or did before the rules that were last tried.
-    relayed: BTreeSet<PortKey>,
+    hand_over: HandOver,
     flows: KernelFlows,
     ejector: Ejector,
     /// What the last table wants, of IPv4 and IPv6; nothing before there was one.
@@ -82,7 +81,7 @@ impl Kernel {
             routes6: open_routes6(&options)?,
             rules,
             ports: Ports::new(links::carries_ipv6(&options, mtu)),
-            relayed: BTreeSet::new(),
+            hand_over: HandOver::default(),
             flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
             ejector: Ejector::open()?,
             wanted: None,
@@ -193,18 +192,13 @@ impl Balancing for Kernel {
             twin.ports.retain(|key, _| wanted.ports.contains_key(key));
         }
         self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
-        let relayed: BTreeSet<PortKey> = changes.balance.keys().copied().collect();
-        let to_rules = self.relayed.iter().filter(|key| wanted.ports.contains_key(key));
-        let by_rules: Vec<PortKey> = to_rules.copied().collect();
-        self.relayed.extend(&relayed);
-        // Who comes before the rules is not given to a task that the table names no more.
-        changes.balance.extend(by_rules.iter().map(|key| (*key, as_relay(&wanted.ports[key]))));
+        let passing = self.hand_over.begin(&wanted, &mut changes);
         // Before the rules: what they take no longer must find whoever serves it, and listeners are bound by now
         // and must be served also if something below fails.
         follow(changes);
         self.converge(&wanted, twin.as_ref())?;
         // After them: until now clients may have come past them.
-        self.relayed = relayed;
+        let by_rules = self.hand_over.end(passing);
         let withdraw = self.ports.keep(table);
         follow(ListenerChanges { by_rules, withdraw, ..ListenerChanges::default() });
         Ok(conditions)
@@ -224,17 +218,6 @@ impl Balancing for Kernel {
         let removed = remove_all(&mut self.rules, routes, &mut self.channel);
         removed.and(self.release())
     }
-}
-
-/// What the rules balance, as the daemon does meanwhile.
-fn as_relay(endpoints: &[Endpoint]) -> Relay {
-    let target = |endpoint: &Endpoint| match endpoint.address {
-        IpAddr::V4(address) => {
-            Some(Target { address: SocketAddrV4::new(address, endpoint.port), passage: None })
-        }
-        IpAddr::V6(_) => None,
-    };
-    Relay { proxy_protocol: None, backends: endpoints.iter().filter_map(target).collect() }
 }
 
 /// Makes the rules of a published port in the calling thread's network namespace, which must be a scratch one.

@@ -24,7 +24,7 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `relay`, `upstream`, `passage`,
+//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `hand_over`, `relay`, `upstream`, `passage`,
 //! `datagrams`, `refusal`; and `user_space`, which stands in for `kernel` where that lacks what it takes.
 //!
 //! # Invariants
@@ -48,6 +48,7 @@
 mod datagrams;
 mod ejection;
 mod flows;
+mod hand_over;
 mod hold;
 mod kernel;
 mod layout;

@@ -96,6 +96,11 @@ impl Relays {
                 served.balance.set(relay);
             }
         }
+        for (key, relay) in &changes.in_rules {
+            if let Some(served) = self.served.get(key) {
+                served.balance.follow_rules(relay);
+            }
+        }
         for served in changes.by_rules.iter().filter_map(|key| self.served.get(key)) {
             served.balance.leave_to_rules();
         }
@@ -376,6 +381,12 @@ mod tests {
         assert!(matches!(next, Next::Task(..)), "it came before the rules");
         let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
         assert!(matches!(next, Next::ByRules), "loopback");
+        let in_rules = [(key, relay(None, &[]))].into();
+        relays.follow(ListenerChanges { in_rules, ..ListenerChanges::default() });
+        let next = upstream.balance.next(&nobody, other);
+        assert!(matches!(next, Next::Nobody), "a later table withdrew the task");
+        let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::ByRules), "loopback goes by the rules all the same");
         balance(&mut relays, key, &[address]);
         let _second = TcpStream::connect(port).await.unwrap();
         task.accept().await.unwrap();

@@ -62,6 +62,15 @@ impl Balance {
         tasks.proxy_protocol = relay.proxy_protocol;
     }
 
+    /// Whom the rules give the port's connections to by now, which took it before: also who came before them
+    /// goes to no other task.
+    pub(super) fn follow_rules(&self, relay: &Relay) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tasks) = &mut state.tasks {
+            tasks.turns.set(&relay.backends);
+        }
+    }
+
     /// From now on no task is given a connection, also of clients that are between two tasks.
     pub(super) fn withdraw(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
