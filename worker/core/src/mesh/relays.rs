@@ -158,6 +158,11 @@ impl Turns {
         }
     }
 
+    /// Whether it is one of the backends.
+    pub fn names(&self, backend: &Target) -> bool {
+        self.backends.contains(backend)
+    }
+
     /// The next backend in turn that is not in `failed`; `None` where all are.
     ///
     /// One that is passed over has had its turn: its neighbour does not get the double of it.

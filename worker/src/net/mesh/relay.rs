@@ -269,9 +269,12 @@ mod tests {
     use skep_common::spec::ProxyProtocol;
     use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpSocket;
 
     use super::super::upstream::Next;
     use super::*;
+
+    const WAITS_MAX: Duration = Duration::from_secs(20);
 
     async fn backend() -> (TcpListener, SocketAddrV4) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -331,16 +334,24 @@ mod tests {
         }
     }
 
+    /// The task's end of a client's connection that the relay knows of.
+    async fn established(client: &mut TcpStream, listener: &TcpListener) -> TcpStream {
+        client.write_all(b"?").await.unwrap();
+        let (mut task, _) = listener.accept().await.unwrap();
+        task.read_exact(&mut [0]).await.unwrap();
+        task
+    }
+
     #[tokio::test]
     async fn what_is_established_goes_on_when_its_task_is_withdrawn() {
         let (first, first_address) = backend().await;
         let (second, second_address) = backend().await;
         let (mut relays, key, port) = serve(None, &[first_address]);
         let mut client = TcpStream::connect(port).await.unwrap();
-        let (mut task, _) = first.accept().await.unwrap();
+        let mut task = established(&mut client, &first).await;
         balance(&mut relays, key, &[second_address]);
-        let _other = TcpStream::connect(port).await.unwrap();
-        second.accept().await.unwrap();
+        let mut other = TcpStream::connect(port).await.unwrap();
+        let _second = established(&mut other, &second).await;
         balance(&mut relays, key, &[]);
         let mut refused = TcpStream::connect(port).await.unwrap();
         let error = refused.read(&mut [0]).await.unwrap_err();
@@ -352,14 +363,49 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), closed)
-            .await
-            .expect("its listener is closed");
+        tokio::time::timeout(WAITS_MAX, closed).await.expect("its listener is closed");
         task.write_all(b"still here").await.unwrap();
         drop(task);
         let mut seen = Vec::new();
         client.read_to_end(&mut seen).await.unwrap();
         assert_eq!(seen, b"still here");
+    }
+
+    /// A listener whose queue is full, so that it answers nobody; and what fills it.
+    async fn silent() -> (TcpListener, SocketAddrV4, Vec<TcpStream>) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("not IPv4") };
+        let mut queued = Vec::new();
+        loop {
+            let connect = TcpStream::connect(address);
+            match tokio::time::timeout(Duration::from_millis(100), connect).await {
+                Ok(connected) => queued.push(connected.unwrap()),
+                Err(_) => return (listener, address, queued),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_task_that_a_table_withdraws_is_given_another_one() {
+        let (_silent, silent_address, _queued) = silent().await;
+        let (task, address) = backend().await;
+        let (mut relays, key, port) = serve(None, &[silent_address]);
+        let mut client = TcpStream::connect(port).await.unwrap();
+        client.write_all(b"question").await.unwrap();
+        let is_asked = async {
+            while relays.served[&key].balance.n_waiting() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, is_asked).await.expect("the silent one is asked");
+        balance(&mut relays, key, &[address]);
+        let accepted = tokio::time::timeout(Duration::from_millis(200), task.accept()).await;
+        let (mut task, _) = accepted.expect("at once").unwrap();
+        let mut seen = [0; 8];
+        task.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"question");
     }
 
     #[tokio::test]

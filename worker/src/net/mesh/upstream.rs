@@ -11,6 +11,7 @@ use skep_runtime::clock;
 use skep_worker_core::mesh::{Relay, Target, Turns, proxy_header};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 
 use super::passage::{Carrier, Passages};
 
@@ -28,6 +29,8 @@ const HANDOVER: Duration = Duration::from_secs(5);
 #[derive(Debug, Default)]
 pub(super) struct Balance {
     state: Mutex<State>,
+    /// Whether clients that wait for a task must look at the tasks again.
+    changed: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -60,6 +63,7 @@ impl Balance {
         let tasks = state.tasks.get_or_insert_default();
         tasks.turns.set(&relay.backends);
         tasks.proxy_protocol = relay.proxy_protocol;
+        self.changed.send_replace(());
     }
 
     /// Whom the rules give the port's connections to by now, which took it before: also who came before them
@@ -69,6 +73,7 @@ impl Balance {
         if let Some(tasks) = &mut state.tasks {
             tasks.turns.set(&relay.backends);
         }
+        self.changed.send_replace(());
     }
 
     /// From now on no task is given a connection, also of clients that are between two tasks.
@@ -77,12 +82,34 @@ impl Balance {
         if let Some(tasks) = &mut state.tasks {
             tasks.turns.set(&[]);
         }
+        self.changed.send_replace(());
     }
 
     /// From now on the rules take connections; whoever came before them still goes to the tasks.
     pub(super) fn leave_to_rules(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         state.by_rules_since.get_or_insert_with(clock::monotonic);
+    }
+
+    /// Returns when the task is no more among those that clients are given to.
+    async fn withdrawn(&self, target: &Target) {
+        let mut changed = self.changed.subscribe();
+        while self.names(target) {
+            if changed.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Clients that wait for a task to accept.
+    #[cfg(test)]
+    pub(super) fn n_waiting(&self) -> usize {
+        self.changed.receiver_count()
+    }
+
+    fn names(&self, target: &Target) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.tasks.as_ref().is_some_and(|tasks| tasks.turns.names(target))
     }
 
     pub(super) fn next(&self, failed: &BTreeSet<Target>, server: IpAddr) -> Next {
@@ -133,7 +160,13 @@ impl Upstream {
                 Next::Nobody => return None,
             };
             let connect = self.connect_to(&target, proxy_protocol, ends);
-            match within(CONNECT_TIMEOUT_EACH, connect).await {
+            let connected = tokio::select! {
+                // First: a table is in effect when nobody comes to whom it withdrew.
+                biased;
+                () = self.balance.withdrawn(&target) => continue,
+                connected = within(CONNECT_TIMEOUT_EACH, connect) => connected,
+            };
+            match connected {
                 Ok(backend) => return Some(backend),
                 Err(error) => {
                     tracing::debug!(backend = %target.address, %error, "a task did not accept a client");
