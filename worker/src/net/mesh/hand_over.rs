@@ -1,9 +1,8 @@
 //! Which of the rules and the daemon balances a port, while it passes from one to the other.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddrV4};
 
-use skep_worker_core::mesh::{Endpoint, Objects, PortKey, Relay, Target};
+use skep_worker_core::mesh::{MeshTable, Objects, PortKey, PublishedPort, in_rules};
 
 use super::ports::ListenerChanges;
 
@@ -22,21 +21,30 @@ pub(super) struct Passing {
     /// What the daemon balances by the table.
     relayed: BTreeSet<PortKey>,
     /// What the rules take from it.
-    by_rules: Vec<PortKey>,
+    by_rules: BTreeSet<PortKey>,
 }
 
 impl HandOver {
     /// Completes what listeners follow before the rules change: whoever came before these is given to no task that
     /// the table names no more.
-    pub(super) fn begin(&mut self, wanted: &Objects, changes: &mut ListenerChanges) -> Passing {
+    pub(super) fn begin(
+        &mut self,
+        table: &MeshTable,
+        wanted: &Objects,
+        changes: &mut ListenerChanges,
+    ) -> Passing {
         let relayed: BTreeSet<PortKey> = changes.balance.keys().copied().collect();
         let to_rules = self.relayed.iter().filter(|key| wanted.ports.contains_key(key));
-        let by_rules: Vec<PortKey> = to_rules.copied().collect();
+        let by_rules: BTreeSet<PortKey> = to_rules.copied().collect();
         self.relayed.extend(&relayed);
-        let of_rules = |key: &PortKey| (*key, as_relay(&wanted.ports[key]));
-        changes.balance.extend(by_rules.iter().map(of_rules));
+        let key = |port: &PublishedPort| PortKey { protocol: port.protocol, port: port.published };
+        let among = |keys: &BTreeSet<PortKey>| {
+            let ports = table.ports.iter().filter(|port| keys.contains(&key(port)));
+            ports.map(|port| (key(port), in_rules(port))).collect::<Vec<_>>()
+        };
+        changes.balance.extend(among(&by_rules));
         self.in_rules.retain(|key| !self.relayed.contains(key) && wanted.ports.contains_key(key));
-        changes.in_rules = self.in_rules.iter().map(of_rules).collect();
+        changes.in_rules = among(&self.in_rules).into_iter().collect();
         Passing { relayed, by_rules }
     }
 
@@ -44,34 +52,46 @@ impl HandOver {
     pub(super) fn end(&mut self, passing: Passing) -> Vec<PortKey> {
         self.relayed = passing.relayed;
         self.in_rules.extend(&passing.by_rules);
-        passing.by_rules
+        passing.by_rules.into_iter().collect()
     }
-}
-
-/// What the rules balance, as the daemon does meanwhile.
-fn as_relay(endpoints: &[Endpoint]) -> Relay {
-    let target = |endpoint: &Endpoint| match endpoint.address {
-        IpAddr::V4(address) => {
-            Some(Target { address: SocketAddrV4::new(address, endpoint.port), passage: None })
-        }
-        IpAddr::V6(_) => None,
-    };
-    Relay { proxy_protocol: None, backends: endpoints.iter().filter_map(target).collect() }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::net::Ipv4Addr;
 
-    use skep_worker_core::mesh::Protocol;
+    use skep_worker_core::mesh::{Backend, Protocol, Relay};
 
     use super::*;
 
     const KEY: PortKey = PortKey { protocol: Protocol::Tcp, port: 80 };
 
-    fn backends(last: &[u8]) -> Vec<Endpoint> {
-        let endpoint = |last: &u8| Endpoint { address: [10, 192, 4, *last].into(), port: 80 };
-        last.iter().map(endpoint).collect()
+    /// A table of that port, with these backends.
+    fn table_of(last: &[u8]) -> MeshTable {
+        let backend = |last: &u8| Backend {
+            task_id: last.to_string(),
+            address: Ipv4Addr::new(10, 192, 4, *last),
+            target_port: 80,
+        };
+        let port = PublishedPort {
+            published: KEY.port,
+            protocol: KEY.protocol,
+            service_id: String::new(),
+            service: String::new(),
+            proxy_protocol: None,
+            backends: last.iter().map(backend).collect(),
+        };
+        MeshTable {
+            version: 1,
+            self_number: 1,
+            pool: MeshTable::default_pool(),
+            slice_prefix: MeshTable::default_slice_prefix(),
+            peers: Vec::new(),
+            ipv6: BTreeMap::new(),
+            daemons: BTreeMap::new(),
+            ports: vec![port],
+        }
     }
 
     /// Who is balanced to by the daemon, by the daemon until the rules have changed, and by rules that took the port
@@ -82,11 +102,13 @@ mod tests {
         in_rules: Option<&[u8]>,
         is_done: bool,
     ) -> (Option<usize>, Option<usize>, bool) {
-        let balance = relayed.map(|last| (KEY, as_relay(&backends(last)))).into_iter().collect();
+        let table = table_of(relayed.or(in_rules).unwrap_or_default());
+        let relay = |_: &[u8]| (KEY, skep_worker_core::mesh::in_rules(&table.ports[0]));
+        let balance = relayed.map(relay).into_iter().collect();
         let mut changes = ListenerChanges { balance, ..ListenerChanges::default() };
-        let ports = in_rules.map(|last| (KEY, backends(last))).into_iter().collect();
+        let ports = in_rules.map(|_| (KEY, Vec::new())).into_iter().collect();
         let wanted = Objects { ports, ..Objects::default() };
-        let passing = hand_over.begin(&wanted, &mut changes);
+        let passing = hand_over.begin(&table, &wanted, &mut changes);
         let by_rules = if is_done { hand_over.end(passing) } else { Vec::new() };
         let n_tasks =
             |relays: &BTreeMap<PortKey, Relay>| relays.get(&KEY).map(|relay| relay.backends.len());

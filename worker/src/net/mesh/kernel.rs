@@ -192,7 +192,7 @@ impl Balancing for Kernel {
             twin.ports.retain(|key, _| wanted.ports.contains_key(key));
         }
         self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
-        let passing = self.hand_over.begin(&wanted, &mut changes);
+        let passing = self.hand_over.begin(table, &wanted, &mut changes);
         // Before the rules: what they take no longer must find whoever serves it, and listeners are bound by now
         // and must be served also if something below fails.
         follow(changes);

@@ -22,11 +22,12 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::balance::Balance;
 use super::datagrams;
 use super::hold::Listeners;
 use super::passage::Passages;
 use super::ports::ListenerChanges;
-use super::upstream::{Backend, Balance, Upstream};
+use super::upstream::{Backend, SEARCH_MAX, Upstream};
 
 /// Connections of one port through the daemon, each two file descriptors; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 8192;
@@ -82,7 +83,7 @@ impl Relays {
         // Whom its first client goes to must be known when a port is served.
         let mut balance = changes.balance;
         for (key, listeners) in changes.serve {
-            let first = Arc::<Balance>::default();
+            let first = Arc::new(Balance::new(key));
             if let Some(relay) = balance.remove(&key) {
                 first.set(&relay);
             }
@@ -113,7 +114,9 @@ impl Relays {
             Listeners::None => {}
             Listeners::Streams(listeners) => {
                 let (balance, passages) = (balance.clone(), self.passages.clone());
-                let upstream = Upstream { rules, balance, passages };
+                let trials = self.tasks.clone();
+                let search_max = SEARCH_MAX;
+                let upstream = Upstream { rules, balance, passages, trials, search_max };
                 self.accept_on(key, listeners, &upstream, &token);
             }
             Listeners::Datagrams(sockets) => self.relay_from(key, sockets, rules, &token),
@@ -271,7 +274,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpSocket;
 
-    use super::super::upstream::Next;
+    use super::super::balance::Next;
     use super::*;
 
     const WAITS_MAX: Duration = Duration::from_secs(20);
@@ -301,7 +304,11 @@ mod tests {
     }
 
     fn relay(proxy_protocol: Option<ProxyProtocol>, backends: &[SocketAddrV4]) -> Relay {
-        let target = |address: &SocketAddrV4| Target { address: *address, passage: None };
+        let target = |address: &SocketAddrV4| Target {
+            address: *address,
+            task_id: address.port().to_string(),
+            passage: None,
+        };
         Relay { proxy_protocol, backends: backends.iter().map(target).collect() }
     }
 
@@ -409,6 +416,67 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_silent_task_is_left_out_within_300_ms_until_it_accepts() {
+        let (silent, silent_address, queued) = silent().await;
+        let (task, address) = backend().await;
+        let (_relays, _, port) = serve(None, &[silent_address, address]);
+        let mut served = Vec::new();
+        for n in 0..5 {
+            let mut client = TcpStream::connect(port).await.unwrap();
+            // Whoever waits for the silent one is sent on; nobody waits for it afterwards.
+            let patience = Duration::from_millis(if n < 2 { 300 } else { 100 });
+            let accepted = tokio::time::timeout(patience, established(&mut client, &task)).await;
+            served.push(accepted.unwrap_or_else(|_| panic!("client {n} waited too long")));
+        }
+        // What filled its queue, and the node's own attempts, end without a byte.
+        drop(queued);
+        let is_reached = async {
+            loop {
+                let (mut own, _) = silent.accept().await.unwrap();
+                if own.read(&mut [0]).await.is_ok_and(|n| n == 1) {
+                    return;
+                }
+            }
+        };
+        let clients = async {
+            loop {
+                let mut client = TcpStream::connect(port).await.unwrap();
+                client.write_all(b"?").await.unwrap();
+                let accepted = tokio::time::timeout(Duration::from_millis(20), task.accept());
+                served.extend(accepted.await.into_iter().map(|accepted| accepted.unwrap().0));
+                served.push(client);
+            }
+        };
+        let is_back = async {
+            tokio::select! {
+                () = is_reached => {}
+                never = clients => never,
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, is_back).await.expect("it is taken back");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_nobody_accepts_is_reset_in_time() {
+        let mut all = Vec::new();
+        for _ in 0..6 {
+            all.push(silent().await);
+        }
+        let addresses: Vec<SocketAddrV4> = all.iter().map(|(_, address, _)| *address).collect();
+        let (relays, key, port) = serve(None, &addresses);
+        let upstream = Upstream {
+            rules: addresses[0],
+            balance: relays.served[&key].balance.clone(),
+            passages: None,
+            trials: relays.tasks.clone(),
+            search_max: Duration::from_millis(500),
+        };
+        let client = TcpStream::connect(port).await.unwrap();
+        let found = tokio::time::timeout(Duration::from_secs(1), upstream.connect(&client)).await;
+        assert!(found.expect("in time").is_none(), "who finds nobody is reset");
+    }
+
+    #[tokio::test]
     async fn a_port_passes_to_the_rules_and_back_under_its_listener() {
         let (task, address) = backend().await;
         let (mut relays, key, port) = serve(None, &[address]);
@@ -420,6 +488,8 @@ mod tests {
             rules: address,
             balance: relays.served[&key].balance.clone(),
             passages: None,
+            trials: relays.tasks.clone(),
+            search_max: SEARCH_MAX,
         };
         let other: std::net::IpAddr = [192, 0, 2, 1].into();
         let nobody = std::collections::BTreeSet::new();
