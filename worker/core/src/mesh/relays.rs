@@ -11,7 +11,7 @@ use std::net::SocketAddrV4;
 use skep_common::NodeId;
 use skep_common::spec::ProxyProtocol;
 
-use super::{Backend, MeshTable, PortKey, Protocol, PublishedPort, Slices};
+use super::{Backend, MeshTable, PortKey, Protocol, PublishedPort, Reason, Slices};
 
 /// What the daemon must know of a port that it relays.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct Relay {
 pub struct Target {
     /// The task's address and port.
     pub address: SocketAddrV4,
+    /// The task.
+    pub task_id: String,
     /// The way there, where packets have none.
     pub passage: Option<Passage>,
 }
@@ -113,7 +115,12 @@ fn relay(port: &PublishedPort, backends: BTreeSet<Target>) -> (PortKey, Relay) {
 
 fn direct(backend: &Backend) -> Target {
     let address = SocketAddrV4::new(backend.address, backend.target_port);
-    Target { address, passage: None }
+    Target { task_id: backend.task_id.clone(), address, passage: None }
+}
+
+/// A port as the kernel's rules balance it, by IPv4.
+pub fn in_rules(port: &PublishedPort) -> Relay {
+    relay(port, port.backends.iter().map(direct).collect()).1
 }
 
 /// `None` where the table does not say how the node's daemon is reached.
@@ -143,34 +150,91 @@ pub fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
     backends.map(target).collect()
 }
 
-/// Gives backends in exact turns, as long as they answer.
+/// Gives backends in exact turns, as long as they answer: who does not is left out until it does.
+///
+/// The port's last backends stay: where all are left out, all have their turn.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Turns {
     backends: Vec<Target>,
+    left_out: BTreeMap<Target, Reason>,
     next: usize,
 }
 
 impl Turns {
-    /// Replaces the backends; where they are the same, the turns go on.
+    /// Replaces the backends; where they are the same, the turns go on. Who is named no longer is trusted when it
+    /// comes again.
     pub fn set(&mut self, backends: &[Target]) {
         if self.backends != backends {
-            *self = Self { backends: backends.to_vec(), next: 0 };
+            self.left_out.retain(|backend, _| backends.contains(backend));
+            self.backends = backends.to_vec();
+            self.next = 0;
         }
     }
 
-    /// The next backend in turn that is not in `failed`; `None` where all are.
+    /// Whether clients may wait for the backend: it is one of them, and others are no better.
+    pub fn is_given(&self, backend: &Target) -> bool {
+        self.backends.contains(backend)
+            && (!self.left_out.contains_key(backend) || self.is_none_trusted())
+    }
+
+    /// Whether there is another backend than this one, which is named.
+    pub fn has_choice(&self, backend: &Target) -> bool {
+        self.backends.len() > 1 && self.backends.contains(backend)
+    }
+
+    /// Whether the backend gets no turn while another one accepts.
+    pub fn is_left_out(&self, backend: &Target) -> bool {
+        self.left_out.contains_key(backend)
+    }
+
+    /// Leaves a backend out where there is a choice; returns what is to be said of it.
+    pub fn leave_out(&mut self, backend: &Target, reason: Reason) -> Option<Verdict> {
+        if !self.has_choice(backend) || self.is_left_out(backend) {
+            return None;
+        }
+        self.left_out.insert(backend.clone(), reason);
+        Some(if self.is_none_trusted() { Verdict::NoneAnswers } else { Verdict::LeftOut(reason) })
+    }
+
+    /// The backend has accepted; returns whether it was left out.
+    pub fn take_back(&mut self, backend: &Target) -> bool {
+        self.left_out.remove(backend).is_some()
+    }
+
+    fn is_none_trusted(&self) -> bool {
+        self.left_out.len() == self.backends.len()
+    }
+
+    /// The next backend in turn that is not in `failed`, and of those left out only when there is no other; `None`
+    /// where all have failed.
     ///
     /// One that is passed over has had its turn: its neighbour does not get the double of it.
     pub fn take(&mut self, failed: &BTreeSet<Target>) -> Option<Target> {
+        self.take_if(|turns, backend| !failed.contains(backend) && !turns.is_left_out(backend))
+            .or_else(|| self.take_if(|_, backend| !failed.contains(backend)))
+    }
+
+    fn take_if(&mut self, may_be: impl Fn(&Self, &Target) -> bool) -> Option<Target> {
         for _ in 0..self.backends.len() {
             let backend = self.backends.get(self.next)?;
+            let is_it = may_be(self, backend);
+            let backend = is_it.then(|| backend.clone());
             self.next = (self.next + 1) % self.backends.len();
-            if !failed.contains(backend) {
-                return Some(backend.clone());
+            if backend.is_some() {
+                return backend;
             }
         }
         None
     }
+}
+
+/// What is to be said of a backend that does not accept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It gets no connections of the port any more.
+    LeftOut(Reason),
+    /// None of the port's accepts, so all get their turn.
+    NoneAnswers,
 }
 
 #[cfg(test)]
@@ -180,7 +244,7 @@ mod tests {
 
     fn address(last: u8) -> Target {
         let address = SocketAddrV4::new([10, 192, 4, last].into(), 80);
-        Target { address, passage: None }
+        Target { task_id: String::new(), address, passage: None }
     }
 
     fn take(turns: &mut Turns, n: usize, dead: &[u8]) -> Vec<u8> {
@@ -210,6 +274,37 @@ mod tests {
         assert_eq!(take(&mut turns, 2, &[1, 2, 3]), [0; 0], "nobody is asked twice");
         turns.set(&[2, 3].map(address));
         assert_eq!(take(&mut turns, 3, &[]), [2, 3, 2]);
+    }
+
+    #[test]
+    fn who_does_not_accept_has_no_turn_until_it_does_and_the_last_ones_stay() {
+        let mut turns = Turns::default();
+        turns.set(&[1].map(address));
+        assert_eq!(turns.leave_out(&address(1), Reason::Silent), None, "the only one");
+        turns.set(&[1, 2, 3].map(address));
+        let out = turns.leave_out(&address(2), Reason::Refused);
+        assert_eq!(out, Some(Verdict::LeftOut(Reason::Refused)));
+        assert_eq!(turns.leave_out(&address(2), Reason::Silent), None, "known");
+        assert_eq!(turns.leave_out(&address(9), Reason::Silent), None, "a stranger");
+        assert!(!turns.is_given(&address(2)) && turns.is_given(&address(3)));
+        assert_eq!(take(&mut turns, 4, &[]), [1, 3, 1, 3]);
+        assert_eq!(take(&mut turns, 2, &[1, 3]), [2, 2], "better than nobody");
+        let out = turns.leave_out(&address(1), Reason::Silent);
+        assert_eq!(out, Some(Verdict::LeftOut(Reason::Silent)));
+        assert_eq!(turns.leave_out(&address(3), Reason::Silent), Some(Verdict::NoneAnswers));
+        assert!([1, 2, 3].map(address).iter().all(|backend| turns.is_given(backend)));
+        let mut all = take(&mut turns, 3, &[]);
+        all.sort_unstable();
+        assert_eq!(all, [1, 2, 3]);
+        assert!(turns.take_back(&address(3)) && !turns.take_back(&address(3)));
+        assert_eq!(take(&mut turns, 2, &[]), [3, 3]);
+        turns.set(&[1, 3].map(address));
+        assert_eq!(take(&mut turns, 2, &[]), [3, 3], "nothing new is said of the first");
+        turns.set(&[1, 2, 3].map(address));
+        assert_eq!(take(&mut turns, 2, &[]), [2, 3], "it was gone and is trusted again");
+        let another = Target { task_id: "another".to_owned(), ..address(1) };
+        turns.set(&[another.clone(), address(2)]);
+        assert_eq!(turns.take(&BTreeSet::new()), Some(another), "another task has the address");
     }
 
     /// Nodes 1 to 3, of which those named have no tunnel, as node 1 is told; a port is

@@ -24,7 +24,7 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `relay`, `upstream`, `passage`,
+//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `hand_over`, `relay`, `balance`, `upstream`, `passage`,
 //! `datagrams`, `refusal`; and `user_space`, which stands in for `kernel` where that lacks what it takes.
 //!
 //! # Invariants
@@ -45,9 +45,11 @@
 //! A published port costs the daemon up to four file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
+mod balance;
 mod datagrams;
 mod ejection;
 mod flows;
+mod hand_over;
 mod hold;
 mod kernel;
 mod layout;

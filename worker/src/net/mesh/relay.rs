@@ -22,11 +22,12 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::balance::Balance;
 use super::datagrams;
 use super::hold::Listeners;
 use super::passage::Passages;
 use super::ports::ListenerChanges;
-use super::upstream::{Backend, Balance, Upstream};
+use super::upstream::{Backend, SEARCH_MAX, Upstream};
 
 /// Connections of one port through the daemon, each two file descriptors; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 8192;
@@ -82,7 +83,7 @@ impl Relays {
         // Whom its first client goes to must be known when a port is served.
         let mut balance = changes.balance;
         for (key, listeners) in changes.serve {
-            let first = Arc::<Balance>::default();
+            let first = Arc::new(Balance::new(key));
             if let Some(relay) = balance.remove(&key) {
                 first.set(&relay);
             }
@@ -94,6 +95,11 @@ impl Relays {
         for (key, relay) in &balance {
             if let Some(served) = self.served.get(key) {
                 served.balance.set(relay);
+            }
+        }
+        for (key, relay) in &changes.in_rules {
+            if let Some(served) = self.served.get(key) {
+                served.balance.follow_rules(relay);
             }
         }
         for served in changes.by_rules.iter().filter_map(|key| self.served.get(key)) {
@@ -108,7 +114,9 @@ impl Relays {
             Listeners::None => {}
             Listeners::Streams(listeners) => {
                 let (balance, passages) = (balance.clone(), self.passages.clone());
-                let upstream = Upstream { rules, balance, passages };
+                let trials = self.tasks.clone();
+                let search_max = SEARCH_MAX;
+                let upstream = Upstream { rules, balance, passages, trials, search_max };
                 self.accept_on(key, listeners, &upstream, &token);
             }
             Listeners::Datagrams(sockets) => self.relay_from(key, sockets, rules, &token),
@@ -264,9 +272,12 @@ mod tests {
     use skep_common::spec::ProxyProtocol;
     use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpSocket;
 
-    use super::super::upstream::Next;
+    use super::super::balance::Next;
     use super::*;
+
+    const WAITS_MAX: Duration = Duration::from_secs(20);
 
     async fn backend() -> (TcpListener, SocketAddrV4) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -293,7 +304,11 @@ mod tests {
     }
 
     fn relay(proxy_protocol: Option<ProxyProtocol>, backends: &[SocketAddrV4]) -> Relay {
-        let target = |address: &SocketAddrV4| Target { address: *address, passage: None };
+        let target = |address: &SocketAddrV4| Target {
+            address: *address,
+            task_id: address.port().to_string(),
+            passage: None,
+        };
         Relay { proxy_protocol, backends: backends.iter().map(target).collect() }
     }
 
@@ -326,16 +341,24 @@ mod tests {
         }
     }
 
+    /// The task's end of a client's connection that the relay knows of.
+    async fn established(client: &mut TcpStream, listener: &TcpListener) -> TcpStream {
+        client.write_all(b"?").await.unwrap();
+        let (mut task, _) = listener.accept().await.unwrap();
+        task.read_exact(&mut [0]).await.unwrap();
+        task
+    }
+
     #[tokio::test]
     async fn what_is_established_goes_on_when_its_task_is_withdrawn() {
         let (first, first_address) = backend().await;
         let (second, second_address) = backend().await;
         let (mut relays, key, port) = serve(None, &[first_address]);
         let mut client = TcpStream::connect(port).await.unwrap();
-        let (mut task, _) = first.accept().await.unwrap();
+        let mut task = established(&mut client, &first).await;
         balance(&mut relays, key, &[second_address]);
-        let _other = TcpStream::connect(port).await.unwrap();
-        second.accept().await.unwrap();
+        let mut other = TcpStream::connect(port).await.unwrap();
+        let _second = established(&mut other, &second).await;
         balance(&mut relays, key, &[]);
         let mut refused = TcpStream::connect(port).await.unwrap();
         let error = refused.read(&mut [0]).await.unwrap_err();
@@ -347,14 +370,110 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), closed)
-            .await
-            .expect("its listener is closed");
+        tokio::time::timeout(WAITS_MAX, closed).await.expect("its listener is closed");
         task.write_all(b"still here").await.unwrap();
         drop(task);
         let mut seen = Vec::new();
         client.read_to_end(&mut seen).await.unwrap();
         assert_eq!(seen, b"still here");
+    }
+
+    /// A listener whose queue is full, so that it answers nobody; and what fills it.
+    async fn silent() -> (TcpListener, SocketAddrV4, Vec<TcpStream>) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("not IPv4") };
+        let mut queued = Vec::new();
+        loop {
+            let connect = TcpStream::connect(address);
+            match tokio::time::timeout(Duration::from_millis(100), connect).await {
+                Ok(connected) => queued.push(connected.unwrap()),
+                Err(_) => return (listener, address, queued),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_task_that_a_table_withdraws_is_given_another_one() {
+        let (_silent, silent_address, _queued) = silent().await;
+        let (task, address) = backend().await;
+        let (mut relays, key, port) = serve(None, &[silent_address]);
+        let mut client = TcpStream::connect(port).await.unwrap();
+        client.write_all(b"question").await.unwrap();
+        let is_asked = async {
+            while relays.served[&key].balance.n_waiting() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, is_asked).await.expect("the silent one is asked");
+        balance(&mut relays, key, &[address]);
+        let accepted = tokio::time::timeout(Duration::from_millis(200), task.accept()).await;
+        let (mut task, _) = accepted.expect("at once").unwrap();
+        let mut seen = [0; 8];
+        task.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"question");
+    }
+
+    #[tokio::test]
+    async fn a_silent_task_is_left_out_within_300_ms_until_it_accepts() {
+        let (silent, silent_address, queued) = silent().await;
+        let (task, address) = backend().await;
+        let (_relays, _, port) = serve(None, &[silent_address, address]);
+        let mut served = Vec::new();
+        for n in 0..5 {
+            let mut client = TcpStream::connect(port).await.unwrap();
+            // Whoever waits for the silent one is sent on; nobody waits for it afterwards.
+            let patience = Duration::from_millis(if n < 2 { 300 } else { 100 });
+            let accepted = tokio::time::timeout(patience, established(&mut client, &task)).await;
+            served.push(accepted.unwrap_or_else(|_| panic!("client {n} waited too long")));
+        }
+        // What filled its queue, and the node's own attempts, end without a byte.
+        drop(queued);
+        let is_reached = async {
+            loop {
+                let (mut own, _) = silent.accept().await.unwrap();
+                if own.read(&mut [0]).await.is_ok_and(|n| n == 1) {
+                    return;
+                }
+            }
+        };
+        let clients = async {
+            loop {
+                let mut client = TcpStream::connect(port).await.unwrap();
+                client.write_all(b"?").await.unwrap();
+                let accepted = tokio::time::timeout(Duration::from_millis(20), task.accept());
+                served.extend(accepted.await.into_iter().map(|accepted| accepted.unwrap().0));
+                served.push(client);
+            }
+        };
+        let is_back = async {
+            tokio::select! {
+                () = is_reached => {}
+                never = clients => never,
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, is_back).await.expect("it is taken back");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_nobody_accepts_is_reset_in_time() {
+        let mut all = Vec::new();
+        for _ in 0..6 {
+            all.push(silent().await);
+        }
+        let addresses: Vec<SocketAddrV4> = all.iter().map(|(_, address, _)| *address).collect();
+        let (relays, key, port) = serve(None, &addresses);
+        let upstream = Upstream {
+            rules: addresses[0],
+            balance: relays.served[&key].balance.clone(),
+            passages: None,
+            trials: relays.tasks.clone(),
+            search_max: Duration::from_millis(500),
+        };
+        let client = TcpStream::connect(port).await.unwrap();
+        let found = tokio::time::timeout(Duration::from_secs(1), upstream.connect(&client)).await;
+        assert!(found.expect("in time").is_none(), "who finds nobody is reset");
     }
 
     #[tokio::test]
@@ -369,6 +488,8 @@ mod tests {
             rules: address,
             balance: relays.served[&key].balance.clone(),
             passages: None,
+            trials: relays.tasks.clone(),
+            search_max: SEARCH_MAX,
         };
         let other: std::net::IpAddr = [192, 0, 2, 1].into();
         let nobody = std::collections::BTreeSet::new();
@@ -376,6 +497,12 @@ mod tests {
         assert!(matches!(next, Next::Task(..)), "it came before the rules");
         let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
         assert!(matches!(next, Next::ByRules), "loopback");
+        let in_rules = [(key, relay(None, &[]))].into();
+        relays.follow(ListenerChanges { in_rules, ..ListenerChanges::default() });
+        let next = upstream.balance.next(&nobody, other);
+        assert!(matches!(next, Next::Nobody), "a later table withdrew the task");
+        let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::ByRules), "loopback goes by the rules all the same");
         balance(&mut relays, key, &[address]);
         let _second = TcpStream::connect(port).await.unwrap();
         task.accept().await.unwrap();
