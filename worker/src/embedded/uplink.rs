@@ -20,6 +20,7 @@ use tokio::sync::watch;
 use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
+use crate::net;
 use crate::net::loopback;
 use crate::net::secure::{Keyring, PeerSession, Sessions};
 use crate::net::{
@@ -294,10 +295,11 @@ impl Uplink {
 
     /// The same where none was started, of what an earlier daemon left.
     pub async fn remove(run_dir: &Path) {
+        let mesh = Mesh::remove(run_dir).await;
         // The mesh's lock says that no other daemon is at work here.
-        let removed = match Mesh::remove(run_dir).await {
-            Ok(()) => Networks::remove(run_dir).await.and(Accounting::remove().await),
-            Err(error) => Err(error),
+        let removed = match mesh {
+            Err(error @ (net::Error::Locked { .. } | net::Error::File { .. })) => Err(error),
+            mesh => mesh.and(Networks::remove(run_dir).await).and(Accounting::remove().await),
         };
         if let Err(error) = removed {
             tracing::warn!(error = %Chain(&error), "failed to remove the node's networks");

@@ -20,7 +20,7 @@ use super::ports::{Condition, Follow, ListenerChanges, Ports};
 use super::routes::Routes;
 use super::rules::{Rules, Wanted};
 use crate::net::rtnetlink::RouteChannel;
-use crate::net::{Error, sysctl};
+use crate::net::{Error, first_failure, sysctl};
 
 /// The file in the run directory whose lock says that a daemon drives this node's mesh.
 const LOCK_FILE: &str = "mesh.lock";
@@ -169,10 +169,14 @@ impl Kernel {
         // What is removed has the same names whatever number and address the node had.
         let options = Options::new(1, Ipv4Addr::UNSPECIFIED, "", run_dir);
         let _lock = lock(&options)?;
-        let mut rules = open_rules(&options, &options.slices()?)?;
-        let (mut routes, mut routes6) = (Routes::open(&options)?, open_routes6(&options)?);
-        let routes = [Some(&mut routes), routes6.as_mut()];
-        remove_all(&mut rules, routes, &mut RouteChannel::open()?)
+        let slices = options.slices()?;
+        // A kernel without nftables has interfaces of a daemon that balanced in user space.
+        let rules = open_rules(&options, &slices).and_then(|mut rules| rules.remove());
+        let routes = Routes::open(&options).and_then(|mut routes| routes.remove_rules());
+        let routes6 = open_routes6(&options)
+            .and_then(|routes| routes.map_or(Ok(()), |mut routes| routes.remove_rules()));
+        let links = RouteChannel::open().and_then(|mut channel| links::remove(&mut channel));
+        first_failure([rules, routes, routes6, links])
     }
 }
 
@@ -274,7 +278,7 @@ fn remove_all(
     let mut removed = vec![rules.remove()];
     removed.extend(routes.into_iter().flatten().map(Routes::remove_rules));
     removed.push(links::remove(channel));
-    removed.into_iter().collect()
+    first_failure(removed)
 }
 
 pub(super) fn open_rules(options: &Options, slices: &Slices) -> Result<Rules, Error> {
