@@ -45,6 +45,7 @@
 //! A published port costs the daemon up to four file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
+pub(crate) mod carry;
 mod datagrams;
 mod ejection;
 mod flows;
@@ -54,6 +55,7 @@ mod layout;
 pub(in crate::net) mod links;
 pub(in crate::net) mod options;
 mod passage;
+pub(crate) mod places;
 mod ports;
 mod program;
 mod refusal;
