@@ -26,7 +26,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::PollSender;
 use tonic::{Status, Streaming};
 
-use crate::net::mesh::relay::{copy, prepare, refuse};
+use crate::net::mesh::carry;
+use crate::net::mesh::relay::{prepare, refuse};
 use crate::net::{Carrier, Passages};
 
 /// Pieces of one direction that wait to be sent.
@@ -109,12 +110,12 @@ impl Entrance {
         };
         let stream = tokio::time::timeout(ACCEPT_TIMEOUT, connect).await;
         let silent = |_| Status::unavailable("the task did not accept in time");
-        let mut stream = stream.map_err(silent)??;
+        let stream = stream.map_err(silent)??;
         prepare(&stream);
         let (sender, answer) = mpsc::channel(PIECES);
         tasks.spawn("connection of another node", async move {
             let mut caller = Pieces::new(pieces, sender);
-            if let Err(error) = copy(&mut stream, &mut caller).await {
+            if let Err(error) = carry::through(&stream, &mut caller).await {
                 tracing::debug!(%error, "a connection of another node broke");
                 refuse(&stream);
             }
