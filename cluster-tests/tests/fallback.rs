@@ -58,6 +58,7 @@ fn a_node_without_the_kernels_balancer_serves_all_the_same() {
     });
     step("the node says it");
     the_node_says_it(&lab);
+    network_check_tries_its_daemon(&lab);
     lab.import_whoami();
     lab.deploy_whoami("fallback", STACK);
     let tasks = lab.wait_until_settled("n1", WEB, 3);
@@ -106,6 +107,39 @@ fn the_node_says_it(lab: &Lab) {
     }
     let info = lab.node(OTHER).skep(&["info"]).ok();
     assert!(info.stderr.contains("published ports are balanced in user space"), "{info}");
+}
+
+/// There is no tunnel to probe, and what stands between the daemons is named.
+fn network_check_tries_its_daemon(lab: &Lab) {
+    let check = || {
+        let format = "{{.Check}} {{.From}} {{.To}} {{.Result}}: {{.Detail}}";
+        lab.node("n1").skep(&["network", "check", "--format", format, "n2", OTHER])
+    };
+    let says = "balancer n3  ok: balances in user space (the setting ingress_balancer of its daemon says so)";
+    let open = check().ok();
+    let text = open.text();
+    assert!(text.contains(says) && !text.contains("vxlan"), "{open}");
+    let other = format!("TCP to {}:2377", lab.node(OTHER).address());
+    for expect in [
+        "daemon n3  ok".to_owned(),
+        format!("passage n2 n3 ok: {other} gets through"),
+        format!("passage n3 n2 ok: TCP to {}:2377 gets through", lab.node("n2").address()),
+    ] {
+        assert!(text.contains(&expect), "{expect}: {open}");
+    }
+    let address = lab.node(OTHER).address();
+    let drop = format!(
+        "add table inet hostfw; \
+         add chain inet hostfw out {{ type filter hook output priority 0; }}; \
+         add rule inet hostfw out ip daddr {address} tcp dport 2377 drop"
+    );
+    lab.node("n2").exec(&["nft", &drop]).ok();
+    let closed = check();
+    lab.node("n2").exec(&["nft", "delete table inet hostfw"]).ok();
+    assert!(!closed.status.success(), "{closed}");
+    let expect = format!("passage n2 n3 failed: {other} does not get through");
+    assert!(closed.text().contains(&expect), "{closed}");
+    assert!(closed.text().contains("passage n3 n2 ok"), "{closed}");
 }
 
 fn exact_turns(lab: &Lab) {
