@@ -1,39 +1,36 @@
 //! Connections to tasks of other nodes through their daemons: `Peer.Connect`, from both ends.
 //!
-//! One call is one connection. Its pieces wait for whoever reads them: a sender goes on when HTTP/2's windows
-//! let it, so that neither end keeps more than those and one piece.
+//! One call is one connection (`pieces`), of which each end keeps no more than its window (`windows`).
 
-use std::fmt;
+mod pieces;
+mod windows;
+
 use std::io;
 use std::net::SocketAddrV4;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use bytes::{Buf as _, Bytes};
-use futures::Stream as _;
 use skep_common::NodeId;
 use skep_proto::peer_client::PeerClient;
 use skep_proto::{ConnectTarget, Piece};
 use skep_runtime::transport::{ChannelPool, Peer};
 use skep_runtime::{TaskSet, clock};
 use skep_worker_core::mesh::{Admission, Gate, Passage};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::PollSender;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::{Status, Streaming};
 
+pub use self::pieces::Outgoing;
+use self::windows::Window;
+pub use self::windows::Windows;
 use crate::net::mesh::carry;
 use crate::net::mesh::places::{Place, Places};
 use crate::net::mesh::relay::{prepare, refuse};
 use crate::net::{Carrier, Passages};
 use crate::throttle::Throttle;
 
-/// Pieces of one direction that wait to be sent.
-const PIECES: usize = 1;
+/// The largest message of a call between nodes: a piece, or what another call asks for.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
 /// Connections that other nodes have to this node's tasks at once, each a file descriptor; more are refused.
 const CONNECTIONS_MAX: usize = 8192;
@@ -52,12 +49,35 @@ const TABLE_WAIT: Duration = Duration::from_millis(300);
 pub struct Daemons {
     pool: ChannelPool,
     gate: watch::Receiver<Arc<Gate>>,
+    windows: Windows,
+    tasks: TaskSet,
+    refusals: Throttle,
 }
 
 impl Daemons {
     /// With channels of its own: bytes of clients do not wait with calls of nodes.
-    pub fn new(pool: &ChannelPool, gate: watch::Receiver<Arc<Gate>>) -> Self {
-        Self { pool: pool.for_connections(), gate }
+    pub fn new(
+        pool: &ChannelPool,
+        gate: watch::Receiver<Arc<Gate>>,
+        windows: Windows,
+        tasks: TaskSet,
+    ) -> Self {
+        let pool = pool.for_connections();
+        Self { pool, gate, windows, tasks, refusals: Throttle::default() }
+    }
+
+    fn window(&self, passage: &Passage) -> io::Result<Window> {
+        self.windows.take().ok_or_else(|| {
+            if let Some(withheld) = self.refusals.pass(clock::monotonic()) {
+                let (task, port) = (&passage.task_id, passage.target_port);
+                tracing::warn!(
+                    task.id = task, port, node.id = %passage.node_id, withheld,
+                    limit = windows::BYTES_MAX,
+                    "no connection to another node is opened, since those that are open may fill this node's windows"
+                );
+            }
+            io::Error::from(io::ErrorKind::QuotaExceeded)
+        })
     }
 }
 
@@ -66,20 +86,19 @@ impl Passages for Daemons {
     async fn open(&self, passage: &Passage) -> io::Result<Box<dyn Carrier>> {
         let address = passage.daemon.to_string();
         let channel = self.pool.channel(&address, Peer::Node(passage.node_id));
-        let (sender, pieces) = mpsc::channel(PIECES);
         let target = ConnectTarget {
             task_id: passage.task_id.clone(),
             port: passage.target_port.into(),
             table_version: self.gate.borrow().since,
         };
-        let first = Piece { target: Some(target), ..Piece::default() };
-        let _ = sender.try_send(first); // It is empty, and its other end is here.
-        let mut client = PeerClient::new(channel);
-        let answer = client.connect(ReceiverStream::new(pieces)).await;
+        let (carrier, outgoing, incoming) = pieces::pieces(self.window(passage)?, 0, Some(target));
+        let mut client = PeerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let answer = client.connect(outgoing).await;
         let answer = answer.map_err(|status| {
             io::Error::new(io::ErrorKind::ConnectionRefused, status.message().to_owned())
         })?;
-        Ok(Box::new(Pieces::new(answer.into_inner(), sender)))
+        self.tasks.spawn("passage", incoming.run(answer.into_inner()));
+        Ok(Box::new(carrier))
     }
 }
 
@@ -89,16 +108,18 @@ pub struct Entrance {
     gate: watch::Receiver<Arc<Gate>>,
     permits: Arc<Semaphore>,
     /// Of each task and port.
-    places: Places<(String, u16)>,
+    places: Places<Way>,
+    windows: Windows,
     refusals: Arc<Throttle>,
     breaks: Arc<Throttle>,
 }
 
 impl Entrance {
     /// To the tasks that it names, and to no others.
-    pub fn new(gate: watch::Receiver<Arc<Gate>>) -> Self {
+    pub fn new(gate: watch::Receiver<Arc<Gate>>, windows: Windows) -> Self {
         Self {
             gate,
+            windows,
             permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
             places: Places::new(CONNECTIONS_OF_TASK_MAX),
             refusals: Arc::default(),
@@ -110,12 +131,13 @@ impl Entrance {
     pub async fn connect(
         &self,
         caller: NodeId,
-        mut pieces: Streaming<Piece>,
+        mut call: Streaming<Piece>,
         tasks: &TaskSet,
-    ) -> Result<ReceiverStream<Piece>, Status> {
+    ) -> Result<Outgoing, Status> {
         let (start, mut way) = (clock::monotonic(), None);
         let connect = async {
-            let first = pieces.message().await?.and_then(|piece| piece.target);
+            let piece = call.message().await?.unwrap_or_default();
+            let first = piece.target.filter(|_| piece.data.is_empty() && !piece.end);
             let first = first.ok_or_else(|| Status::invalid_argument("no task is named"))?;
             let held = self.hold(way.insert(way_of(&first)))?;
             let address = self.admit(caller, &first).await?;
@@ -123,32 +145,34 @@ impl Entrance {
             let stream = stream.map_err(|error| {
                 Status::unavailable(format!("task {} did not accept: {error}", first.task_id))
             });
-            Ok((held, stream?))
+            Ok((held, stream?, piece.credit))
         };
         let connected = tokio::time::timeout(ACCEPT_TIMEOUT, connect).await;
         let connected = connected.unwrap_or_else(|_| {
             let limit = ACCEPT_TIMEOUT.as_millis();
             Err(Status::unavailable(format!("the task did not accept within {limit} ms")))
         });
-        let (held, stream) = connected.inspect_err(|status| {
+        let ((permit, place, window), stream, credit) = connected.inspect_err(|status| {
             self.tell_refusal(caller, way.as_ref(), status, start);
         })?;
         prepare(&stream);
-        let (sender, answer) = mpsc::channel(PIECES);
+        let (mut carrier, outgoing, incoming) = pieces::pieces(window, credit, None);
         let breaks = Arc::clone(&self.breaks);
-        tasks.spawn("connection of another node", async move {
-            let mut carrier = Pieces::new(pieces, sender);
+        let carry = async move {
             if let Err(error) = carry::through(&stream, &mut carrier).await {
                 tell_break(&breaks, caller, way.as_ref(), &error, start);
                 refuse(&stream);
             }
-            drop(held);
+            drop((permit, place));
+        };
+        tasks.spawn("connection of another node", async move {
+            tokio::join!(carry, incoming.run(call));
         });
-        Ok(ReceiverStream::new(answer))
+        Ok(outgoing)
     }
 
     /// Room for one more connection of the node and of the task.
-    fn hold(&self, way: &Way) -> Result<(OwnedSemaphorePermit, Place<Way>), Status> {
+    fn hold(&self, way: &Way) -> Result<(OwnedSemaphorePermit, Place<Way>, Window), Status> {
         let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!(
                 "this node has {CONNECTIONS_MAX} connections of other nodes, its limit"
@@ -161,7 +185,13 @@ impl Entrance {
                 self.places.limit(),
             ))
         })?;
-        Ok((permit, place))
+        let window = self.windows.take().ok_or_else(|| {
+            let limit = windows::BYTES_MAX;
+            Status::resource_exhausted(format!(
+                "connections between this node and others may keep {limit} bytes, its limit"
+            ))
+        })?;
+        Ok((permit, place, window))
     }
 
     async fn admit(&self, caller: NodeId, wanted: &ConnectTarget) -> Result<SocketAddrV4, Status> {
@@ -219,96 +249,6 @@ fn tell_break(
             task.id = task, port, node.id = %caller, %error, after_ms, withheld,
             "a connection of another node broke"
         );
-    }
-}
-
-/// Both directions of a call as one connection.
-struct Pieces {
-    incoming: Streaming<Piece>,
-    /// What was taken of `incoming` and not read yet.
-    rest: Bytes,
-    is_at_end: bool,
-    outgoing: PollSender<Piece>,
-}
-
-impl Pieces {
-    fn new(incoming: Streaming<Piece>, outgoing: mpsc::Sender<Piece>) -> Self {
-        let outgoing = PollSender::new(outgoing);
-        Self { incoming, rest: Bytes::new(), is_at_end: false, outgoing }
-    }
-
-    fn poll_send(&mut self, context: &mut Context<'_>, piece: Piece) -> Poll<io::Result<()>> {
-        // The other end is gone, or has broken the connection.
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        ready!(self.outgoing.poll_reserve(context)).map_err(gone)?;
-        Poll::Ready(self.outgoing.send_item(piece).map_err(gone))
-    }
-}
-
-impl fmt::Debug for Pieces {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pieces").field("is_at_end", &self.is_at_end).finish_non_exhaustive()
-    }
-}
-
-impl AsyncRead for Pieces {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        while self.rest.is_empty() && !self.is_at_end {
-            match ready!(Pin::new(&mut self.incoming).poll_next(context)) {
-                Some(Ok(piece)) => {
-                    self.rest = piece.data;
-                    self.is_at_end = piece.end;
-                }
-                Some(Err(status)) => {
-                    let message = status.message().to_owned();
-                    return Poll::Ready(Err(io::Error::new(
-                        io::ErrorKind::ConnectionReset,
-                        message,
-                    )));
-                }
-                // Without its last piece.
-                None => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-            }
-        }
-        let length = self.rest.len().min(buffer.remaining());
-        buffer.put_slice(&self.rest[..length]);
-        self.rest.advance(length);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for Pieces {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        if bytes.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        // Copied once there is room, not at each attempt.
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        ready!(self.outgoing.poll_reserve(context)).map_err(gone)?;
-        let piece = Piece { data: Bytes::copy_from_slice(bytes), ..Piece::default() };
-        ready!(self.poll_send(context, piece))?;
-        Poll::Ready(Ok(bytes.len()))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.outgoing.is_closed() {
-            return Poll::Ready(Ok(())); // It was sent.
-        }
-        ready!(self.poll_send(context, Piece { end: true, ..Piece::default() }))?;
-        self.outgoing.close();
-        Poll::Ready(Ok(()))
     }
 }
 
@@ -415,13 +355,14 @@ mod tests {
         let (gate, receiver) = watch::channel(Arc::new(gate(1, &[1, 2], "task", v4(&task))));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, tasks) = (v4(&listener), TaskSet::new());
-        let entrance = Entrance::new(receiver.clone());
+        let entrance = Entrance::new(receiver.clone(), Windows::default());
         let other = PeerServer::new(Other(entrance.clone(), tasks.clone()));
         let (serving, server) = (tasks.clone(), tls(OTHER));
         tasks.spawn("test server", async move {
             serve_tls(listener, server, Routes::new(other), &serving).await.unwrap();
         });
-        let daemons = Daemons::new(&ChannelPool::new(tls(NodeId(1))), receiver);
+        let pool = ChannelPool::new(tls(NodeId(1)));
+        let daemons = Daemons::new(&pool, receiver, Windows::default(), tasks.clone());
         Swarm { daemons, address, task, gate, entrance, _tasks: tasks }
     }
 
@@ -524,6 +465,27 @@ mod tests {
             NodeId(1)
         );
         assert_eq!(error.to_string(), expect);
+    }
+
+    #[tokio::test]
+    async fn what_breaks_while_the_other_end_does_not_read_frees_its_place() {
+        let swarm = swarm().await;
+        let (much, pause) = (vec![0; 64 << 10], Duration::from_millis(200));
+        let all = u32::try_from(CONNECTIONS_MAX).unwrap();
+        for is_caller in [true, false] {
+            let (mut carrier, mut task) = swarm.open().await;
+            if is_caller {
+                while tokio::time::timeout(pause, carrier.write_all(&much)).await.is_ok() {}
+                drop(carrier);
+            } else {
+                while tokio::time::timeout(pause, task.write_all(&much)).await.is_ok() {}
+                task.set_zero_linger().unwrap();
+                drop(task);
+            }
+            let freed = swarm.entrance.permits.acquire_many(all);
+            let freed = tokio::time::timeout(Duration::from_secs(20), freed).await;
+            let _permits = freed.expect("the connection has ended").unwrap();
+        }
     }
 
     #[tokio::test]

@@ -17,8 +17,10 @@ use tokio::io::{
 };
 use tokio::net::TcpStream;
 
-/// What is read at once of a connection that goes through another daemon: each piece is a message.
-const PIECE_BYTES: usize = 32 << 10;
+use super::passage::Carrier;
+
+/// What is read at once where one end is a way through another daemon: each piece is a message.
+const PIECE_BYTES: usize = 16 << 10;
 
 /// How long an end may take nothing of what the other one sent before it broke.
 const LAST_BYTES: Duration = Duration::from_secs(1);
@@ -40,12 +42,19 @@ pub(crate) async fn between(one: &TcpStream, other: &TcpStream) -> io::Result<()
 /// Between a connection and a way through another daemon.
 pub(crate) async fn through(
     stream: &TcpStream,
-    carrier: &mut (impl AsyncRead + AsyncWrite + Unpin + ?Sized),
+    carrier: &mut (impl Carrier + ?Sized),
 ) -> io::Result<()> {
     let moved = AtomicU64::new(0);
     let mut shared = Shared::new(stream, &moved);
+    let of_carrier = carrier.broken();
+    let broken = async {
+        tokio::select! {
+            error = broken(stream) => error,
+            error = of_carrier => error,
+        }
+    };
     let copied = copy_bidirectional_with_sizes(&mut shared, carrier, PIECE_BYTES, PIECE_BYTES);
-    to_the_end(copied, broken(stream), &moved).await
+    to_the_end(copied, broken, &moved).await
 }
 
 /// What had come from an end that broke is still carried, as long as the other one takes it.

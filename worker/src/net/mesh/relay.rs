@@ -218,7 +218,7 @@ async fn forward(client: TcpStream, upstream: &Upstream, limits: &Limits) {
         }
         // Dropped before its end, it breaks at the other one as well.
         Backend::Carrier(mut backend) => {
-            let copied = carry::through(&client, &mut backend).await;
+            let copied = carry::through(&client, &mut *backend).await;
             is_broken(copied, &client);
         }
     }
