@@ -88,7 +88,8 @@ impl Node {
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
         let mut uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
-        uplink = uplink.through(Arc::new(Daemons::new(&pool)));
+        let daemons = Daemons::new(&pool, uplink.gate());
+        uplink = uplink.through(Arc::new(daemons));
         if options.ingress.balancer == IngressBalancer::UserSpace {
             uplink = uplink.in_user_space(&options.ingress.reason);
         }
@@ -157,7 +158,7 @@ impl Node {
             self.tasks.clone(),
         );
         let peer = peer.with_uplink(self.uplink.clone());
-        let peer = peer.with_entrance(Entrance::new(self.uplink.targets()));
+        let peer = peer.with_entrance(Entrance::new(self.uplink.gate()));
         let _ = self.peer.set(peer.clone()); // A node is served once.
         let mut routes = Routes::new(PeerServer::new(peer));
         if let Some(manager) = &self.manager {

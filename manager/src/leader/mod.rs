@@ -124,7 +124,7 @@ impl Leader {
         let now = clock::now();
         let (probe_results, probes) = mpsc::channel(skep_common::limits::QUEUE_LENGTH);
         Self {
-            drain: Drain::new(&state, &BTreeSet::new(), now),
+            drain: Drain::new(&state, &BTreeSet::new(), now).in_term(term),
             liveness: Liveness::new(&state, now),
             sessions: Sessions::new(term),
             consensus,

@@ -13,7 +13,7 @@ use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::dns::Directory;
-use skep_worker_core::mesh::{MeshTable, own_targets};
+use skep_worker_core::mesh::{Gate, MeshTable};
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
@@ -26,7 +26,6 @@ use crate::net::{
     Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, Passages,
     host_has_ipv6,
 };
-use crate::passage::OwnTargets;
 
 /// Where the mesh's tunnel ends on this node.
 #[derive(Debug, Clone)]
@@ -61,8 +60,8 @@ pub struct Uplink {
     user_space: Option<Arc<str>>,
     /// The way to tasks that no tunnel leads to.
     passages: Option<Arc<dyn Passages>>,
-    /// Where other nodes' connections may end here.
-    targets: Arc<watch::Sender<Arc<OwnTargets>>>,
+    /// Whose connections may end here, and where.
+    gate: Arc<watch::Sender<Arc<Gate>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -87,7 +86,7 @@ impl Uplink {
             found: Arc::default(),
             user_space: None,
             passages: None,
-            targets: Arc::default(),
+            gate: Arc::default(),
         }
     }
 
@@ -103,9 +102,9 @@ impl Uplink {
         Self { user_space: Some(reason.into()), ..self }
     }
 
-    /// Where other nodes' connections may end on this one.
-    pub fn targets(&self) -> watch::Receiver<Arc<OwnTargets>> {
-        self.targets.subscribe()
+    /// Whose connections may end on this node, and where.
+    pub fn gate(&self) -> watch::Receiver<Arc<Gate>> {
+        self.gate.subscribe()
     }
 
     /// Whether connections through published ports are to be counted, which costs each packet a little.
@@ -409,11 +408,11 @@ impl Balancers for Uplink {
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
         self.take(networks);
         let started = self.started(table).await?;
-        let targets = own_targets(table);
-        self.targets.send_if_modified(|known| {
-            let is_news = **known != targets;
+        self.gate.send_if_modified(|known| {
+            let next = known.follow(table);
+            let is_news = **known != next;
             if is_news {
-                *known = Arc::new(targets);
+                *known = Arc::new(next);
             }
             is_news
         });

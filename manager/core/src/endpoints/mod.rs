@@ -266,6 +266,9 @@ fn is_to_stop(state: &State, task_id: TaskId) -> bool {
     state.task(task_id).is_some_and(|task| !task.desired_state.wants_run())
 }
 
+/// How many bits of a version count the tables of one leader; those above are its term.
+const VERSION_BITS: u32 = 32;
+
 /// The newest table, and the tasks that wait until nodes have it.
 #[derive(Debug)]
 pub struct Drain {
@@ -310,7 +313,18 @@ impl Drain {
         }
     }
 
-    /// The number of the newest table, from 1.
+    /// Has versions of a term that are higher than all of earlier terms, so that nodes can tell whose is newer.
+    #[must_use]
+    pub fn in_term(mut self, term: u64) -> Self {
+        let first = term << VERSION_BITS;
+        self.version += first;
+        for (version, _) in self.withdrawn.values_mut() {
+            *version += first;
+        }
+        self
+    }
+
+    /// The number of the newest table, which grows with each.
     pub fn version(&self) -> u64 {
         self.version
     }

@@ -144,6 +144,20 @@ fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
     assert_eq!(drain.deadline(), None);
 }
 
+#[test]
+fn versions_of_a_later_term_are_higher_and_go_on_by_one() {
+    let (mut world, tasks) = running();
+    let mut earlier = Drain::new(&world.state, &nobody(), NOW).in_term(3);
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    let mut later = Drain::new(&world.state, &nobody(), NOW).in_term(4);
+    assert!(earlier.update(&world.state, &nobody(), NOW));
+    assert!(later.version() > earlier.version());
+    later.session_opened(NodeId(1));
+    assert_eq!(later.held_back(&world.state, NOW), [tasks[0]].into());
+    later.acknowledge(NodeId(1), later.version());
+    assert_eq!(later.held_back(&world.state, NOW), nothing());
+}
+
 fn nothing() -> BTreeSet<TaskId> {
     BTreeSet::new()
 }

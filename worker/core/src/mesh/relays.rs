@@ -136,9 +136,68 @@ fn by_passage(table: &MeshTable, backend: &Backend) -> Option<Target> {
     Some(Target { passage: Some(passage), ..direct(backend) })
 }
 
-/// Where passages of other nodes may end on this one: at ports of its own tasks that are published, by task and
-/// port.
-pub fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
+/// What a node goes by when another one asks for a passage.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Gate {
+    /// The table that this is of.
+    pub version: u64,
+    /// The table by which ports and peers last changed: who has that one knows the same tasks.
+    pub since: u64,
+    /// The nodes of the swarm.
+    pub nodes: BTreeSet<NodeId>,
+    /// Where passages may end: at ports of the node's own tasks that are published, by task and port.
+    pub targets: BTreeMap<(String, u16), SocketAddrV4>,
+    /// All ports of tasks that are published, of which `since` says when they changed.
+    pub ways: BTreeSet<(String, u16)>,
+}
+
+/// Whether a passage is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// To that address.
+    To(SocketAddrV4),
+    /// The table does not name the caller.
+    NotOfSwarm,
+    /// The table names no such task and port.
+    NoSuchTask,
+    /// The caller knows a later table, which is waited for.
+    Later,
+}
+
+impl Gate {
+    /// The same by another table.
+    #[must_use]
+    pub fn follow(&self, table: &MeshTable) -> Self {
+        let nodes = table.daemons.values().map(|daemon| daemon.node_id).collect();
+        let backends = table.ports.iter().flat_map(|port| &port.backends);
+        let ways = backends.map(|backend| (backend.task_id.clone(), backend.target_port)).collect();
+        let next = Self {
+            version: table.version,
+            since: self.since,
+            nodes,
+            targets: own_targets(table),
+            ways,
+        };
+        let is_same = (&next.nodes, &next.ways) == (&self.nodes, &self.ways);
+        Self {
+            since: if is_same && self.since <= next.version { self.since } else { next.version },
+            ..next
+        }
+    }
+
+    /// Answers a caller that knows the task by a table of that version.
+    pub fn admit(&self, caller: NodeId, way: &(String, u16), version: u64) -> Admission {
+        let is_of_swarm = self.nodes.contains(&caller);
+        match self.targets.get(way) {
+            Some(address) if is_of_swarm => Admission::To(*address),
+            _ if self.version < version => Admission::Later,
+            _ if is_of_swarm => Admission::NoSuchTask,
+            _ => Admission::NotOfSwarm,
+        }
+    }
+}
+
+fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
     let Ok(slices) = table.slices() else { return BTreeMap::new() };
     let own = slices.slice(table.self_number);
     let streams = table.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
@@ -418,5 +477,35 @@ mod tests {
         let targets = own_targets(&table(&[], &["tcp:1,2", "udp:1", "tcp+proxy:1"]));
         let expect = [(("task1".to_owned(), 80), "10.192.4.1:80".parse().unwrap())];
         assert_eq!(targets, expect.into());
+    }
+
+    #[test]
+    fn callers_and_tasks_are_refused_at_once_unless_a_later_table_may_name_them() {
+        let told = |version: u64, ports: &[&str]| MeshTable { version, ..table(&[], ports) };
+        let gate = Gate::default().follow(&told(5, &["tcp:1,2"]));
+        let (here, there) = (("task1".to_owned(), 80), ("task2".to_owned(), 80));
+        let to = Admission::To("10.192.4.1:80".parse().unwrap());
+        for (caller, way, version, expect) in [
+            (2, &here, 5, to),
+            (2, &here, 9, to),
+            (2, &there, 5, Admission::NoSuchTask),
+            (2, &there, 6, Admission::Later),
+            (9, &here, 5, Admission::NotOfSwarm),
+            (9, &here, 6, Admission::Later),
+            (9, &there, 4, Admission::NotOfSwarm),
+        ] {
+            assert_eq!(
+                gate.admit(NodeId(caller), way, version),
+                expect,
+                "{caller} {way:?} {version}"
+            );
+        }
+        // A table with news of other things says nothing that a node of the earlier one does not know.
+        let gate = gate.follow(&told(7, &["tcp:1,2"]));
+        assert_eq!((gate.version, gate.since), (7, 5));
+        let gate = gate.follow(&told(8, &["tcp:1"]));
+        assert_eq!((gate.version, gate.since), (8, 8));
+        let gate = gate.follow(&told(2, &["tcp:1"]));
+        assert_eq!((gate.version, gate.since), (2, 2), "of another leader");
     }
 }

@@ -46,6 +46,7 @@
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
 mod balance;
+pub(crate) mod carry;
 mod datagrams;
 mod ejection;
 mod flows;
@@ -56,6 +57,7 @@ mod layout;
 pub(in crate::net) mod links;
 pub(in crate::net) mod options;
 mod passage;
+pub(crate) mod places;
 mod ports;
 mod program;
 mod refusal;

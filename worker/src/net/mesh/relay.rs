@@ -10,30 +10,32 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use skep_runtime::TaskSet;
+use skep_runtime::{TaskSet, clock};
 use skep_worker_core::mesh::PortKey;
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::balance::Balance;
+use super::carry;
 use super::datagrams;
 use super::hold::Listeners;
 use super::passage::Passages;
+use super::places::{Place, Places};
 use super::ports::ListenerChanges;
 use super::upstream::{Backend, SEARCH_MAX, Upstream};
+use crate::throttle::Throttle;
 
 /// Connections of one port through the daemon, each two file descriptors; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 8192;
 
-/// What is read at once of a connection that goes through another daemon: each piece is a message.
-const PIECE_BYTES: usize = 32 << 10;
+/// Those of one task: half of a port's, so that one that does not read leaves room for its neighbours' clients.
+const CONNECTIONS_OF_TASK_MAX: usize = CONNECTIONS_MAX / 2;
 
 /// A client that vanished without a word is noticed after about two minutes: its place is another's.
 const PROBE_AFTER_SECONDS: u32 = 60;
@@ -131,10 +133,10 @@ impl Relays {
         upstream: &Upstream,
         token: &CancellationToken,
     ) {
-        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let limits = Limits::new(CONNECTIONS_MAX, CONNECTIONS_OF_TASK_MAX);
         let listeners = listeners.into_iter().map(TcpListener::from_std);
         for listener in listeners.filter_map(|listener| served_or_told(key, listener)) {
-            let accept = accept(listener, upstream.clone(), permits.clone(), self.tasks.clone());
+            let accept = accept(listener, upstream.clone(), limits.clone(), self.tasks.clone());
             let token = token.clone();
             self.tasks.spawn("mesh-accept", async move {
                 token.run_until_cancelled(accept).await;
@@ -179,19 +181,14 @@ impl Drop for Relays {
     }
 }
 
-async fn accept(
-    listener: TcpListener,
-    upstream: Upstream,
-    permits: Arc<Semaphore>,
-    tasks: TaskSet,
-) {
+async fn accept(listener: TcpListener, upstream: Upstream, limits: Limits, tasks: TaskSet) {
     loop {
-        let Ok(permit) = permits.clone().acquire_owned().await else { return };
+        let Ok(permit) = limits.permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((client, _)) => {
-                let upstream = upstream.clone();
+                let (upstream, limits) = (upstream.clone(), limits.clone());
                 tasks.spawn("mesh-connection", async move {
-                    forward(client, &upstream).await;
+                    forward(client, &upstream, &limits).await;
                     drop(permit);
                 });
             }
@@ -204,41 +201,82 @@ async fn accept(
 }
 
 /// Carries what both ends send until both have ended; an end of one side alone is passed on.
-async fn forward(mut client: TcpStream, upstream: &Upstream) {
+async fn forward(client: TcpStream, upstream: &Upstream, limits: &Limits) {
     let Some(backend) = upstream.connect(&client).await else { return refuse(&client) };
     prepare(&client);
     match backend {
-        Backend::Stream(mut backend) => {
+        Backend::Stream(backend) => {
             prepare(&backend);
-            let copied = copy_bidirectional(&mut client, &mut backend).await;
+            let Ok(_place) = limits.place(&backend, upstream) else {
+                refuse(&backend);
+                return refuse(&client);
+            };
+            let copied = carry::between(&client, &backend).await;
             if is_broken(copied, &client) {
                 refuse(&backend);
             }
         }
         // Dropped before its end, it breaks at the other one as well.
         Backend::Carrier(mut backend) => {
-            let copied = copy(&mut client, &mut backend).await;
+            let copied = carry::through(&client, &mut backend).await;
             is_broken(copied, &client);
         }
     }
 }
 
-/// Carries what both ends send, where one is a way through another daemon.
-pub(crate) async fn copy(
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    carrier: &mut (impl AsyncRead + AsyncWrite + Unpin + ?Sized),
-) -> io::Result<(u64, u64)> {
-    copy_bidirectional_with_sizes(stream, carrier, PIECE_BYTES, PIECE_BYTES).await
-}
-
 /// What broke on one side must not look complete on the other.
-fn is_broken(copied: io::Result<(u64, u64)>, client: &TcpStream) -> bool {
+fn is_broken(copied: io::Result<()>, client: &TcpStream) -> bool {
     let told = |error: &io::Error| {
         tracing::debug!(%error, "a relayed connection broke");
         refuse(client);
     };
     copied.inspect_err(told).is_err()
 }
+
+/// How many connections of a port there may be at once.
+#[derive(Debug, Clone)]
+struct Limits {
+    permits: Arc<Semaphore>,
+    /// By the task's address.
+    places: Places<SocketAddr>,
+    refusals: Arc<Throttle>,
+}
+
+impl Limits {
+    fn new(of_port: usize, of_task: usize) -> Self {
+        Self {
+            permits: Arc::new(Semaphore::new(of_port)),
+            places: Places::new(of_task),
+            refusals: Arc::default(),
+        }
+    }
+
+    /// The place of a connection at its task, where the daemon and not a rule has chosen that.
+    fn place(
+        &self,
+        backend: &TcpStream,
+        upstream: &Upstream,
+    ) -> Result<Option<Place<SocketAddr>>, Full> {
+        let Ok(task) = backend.peer_addr() else { return Ok(None) }; // It has broken.
+        if task == SocketAddr::V4(upstream.rules) {
+            return Ok(None);
+        }
+        let place = self.places.take(&task).ok_or(Full);
+        if place.is_err()
+            && let Some(withheld) = self.refusals.pass(clock::monotonic())
+        {
+            let (limit, port) = (self.places.limit(), upstream.rules.port());
+            tracing::warn!(
+                backend = %task, port, limit, withheld,
+                "connections are reset, since their task has as many through this daemon as it may"
+            );
+        }
+        place.map(Some)
+    }
+}
+
+/// The task has no place left.
+struct Full;
 
 /// Sets one end of a relayed connection up.
 pub(crate) fn prepare(stream: &TcpStream) {
@@ -267,8 +305,6 @@ pub(crate) fn refuse(stream: &TcpStream) {
 
 #[cfg(test)]
 mod tests {
-    use std::net::SocketAddr;
-
     use skep_common::spec::ProxyProtocol;
     use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -506,5 +542,83 @@ mod tests {
         balance(&mut relays, key, &[address]);
         let _second = TcpStream::connect(port).await.unwrap();
         task.accept().await.unwrap();
+    }
+
+    /// A client that sends until nothing more goes, since the task does not read, and how that ended.
+    async fn stalled(
+        limits: &Limits,
+        task: &TcpListener,
+    ) -> (TcpStream, TcpStream, io::Result<()>) {
+        let entry = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut client = TcpStream::connect(entry.local_addr().unwrap()).await.unwrap();
+        let relayed = Relay { proxy_protocol: None, backends: vec![target(task)] };
+        let key = PortKey { protocol: Protocol::Tcp, port: 1 };
+        let balance = Arc::new(Balance::new(key));
+        balance.set(&relayed);
+        let rules = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1);
+        let (trials, search_max) = (TaskSet::new(), SEARCH_MAX);
+        let upstream = Upstream { rules, balance, passages: None, trials, search_max };
+        let (accepted, limits) = (entry.accept().await.unwrap().0, limits.clone());
+        let permit = limits.permits.clone().try_acquire_owned().unwrap();
+        TaskSet::new().spawn("test connection", async move {
+            forward(accepted, &upstream, &limits).await;
+            drop(permit);
+        });
+        let (task, _) = task.accept().await.unwrap();
+        let (much, pause) = (vec![0; 64 << 10], Duration::from_millis(200));
+        let full = loop {
+            match tokio::time::timeout(pause, client.write_all(&much)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => break Err(error),
+                Err(_) => break Ok(()),
+            }
+        };
+        (client, task, full)
+    }
+
+    fn target(task: &TcpListener) -> Target {
+        let SocketAddr::V4(address) = task.local_addr().unwrap() else { panic!("not IPv4") };
+        Target { address, task_id: String::new(), passage: None }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_resets_while_its_task_does_not_read_frees_its_place() {
+        let (task, _) = backend().await;
+        let limits = Limits::new(1, 1);
+        let (client, _task, _) = stalled(&limits, &task).await;
+        assert_eq!(limits.permits.available_permits(), 0);
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let freed = tokio::time::timeout(Duration::from_secs(20), limits.permits.acquire());
+        let _permit = freed.await.expect("the connection has ended").unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_does_not_read_has_its_limit_and_more_clients_are_reset() {
+        let (task, _) = backend().await;
+        let limits = Limits::new(8, 1);
+        let (_client, _task, full) = stalled(&limits, &task).await;
+        full.unwrap();
+        let (_, _, refused) = stalled(&limits, &task).await;
+        assert!(refused.is_err(), "the task has its one");
+        let (another, _) = backend().await;
+        let (_client, _task, full) = stalled(&limits, &another).await;
+        full.unwrap();
+        assert_eq!(limits.permits.available_permits(), 6, "two of them go on");
+    }
+
+    #[tokio::test]
+    async fn what_a_task_sent_before_it_broke_arrives() {
+        let (task, address) = backend().await;
+        let (_relays, _, port) = serve(None, &[address]);
+        let mut client = TcpStream::connect(port).await.unwrap();
+        let (mut task, _) = task.accept().await.unwrap();
+        task.write_all(b"too much").await.unwrap();
+        task.set_zero_linger().unwrap();
+        let mut seen = [0; 8];
+        client.read_exact(&mut seen).await.unwrap();
+        drop(task);
+        let error = client.read(&mut [0]).await.unwrap_err();
+        assert_eq!((&seen, error.kind()), (b"too much", io::ErrorKind::ConnectionReset));
     }
 }
