@@ -43,4 +43,4 @@ pub use lab::{Lab, LabOptions, Node};
 pub use leaks::{LabTraces, NodeTraces};
 pub use load::{HeldConnection, Load, LoadOptions, Record, Report, Summary};
 pub use swarm::{SETTLES_WITHIN, TaskRow, Tasks, WHOAMI, Whoami, whoami_archive};
-pub use wait::{has_docker_or_skip, is_long, is_root_or_skip, wait_until};
+pub use wait::{has_docker_or_skip, is_long, is_root_or_skip, step, wait_until};

@@ -8,8 +8,7 @@ use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, Load, LoadOptions, Report, SETTLES_WITHIN, TaskRow, is_root_or_skip,
-    wait_until,
+    Lab, LabOptions, Load, LoadOptions, SETTLES_WITHIN, TaskRow, is_root_or_skip, step, wait_until,
 };
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
@@ -144,8 +143,8 @@ fn network_check_tries_its_daemon(lab: &Lab) {
 
 fn exact_turns(lab: &Lab) {
     for node in NODES {
-        wait_for_slots(lab, "client", &url(lab, node), &[("1", 3), ("2", 3), ("3", 3)]);
-        send(lab, "client", &url(lab, node), 9).assert_none_failed();
+        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.send("client", &lab.url(node, PORT), 9).assert_none_failed();
         let own = format!("http://127.0.0.1:{PORT}/");
         wait_for_slots(lab, node, &own, &[("1", 3), ("2", 3), ("3", 3)]);
     }
@@ -271,7 +270,7 @@ fn a_cut_is_seen(lab: &Lab) {
     let others: Vec<(&str, usize)> =
         others.iter().filter(|slot| **slot != its).map(|slot| (slot.as_str(), 4)).collect();
     for node in ["n1", "n2"] {
-        wait_for_n_slots(lab, "client", &url(lab, node), 8, &others);
+        wait_for_n_slots(lab, "client", &lab.url(node, PORT), 8, &others);
     }
     let load = start_load(lab, &["n1", "n2"]);
     load.wait_for_more(100, SETTLES_WITHIN);
@@ -285,26 +284,13 @@ fn start_load(lab: &Lab, nodes: &[&str]) -> Load {
     let options = LoadOptions {
         clients: 4,
         timeout: Duration::from_secs(10),
-        ..LoadOptions::to(nodes.iter().map(|node| url(lab, node)))
+        ..LoadOptions::to(nodes.iter().map(|node| lab.url(node, PORT)))
     };
     lab.load("client", &options)
 }
 
 fn nodes_of(tasks: &[TaskRow]) -> BTreeSet<&str> {
     tasks.iter().map(|task| task.node.as_str()).collect()
-}
-
-fn step(text: &str) {
-    eprintln!("--- {text}");
-}
-
-fn url(lab: &Lab, node: &str) -> String {
-    format!("http://{}:{PORT}/", lab.node(node).address())
-}
-
-fn send(lab: &Lab, from: &str, url: &str, n_requests: u64) -> Report {
-    let options = LoadOptions { requests: Some(n_requests), ..LoadOptions::to([url.to_owned()]) };
-    lab.load(from, &options).finish()
 }
 
 /// Waits until nine connections are given to slots as expected.
@@ -317,7 +303,7 @@ fn wait_for_slots(lab: &Lab, from: &str, url: &str, expect: &[(&str, usize)]) {
 fn wait_for_n_slots(lab: &Lab, from: &str, url: &str, n: u64, expect: &[(&str, usize)]) {
     let expect: BTreeMap<&str, usize> = expect.iter().copied().collect();
     wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
-        let report = send(lab, from, url, n);
+        let report = lab.send(from, url, n);
         let is_so = report.count_by("Slot") == expect;
         (is_so.then_some(()), format!("{report:#?}"))
     });
