@@ -13,7 +13,7 @@ use skep_common::object::TaskStatus;
 use skep_common::{NodeId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::endpoints::{Drain, NodeTable};
-use skep_manager_core::liveness::{Event, Liveness};
+use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan};
 
@@ -193,8 +193,8 @@ impl Leader {
         self.liveness.observe(Event::Beat { node_id, at: now });
     }
 
-    pub(crate) fn probed(&mut self, node_id: NodeId, at: Timestamp, is_alive: bool) {
-        self.liveness.observe(Event::Probed { node_id, at, is_alive });
+    pub(crate) fn probed(&mut self, node_id: NodeId, at: Timestamp, answer: Answer) {
+        self.liveness.observe(Event::Probed { node_id, at, answer });
     }
 
     pub(crate) fn end_session(&mut self, node_id: NodeId, id: u64) {

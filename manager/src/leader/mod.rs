@@ -29,7 +29,7 @@ use rand::rngs::StdRng;
 use skep_common::object::TaskStatus;
 use skep_common::{NodeId, TaskId, Timestamp};
 use skep_manager_core::endpoints::Drain;
-use skep_manager_core::liveness::{Event, Liveness};
+use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{
     Action, Command, Dirty, LeaderMemory, Outcome, State, image, node_name, plan,
@@ -370,8 +370,7 @@ impl Leader {
         self.reports.give_back(carried.statuses);
     }
 
-    /// Asks machines whether they live. A machine that refuses the connection lives: its daemon is
-    /// restarting, and its containers run; silence decides then.
+    /// Asks machines whether they live.
     fn probe(&self, nodes: &[NodeId]) {
         for node_id in nodes {
             let Some(node) = self.state.node(*node_id) else { continue };
@@ -379,14 +378,14 @@ impl Leader {
             let results = self.probe_results.clone();
             self.tasks.spawn("probe", async move {
                 let connect = TcpStream::connect(&address);
-                let is_alive = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
-                    Ok(Ok(_)) => true,
+                let answer = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
+                    Ok(Ok(_)) => Answer::Accepted,
                     Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                        return;
+                        Answer::Refused
                     }
-                    Ok(Err(_)) | Err(_) => false,
+                    Ok(Err(_)) | Err(_) => Answer::None,
                 };
-                let probed = Event::Probed { node_id, at: clock::now(), is_alive };
+                let probed = Event::Probed { node_id, at: clock::now(), answer };
                 let _ = results.send(probed).await; // The loop has ended.
             });
         }
