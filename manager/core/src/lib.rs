@@ -11,6 +11,8 @@ pub mod command;
 pub mod store;
 
 pub mod plan;
+#[cfg(test)]
+mod plan_tests;
 
 pub mod allocator;
 pub mod assignments;

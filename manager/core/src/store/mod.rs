@@ -156,6 +156,29 @@ impl State {
             .map(|(_, _, task_id)| self.indexed_task(*task_id))
     }
 
+    /// All tasks, by service, then slot, then id.
+    pub(crate) fn tasks_by_service(&self) -> impl Iterator<Item = &Arc<Task>> {
+        self.service_tasks.iter().map(|(_, _, task_id)| self.indexed_task(*task_id))
+    }
+
+    /// The services that have tasks, whether they are there themselves or not.
+    pub(crate) fn services_with_tasks(&self) -> impl Iterator<Item = ServiceId> {
+        // One search for each service, and none of its tasks is looked at.
+        let next = |from: ServiceId| {
+            self.service_tasks.range((from, Slot::FIRST, TaskId(0))..).next().map(|first| first.0)
+        };
+        let first = next(ServiceId(0));
+        std::iter::successors(first, move |last| next(ServiceId(last.0.checked_add(1)?)))
+    }
+
+    /// The nodes that have tasks, whether they are there themselves or not.
+    pub(crate) fn nodes_with_tasks(&self) -> impl Iterator<Item = NodeId> {
+        let next = |from: NodeId| {
+            self.node_tasks.range((from, TaskId(0))..).next().map(|(node_id, _)| *node_id)
+        };
+        std::iter::successors(next(NodeId(0)), move |last| next(NodeId(last.0.checked_add(1)?)))
+    }
+
     /// Tasks of one slot of a service, by id.
     pub fn tasks_of_slot(
         &self,
