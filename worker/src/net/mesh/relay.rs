@@ -306,7 +306,7 @@ pub(crate) fn refuse(stream: &TcpStream) {
 #[cfg(test)]
 mod tests {
     use skep_common::spec::ProxyProtocol;
-    use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
+    use skep_worker_core::mesh::{Protocol, Reason, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpSocket;
 
@@ -490,6 +490,22 @@ mod tests {
             }
         };
         tokio::time::timeout(WAITS_MAX, is_back).await.expect("it is taken back");
+    }
+
+    #[tokio::test]
+    async fn whom_a_trusted_task_failed_waits_for_one_that_is_left_out() {
+        let addresses = [1, 2].map(|port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let relay = relay(None, &addresses);
+        let [left_out, trusted] = &relay.backends[..] else { panic!("not two") };
+        let balance = Balance::new(PortKey { protocol: Protocol::Tcp, port: 80 });
+        balance.set(&relay);
+        balance.leave_out(left_out, Reason::Silent);
+        let failed = [trusted.clone()].into();
+        let next = balance.next(&failed, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::Task(target, _) if target == *left_out));
+        let given_up = balance.given_up(left_out, &failed);
+        let given_up = tokio::time::timeout(Duration::ZERO, given_up).await;
+        assert!(given_up.is_err(), "it would be given again at once, and for ever");
     }
 
     #[tokio::test]

@@ -87,7 +87,7 @@ impl Upstream {
             let connected = tokio::select! {
                 // First: a table is in effect when nobody comes to whom it withdrew.
                 biased;
-                () = self.balance.given_up(&target) => continue,
+                () = self.balance.given_up(&target, &failed) => continue,
                 connected = within(CONNECT_TIMEOUT_EACH, connect) => connected,
                 never = self.suspect(&target) => match never {},
             };
