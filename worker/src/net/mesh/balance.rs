@@ -56,6 +56,11 @@ impl Balance {
         Self { port, state: Mutex::default(), changed: watch::Sender::default() }
     }
 
+    /// The port.
+    pub(super) fn port(&self) -> PortKey {
+        self.port
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
