@@ -159,7 +159,7 @@ impl Entrance {
         let (mut carrier, outgoing, incoming) = pieces::pieces(window, credit, None);
         let breaks = Arc::clone(&self.breaks);
         let carry = async move {
-            if let Err(error) = carry::through(&stream, &mut carrier).await {
+            if let Err(error) = carry::through(&stream, &mut carrier, None).await {
                 tell_break(&breaks, caller, way.as_ref(), &error, start);
                 refuse(&stream);
             }

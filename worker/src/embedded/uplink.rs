@@ -134,15 +134,12 @@ impl Uplink {
     }
 
     /// Begins to count, or removes what an earlier daemon counted by. Ports are served in any case.
-    async fn account(&self, pool: Ipv4Net) -> Option<Accounting> {
+    async fn account(&self, mesh: &Mesh, pool: Ipv4Net) -> Option<Accounting> {
         let accounting = match self.is_counting {
-            true => Accounting::start(pool, host_has_ipv6()).await.map(Some),
+            true => Accounting::start(mesh, pool, host_has_ipv6()).await.map(Some),
             false => Accounting::remove().await.map(|()| None),
         };
-        accounting.unwrap_or_else(|error| {
-            tracing::warn!(error = %Chain(&error), "connections are not counted");
-            None
-        })
+        told(accounting)
     }
 
     /// The networks of this node as its leader last told them.
@@ -345,7 +342,7 @@ impl Uplink {
         };
         let running = self.found().clone();
         renew(&mesh, running).await;
-        let accounting = self.account(table.pool).await;
+        let accounting = self.account(&mesh, table.pool).await;
         let started = Started { mesh, networks: Some(networks), accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
@@ -357,10 +354,24 @@ impl Uplink {
         }
         let running = self.found().clone();
         renew(&mesh, running).await;
-        let started = Started { mesh, networks: None, accounting: None };
+        if let Err(error) = Accounting::remove().await {
+            tracing::debug!(error = %Chain(&error), "there are no rules that count to remove on this kernel");
+        }
+        let accounting = match self.is_counting {
+            true => told(Accounting::start_in_user_space(&mesh).await.map(Some)),
+            false => None,
+        };
+        let started = Started { mesh, networks: None, accounting };
         self.started.send_replace(Some(started.clone()));
         started
     }
+}
+
+fn told(accounting: Result<Option<Accounting>, crate::net::Error>) -> Option<Accounting> {
+    accounting.unwrap_or_else(|error| {
+        tracing::warn!(error = %Chain(&error), "connections are not counted");
+        None
+    })
 }
 
 /// Gives containers that an earlier daemon connected what they lack by now, as IPv6.

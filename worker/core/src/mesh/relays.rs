@@ -230,10 +230,12 @@ impl Turns {
         }
     }
 
-    /// Whether clients may wait for the backend: it is one of them, and others are no better.
-    pub fn is_given(&self, backend: &Target) -> bool {
+    /// Whether a client whom those in `failed` failed may wait for the backend: it is one of them, and no other one
+    /// that is left to the client is better. Whoever [`Self::take`] gives may be waited for.
+    pub fn is_given(&self, backend: &Target, failed: &BTreeSet<Target>) -> bool {
+        let is_better = |other: &Target| !failed.contains(other) && !self.is_left_out(other);
         self.backends.contains(backend)
-            && (!self.left_out.contains_key(backend) || self.is_none_trusted())
+            && (!self.is_left_out(backend) || !self.backends.iter().any(is_better))
     }
 
     /// Whether there is another backend than this one, which is named.
@@ -345,13 +347,17 @@ mod tests {
         assert_eq!(out, Some(Verdict::LeftOut(Reason::Refused)));
         assert_eq!(turns.leave_out(&address(2), Reason::Silent), None, "known");
         assert_eq!(turns.leave_out(&address(9), Reason::Silent), None, "a stranger");
-        assert!(!turns.is_given(&address(2)) && turns.is_given(&address(3)));
+        let is_given = |turns: &Turns, backend: u8, failed: &[u8]| {
+            turns.is_given(&address(backend), &failed.iter().copied().map(address).collect())
+        };
+        assert!(!is_given(&turns, 2, &[]) && is_given(&turns, 3, &[]));
+        assert!(!is_given(&turns, 2, &[3]) && is_given(&turns, 2, &[1, 3]), "what is left");
         assert_eq!(take(&mut turns, 4, &[]), [1, 3, 1, 3]);
         assert_eq!(take(&mut turns, 2, &[1, 3]), [2, 2], "better than nobody");
         let out = turns.leave_out(&address(1), Reason::Silent);
         assert_eq!(out, Some(Verdict::LeftOut(Reason::Silent)));
         assert_eq!(turns.leave_out(&address(3), Reason::Silent), Some(Verdict::NoneAnswers));
-        assert!([1, 2, 3].map(address).iter().all(|backend| turns.is_given(backend)));
+        assert!([1, 2, 3].into_iter().all(|backend| is_given(&turns, backend, &[])));
         let mut all = take(&mut turns, 3, &[]);
         all.sort_unstable();
         assert_eq!(all, [1, 2, 3]);

@@ -56,6 +56,11 @@ impl Balance {
         Self { port, state: Mutex::default(), changed: watch::Sender::default() }
     }
 
+    /// The port.
+    pub(super) fn port(&self) -> PortKey {
+        self.port
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -95,10 +100,11 @@ impl Balance {
         state.by_rules_since.get_or_insert_with(clock::monotonic);
     }
 
-    /// Returns when clients are not to wait for the task any more: the table withdrew it, or another one is better.
-    pub(super) async fn given_up(&self, target: &Target) {
+    /// Returns when a client whom these tasks failed is not to wait for the task any more: the table withdrew it, or
+    /// another one is better.
+    pub(super) async fn given_up(&self, target: &Target, failed: &BTreeSet<Target>) {
         let mut changed = self.changed.subscribe();
-        let is_given = || self.lock().turns().is_some_and(|turns| turns.is_given(target));
+        let is_given = || self.lock().turns().is_some_and(|turns| turns.is_given(target, failed));
         while is_given() {
             if changed.changed().await.is_err() {
                 return;

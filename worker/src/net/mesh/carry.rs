@@ -18,6 +18,7 @@ use tokio::io::{
 use tokio::net::TcpStream;
 
 use super::passage::Carrier;
+use super::tally::Counters;
 
 /// What is read at once where one end is a way through another daemon: each piece is a message.
 const PIECE_BYTES: usize = 16 << 10;
@@ -25,15 +26,20 @@ const PIECE_BYTES: usize = 16 << 10;
 /// How long an end may take nothing of what the other one sent before it broke.
 const LAST_BYTES: Duration = Duration::from_secs(1);
 
-/// Between two connections of this kernel.
-pub(crate) async fn between(one: &TcpStream, other: &TcpStream) -> io::Result<()> {
+/// Between two connections of this kernel; what the client sends and is sent is counted.
+pub(super) async fn between(
+    client: &TcpStream,
+    task: &TcpStream,
+    counters: Option<&Counters>,
+) -> io::Result<()> {
     let moved = AtomicU64::new(0);
-    let (mut a, mut b) = (Shared::new(one, &moved), Shared::new(other, &moved));
+    let (mut a, mut b) = (Shared::new(client, &moved), Shared::new(task, &moved));
+    a.counters = counters;
     let copied = copy_bidirectional(&mut a, &mut b);
     let broken = async {
         tokio::select! {
-            error = broken(one) => error,
-            error = broken(other) => error,
+            error = broken(client) => error,
+            error = broken(task) => error,
         }
     };
     to_the_end(copied, broken, &moved).await
@@ -43,9 +49,11 @@ pub(crate) async fn between(one: &TcpStream, other: &TcpStream) -> io::Result<()
 pub(crate) async fn through(
     stream: &TcpStream,
     carrier: &mut (impl Carrier + ?Sized),
+    counters: Option<&Counters>,
 ) -> io::Result<()> {
     let moved = AtomicU64::new(0);
     let mut shared = Shared::new(stream, &moved);
+    shared.counters = counters;
     let of_carrier = carrier.broken();
     let broken = async {
         tokio::select! {
@@ -91,11 +99,13 @@ async fn broken(stream: &TcpStream) -> io::Error {
 struct Shared<'a> {
     stream: &'a TcpStream,
     moved: &'a AtomicU64,
+    /// Of the client's connection.
+    counters: Option<&'a Counters>,
 }
 
 impl<'a> Shared<'a> {
     fn new(stream: &'a TcpStream, moved: &'a AtomicU64) -> Self {
-        Self { stream, moved }
+        Self { stream, moved, counters: None }
     }
 
     fn count(&self, n: usize) {
@@ -115,6 +125,9 @@ impl AsyncRead for Shared<'_> {
                 Ok(n) => {
                     buffer.advance(n);
                     self.count(n);
+                    if let Some(counters) = self.counters {
+                        counters.count_received(n);
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -135,7 +148,11 @@ impl AsyncWrite for Shared<'_> {
             match self.stream.try_write(bytes) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 written => {
-                    self.count(*written.as_ref().unwrap_or(&0));
+                    let n = *written.as_ref().unwrap_or(&0);
+                    self.count(n);
+                    if let Some(counters) = self.counters {
+                        counters.count_sent(n);
+                    }
                     return Poll::Ready(written);
                 }
             }

@@ -28,6 +28,7 @@ use super::hold::Listeners;
 use super::passage::Passages;
 use super::places::{Place, Places};
 use super::ports::ListenerChanges;
+use super::tally::Tally;
 use super::upstream::{Backend, SEARCH_MAX, Upstream};
 use crate::throttle::Throttle;
 
@@ -51,6 +52,7 @@ pub(super) struct Relays {
     underlay: Ipv4Addr,
     tasks: TaskSet,
     passages: Option<Arc<dyn Passages>>,
+    tally: Tally,
     sessions: Arc<Semaphore>,
     served: BTreeMap<PortKey, Served>,
 }
@@ -64,11 +66,16 @@ struct Served {
 
 impl Relays {
     /// Listeners of a node with that address. What is beyond the tunnel goes by the passages.
-    pub(super) fn new(underlay: Ipv4Addr, passages: Option<Arc<dyn Passages>>) -> Self {
+    pub(super) fn new(
+        underlay: Ipv4Addr,
+        passages: Option<Arc<dyn Passages>>,
+        tally: Tally,
+    ) -> Self {
         Self {
             underlay,
             tasks: TaskSet::new(),
             passages,
+            tally,
             sessions: Arc::new(Semaphore::new(datagrams::SESSIONS_MAX)),
             served: BTreeMap::new(),
         }
@@ -118,7 +125,8 @@ impl Relays {
                 let (balance, passages) = (balance.clone(), self.passages.clone());
                 let trials = self.tasks.clone();
                 let search_max = SEARCH_MAX;
-                let upstream = Upstream { rules, balance, passages, trials, search_max };
+                let tally = self.tally.clone();
+                let upstream = Upstream { rules, balance, passages, trials, tally, search_max };
                 self.accept_on(key, listeners, &upstream, &token);
             }
             Listeners::Datagrams(sockets) => self.relay_from(key, sockets, rules, &token),
@@ -202,7 +210,9 @@ async fn accept(listener: TcpListener, upstream: Upstream, limits: Limits, tasks
 
 /// Carries what both ends send until both have ended; an end of one side alone is passed on.
 async fn forward(client: TcpStream, upstream: &Upstream, limits: &Limits) {
-    let Some(backend) = upstream.connect(&client).await else { return refuse(&client) };
+    let Some((backend, counters)) = upstream.connect(&client).await else {
+        return refuse(&client);
+    };
     prepare(&client);
     match backend {
         Backend::Stream(backend) => {
@@ -211,14 +221,14 @@ async fn forward(client: TcpStream, upstream: &Upstream, limits: &Limits) {
                 refuse(&backend);
                 return refuse(&client);
             };
-            let copied = carry::between(&client, &backend).await;
+            let copied = carry::between(&client, &backend, counters.as_deref()).await;
             if is_broken(copied, &client) {
                 refuse(&backend);
             }
         }
         // Dropped before its end, it breaks at the other one as well.
         Backend::Carrier(mut backend) => {
-            let copied = carry::through(&client, &mut *backend).await;
+            let copied = carry::through(&client, &mut *backend, counters.as_deref()).await;
             is_broken(copied, &client);
         }
     }
@@ -306,7 +316,8 @@ pub(crate) fn refuse(stream: &TcpStream) {
 #[cfg(test)]
 mod tests {
     use skep_common::spec::ProxyProtocol;
-    use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
+    use skep_worker_core::accounting::{Counts, Key};
+    use skep_worker_core::mesh::{Protocol, Reason, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     use tokio::net::TcpSocket;
 
@@ -330,7 +341,7 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let key = PortKey { protocol: Protocol::Tcp, port: address.port() };
-        let mut relays = Relays::new(Ipv4Addr::LOCALHOST, None);
+        let mut relays = Relays::new(Ipv4Addr::LOCALHOST, None, Tally::default());
         relays.follow(ListenerChanges {
             serve: vec![(key, Listeners::Streams(vec![listener]))],
             balance: [(key, relay(proxy_protocol, backends))].into(),
@@ -358,7 +369,8 @@ mod tests {
         let (gone, refusing) = backend().await;
         drop(gone);
         let (task, address) = backend().await;
-        let (_relays, _, port) = serve(Some(ProxyProtocol::V2), &[refusing, address]);
+        let (relays, key, port) = serve(Some(ProxyProtocol::V2), &[refusing, address]);
+        relays.tally.start();
         for _ in 0..2 {
             let mut client = TcpStream::connect(port).await.unwrap();
             let own = client.local_addr().unwrap();
@@ -375,6 +387,14 @@ mod tests {
             client.read_to_end(&mut seen).await.unwrap();
             assert_eq!(seen, b"answer");
         }
+        let counts = relays.tally.counts();
+        let of = |endpoint| counts[&Key { endpoint, published: key.port, protocol: key.protocol }];
+        let (connections, received_bytes, sent_bytes) = (2, 2 * 8, 2 * 6);
+        assert_eq!(of(address), Counts { connections, failures: 0, received_bytes, sent_bytes });
+        let refusals = Counts { connections: 1, failures: 1, ..Counts::default() };
+        assert_eq!(of(refusing), refusals, "it is left out then");
+        relays.tally.forget(&counts.into_keys().collect::<Vec<_>>());
+        assert!(relays.tally.counts().is_empty());
     }
 
     /// The task's end of a client's connection that the relay knows of.
@@ -493,6 +513,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn whom_a_trusted_task_failed_waits_for_one_that_is_left_out() {
+        let addresses = [1, 2].map(|port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let relay = relay(None, &addresses);
+        let [left_out, trusted] = &relay.backends[..] else { panic!("not two") };
+        let balance = Balance::new(PortKey { protocol: Protocol::Tcp, port: 80 });
+        balance.set(&relay);
+        balance.leave_out(left_out, Reason::Silent);
+        let failed = [trusted.clone()].into();
+        let next = balance.next(&failed, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::Task(target, _) if target == *left_out));
+        let given_up = balance.given_up(left_out, &failed);
+        let given_up = tokio::time::timeout(Duration::ZERO, given_up).await;
+        assert!(given_up.is_err(), "it would be given again at once, and for ever");
+    }
+
+    #[tokio::test]
     async fn a_client_that_nobody_accepts_is_reset_in_time() {
         let mut all = Vec::new();
         for _ in 0..6 {
@@ -505,6 +541,7 @@ mod tests {
             balance: relays.served[&key].balance.clone(),
             passages: None,
             trials: relays.tasks.clone(),
+            tally: Tally::default(),
             search_max: Duration::from_millis(500),
         };
         let client = TcpStream::connect(port).await.unwrap();
@@ -525,6 +562,7 @@ mod tests {
             balance: relays.served[&key].balance.clone(),
             passages: None,
             trials: relays.tasks.clone(),
+            tally: Tally::default(),
             search_max: SEARCH_MAX,
         };
         let other: std::net::IpAddr = [192, 0, 2, 1].into();
@@ -556,7 +594,8 @@ mod tests {
         balance.set(&relayed);
         let rules = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1);
         let (trials, search_max) = (TaskSet::new(), SEARCH_MAX);
-        let upstream = Upstream { rules, balance, passages: None, trials, search_max };
+        let tally = Tally::default();
+        let upstream = Upstream { rules, balance, passages: None, trials, tally, search_max };
         let (accepted, limits) = (entry.accept().await.unwrap().0, limits.clone());
         let permit = limits.permits.clone().try_acquire_owned().unwrap();
         TaskSet::new().spawn("test connection", async move {

@@ -16,6 +16,7 @@ use tokio::net::TcpStream;
 use super::balance::{Balance, Next};
 use super::ejection::reason_of;
 use super::passage::{Carrier, Passages};
+use super::tally::{Counters, Tally};
 
 /// How long a client of a port waits: three of the kernel's attempts (after 1, 3 and 7 s).
 pub(super) const SEARCH_MAX: Duration = Duration::from_secs(8);
@@ -40,6 +41,9 @@ pub(super) enum Backend {
     Carrier(Box<dyn Carrier>),
 }
 
+/// A connection to a task, and where what it carries is counted.
+pub(super) type Found = (Backend, Option<Arc<Counters>>);
+
 /// Where the connections of a port go on.
 #[derive(Debug, Clone)]
 pub(super) struct Upstream {
@@ -50,6 +54,8 @@ pub(super) struct Upstream {
     pub(super) passages: Option<Arc<dyn Passages>>,
     /// Where tasks that do not accept are tried.
     pub(super) trials: TaskSet,
+    /// Where its connections are counted.
+    pub(super) tally: Tally,
     /// How long a client waits until a task has accepted.
     pub(super) search_max: Duration,
 }
@@ -57,7 +63,7 @@ pub(super) struct Upstream {
 impl Upstream {
     /// The connection that a client's goes on in; `None` where nobody takes it. A client whose task is gone
     /// is given another one, as long as there is one: nothing of what it sends has been read.
-    pub(super) async fn connect(&self, client: &TcpStream) -> Option<Backend> {
+    pub(super) async fn connect(&self, client: &TcpStream) -> Option<Found> {
         let ends = client.peer_addr().and_then(|peer| Ok((peer, client.local_addr()?)));
         let ends =
             ends.inspect_err(|error| tracing::debug!(%error, "a client went away at once")).ok()?;
@@ -75,11 +81,14 @@ impl Upstream {
         }
     }
 
-    async fn search(&self, ends: (SocketAddr, SocketAddr)) -> Option<Backend> {
+    async fn search(&self, ends: (SocketAddr, SocketAddr)) -> Option<Found> {
         let mut failed = BTreeSet::new();
         loop {
             let (target, proxy_protocol) = match self.balance.next(&failed, ends.1.ip()) {
-                Next::ByRules => return self.connect_by_rules(ends.1).await,
+                Next::ByRules => {
+                    // The rules count it.
+                    return self.connect_by_rules(ends.1).await.map(|backend| (backend, None));
+                }
                 Next::Task(target, proxy_protocol) => (target, proxy_protocol),
                 Next::Nobody => return None,
             };
@@ -87,12 +96,16 @@ impl Upstream {
             let connected = tokio::select! {
                 // First: a table is in effect when nobody comes to whom it withdrew.
                 biased;
-                () = self.balance.given_up(&target) => continue,
+                () = self.balance.given_up(&target, &failed) => continue,
                 connected = within(CONNECT_TIMEOUT_EACH, connect) => connected,
                 never = self.suspect(&target) => match never {},
             };
+            let counters = self.tally.of(self.balance.port(), &target);
+            if let Some(counters) = &counters {
+                counters.count_connection(connected.is_ok());
+            }
             match connected {
-                Ok(backend) => return Some(backend),
+                Ok(backend) => return Some((backend, counters)),
                 Err(error) => {
                     tracing::debug!(backend = %target.address, %error, "a task did not accept a client");
                     if let Some(reason) = reason_of(&error) {
