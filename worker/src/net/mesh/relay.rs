@@ -10,12 +10,12 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
-use skep_runtime::{TaskSet, clock};
+use skep_runtime::TaskSet;
 use skep_worker_core::mesh::PortKey;
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
@@ -26,11 +26,10 @@ use super::carry;
 use super::datagrams;
 use super::hold::Listeners;
 use super::passage::Passages;
-use super::places::{Place, Places};
+use super::places::Places;
 use super::ports::ListenerChanges;
 use super::tally::Tally;
-use super::upstream::{Backend, SEARCH_MAX, Upstream};
-use crate::throttle::Throttle;
+use super::upstream::{Backend, Found, SEARCH_MAX, Upstream};
 
 /// Connections of one port through the daemon, each two file descriptors; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 8192;
@@ -122,11 +121,16 @@ impl Relays {
         match listeners {
             Listeners::None => {}
             Listeners::Streams(listeners) => {
-                let (balance, passages) = (balance.clone(), self.passages.clone());
-                let trials = self.tasks.clone();
-                let search_max = SEARCH_MAX;
-                let tally = self.tally.clone();
-                let upstream = Upstream { rules, balance, passages, trials, tally, search_max };
+                let upstream = Upstream {
+                    rules,
+                    balance: balance.clone(),
+                    passages: self.passages.clone(),
+                    trials: self.tasks.clone(),
+                    tally: self.tally.clone(),
+                    places: Places::new(CONNECTIONS_OF_TASK_MAX),
+                    refusals: Arc::default(),
+                    search_max: SEARCH_MAX,
+                };
                 self.accept_on(key, listeners, &upstream, &token);
             }
             Listeners::Datagrams(sockets) => self.relay_from(key, sockets, rules, &token),
@@ -141,10 +145,10 @@ impl Relays {
         upstream: &Upstream,
         token: &CancellationToken,
     ) {
-        let limits = Limits::new(CONNECTIONS_MAX, CONNECTIONS_OF_TASK_MAX);
+        let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let listeners = listeners.into_iter().map(TcpListener::from_std);
         for listener in listeners.filter_map(|listener| served_or_told(key, listener)) {
-            let accept = accept(listener, upstream.clone(), limits.clone(), self.tasks.clone());
+            let accept = accept(listener, upstream.clone(), permits.clone(), self.tasks.clone());
             let token = token.clone();
             self.tasks.spawn("mesh-accept", async move {
                 token.run_until_cancelled(accept).await;
@@ -189,14 +193,19 @@ impl Drop for Relays {
     }
 }
 
-async fn accept(listener: TcpListener, upstream: Upstream, limits: Limits, tasks: TaskSet) {
+async fn accept(
+    listener: TcpListener,
+    upstream: Upstream,
+    permits: Arc<Semaphore>,
+    tasks: TaskSet,
+) {
     loop {
-        let Ok(permit) = limits.permits.clone().acquire_owned().await else { return };
+        let Ok(permit) = permits.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((client, _)) => {
-                let (upstream, limits) = (upstream.clone(), limits.clone());
+                let upstream = upstream.clone();
                 tasks.spawn("mesh-connection", async move {
-                    forward(client, &upstream, &limits).await;
+                    forward(client, &upstream).await;
                     drop(permit);
                 });
             }
@@ -209,18 +218,13 @@ async fn accept(listener: TcpListener, upstream: Upstream, limits: Limits, tasks
 }
 
 /// Carries what both ends send until both have ended; an end of one side alone is passed on.
-async fn forward(client: TcpStream, upstream: &Upstream, limits: &Limits) {
-    let Some((backend, counters)) = upstream.connect(&client).await else {
-        return refuse(&client);
-    };
+async fn forward(client: TcpStream, upstream: &Upstream) {
+    let Some(found) = upstream.connect(&client).await else { return refuse(&client) };
+    let Found { backend, counters, place: _place } = found;
     prepare(&client);
     match backend {
         Backend::Stream(backend) => {
             prepare(&backend);
-            let Ok(_place) = limits.place(&backend, upstream) else {
-                refuse(&backend);
-                return refuse(&client);
-            };
             let copied = carry::between(&client, &backend, counters.as_deref()).await;
             if is_broken(copied, &client) {
                 refuse(&backend);
@@ -242,51 +246,6 @@ fn is_broken(copied: io::Result<()>, client: &TcpStream) -> bool {
     };
     copied.inspect_err(told).is_err()
 }
-
-/// How many connections of a port there may be at once.
-#[derive(Debug, Clone)]
-struct Limits {
-    permits: Arc<Semaphore>,
-    /// By the task's address.
-    places: Places<SocketAddr>,
-    refusals: Arc<Throttle>,
-}
-
-impl Limits {
-    fn new(of_port: usize, of_task: usize) -> Self {
-        Self {
-            permits: Arc::new(Semaphore::new(of_port)),
-            places: Places::new(of_task),
-            refusals: Arc::default(),
-        }
-    }
-
-    /// The place of a connection at its task, where the daemon and not a rule has chosen that.
-    fn place(
-        &self,
-        backend: &TcpStream,
-        upstream: &Upstream,
-    ) -> Result<Option<Place<SocketAddr>>, Full> {
-        let Ok(task) = backend.peer_addr() else { return Ok(None) }; // It has broken.
-        if task == SocketAddr::V4(upstream.rules) {
-            return Ok(None);
-        }
-        let place = self.places.take(&task).ok_or(Full);
-        if place.is_err()
-            && let Some(withheld) = self.refusals.pass(clock::monotonic())
-        {
-            let (limit, port) = (self.places.limit(), upstream.rules.port());
-            tracing::warn!(
-                backend = %task, port, limit, withheld,
-                "connections are reset, since their task has as many through this daemon as it may"
-            );
-        }
-        place.map(Some)
-    }
-}
-
-/// The task has no place left.
-struct Full;
 
 /// Sets one end of a relayed connection up.
 pub(crate) fn prepare(stream: &TcpStream) {
@@ -315,6 +274,8 @@ pub(crate) fn refuse(stream: &TcpStream) {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
     use skep_common::spec::ProxyProtocol;
     use skep_worker_core::accounting::{Counts, Key};
     use skep_worker_core::mesh::{Protocol, Reason, Relay, Target, proxy_header};
@@ -348,6 +309,20 @@ mod tests {
             ..ListenerChanges::default()
         });
         (relays, key, address)
+    }
+
+    /// With so many places for each task.
+    fn upstream(rules: SocketAddrV4, balance: &Arc<Balance>, places: usize) -> Upstream {
+        Upstream {
+            rules,
+            balance: balance.clone(),
+            passages: None,
+            trials: TaskSet::new(),
+            tally: Tally::default(),
+            places: Places::new(places),
+            refusals: Arc::default(),
+            search_max: SEARCH_MAX,
+        }
     }
 
     fn relay(proxy_protocol: Option<ProxyProtocol>, backends: &[SocketAddrV4]) -> Relay {
@@ -536,14 +511,8 @@ mod tests {
         }
         let addresses: Vec<SocketAddrV4> = all.iter().map(|(_, address, _)| *address).collect();
         let (relays, key, port) = serve(None, &addresses);
-        let upstream = Upstream {
-            rules: addresses[0],
-            balance: relays.served[&key].balance.clone(),
-            passages: None,
-            trials: relays.tasks.clone(),
-            tally: Tally::default(),
-            search_max: Duration::from_millis(500),
-        };
+        let upstream = upstream(addresses[0], &relays.served[&key].balance, 1);
+        let upstream = Upstream { search_max: Duration::from_millis(500), ..upstream };
         let client = TcpStream::connect(port).await.unwrap();
         let found = tokio::time::timeout(Duration::from_secs(1), upstream.connect(&client)).await;
         assert!(found.expect("in time").is_none(), "who finds nobody is reset");
@@ -557,14 +526,7 @@ mod tests {
         task.accept().await.unwrap();
         relays.follow(ListenerChanges { by_rules: vec![key], ..ListenerChanges::default() });
         // Of two clients the rules serve that of loopback, and who came past them is still given to a task.
-        let upstream = Upstream {
-            rules: address,
-            balance: relays.served[&key].balance.clone(),
-            passages: None,
-            trials: relays.tasks.clone(),
-            tally: Tally::default(),
-            search_max: SEARCH_MAX,
-        };
+        let upstream = upstream(address, &relays.served[&key].balance, 1);
         let other: std::net::IpAddr = [192, 0, 2, 1].into();
         let nobody = std::collections::BTreeSet::new();
         let next = upstream.balance.next(&nobody, other);
@@ -582,67 +544,62 @@ mod tests {
         task.accept().await.unwrap();
     }
 
-    /// A client that sends until nothing more goes, since the task does not read, and how that ended.
-    async fn stalled(
-        limits: &Limits,
-        task: &TcpListener,
-    ) -> (TcpStream, TcpStream, io::Result<()>) {
-        let entry = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let mut client = TcpStream::connect(entry.local_addr().unwrap()).await.unwrap();
-        let relayed = Relay { proxy_protocol: None, backends: vec![target(task)] };
+    /// A port of these tasks, each with one place.
+    fn narrow(tasks: &[SocketAddrV4]) -> Upstream {
         let balance = Arc::new(Balance::new(PortKey { protocol: Protocol::Tcp, port: 80 }));
-        balance.set(&relayed);
-        let rules = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1);
-        let (trials, search_max) = (TaskSet::new(), SEARCH_MAX);
-        let tally = Tally::default();
-        let upstream = Upstream { rules, balance, passages: None, trials, tally, search_max };
-        let (accepted, limits) = (entry.accept().await.unwrap().0, limits.clone());
-        let permit = limits.permits.clone().try_acquire_owned().unwrap();
-        TaskSet::new().spawn("test connection", async move {
-            forward(accepted, &upstream, &limits).await;
-            drop(permit);
-        });
-        let (task, _) = task.accept().await.unwrap();
-        let (much, pause) = (vec![0; 64 << 10], Duration::from_millis(200));
-        let full = loop {
-            match tokio::time::timeout(pause, client.write_all(&much)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => break Err(error),
-                Err(_) => break Ok(()),
-            }
-        };
-        (client, task, full)
+        balance.set(&relay(None, tasks));
+        upstream(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), &balance, 1)
     }
 
-    fn target(task: &TcpListener) -> Target {
-        let SocketAddr::V4(address) = task.local_addr().unwrap() else { panic!("not IPv4") };
-        Target { address, task_id: "web".to_owned(), passage: None }
+    /// A client that is relayed.
+    async fn relayed(upstream: &Upstream, tasks: &TaskSet) -> TcpStream {
+        let entry = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(entry.local_addr().unwrap()).await.unwrap();
+        let (accepted, upstream) = (entry.accept().await.unwrap().0, upstream.clone());
+        tasks.spawn("test connection", async move { forward(accepted, &upstream).await });
+        client
     }
 
     #[tokio::test]
     async fn a_client_that_resets_while_its_task_does_not_read_frees_its_place() {
-        let (task, _) = backend().await;
-        let limits = Limits::new(1, 1);
-        let (client, _task, _) = stalled(&limits, &task).await;
-        assert_eq!(limits.permits.available_permits(), 0);
+        let (task, address) = backend().await;
+        let (upstream, tasks) = (narrow(&[address]), TaskSet::new());
+        let mut client = relayed(&upstream, &tasks).await;
+        let (_task, _) = task.accept().await.unwrap();
+        let (much, pause) = (vec![0; 64 << 10], Duration::from_millis(200));
+        while let Ok(written) = tokio::time::timeout(pause, client.write_all(&much)).await {
+            written.unwrap();
+        }
+        assert!(upstream.places.take(&address).is_none(), "the client has it");
         client.set_zero_linger().unwrap();
         drop(client);
-        let freed = tokio::time::timeout(Duration::from_secs(20), limits.permits.acquire());
-        let _permit = freed.await.expect("the connection has ended").unwrap();
+        let freed = async {
+            while upstream.places.take(&address).is_none() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, freed).await.expect("the connection has ended");
     }
 
     #[tokio::test]
-    async fn a_task_that_does_not_read_has_its_limit_and_more_clients_are_reset() {
-        let (task, _) = backend().await;
-        let limits = Limits::new(8, 1);
-        let (_client, _task, full) = stalled(&limits, &task).await;
-        full.unwrap();
-        let (_, _, refused) = stalled(&limits, &task).await;
-        assert!(refused.is_err(), "the task has its one");
-        let (another, _) = backend().await;
-        let (_client, _task, full) = stalled(&limits, &another).await;
-        full.unwrap();
-        assert_eq!(limits.permits.available_permits(), 6, "two of them go on");
+    async fn clients_of_a_full_task_are_given_another_one_and_reset_where_all_are_full() {
+        let (first, first_address) = backend().await;
+        let (second, second_address) = backend().await;
+        let (upstream, tasks) = (narrow(&[first_address, second_address]), TaskSet::new());
+        let _of_first = (relayed(&upstream, &tasks).await, first.accept().await.unwrap());
+        let of_second = (relayed(&upstream, &tasks).await, second.accept().await.unwrap());
+        let error = relayed(&upstream, &tasks).await.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "each has its one");
+        drop(of_second);
+        let freed = async {
+            while upstream.places.take(&second_address).is_none() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, freed).await.expect("the connection has ended");
+        // The first one has the next turn, and no place.
+        let mut client = relayed(&upstream, &tasks).await;
+        established(&mut client, &second).await;
     }
 
     #[tokio::test]

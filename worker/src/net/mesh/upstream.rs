@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skep_common::spec::ProxyProtocol;
-use skep_runtime::TaskSet;
+use skep_runtime::{TaskSet, clock};
 use skep_worker_core::mesh::{PATIENCE, Target, proxy_header};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -16,7 +16,9 @@ use tokio::net::TcpStream;
 use super::balance::{Balance, Next};
 use super::ejection::reason_of;
 use super::passage::{Carrier, Passages};
+use super::places::{Place, Places};
 use super::tally::{Counters, Tally};
+use crate::throttle::Throttle;
 
 /// How long a client of a port waits: three of the kernel's attempts (after 1, 3 and 7 s).
 pub(super) const SEARCH_MAX: Duration = Duration::from_secs(8);
@@ -41,8 +43,15 @@ pub(super) enum Backend {
     Carrier(Box<dyn Carrier>),
 }
 
-/// A connection to a task, and where what it carries is counted.
-pub(super) type Found = (Backend, Option<Arc<Counters>>);
+/// What a client was given.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) backend: Backend,
+    /// Where what it carries is counted; nowhere where the rules count it, or nobody asks.
+    pub(super) counters: Option<Arc<Counters>>,
+    /// Its place at a task that the daemon has chosen and reaches itself.
+    pub(super) place: Option<Place<SocketAddrV4>>,
+}
 
 /// Where the connections of a port go on.
 #[derive(Debug, Clone)]
@@ -56,6 +65,9 @@ pub(super) struct Upstream {
     pub(super) trials: TaskSet,
     /// Where its connections are counted.
     pub(super) tally: Tally,
+    /// Of the tasks that this daemon reaches itself; other nodes count the connections of theirs.
+    pub(super) places: Places<SocketAddrV4>,
+    pub(super) refusals: Arc<Throttle>,
     /// How long a client waits until a task has accepted.
     pub(super) search_max: Duration,
 }
@@ -86,11 +98,15 @@ impl Upstream {
         loop {
             let (target, proxy_protocol) = match self.balance.next(&failed, ends.1.ip()) {
                 Next::ByRules => {
-                    // The rules count it.
-                    return self.connect_by_rules(ends.1).await.map(|backend| (backend, None));
+                    let connected = self.connect_by_rules(ends.1).await;
+                    return connected.map(|backend| Found { backend, counters: None, place: None });
                 }
                 Next::Task(target, proxy_protocol) => (target, proxy_protocol),
                 Next::Nobody => return None,
+            };
+            let Ok(place) = self.place(&target) else {
+                failed.insert(target);
+                continue;
             };
             let connect = self.connect_to(&target, proxy_protocol, ends);
             let connected = tokio::select! {
@@ -105,7 +121,7 @@ impl Upstream {
                 counters.count_connection(connected.is_ok());
             }
             match connected {
-                Ok(backend) => return Some((backend, counters)),
+                Ok(backend) => return Some(Found { backend, counters, place }),
                 Err(error) => {
                     tracing::debug!(backend = %target.address, %error, "a task did not accept a client");
                     if let Some(reason) = reason_of(&error) {
@@ -116,6 +132,24 @@ impl Upstream {
             }
             failed.insert(target);
         }
+    }
+
+    /// The place of one more connection at a task, where this node counts them.
+    fn place(&self, target: &Target) -> Result<Option<Place<SocketAddrV4>>, Full> {
+        if target.passage.is_some() {
+            return Ok(None);
+        }
+        let place = self.places.take(&target.address).ok_or(Full);
+        if place.is_err()
+            && let Some(withheld) = self.refusals.pass(clock::monotonic())
+        {
+            let (port, limit) = (self.rules.port(), self.places.limit());
+            tracing::warn!(
+                task.id = target.task_id, backend = %target.address, port, limit, withheld,
+                "a task is given no more connections, since it has as many through this daemon as it may; a client is reset where no other task is left"
+            );
+        }
+        place.map(Some)
     }
 
     /// Has a task tried that keeps a client waiting.
@@ -195,6 +229,9 @@ impl Upstream {
         }
     }
 }
+
+/// The task has no place left.
+struct Full;
 
 async fn within<T>(time: Duration, work: impl Future<Output = io::Result<T>>) -> io::Result<T> {
     let result = tokio::time::timeout(time, work).await;
