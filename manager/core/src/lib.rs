@@ -30,6 +30,7 @@ pub mod orchestrator;
 mod placed;
 pub mod ports;
 mod reaper;
+pub mod reports;
 pub mod roles;
 mod rotation;
 pub mod scheduler;

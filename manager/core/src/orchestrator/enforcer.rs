@@ -1,7 +1,8 @@
 //! Finds tasks whose node no longer meets what they need.
 //!
 //! A node's labels, role, resources or kernel may change under its tasks. Only nodes with availability
-//! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them.
+//! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them. Tasks on overlay networks
+//! leave a paused one, too, that does not carry these any more: it cannot run them.
 //! Source: SwarmKit `manager/orchestrator/constraintenforcer`. Differs: where a node has become too
 //! small for the reservations of its tasks, or has lost
 //! generic resources that they hold, the newest ones leave, where SwarmKit's choice is random.
@@ -44,18 +45,17 @@ impl Constraints {
                 placement.constraints.as_ref().is_none_or(|constraints| constraints.is_empty())
             }),
         };
-        // The spec first: many tasks have the same, the attachments of each are its own.
-        let names_no_network = task.spec.networks.iter().flatten().next().is_none();
-        (names_no_network || !is_on_overlays(task)) && has_no_constraints()
+        !is_on_overlays(task) && has_no_constraints()
     }
 
     /// Whether a task may stay on its node.
     pub(super) fn allow(&self, task: &Task, node: &Node) -> bool {
-        if node.spec.availability != Availability::Active {
-            return true;
-        }
+        // Not a matter of what its operator wants: the node has cut it off, and cannot run it.
         if is_on_overlays(task) && !carries_overlays(node) {
             return false;
+        }
+        if node.spec.availability != Availability::Active {
+            return true;
         }
         if task.spec_version == self.version || self.is_update_over {
             return constraint::matches_all(&self.current, node);

@@ -25,6 +25,7 @@ mod tests;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use imbl::{OrdMap, OrdSet};
 use skep_common::object::{Config, Network, Revision, Secret, Slot};
 use skep_common::spec::PortProtocol;
@@ -38,6 +39,17 @@ pub use networks::AddressOwner;
 
 /// A table of objects by id.
 pub type Table<K, V> = OrdMap<K, Arc<V>>;
+
+/// The ids of what differs between two tables of the store. Two states share all that is equal in them, so
+/// that the cost depends on what changed.
+pub fn changed<K: Ord + Copy, V: PartialEq>(old: &Table<K, V>, new: &Table<K, V>) -> Vec<K> {
+    let id = |item| match item {
+        DiffItem::Add(id, _) | DiffItem::Remove(id, _) | DiffItem::Update { new: (id, _), .. } => {
+            *id
+        }
+    };
+    old.diff(new).map(id).collect()
+}
 
 /// One object that a command created, changed or erased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
