@@ -6,13 +6,13 @@
 //! the node's own. Addresses are granted next-fit, so that one is used again as late as possible and
 //! nobody meets the successor of the task that it knew. An address is free once its task has ended.
 
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 use skep_common::NodeId;
 use skep_common::object::{NetworkAttachment, Node};
 
+use crate::by_id::ById;
 use crate::network;
 use crate::store::State;
 
@@ -29,7 +29,7 @@ pub const DEFAULT_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 192, 0, 
 #[derive(Debug, Default)]
 pub(crate) struct Cursors {
     /// Of each node's slice: the last address granted, counted from 1.
-    slices: BTreeMap<NodeId, u32>,
+    slices: ById<NodeId, u32>,
     /// Of each network.
     pub(crate) networks: network::Cursors,
 }

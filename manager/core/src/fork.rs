@@ -18,6 +18,7 @@ use skep_common::{
 
 use crate::allocator::{self, Cursors};
 use crate::command::{Action, Command, Expect, TaskPatch};
+use crate::placed::{Pinned, Placed, json_bytes};
 use crate::ports;
 use crate::store::State;
 
@@ -41,77 +42,6 @@ pub(crate) struct Fork<'a> {
     n_changes: u64,
     /// That of the last task that was made, and its length as JSON.
     template: Option<(Arc<TaskSpec>, usize)>,
-}
-
-/// A decision to give a task a node. It is kept beside the tables: nothing else of the pass asks where the
-/// task is, and to write it there copies a part of each table for every task.
-struct Placed {
-    task_id: TaskId,
-    node_id: NodeId,
-    /// What the task's spec becomes.
-    pinned: Option<Arc<TaskSpec>>,
-    attachments: Vec<NetworkAttachment>,
-    generic: Vec<GenericResource>,
-}
-
-impl Placed {
-    /// What a task that is not changed otherwise becomes by this.
-    fn action(self, view: &State, now: Timestamp) -> Option<Action> {
-        if self.pinned.is_some() {
-            let old = view.task(self.task_id)?;
-            let mut task = (**old).clone();
-            self.write(&mut task, now);
-            let expect = Expect::Version(old.meta.version);
-            return Some(Action::Put { object: Object::Task(Box::new(task)), expect });
-        }
-        Some(Action::PatchTask(TaskPatch {
-            node_id: Some(self.node_id),
-            networks_attachments: Some(self.attachments).filter(|list| !list.is_empty()),
-            generic_resources: Some(self.generic).filter(|list| !list.is_empty()),
-            status: Some(assigned(now)),
-            ..TaskPatch::of(self.task_id)
-        }))
-    }
-
-    fn write(self, task: &mut Task, now: Timestamp) {
-        task.node_id = Some(self.node_id);
-        task.networks_attachments = self.attachments;
-        task.assigned_generic_resources = self.generic;
-        if let Some(pinned) = self.pinned {
-            task.spec = pinned;
-        }
-        task.status = assigned(now);
-    }
-}
-
-fn assigned(now: Timestamp) -> TaskStatus {
-    TaskStatus {
-        timestamp: now,
-        applied_at: Some(now),
-        state: TaskState::Assigned,
-        message: "scheduler assigned task to node".to_owned(),
-        ..TaskStatus::default()
-    }
-}
-
-/// The spec that tasks are placed with where the service's does not say which image that is.
-#[derive(Debug)]
-pub(crate) struct Pinned {
-    spec: Arc<TaskSpec>,
-    /// Its length as JSON.
-    bytes: usize,
-}
-
-impl Pinned {
-    /// `spec` with this image.
-    pub(crate) fn of(spec: &TaskSpec, image: String) -> Self {
-        let mut spec = spec.clone();
-        if let Some(container) = &mut spec.container_spec {
-            container.image = image;
-        }
-        let bytes = json_bytes(&spec);
-        Self { spec: Arc::new(spec), bytes }
-    }
 }
 
 /// How much a step of a pass decides: its actions travel together, and a command that is too long for
@@ -459,11 +389,6 @@ impl<'a> Fork<'a> {
         actions.extend(networks.into_iter().map(erased));
         actions
     }
-}
-
-/// What a value takes in the log.
-fn json_bytes(value: &impl serde::Serialize) -> usize {
-    serde_json::to_vec(value).map_or(0, |bytes| bytes.len())
 }
 
 /// The action that makes `old` what `new` is.

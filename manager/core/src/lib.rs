@@ -16,6 +16,7 @@ mod plan_tests;
 
 pub mod allocator;
 pub mod assignments;
+mod by_id;
 pub mod conditions;
 pub mod constraint;
 pub mod container;
@@ -26,6 +27,7 @@ pub mod level;
 pub mod liveness;
 pub mod network;
 pub mod orchestrator;
+mod placed;
 pub mod ports;
 mod reaper;
 pub mod reports;

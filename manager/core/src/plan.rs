@@ -326,8 +326,9 @@ impl LeaderMemory {
         work
     }
 
-    /// Decides what services need, and says which of them the reaper has to look at. Those that the room did not suffice for are to be looked at again,
-    /// and with them the nodes, whose tasks may be among those that have to leave.
+    /// Decides what services need, and says which of them the reaper has to look at. Those that the room
+    /// did not suffice for are to be looked at again, and with them the nodes, whose tasks may be among
+    /// those that have to leave.
     fn reconcile(
         &mut self,
         fork: &mut Fork<'_>,
@@ -338,8 +339,8 @@ impl LeaderMemory {
         let mut to_reap = Vec::new();
         for service_id in &work.services {
             if fork.has_room() {
-                let Self { options, updates, .. } = &mut *self;
-                let mut scope = Scope::new(fork, options, updates, evicted);
+                let Self { options, updates, index, .. } = &mut *self;
+                let mut scope = Scope::new(fork, options, updates, index, evicted);
                 if orchestrator::reconcile(&mut scope, *service_id) {
                     to_reap.push(*service_id);
                 }

@@ -37,11 +37,21 @@ impl Constraints {
         }
     }
 
+    /// Whether a task may stay on whichever node it is, as far as [`allow`](Self::allow) decides.
+    pub(super) fn allow_any_node(&self, task: &Task) -> bool {
+        let has_no_constraints = || match task.spec_version == self.version || self.is_update_over {
+            true => self.current.is_empty(),
+            false => task.spec.placement.as_ref().is_none_or(|placement| {
+                placement.constraints.as_ref().is_none_or(|constraints| constraints.is_empty())
+            }),
+        };
+        !is_on_overlays(task) && has_no_constraints()
+    }
+
     /// Whether a task may stay on its node.
     pub(super) fn allow(&self, task: &Task, node: &Node) -> bool {
-        let is_on_overlays = task.networks_attachments.iter().any(|one| one.network_id.is_some());
         // Not a matter of what its operator wants: the node has cut it off, and cannot run it.
-        if is_on_overlays && !carries_overlays(node) {
+        if is_on_overlays(task) && !carries_overlays(node) {
             return false;
         }
         if node.spec.availability != Availability::Active {
@@ -52,6 +62,10 @@ impl Constraints {
         }
         constraint::matches_all(&parsed(&task.spec), node)
     }
+}
+
+fn is_on_overlays(task: &Task) -> bool {
+    task.networks_attachments.iter().any(|one| one.network_id.is_some())
 }
 
 /// Whether a node meets the constraints of a task template.

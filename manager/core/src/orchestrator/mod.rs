@@ -46,6 +46,7 @@ use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 use crate::container;
 use crate::fork::Fork;
 use crate::plan::Options;
+use crate::scheduler::Index;
 use crate::store::State;
 
 pub use restart::MAX_ATTEMPTS_COUNTED;
@@ -64,6 +65,8 @@ pub(crate) struct Scope<'p, 'a> {
     pub(crate) options: &'p Options,
     /// What updates remember.
     pub(crate) updates: &'p mut updater::Memory,
+    /// What is known of nodes, but for what this pass changes.
+    pub(crate) index: &'p Index,
     /// Tasks that must leave their node because it has too little for all of its tasks.
     pub(crate) evicted: &'p BTreeSet<TaskId>,
     /// The earliest moment at which time alone changes the outcome.
@@ -114,9 +117,10 @@ impl<'p, 'a> Scope<'p, 'a> {
         fork: &'p mut Fork<'a>,
         options: &'p Options,
         updates: &'p mut updater::Memory,
+        index: &'p Index,
         evicted: &'p BTreeSet<TaskId>,
     ) -> Self {
-        Self { fork, options, updates, evicted, wake: None, slots: None }
+        Self { fork, options, updates, index, evicted, wake: None, slots: None }
     }
 
     fn slots(&mut self, service_id: ServiceId) -> Rc<Slots> {

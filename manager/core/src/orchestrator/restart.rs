@@ -13,11 +13,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skep_common::limits::defaults;
-use skep_common::object::NodeState;
-use skep_common::spec::{Availability, RestartCondition, RestartPolicy};
+use skep_common::spec::{RestartCondition, RestartPolicy};
 use skep_common::{Service, Task, TaskState, Timestamp};
 
 use super::{OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater};
+use crate::scheduler::keeps_tasks;
 
 /// The highest `MaxAttempts` that is a limit.
 pub const MAX_ATTEMPTS_COUNTED: u64 = 100;
@@ -67,13 +67,13 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
 
 fn fault(scope: &Scope<'_, '_>, constraints: &enforcer::Constraints, task: &Task) -> Option<Fault> {
     if let Some(node_id) = task.node_id {
-        let node = scope.fork.state().node(node_id);
-        let is_fit = node.is_some_and(|node| {
-            node.status.state != NodeState::Down
-                && node.spec.availability != Availability::Drain
-                && constraints.allow(task, node)
-        });
-        if !is_fit || scope.evicted.contains(&task.id) {
+        let is_fit = || {
+            let node = scope.fork.state().node(node_id);
+            node.is_some_and(|node| keeps_tasks(node) && constraints.allow(task, node))
+        };
+        // Most tasks need nothing of their node that it could lose.
+        let is_undemanding = scope.index.keeps_tasks(node_id) && constraints.allow_any_node(task);
+        if !(is_undemanding || is_fit()) || scope.evicted.contains(&task.id) {
             return Some(Fault::Displaced);
         }
     }

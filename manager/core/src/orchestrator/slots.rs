@@ -72,3 +72,39 @@ impl Slots {
 fn is_leaving(task: &Task) -> bool {
     task.desired_state >= TaskState::Remove
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{WEB, World, parse_task, service};
+
+    #[test]
+    fn a_row_that_was_updated_equals_one_read_anew() {
+        let tasks = "1@1:running 1@1:failed>shutdown 2@1:running 4@2:running 5@2:running>remove";
+        for changed in ["1@1:running>remove", "3@-:new", "2@1:running>shutdown", "6@-:new>ready"] {
+            for id in [1, 3, 4, 9] {
+                let mut world = World::new("1 2", service(4), tasks);
+                let mut slots = Slots::read(&world.state, WEB);
+                let mut task = parse_task(&world.web(), id, changed);
+                if let Some(old) = world.state.task(task.id) {
+                    task.slot = old.slot; // A task stays in its slot.
+                }
+                world.state.scratch_put_task(task.clone());
+                slots.update(&Arc::new(task));
+                let anew = Slots::read(&world.state, WEB);
+                assert_eq!(slots.tasks, anew.tasks, "{changed} {id}");
+                assert_eq!(slots.has_leaving, anew.has_leaving, "{changed} {id}");
+            }
+        }
+    }
+
+    #[test]
+    fn slots_are_found_by_their_keys() {
+        let world = World::new("1", service(3), "1@1:running 3@1:running 3@1:failed");
+        let slots = Slots::read(&world.state, WEB);
+        let n_tasks = |number| slots.get(Slot::Replica(number)).map(<[Arc<Task>]>::len);
+        assert_eq!([0, 1, 2, 3, 4].map(n_tasks), [None, Some(1), None, Some(2), None]);
+        let keys: Vec<Slot> = slots.iter().map(|(slot, _)| slot).collect();
+        assert_eq!(keys, [1, 3].map(Slot::Replica));
+    }
+}

@@ -9,8 +9,8 @@ use super::generic;
 use super::index::{self, Amounts, Entry, Index};
 use super::preference;
 use crate::constraint::{self, Constraint, LabelKey};
-use crate::fork::Pinned;
 use crate::network::{self, Wanted};
+use crate::placed::Pinned;
 use crate::store::State;
 
 /// What a task needs of its node.

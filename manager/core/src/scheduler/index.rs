@@ -4,8 +4,7 @@
 //! that spreading looks at, its failure. A change of a task takes the old charge back and makes the
 //! new one, so the cost of a pass depends on what changed, not on what there is.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::hash::{BuildHasherDefault, Hasher};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
@@ -16,6 +15,7 @@ use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 use super::generic::Stock;
 use super::{FAILURE_WINDOW, GroupKey, Requirement};
 use crate::allocator;
+use crate::by_id::ById;
 use crate::network;
 use crate::orchestrator::is_live;
 use crate::store::State;
@@ -59,6 +59,8 @@ pub(crate) struct Entry {
     /// Whether it takes new tasks. Kept here, as is what follows, because a group of tasks asks every
     /// node: to look it up in the node's object would be most of the time that takes.
     pub(crate) is_ready: bool,
+    /// Whether it keeps the tasks that it has, as far as that is not a matter of what they need.
+    keeps_tasks: bool,
     pub(crate) total: Amounts,
     pub(crate) free: Amounts,
     /// The share of the scarcer resource that is reserved, in percent.
@@ -92,6 +94,11 @@ fn percent_taken(free: i64, total: i64) -> u32 {
         None => (i128::from(total) - i128::from(free)) * 100 / i128::from(total),
     };
     u32::try_from(percent).unwrap_or(0)
+}
+
+/// Whether a node is one to have tasks, whatever they need: it is up, and not drained.
+pub(crate) fn keeps_tasks(node: &Node) -> bool {
+    node.status.state != NodeState::Down && node.spec.availability != Availability::Drain
 }
 
 fn takes_tasks(node: &Node) -> bool {
@@ -136,31 +143,6 @@ impl Rare {
         (!is_nothing).then(|| Box::new(Self { generic: generic.to_vec(), ports }))
     }
 }
-
-/// Hashes an id: random bits already, so that folding them is enough, and a multiplication for the small
-/// ids of tests. Nobody outside chooses ids, so no others are to be feared.
-#[derive(Debug, Default)]
-struct IdHasher(u64);
-
-impl Hasher for IdHasher {
-    fn write_u128(&mut self, id: u128) {
-        let folded = (id >> 64) as u64 ^ id as u64;
-        self.0 = folded.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.0 ^= self.0 >> 32;
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_u128(u128::from(self.0) << 8 | u128::from(*byte));
-        }
-    }
-
-    fn finish(&self) -> u64 {
-        self.0
-    }
-}
-
-type ById<K, V> = HashMap<K, V, BuildHasherDefault<IdHasher>>;
 
 /// All nodes and what is charged to them.
 #[derive(Debug, Default)]
@@ -256,6 +238,7 @@ impl Index {
         entry.total = total;
         entry.settle_reserved();
         entry.is_ready = node.as_deref().is_some_and(takes_tasks);
+        entry.keeps_tasks = node.as_deref().is_some_and(keeps_tasks);
         entry.generic.set_node(node.as_deref());
         entry.n_addresses_max = slice.map_or(0, |_| allocator::SLICE_TASKS_MAX);
         entry.node = node;
@@ -272,6 +255,12 @@ impl Index {
         self.number_of(node_id).is_some_and(|number| self.entries[number].node.is_some())
     }
 
+    /// Whether a node [keeps tasks](keeps_tasks); asked of every task, where the table of nodes would cost
+    /// several times as much.
+    pub(crate) fn keeps_tasks(&self, node_id: NodeId) -> bool {
+        self.number_of(node_id).is_some_and(|number| self.entries[number].keeps_tasks)
+    }
+
     /// Whether all that a node has is enough for what is charged to it, as far as numbers tell: those that
     /// hold generic resources have to be asked.
     pub(crate) fn is_enough(&self, node_id: NodeId) -> bool {
@@ -286,6 +275,7 @@ impl Index {
                 id: node_id,
                 node: None,
                 is_ready: false,
+                keeps_tasks: false,
                 total: Amounts::default(),
                 free: Amounts::default(),
                 reserved_percent: 0,

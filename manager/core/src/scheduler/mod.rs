@@ -46,15 +46,16 @@ use skep_common::spec::PlacementStrategy;
 use skep_common::{NodeId, ServiceId, TaskId, Version};
 
 use crate::allocator::Cursors;
-use crate::fork::{Fork, Pinned};
+use crate::fork::Fork;
 use crate::image;
 use crate::network;
+use crate::placed::Pinned;
 
 use filter::Requirement;
 pub(crate) use filter::carries_overlays;
 pub use filter::node_name;
 pub(crate) use generic::Stock;
-pub(crate) use index::{Amounts, Index};
+pub(crate) use index::{Amounts, Index, keeps_tasks};
 use preference::Candidates;
 pub(crate) use preference::parse_all as parse_preferences;
 

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
+use skep_common::object::{NetworkAttachment, Slot};
 use skep_common::spec::PublishMode;
 use skep_common::{
     ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
@@ -212,14 +213,14 @@ impl State {
             if task.status.state < old.status.state {
                 task.status = old.status.clone();
             }
-            self.unindex_task(&old);
+            return self.index_task(Some(&old), task);
         }
-        self.index_task(task)
+        self.index_task(None, task)
     }
 
-    /// Releases what the old form of a task held, before its new form is indexed.
+    /// Releases what a task held that is erased.
     pub(super) fn unindex_task(&mut self, task: &Task) {
-        self.service_tasks.remove(&(task.service_id, task.slot_key(), task.id));
+        self.service_tasks.remove(&place_of(task));
         if let Some(name) = name_on_node(task) {
             self.names.remove(&(Kind::Task, name));
         }
@@ -229,22 +230,45 @@ impl State {
         self.release_addresses(task);
     }
 
-    pub(super) fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
+    /// Writes a task, and in the place of what its old form held what the new one holds. What is the same
+    /// stays as it is: most writes are reports of a state, and each entry of an index that is taken out and
+    /// put back costs a copy of a part of it.
+    pub(super) fn index_task(&mut self, old: Option<&Task>, task: Task) -> Result<Change, Refusal> {
+        if let Some(name) = old.and_then(name_on_node) {
+            self.names.remove(&(Kind::Task, name));
+        }
         if let Some(name) = name_on_node(&task) {
             self.rename(Kind::Task, task.id.0, None, &name)?;
         }
-        self.service_tasks.insert((task.service_id, task.slot_key(), task.id));
-        if let Some(node_id) = task.node_id {
-            self.node_tasks.insert((node_id, task.id));
+        let old_node = old.and_then(|old| old.node_id);
+        if task.node_id != old_node {
+            if let Some(node_id) = old_node {
+                self.node_tasks.remove(&(node_id, task.id));
+            }
+            self.node_tasks.extend(task.node_id.map(|node_id| (node_id, task.id)));
         }
-        let is_freed_early =
-            mistakes::is(Mistake::AddressFreedEarly) && !task.desired_state.wants_run();
-        if !task.status.state.is_terminal() && !is_freed_early {
-            self.claim_addresses(&task)?;
+        let held = old.map_or(&[][..], held_addresses);
+        if held != held_addresses(&task) {
+            if let Some(old) = old {
+                self.release_addresses(old);
+            }
+            self.claim_attachments(task.id, held_addresses(&task))?;
         }
         let change = change_of(&task);
-        self.tasks.insert(task.id, Arc::new(task));
+        if let Some(old) = old.filter(|old| place_of(old) != place_of(&task)) {
+            self.service_tasks.remove(&place_of(old));
+        }
+        let task = Arc::new(task);
+        self.service_tasks.insert(place_of(&task), Arc::clone(&task));
+        self.tasks.insert(task.id, task);
         Ok(change)
+    }
+
+    /// Changes a task where that is no matter of an index; an absent one is left alone.
+    pub(super) fn edit_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
+        let Some(task) = self.tasks.get_mut(&task_id) else { return };
+        edit(Arc::make_mut(task));
+        self.service_tasks.insert(place_of(task), Arc::clone(task));
     }
 
     fn patch_task(
@@ -279,8 +303,7 @@ impl State {
         }
         task.meta.version = writer.version;
         task.meta.updated_at = writer.at;
-        self.unindex_task(&old);
-        self.index_task(task).map(Some)
+        self.index_task(Some(&old), task).map(Some)
     }
 
     fn set_image_holder(
@@ -376,6 +399,21 @@ impl State {
         self.names.insert((kind, new.to_owned()), id);
         Ok(())
     }
+}
+
+/// Where a task is among those of its service.
+fn place_of(task: &Task) -> (ServiceId, Slot, TaskId) {
+    (task.service_id, task.slot_key(), task.id)
+}
+
+/// The addresses that nobody else can have: none once it has ended.
+fn held_addresses(task: &Task) -> &[NetworkAttachment] {
+    let is_freed_early =
+        mistakes::is(Mistake::AddressFreedEarly) && !task.desired_state.wants_run();
+    if task.status.state.is_terminal() || is_freed_early {
+        return &[];
+    }
+    &task.networks_attachments
 }
 
 fn change_of(task: &Task) -> Change {

@@ -159,7 +159,9 @@ impl State {
             }
             Kind::Node => set!(nodes, NodeId),
             Kind::Service => set!(services, ServiceId),
-            Kind::Task => set!(tasks, TaskId),
+            Kind::Task => {
+                self.edit_task(skep_common::TaskId(id), |task| task.meta.created_at = at);
+            }
             Kind::Network => set!(networks, NetworkId),
             Kind::Secret => set!(secrets, SecretId),
             Kind::Config => set!(configs, ConfigId),

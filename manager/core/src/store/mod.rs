@@ -84,7 +84,9 @@ pub struct State {
     vnis: OrdMap<u32, NetworkId>,
     network_addresses: OrdMap<(NetworkId, IpAddr), AddressOwner>,
     node_numbers: OrdMap<u16, NodeId>,
-    service_tasks: OrdSet<(ServiceId, Slot, TaskId)>,
+    /// With the tasks, not only their ids: a service's tasks are walked over more often than written, and
+    /// their ids are random, so that looking each up would be most of the walk.
+    service_tasks: OrdMap<(ServiceId, Slot, TaskId), Arc<Task>>,
     node_tasks: OrdSet<(NodeId, TaskId)>,
 }
 
@@ -153,19 +155,20 @@ impl State {
             .range(
                 (service_id, Slot::FIRST, TaskId(0))..=(service_id, Slot::LAST, TaskId(u128::MAX)),
             )
-            .map(|(_, _, task_id)| self.indexed_task(*task_id))
+            .map(|(_, task)| task)
     }
 
     /// All tasks, by service, then slot, then id.
     pub(crate) fn tasks_by_service(&self) -> impl Iterator<Item = &Arc<Task>> {
-        self.service_tasks.iter().map(|(_, _, task_id)| self.indexed_task(*task_id))
+        self.service_tasks.values()
     }
 
     /// The services that have tasks, whether they are there themselves or not.
     pub(crate) fn services_with_tasks(&self) -> impl Iterator<Item = ServiceId> {
         // One search for each service, and none of its tasks is looked at.
         let next = |from: ServiceId| {
-            self.service_tasks.range((from, Slot::FIRST, TaskId(0))..).next().map(|first| first.0)
+            let mut following = self.service_tasks.range((from, Slot::FIRST, TaskId(0))..);
+            following.next().map(|((service_id, ..), _)| *service_id)
         };
         let first = next(ServiceId(0));
         std::iter::successors(first, move |last| next(ServiceId(last.0.checked_add(1)?)))
@@ -187,7 +190,7 @@ impl State {
     ) -> impl Iterator<Item = &Arc<Task>> {
         self.service_tasks
             .range((service_id, slot, TaskId(0))..=(service_id, slot, TaskId(u128::MAX)))
-            .map(|(_, _, task_id)| self.indexed_task(*task_id))
+            .map(|(_, task)| task)
     }
 
     /// Tasks that were ever assigned to a node and still exist, by id.

@@ -125,10 +125,6 @@ impl State {
         }
     }
 
-    pub(super) fn claim_addresses(&mut self, task: &Task) -> Result<(), Refusal> {
-        self.claim_attachments(task.id, &task.networks_attachments)
-    }
-
     pub(super) fn claim_attachments(
         &mut self,
         task_id: TaskId,
