@@ -82,7 +82,9 @@ impl Node {
         let tls = Tls::new(credentials).context("failed to set up TLS")?;
         let pool = ChannelPool::new(tls.clone());
         let tasks = TaskSet::new();
-        let managers = Managers::new(record.managers.clone());
+        let record_file = Arc::new(RecordFile::in_data_dir(&options.data_dir));
+        let managers =
+            Managers::new(record.managers.clone()).obeying(record.term_seen, record_file);
         let keyring = Keyring::open(&options.data_dir);
         let keyring = Arc::new(keyring.context("failed to read this node's keys for networks")?);
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
