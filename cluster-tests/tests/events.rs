@@ -56,7 +56,25 @@ fn a_follower_misses_nothing_and_sees_nothing_twice() {
     }
     let version = |line: &String| line.split(' ').next().unwrap().parse::<u64>().unwrap();
     assert!(followed.is_sorted_by_key(version), "{followed:#?}");
+    who_wrote_is_in_the_log(&lab, via);
     lab.down();
+}
+
+fn who_wrote_is_in_the_log(lab: &Lab, via: &str) {
+    let refused = lab.node(via).skep(&["node", "rm", &lab.wait_for_leader(via)]).err();
+    assert_ne!(refused, "");
+    let log = lab.node(via).log();
+    for parts in [
+        ["method=\"CreateService\"", "object=\"service/web\"", "outcome=\"applied\""],
+        ["method=\"RemoveService\"", "object=\"service/", "outcome=\"applied\""],
+        ["method=\"RemoveNode\"", "object=\"node/", "outcome=\"refused\""],
+    ] {
+        let is_it = |line: &&str| {
+            line.contains(" audit: caller=\"socket:uid=0,pid=")
+                && parts.iter().all(|part| line.contains(part))
+        };
+        assert!(log.lines().any(|line| is_it(&line)), "{parts:?}\n{log}");
+    }
 }
 
 /// The lines until that one.

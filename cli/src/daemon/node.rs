@@ -12,7 +12,7 @@ use skep_common::object::{EngineDescription, IngressBalancer, NodeDescription};
 use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_common::wireguard::WireguardDescription;
-use skep_manager::control::ControlService;
+use skep_manager::control::Audited;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
 use skep_proto::{LogRecord, TaskLogsRequest};
@@ -231,7 +231,7 @@ impl Node {
         receiver
     }
 
-    pub(super) fn control(&self) -> Option<ControlService> {
+    pub(super) fn control(&self) -> Option<Audited> {
         self.manager.as_ref().map(|manager| manager.control())
     }
 
