@@ -91,7 +91,7 @@ pub enum Event {
 /// What is to be done.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Verdict {
-    /// Changed states of nodes. A command each: one that is out of sequence must not hold up others.
+    /// Changed states of nodes. Those that one out of sequence takes with it are decided anew at once.
     pub actions: Vec<Action>,
     /// Nodes to ask whether they are alive; each answer is an [`Event::Probed`].
     pub probes: Vec<NodeId>,
