@@ -68,7 +68,6 @@ pub(crate) enum Command {
     #[command(hide = true)]
     Config(config::ConfigArgs),
     /// Get events from the swarm
-    #[command(hide = true)]
     Events(events::EventsArgs),
     /// Look inside
     #[command(subcommand)]

@@ -89,7 +89,7 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
         Command::Info(args) => info::info(&args, &client, ui).await,
         Command::Secret(args) => secret::run(&args),
         Command::Config(args) => config::run(&args),
-        Command::Events(args) => events::run(&args),
+        Command::Events(args) => events::run(&args, &client, ui).await,
         Command::Completion(_) | Command::Version(_) => unreachable!("handled above"),
         Command::Daemon(_) | Command::Lab(_) | Command::Shim(_) | Command::ExecIn(_) => {
             unreachable!("main runs what is no client")

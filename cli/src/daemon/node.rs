@@ -12,7 +12,7 @@ use skep_common::object::{EngineDescription, IngressBalancer, NodeDescription};
 use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_common::wireguard::WireguardDescription;
-use skep_manager::control::ControlService;
+use skep_manager::control::Audited;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
 use skep_proto::{LogRecord, TaskLogsRequest};
@@ -84,7 +84,9 @@ impl Node {
         let tls = Tls::new(credentials).context("failed to set up TLS")?;
         let pool = ChannelPool::new(tls.clone());
         let tasks = TaskSet::new();
-        let managers = Managers::new(record.managers.clone());
+        let record_file = Arc::new(RecordFile::in_data_dir(&options.data_dir));
+        let managers =
+            Managers::new(record.managers.clone()).obeying(record.term_seen, record_file);
         let keyring = Keyring::open(&options.data_dir);
         let keyring = Arc::new(keyring.context("failed to read this node's keys for networks")?);
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
@@ -235,7 +237,7 @@ impl Node {
         receiver
     }
 
-    pub(super) fn control(&self) -> Option<ControlService> {
+    pub(super) fn control(&self) -> Option<Audited> {
         self.manager.as_ref().map(|manager| manager.control())
     }
 

@@ -21,6 +21,7 @@ pub mod conditions;
 pub mod constraint;
 pub mod container;
 pub mod endpoints;
+pub mod events;
 mod fork;
 pub mod image;
 pub mod level;

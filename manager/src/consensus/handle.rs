@@ -9,6 +9,7 @@ use openraft::errors::{Fatal, InitializeError, RaftError};
 use openraft::{BasicNode, Raft};
 use serde::Serialize;
 use skep_manager_core::State;
+use skep_manager_core::events::Ring;
 use skep_runtime::TaskSet;
 use tokio::sync::{Mutex, mpsc, watch};
 
@@ -302,6 +303,11 @@ impl Consensus {
     /// Follows the state from now on; see [`Feed::next`].
     pub fn subscribe(&self) -> Feed {
         self.inner.hub.subscribe()
+    }
+
+    /// What happened, as far as it is kept. [`Consensus::subscribe`] tells when there is more.
+    pub fn events<T>(&self, read: impl FnOnce(&Ring) -> T) -> T {
+        self.inner.hub.events(read)
     }
 
     /// Who leads.

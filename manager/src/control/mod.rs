@@ -4,8 +4,9 @@
 //! one transaction whose preconditions make it safe on any manager: the leader need not run it.
 //!
 //! Reading order: [`error`], [`lookup`] (references and documents), `services`, `containers`, `networks`, `nodes`,
-//! `stacks`, `watch`, `logs`, `path`, `secrets`, `configs`, `swarm`, `history`, `plans`, `events`.
+//! `stacks`, `audit`, `watch`, `logs`, `path`, `secrets`, `configs`, `swarm`, `history`, `plans`, `events`.
 
+mod audit;
 mod configs;
 mod containers;
 pub mod error;
@@ -37,6 +38,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::consensus::Consensus;
+pub use audit::Audited;
 pub use containers::ContainersService;
 use error::{Error, kind_name, kind_of, not_supported};
 use lookup::{Facts, document};
@@ -77,9 +79,13 @@ impl ControlService {
 
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
-        let outcome = self.inner.consensus.propose(&Command::new(clock::now(), actions)).await?;
-        match outcome {
-            Outcome::Applied(version) => Ok(version),
+        let mut command = Command::new(clock::now(), actions);
+        audit::sign(&mut command);
+        match self.inner.consensus.propose(&command).await? {
+            Outcome::Applied(version) => {
+                audit::note(version);
+                Ok(version)
+            }
             Outcome::Refused(refusal) => Err(Error::Refused(refusal)),
         }
     }

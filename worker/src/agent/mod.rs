@@ -49,7 +49,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use balancers::Balancers;
 pub use images::{ImageHolding, Images};
-pub use session::Managers;
+pub use session::{Managers, TermKeeper};
 pub use task_store::{Remembered, TaskStore};
 
 use crate::executor::{Executor, Found};

@@ -36,6 +36,16 @@ pub struct Managers {
     known: Arc<Mutex<Vec<String>>>,
     changed: Arc<watch::Sender<Vec<String>>>,
     told_role: Arc<watch::Sender<String>>,
+    /// The highest term of a leader that this node has obeyed.
+    term_seen: Arc<Mutex<u64>>,
+    keeper: Option<Arc<dyn TermKeeper>>,
+}
+
+/// Keeps the highest term of a leader that the node has obeyed, beyond the daemon's end: a leader that was
+/// deposed before it is not obeyed by the next daemon either.
+pub trait TermKeeper: Send + Sync + std::fmt::Debug + 'static {
+    /// Writes it down; returns when it is on the disk, or with why it is not.
+    fn keep(&self, term: u64) -> Result<(), String>;
 }
 
 impl Managers {
@@ -44,7 +54,34 @@ impl Managers {
         let (changed, _) = watch::channel(known.clone());
         let (told_role, _) = watch::channel(String::new());
         let (changed, told_role) = (Arc::new(changed), Arc::new(told_role));
-        Self { known: Arc::new(Mutex::new(known)), changed, told_role }
+        let known = Arc::new(Mutex::new(known));
+        Self { known, changed, told_role, term_seen: Arc::default(), keeper: None }
+    }
+
+    /// The same, of a node that has obeyed a leader of that term, and keeps the higher ones.
+    #[must_use]
+    pub fn obeying(self, term_seen: u64, keeper: Arc<dyn TermKeeper>) -> Self {
+        Self { term_seen: Arc::new(Mutex::new(term_seen)), keeper: Some(keeper), ..self }
+    }
+
+    /// Whether a leader of that term is to be obeyed; from then on none of a lower one is.
+    async fn obey(&self, term: u64) -> bool {
+        let seen = *self.term_seen.lock().expect(NOT_POISONED);
+        if let Some(keeper) = self.keeper.clone().filter(|_| term > seen) {
+            let kept = tokio::task::spawn_blocking(move || keeper.keep(term)).await;
+            // A full disk must not keep the node from its leader.
+            let kept = kept.unwrap_or_else(|error| Err(error.to_string()));
+            if let Err(error) = kept {
+                tracing::warn!(
+                    term,
+                    error,
+                    "failed to write the leader's term down: after a restart this node may obey a deposed leader"
+                );
+            }
+        }
+        let mut highest = self.term_seen.lock().expect(NOT_POISONED);
+        *highest = term.max(*highest);
+        term == *highest
     }
 
     /// All of them.
@@ -109,13 +146,12 @@ pub(super) async fn run(
     events: mpsc::Sender<FromSession>,
 ) {
     let mut leader: Option<String> = None;
-    let mut term_seen = 0;
     let mut backoff = BACKOFF_MIN;
     loop {
         let candidates = options.managers.all();
         let address = leader.take().or_else(|| pick(&candidates));
         if let Some(address) = address {
-            match attempt(&options, &address, hello(), &events, &mut term_seen).await {
+            match attempt(&options, &address, hello(), &events).await {
                 Ended::Redirected(to) if to != address => leader = Some(to),
                 Ended::Redirected(_) | Ended::Failed => {}
                 Ended::WasOpen => backoff = BACKOFF_MIN,
@@ -148,7 +184,6 @@ async fn attempt(
     address: &str,
     hello: Hello,
     events: &mpsc::Sender<FromSession>,
-    term_seen: &mut u64,
 ) -> Ended {
     let (to_leader, outgoing) = mpsc::channel(QUEUE_LENGTH);
     let first = AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
@@ -179,11 +214,10 @@ async fn attempt(
         }
         Err(_) => return Ended::Failed,
     };
-    if welcome.term < *term_seen {
+    if !options.managers.obey(welcome.term).await {
         tracing::warn!(manager = address, term = welcome.term, "ignoring a deposed leader");
         return Ended::Failed;
     }
-    *term_seen = welcome.term;
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
     options.managers.replace(welcome.managers.clone());
     options.managers.tell_role(welcome.role.clone());

@@ -27,7 +27,7 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::images::tests::{import, until_stored};
-use super::{Agent, AgentOptions, Balancers, Images, Managers};
+use super::{Agent, AgentOptions, Balancers, Images, Managers, TermKeeper};
 use crate::executor::{Error, Executor, Exit, Found};
 use crate::images::ImageStore;
 
@@ -225,6 +225,7 @@ struct Stage {
     directory: tempfile::TempDir,
     images: Option<Images>,
     has_mesh: bool,
+    terms: Arc<Terms>,
 }
 
 /// Balancers that note which ports lead where, beside the calls of the executor.
@@ -248,6 +249,17 @@ impl Balancers for NotedTables {
             calls.push(text);
         }
         Ok(Vec::new())
+    }
+}
+
+/// A disk for the highest term.
+#[derive(Debug, Default)]
+struct Terms(Mutex<u64>);
+
+impl TermKeeper for Terms {
+    fn keep(&self, term: u64) -> Result<(), String> {
+        *self.0.lock().unwrap() = term;
+        Ok(())
     }
 }
 
@@ -281,7 +293,9 @@ impl Stage {
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);
-        Self { sessions, puppets, tasks, pool, address, directory, images: None, has_mesh: false }
+        let (images, terms) = (None, Arc::default());
+        let has_mesh = false;
+        Self { sessions, puppets, tasks, pool, address, directory, images, has_mesh, terms }
     }
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
@@ -292,7 +306,8 @@ impl Stage {
             executor,
             images: self.images.clone(),
             balancers: self.has_mesh.then(|| Box::new(NotedTables(self.puppets.clone())) as _),
-            managers: Managers::new(vec![self.address.clone()]),
+            managers: Managers::new(vec![self.address.clone()])
+                .obeying(*self.terms.0.lock().unwrap(), Arc::clone(&self.terms) as _),
             pool: self.pool.clone(),
             tasks: tasks.clone(),
         };
@@ -428,6 +443,31 @@ async fn a_deposed_leader_and_a_gap_in_the_sequence_end_the_session() {
     let _ = deposed.to_agent.send(Err(Status::aborted("over"))).await;
     next.welcome(5).await;
     assert_eq!(stage.puppets.calls(), Vec::<String>::new());
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_leader_that_was_deposed_before_a_restart_is_not_obeyed_after_it() {
+    let mut stage = Stage::without_agent(Puppets::default()).await;
+    let executor = || Arc::clone(&stage.puppets) as Arc<dyn Executor>;
+    let (before, after) = ((TaskSet::new(), executor()), (TaskSet::new(), executor()));
+    stage.start_agent(&before.0, before.1).await;
+    let mut session = stage.session().await;
+    session.welcome(5).await;
+    session.assign(0, &[task(1, "web", TaskState::Running)], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Running)).await;
+    assert_eq!(*stage.terms.0.lock().unwrap(), 5, "it is kept before anything is done");
+    before.0.shutdown().await;
+
+    stage.start_agent(&after.0, after.1).await;
+    let deposed = stage.session().await;
+    deposed.welcome(4).await;
+    let mut next = stage.session().await;
+    next.welcome(6).await;
+    next.assign(0, &[task(2, "web", TaskState::Running)], &[]).await;
+    next.until(TaskId(2), reached(TaskState::Running)).await;
+    assert_eq!(*stage.terms.0.lock().unwrap(), 6);
+    after.0.shutdown().await;
     stage.tasks.shutdown().await;
 }
 

@@ -63,12 +63,25 @@ fn parse_tail(text: &str) -> Result<Tail, String> {
 
 /// A moment, or how long ago it was.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Since {
+pub(in crate::commands) enum Since {
     At(Timestamp),
     Ago(Duration),
 }
 
-fn parse_since(text: &str) -> Result<Since, String> {
+impl Since {
+    /// The moment, counted from now.
+    pub(in crate::commands) fn at(self, now: Timestamp) -> Timestamp {
+        match self {
+            Self::At(moment) => moment,
+            Self::Ago(duration) => {
+                let nanos = i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
+                Timestamp(now.0.saturating_sub(nanos))
+            }
+        }
+    }
+}
+
+pub(in crate::commands) fn parse_since(text: &str) -> Result<Since, String> {
     if let Ok(duration) = parse_duration(text) {
         return Ok(Since::Ago(duration.duration()));
     }
@@ -124,13 +137,7 @@ pub(super) async fn run(args: &LogsArgs, client: &Client, ui: &mut Ui) -> Result
     if target.has_tty && !args.raw {
         bail!("tty service logs only supported with --raw");
     }
-    let since = match args.since {
-        None => 0,
-        Some(Since::At(moment)) => moment.0,
-        Some(Since::Ago(duration)) => {
-            (ui.now)().0.saturating_sub(i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX))
-        }
-    };
+    let since = args.since.map_or(0, |since| since.at((ui.now)()).0);
     let mut names = Names::new(client, &target, args).await?;
     let request = ServiceLogsRequest {
         service_ids: target.service_ids,

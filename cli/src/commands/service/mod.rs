@@ -24,6 +24,7 @@ use crate::client::Client;
 use crate::ui::Ui;
 
 pub(super) use list::{VIEW, condition_notes, rows, show_notes};
+pub(super) use logs::{Since, parse_since};
 
 /// Manage Swarm services
 #[derive(Debug, Subcommand)]

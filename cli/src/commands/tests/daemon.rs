@@ -27,6 +27,8 @@ pub(in super::super) struct Table {
     pub(in super::super) refusals: VecDeque<Status>,
     /// Output of tasks.
     pub(in super::super) logs: Vec<LogRecord>,
+    /// Events, a stream each; all but the last break.
+    pub(in super::super) events: VecDeque<Vec<skep_proto::Event>>,
     /// Specs, requests and bytes as they arrived.
     pub(in super::super) asked: Vec<Value>,
     /// Why the machine takes no part in its swarm.
@@ -434,8 +436,28 @@ impl Control for Served {
         Err(Status::unimplemented("swarm backup"))
     }
 
-    async fn events(&self, _: Request<skep_proto::EventsRequest>) -> Answer<Self::EventsStream> {
-        Err(Status::unimplemented("events"))
+    async fn events(
+        &self,
+        request: Request<skep_proto::EventsRequest>,
+    ) -> Answer<Self::EventsStream> {
+        let request = request.into_inner();
+        let filters = request.filters.iter();
+        let filters: Vec<String> =
+            filters.map(|filter| format!("{}={}", filter.key, filter.value)).collect();
+        self.ask(json!({
+            "since": request.since_nanos,
+            "until": request.until_nanos,
+            "follow": request.follow,
+            "behind": request.from_version,
+            "filters": filters,
+        }));
+        let mut table = self.0.lock().unwrap();
+        let events = table.events.pop_front().unwrap_or_default();
+        let mut answers: Vec<_> = events.into_iter().map(Ok).collect();
+        if !table.events.is_empty() {
+            answers.push(Err(Status::unavailable("this manager is stopping")));
+        }
+        Ok(Response::new(Box::pin(futures::stream::iter(answers))))
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod daemon;
 mod endpoints;
+mod events;
 mod lists;
 mod services;
 

@@ -207,8 +207,12 @@ pub async fn serve_unix(
     routes: Routes,
     tasks: &TaskSet,
 ) -> Result<(), ServeError> {
-    let incoming = UnixListenerStream::new(listener)
-        .map(|stream| stream.map(|stream| Connection { stream, caller: Caller::Local }));
+    let connection = |stream: UnixStream| {
+        let peer = stream.peer_cred().ok();
+        let (uid, pid) = (peer.map(|peer| peer.uid()), peer.and_then(|peer| peer.pid()));
+        Connection { stream, caller: Caller::Local { uid, pid } }
+    };
+    let incoming = UnixListenerStream::new(listener).map(move |stream| stream.map(connection));
     let shutdown = tasks.token().cancelled_owned();
     server(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
