@@ -4,7 +4,7 @@
 //! the difference between the fork and the view it started from, so a task that is made and placed
 //! in one pass is one write, and one that is made and given up again is none.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rand::Rng;
@@ -16,8 +16,8 @@ use skep_common::{
 };
 
 use crate::command::{Action, Command, Expect, TaskPatch};
-use crate::ports;
 use crate::store::State;
+use crate::{ports, secrets};
 
 /// A view and what a pass changed on it.
 pub(crate) struct Fork<'a> {
@@ -28,6 +28,8 @@ pub(crate) struct Fork<'a> {
     tasks: BTreeSet<TaskId>,
     services: BTreeSet<ServiceId>,
     networks: BTreeSet<NetworkId>,
+    /// Secrets and configs, each with the versions that it loses.
+    payloads: BTreeMap<(Kind, u128), Vec<u64>>,
     new_tasks_left: usize,
     n_changes: u64,
     /// That of the last task that was made.
@@ -50,6 +52,7 @@ impl<'a> Fork<'a> {
             tasks: BTreeSet::new(),
             services: BTreeSet::new(),
             networks: BTreeSet::new(),
+            payloads: BTreeMap::new(),
             new_tasks_left: new_tasks_max,
             n_changes: 0,
             template: None,
@@ -238,6 +241,15 @@ impl<'a> Fork<'a> {
         self.try_out(Action::Delete { kind: Kind::Network, id: network_id.0 });
     }
 
+    /// Erases versions of a secret or a config.
+    pub(crate) fn forget_versions(&mut self, kind: Kind, id: u128, versions: &[u64]) {
+        let without = secrets::without_versions(&self.state, (kind, id), versions);
+        if let Some(object) = without {
+            self.payloads.insert((kind, id), versions.to_vec());
+            self.try_out(Action::Put { object, expect: Expect::Present });
+        }
+    }
+
     /// Writes a service's update status.
     pub(crate) fn set_update_status(&mut self, service: &Service, status: UpdateStatus) {
         let mut service = service.clone();
@@ -269,7 +281,7 @@ impl<'a> Fork<'a> {
     /// the pass may have granted them again: tasks that end, services that lose virtual addresses. Then
     /// other services, other tasks, and erased services and networks.
     pub(crate) fn into_actions(self) -> Vec<Action> {
-        let Self { view, state, tasks, services, networks, .. } = self;
+        let Self { view, state, tasks, services, networks, payloads, .. } = self;
         let mut actions = Vec::with_capacity(tasks.len() + services.len());
         let ends = |id: &TaskId| {
             let goes_on = |task: &Arc<Task>| !task.status.state.is_terminal();
@@ -305,6 +317,13 @@ impl<'a> Fork<'a> {
         for service_id in services {
             if view.service(service_id).is_some() && state.service(service_id).is_none() {
                 actions.push(Action::Delete { kind: Kind::Service, id: service_id.0 });
+            }
+        }
+        for (key, versions) in payloads {
+            let meta = view.meta_of(key.0, key.1);
+            let object = secrets::without_versions(view, key, &versions);
+            if let (Some(meta), Some(object)) = (meta, object) {
+                actions.push(Action::Put { object, expect: Expect::Version(meta.version) });
             }
         }
         let erased = |id: NetworkId| Action::Delete { kind: Kind::Network, id: id.0 };

@@ -152,6 +152,9 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
             secret.spec.data = None;
             secret.versions.values_mut().for_each(|version| version.data = None);
         }
+        Object::Config(config) => {
+            config.versions.values_mut().for_each(|version| version.data = None);
+        }
         _ => {}
     }
     let value =
