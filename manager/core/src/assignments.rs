@@ -24,6 +24,10 @@ use crate::{image, secrets};
 /// Holders of every image: one may be lost while another is being upgraded.
 pub const COPIES: usize = 3;
 
+/// Bytes of secrets and configs in one message: a quarter of what a message may have. The largest is
+/// far below.
+pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
+
 /// Images that nodes fetch although no task of theirs needs them, by node.
 pub type CopyDuties = BTreeMap<NodeId, BTreeSet<String>>;
 
@@ -273,6 +277,25 @@ impl Stream {
         self.sequence
     }
 
+    /// The next message of the session, with [`PAYLOAD_BYTES_MAX`] bytes of secrets and configs at most;
+    /// and whether that was all. `size` says how large one is.
+    pub fn next_part(
+        &mut self,
+        mut set: AssignmentSet,
+        size: impl Fn(PayloadKey) -> usize,
+    ) -> (Option<Message>, bool) {
+        let (mut n_bytes, mut is_all) = (0, true);
+        let told = &self.told.payloads;
+        set.payloads.retain(|key| {
+            let is_news = !told.contains(key);
+            n_bytes += if is_news { size(*key) } else { 0 };
+            let fits = !is_news || n_bytes <= PAYLOAD_BYTES_MAX;
+            is_all &= fits;
+            fits
+        });
+        (self.next(set), is_all)
+    }
+
     /// The next message of the session, where there is something to tell; the first always is.
     pub fn next(&mut self, set: AssignmentSet) -> Option<Message> {
         let changes = diff(&self.told, &set);
@@ -432,6 +455,22 @@ mod tests {
             let changes = diff(&AssignmentSet::default(), &set);
             assert_eq!(changes.payloads, set.payloads.iter().copied().collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn many_secrets_are_told_in_parts() {
+        let key = |id| PayloadKey { kind: Kind::Config, id, version: 1 };
+        let set = AssignmentSet { payloads: (0..5).map(key).collect(), ..AssignmentSet::default() };
+        let mut stream = Stream::default();
+        for expect in
+            [(vec![key(0), key(1)], false), (vec![key(2), key(3)], false), (vec![key(4)], true)]
+        {
+            let (message, is_all) = stream.next_part(set.clone(), |_| PAYLOAD_BYTES_MAX / 2);
+            let changes = message.unwrap().changes;
+            assert_eq!(changes.removed_payloads, []);
+            assert_eq!((changes.payloads, is_all), expect);
+        }
+        assert_eq!(stream.next_part(set, |_| PAYLOAD_BYTES_MAX / 2), (None, true));
     }
 
     proptest! {

@@ -10,14 +10,14 @@ use std::sync::Arc;
 use rand::Rng;
 use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
-use skep_common::spec::{GenericResource, TaskSpec};
+use skep_common::spec::{GenericResource, Labels, TaskSpec};
 use skep_common::{
     Kind, NetworkId, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
 };
 
 use crate::command::{Action, Command, Expect, TaskPatch};
 use crate::store::State;
-use crate::{ports, secrets};
+use crate::{level, ports, secrets};
 
 /// A view and what a pass changed on it.
 pub(crate) struct Fork<'a> {
@@ -117,6 +117,7 @@ impl<'a> Fork<'a> {
             return false;
         }
         self.new_tasks_left -= 1;
+        let service_labels = self.labels_for_templates(service);
         let mut task = Task {
             id: TaskId::random(&mut self.rng),
             meta: skep_common::Meta::default(),
@@ -140,13 +141,24 @@ impl<'a> Fork<'a> {
             job_iteration: None,
             preset_node: slot.node(),
             assigned_generic_resources: Vec::new(),
-            service_labels: None,
+            service_labels,
         };
         // Orders it among its slot's tasks within this pass; the store writes the same.
         task.meta.created_at = self.now;
         self.touch(task.id);
         self.state.scratch_put_task(task);
         true
+    }
+
+    /// The service's labels, where something that is filled in for its tasks may name them.
+    fn labels_for_templates(&self, service: &Service) -> Option<Labels> {
+        let labels = service.spec.labels.as_ref().filter(|labels| !labels.is_empty())?;
+        let container = service.spec.task_template.container_spec.as_ref()?;
+        let mut texts = container.env.iter().flatten().chain(&container.hostname);
+        let is_named = texts.any(|text| text.contains(".Service.Labels"))
+            && level::of_managers(&self.state) >= level::CONTROL;
+        let is_meant = is_named || secrets::has_template(&self.state, &service.spec.task_template);
+        is_meant.then(|| labels.clone())
     }
 
     /// Raises a task's desired state; a lower one is ignored.

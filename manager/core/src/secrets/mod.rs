@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 use skep_common::object::{Config, DataVersion, Secret};
-use skep_common::spec::{Base64, Driver};
+use skep_common::spec::{Base64, Driver, TaskSpec};
 use skep_common::template::Template;
 use skep_common::{Kind, Object, SecretId, Service, Timestamp};
 
@@ -280,6 +280,11 @@ pub struct Delivered<'a> {
     pub data: &'a [u8],
     /// The driver that fills them in; empty: none.
     pub templating: &'a str,
+}
+
+/// Whether a secret or a config of a task is filled in for it.
+pub(crate) fn has_template(state: &State, spec: &TaskSpec) -> bool {
+    keys_of(spec).any(|key| find(state, key).is_some_and(|found| !found.templating.is_empty()))
 }
 
 /// What nodes are given of one; `None` where it is gone.

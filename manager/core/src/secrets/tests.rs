@@ -372,6 +372,25 @@ fn a_version_that_came_into_use_meanwhile_stays() {
 }
 
 #[test]
+fn tasks_have_their_services_labels_only_where_a_template_may_name_them() {
+    for (is_template, expect) in [(true, Some("b")), (false, None)] {
+        let mut world = World::new("1", web(0), "");
+        let mut spec = secret_spec("key", "{{.Service.Labels}}");
+        spec.templating =
+            is_template.then(|| Driver { name: TEMPLATE_DRIVER.to_owned(), options: None });
+        let action = create::<Secret>(&world.state, KEY, spec, NOW).unwrap();
+        world.apply(vec![action]);
+        let mut spec = user("api", &json!({}));
+        spec.labels = Some([("a".to_owned(), "b".to_owned())].into());
+        add(&mut world, 1, spec);
+        world.step();
+        let task = world.state.tasks_of_service(ServiceId(1)).next().unwrap();
+        let label = task.service_labels.as_ref().and_then(|labels| labels.get("a"));
+        assert_eq!(label.map(String::as_str), expect);
+    }
+}
+
+#[test]
 fn too_many_users_are_not_updated_at_once() {
     let mut world = world();
     let users = (1..=USERS_MAX as u128 + 1).map(|id| {
