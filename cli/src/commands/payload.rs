@@ -203,6 +203,7 @@ const VIEW: View = View {
         shown("VERSION", "Version"),
         shown("CREATED", "CreatedAt"),
         shown("UPDATED", "UpdatedAt"),
+        hidden("DRIVER", "Driver"),
         hidden("LABELS", "Labels"),
     ],
     cell: plain_cell,
@@ -227,6 +228,7 @@ async fn ls(kind: Kind, args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<(
             "Version": newest(one).to_string(),
             "CreatedAt": format!("{} ago", duration(now.since(one.meta.created_at))),
             "UpdatedAt": format!("{} ago", duration(now.since(one.meta.updated_at))),
+            "Driver": one.spec.driver.as_ref().map_or("", |driver| driver.name.as_str()),
             "Labels": labels.collect::<Vec<_>>().join(","),
         })
     };

@@ -3,6 +3,7 @@
 mod daemon;
 mod endpoints;
 mod lists;
+mod payloads;
 mod services;
 
 use std::io::Write;
