@@ -62,10 +62,8 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Image(image::Command),
     /// Manage secrets
-    #[command(hide = true)]
     Secret(secret::SecretArgs),
     /// Manage configs
-    #[command(hide = true)]
     Config(config::ConfigArgs),
     /// Get events from the swarm
     Events(events::EventsArgs),

@@ -24,6 +24,7 @@ mod network_inspect;
 pub(crate) mod node;
 mod node_pretty;
 mod node_what_if;
+mod payload;
 mod progress;
 pub(crate) mod secret;
 pub(crate) mod service;
@@ -87,8 +88,8 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
         Command::Image(command) => image::run(command, &client, ui).await,
         Command::Debug(command) => debug::run(command, &client, ui).await,
         Command::Info(args) => info::info(&args, &client, ui).await,
-        Command::Secret(args) => secret::run(&args),
-        Command::Config(args) => config::run(&args),
+        Command::Secret(args) => secret::run(args, &client, ui).await,
+        Command::Config(args) => config::run(args, &client, ui).await,
         Command::Events(args) => events::run(&args, &client, ui).await,
         Command::Completion(_) | Command::Version(_) => unreachable!("handled above"),
         Command::Daemon(_) | Command::Lab(_) | Command::Shim(_) | Command::ExecIn(_) => {

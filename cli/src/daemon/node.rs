@@ -20,7 +20,7 @@ use skep_runtime::TaskSet;
 use skep_runtime::identity::{Credentials, Files, RaftKey};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
-use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
+use skep_worker::agent::{Agent, AgentOptions, Images, Managers, Payloads};
 use skep_worker::container::ContainerRuntime;
 use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
@@ -47,6 +47,8 @@ pub(super) struct Node {
     pub(super) managers: Managers,
     pub(super) pool: ChannelPool,
     pub(super) images: Images,
+    /// The secrets and configs of its tasks.
+    pub(super) payloads: Payloads,
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
     /// Of its passages, in and out.
@@ -134,6 +136,7 @@ impl Node {
             managers,
             pool,
             images,
+            payloads: Payloads::default(),
             manager,
             uplink,
             windows,
@@ -185,6 +188,7 @@ impl Node {
             tasks_dir: options.data_dir.join("tasks"),
             executor: Arc::new(embedded),
             images: Some(self.images.clone()),
+            payloads: self.payloads.clone(),
             balancers: Some(Box::new(self.uplink.clone())),
             managers: self.managers.clone(),
             pool: self.pool.clone(),

@@ -346,6 +346,7 @@ impl Leader {
         session.is_dirty = false;
         let (duties, reported) = (CopyDuties::new(), BTreeSet::new());
         let set = for_node(&self.state, node_id, &duties, &reported, &self.held_back);
+        let payloads = set.payloads.clone();
         let tasks = session.stream.next(set);
         let table = is_stale.then(|| (version, self.drain.of_node(node_id)));
         if is_stale {
@@ -357,7 +358,8 @@ impl Leader {
         }
         let (machine, id) = (session.machine, session.id);
         let what = Arc::new(Assignments { tasks, table });
-        seen.push(Seen::Told { term: self.term, what: what.clone() });
+        let (term, state) = (self.term, self.state.clone());
+        seen.push(Seen::Told { term, node_id, what: what.clone(), payloads, state });
         Some((machine, Message::Assignments { session: id, what }))
     }
 

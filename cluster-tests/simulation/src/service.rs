@@ -5,19 +5,23 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use skep_common::object::Image;
+use skep_common::object::{DataVersion, Image, Secret};
 use skep_common::spec::{
-    Availability, ContainerSpec, EndpointSpec, Nanos, NetworkAttachmentConfig, NetworkSpec,
-    NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements, Resources,
-    RestartPolicy, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
+    Availability, Base64, ContainerSpec, EndpointSpec, FileTarget, Nanos, NetworkAttachmentConfig,
+    NetworkSpec, NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements,
+    Resources, RestartPolicy, SecretReference, SecretSpec, ServiceMode, ServiceSpec, TaskSpec,
+    UpdateConfig,
 };
-use skep_common::{ImageId, Meta, Node, NodeId, Object};
+use skep_common::{ImageId, Meta, Node, NodeId, Object, SecretId};
 use skep_manager_core::testing;
 
 /// Names of services: few, so that wishes meet.
 pub(crate) const N_SERVICES: u16 = 5;
 /// Names of networks.
 pub(crate) const N_NETWORKS: u16 = 2;
+
+/// Names of secrets.
+pub(crate) const N_SECRETS: u16 = 2;
 
 /// The name of a service.
 pub(crate) fn name(number: u16) -> String {
@@ -67,7 +71,29 @@ pub(crate) fn founding(n_managers: u16, n_nodes: u16) -> Vec<Object> {
     let holders: BTreeSet<NodeId> = (1..=n_managers).map(|number| NodeId(number.into())).collect();
     let images = (1..=N_IMAGES).map(|number| image_record(number, holders.clone()));
     objects.extend(images.map(|image| Object::Image(Box::new(image))));
+    objects.extend((1..=N_SECRETS).map(|number| Object::Secret(Box::new(secret(number)))));
     objects
+}
+
+/// The id of a secret.
+pub(crate) fn secret_id(number: u16) -> SecretId {
+    SecretId(7_000 + u128::from(number))
+}
+
+fn secret(number: u16) -> Secret {
+    let first = DataVersion {
+        data: Some(Base64(number.to_le_bytes().to_vec())),
+        digest: format!("sha256:{number}"),
+        ..DataVersion::default()
+    };
+    let spec = SecretSpec { name: format!("key{number}"), ..SecretSpec::default() };
+    Secret { id: secret_id(number), meta: Meta::default(), spec, versions: [(1, first)].into() }
+}
+
+fn uses(number: u16) -> Option<Vec<SecretReference>> {
+    let name = format!("key{number}");
+    let file = Some(FileTarget { name: name.clone(), ..FileTarget::default() });
+    Some(vec![SecretReference { file, secret_name: name, ..SecretReference::default() }])
 }
 
 fn seconds(seconds: u64) -> Option<Nanos> {
@@ -99,7 +125,10 @@ fn image_record(number: u8, holders: BTreeSet<NodeId>) -> Image {
 /// 1 is published, 2 constrained and sized, 3 start-first and published, 4 on networks, 5 in host mode.
 pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
     let image = image(rng.random_range(1..=N_IMAGES));
-    let container = ContainerSpec { image, ..ContainerSpec::default() };
+    let mut container = ContainerSpec { image, ..ContainerSpec::default() };
+    if number <= 4 && rng.random_bool(0.7) {
+        container.secrets = uses(number % N_SECRETS + 1);
+    }
     let mut template = TaskSpec { container_spec: Some(container), ..TaskSpec::default() };
     template.restart_policy = Some(RestartPolicy { delay: seconds(1), ..RestartPolicy::default() });
     template.force_update = Some(rng.random_range(0..1000));

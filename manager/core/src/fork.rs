@@ -4,14 +4,14 @@
 //! the difference between the fork and the view it started from, so a task that is made and placed
 //! in one pass is one write, and one that is made and given up again is none.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use rand::Rng;
 use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
-use skep_common::spec::{GenericResource, TaskSpec};
+use skep_common::spec::{GenericResource, Labels, TaskSpec};
 use skep_common::{
     Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
 };
@@ -19,8 +19,8 @@ use skep_common::{
 use crate::allocator::{self, Cursors};
 use crate::command::{Action, Command, Expect, TaskPatch};
 use crate::placed::{Pinned, Placed, json_bytes};
-use crate::ports;
 use crate::store::State;
+use crate::{level, ports, secrets};
 
 /// A view and what a pass changed on it.
 pub(crate) struct Fork<'a> {
@@ -36,6 +36,8 @@ pub(crate) struct Fork<'a> {
     granted: HashSet<Ipv4Addr>,
     services: BTreeSet<ServiceId>,
     networks: BTreeSet<NetworkId>,
+    /// Secrets and configs, each with the versions that it loses.
+    payloads: BTreeMap<(Kind, u128), Vec<u64>>,
     room: Room,
     /// What the step may still decide.
     left: Room,
@@ -75,6 +77,7 @@ impl<'a> Fork<'a> {
             granted: HashSet::new(),
             services: BTreeSet::new(),
             networks: BTreeSet::new(),
+            payloads: BTreeMap::new(),
             room,
             left: room,
             n_changes: 0,
@@ -164,6 +167,7 @@ impl<'a> Fork<'a> {
         }
         let (spec, spec_bytes) = self.template_of(service);
         self.spend(TASK_BYTES + spec_bytes);
+        let service_labels = self.labels_for_templates(service);
         let mut task = Task {
             id: TaskId::random(&mut self.rng),
             meta: skep_common::Meta::default(),
@@ -187,13 +191,24 @@ impl<'a> Fork<'a> {
             job_iteration: None,
             preset_node: slot.node(),
             assigned_generic_resources: Vec::new(),
-            service_labels: None,
+            service_labels,
         };
         // Orders it among its slot's tasks within this pass; the store writes the same.
         task.meta.created_at = self.now;
         self.touch(task.id);
         self.state.scratch_put_task(task);
         true
+    }
+
+    /// The service's labels, where something that is filled in for its tasks may name them.
+    fn labels_for_templates(&self, service: &Service) -> Option<Labels> {
+        let labels = service.spec.labels.as_ref().filter(|labels| !labels.is_empty())?;
+        let container = service.spec.task_template.container_spec.as_ref()?;
+        let mut texts = container.env.iter().flatten().chain(&container.hostname);
+        let is_named = texts.any(|text| text.contains(".Service.Labels"))
+            && level::of_managers(&self.state) >= level::CONTROL;
+        let is_meant = is_named || secrets::has_template(&self.state, &service.spec.task_template);
+        is_meant.then(|| labels.clone())
     }
 
     /// Raises a task's desired state; a lower one is ignored.
@@ -300,6 +315,15 @@ impl<'a> Fork<'a> {
         self.try_out(Action::Delete { kind: Kind::Network, id: network_id.0 });
     }
 
+    /// Erases versions of a secret or a config.
+    pub(crate) fn forget_versions(&mut self, kind: Kind, id: u128, versions: &[u64]) {
+        let without = secrets::without_versions(&self.state, (kind, id), versions);
+        if let Some(object) = without {
+            self.payloads.insert((kind, id), versions.to_vec());
+            self.try_out(Action::Put { object, expect: Expect::Present });
+        }
+    }
+
     /// Writes a service's update status.
     pub(crate) fn set_update_status(&mut self, service: &Service, status: UpdateStatus) {
         let mut service = service.clone();
@@ -332,9 +356,10 @@ impl<'a> Fork<'a> {
     /// the pass may have granted them again: tasks that end, services that lose virtual addresses. Then
     /// other services, other tasks, and erased services and networks.
     pub(crate) fn into_actions(self) -> Vec<Action> {
-        let Self { view, state, tasks, services, networks, mut placed, now, .. } = self;
+        let Self { view, state, tasks, services, networks, payloads, mut placed, now, .. } = self;
         placed.sort_unstable_by_key(|placed| placed.task_id);
-        let n_actions = tasks.len() + placed.len() + services.len() + networks.len();
+        let n_actions =
+            tasks.len() + placed.len() + services.len() + networks.len() + payloads.len();
         let mut actions = Vec::with_capacity(n_actions);
         let ends = |id: &TaskId| {
             let goes_on = |task: &Arc<Task>| !task.status.state.is_terminal();
@@ -383,6 +408,13 @@ impl<'a> Fork<'a> {
         for service_id in services {
             if view.service(service_id).is_some() && state.service(service_id).is_none() {
                 actions.push(Action::Delete { kind: Kind::Service, id: service_id.0 });
+            }
+        }
+        for (key, versions) in payloads {
+            let meta = view.meta_of(key.0, key.1);
+            let object = secrets::without_versions(view, key, &versions);
+            if let (Some(meta), Some(object)) = (meta, object) {
+                actions.push(Action::Put { object, expect: Expect::Version(meta.version) });
             }
         }
         let erased = |id: NetworkId| Action::Delete { kind: Kind::Network, id: id.0 };

@@ -14,6 +14,7 @@ use skep_common::spec::ContainerSpec;
 use skep_common::{Image, ImageId, Kind, Meta, NodeId, Object};
 
 use crate::command::{Action, Expect};
+use crate::secrets;
 use crate::store::State;
 
 /// Why no node can get an image.
@@ -204,14 +205,14 @@ pub(crate) fn is_same_container(
 ) -> bool {
     let (Some(wanted), Some(task)) = (wanted, task) else { return wanted == task };
     if split_digest(&wanted.image).1.is_some() || wanted.image == task.image {
-        return wanted == task;
+        return wanted == task || secrets::is_same_container(wanted, task);
     }
     if tagged(&wanted.image) != tagged(&task.image) {
         return false;
     }
     let mut unpinned = task.clone();
     unpinned.image.clone_from(&wanted.image);
-    *wanted == unpinned
+    secrets::is_same_container(wanted, &unpinned)
 }
 
 #[cfg(test)]

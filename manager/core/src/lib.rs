@@ -4,7 +4,7 @@
 //! the one function that changes them), [`plan`](mod@plan) (one pass of all control loops) and what
 //! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`liveness`] (which
 //! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
-//! [`container`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
+//! [`container`], [`secrets`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
 
 pub mod claims;
 pub mod command;
@@ -35,7 +35,7 @@ pub mod reports;
 pub mod roles;
 mod rotation;
 pub mod scheduler;
-mod secrets;
+pub mod secrets;
 pub mod service;
 pub mod stack;
 pub mod validate;

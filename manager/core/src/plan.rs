@@ -46,6 +46,8 @@ pub struct Dirty {
     pub networks: BTreeSet<NetworkId>,
     /// An image came, or moved.
     pub images: bool,
+    /// A secret or a config came, or changed.
+    pub payloads: bool,
     /// Everything is to be looked at.
     pub all: bool,
 }
@@ -81,7 +83,8 @@ impl Dirty {
                 Kind::Network => {
                     self.networks.insert(NetworkId(change.id));
                 }
-                Kind::Secret | Kind::Config | Kind::Stack | Kind::Revision => {}
+                Kind::Secret | Kind::Config => self.payloads = true,
+                Kind::Stack | Kind::Revision => {}
             }
         }
     }
@@ -130,6 +133,7 @@ pub struct LeaderMemory {
     global: BTreeSet<ServiceId>,
     /// Networks on their way out: looked at in each pass, since any task may be the last on one.
     leaving: BTreeSet<NetworkId>,
+    payloads: secrets::Memory,
     /// What the last plan touched: looked at again, in case that it was not committed. And what it left
     /// out for its size.
     last: Work,
@@ -249,7 +253,7 @@ pub fn plan(
             memory.cursors.networks.retain(|(id, _), _| id != network_id);
         }
     }
-    secrets::reap(&mut fork);
+    secrets::reap(&mut fork, &mut memory.payloads);
     memory.sync_touched(&fork, n_touches);
     let mut plan = memory.end(view, work, fork);
     if !is_all || !rest.services.is_empty() || !rest.nodes.is_empty() {
@@ -264,6 +268,7 @@ impl LeaderMemory {
     /// Takes over what changed, and chooses what to look at.
     fn begin(&mut self, view: &State, dirty: &Dirty, now: Timestamp) -> Work {
         let mut work = std::mem::take(&mut self.last);
+        self.payloads.note(dirty);
         if self.updates.since == Timestamp::default() {
             self.updates.since = now;
         }

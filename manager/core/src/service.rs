@@ -139,7 +139,7 @@ pub fn rollback(
         message: "manually requested rollback".to_owned(),
     });
     network::resolve(state, &mut new.spec)?;
-    secrets::resolve(state, &mut new.spec)?;
+    secrets::are_there(state, &new.spec)?;
     allocate(state, &mut new)?;
     Ok(put(new, Expect::Version(version)))
 }

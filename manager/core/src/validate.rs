@@ -348,15 +348,16 @@ fn has_deadline(config: Option<&UpdateConfig>) -> bool {
 }
 
 /// Fields of a task that nothing acts on yet, and whether they are given.
-fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 3] {
+fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 2] {
     let container = task.container_spec.as_ref();
-    let secrets = container.and_then(|container| container.secrets.as_ref());
-    let configs = container.and_then(|container| container.configs.as_ref());
+    let mut configs = container.iter().flat_map(|container| container.configs.iter().flatten());
     let resources = task.resources.as_ref();
     let limited = resources.and_then(|all| all.limits.as_ref()?.generic_resources.as_ref());
     [
-        ("TaskTemplate.ContainerSpec.Secrets", secrets.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.ContainerSpec.Configs", configs.is_some_and(|list| !list.is_empty())),
+        (
+            "TaskTemplate.ContainerSpec.Configs.Runtime",
+            configs.any(|config| config.runtime.is_some()),
+        ),
         (
             "TaskTemplate.Resources.Limits.GenericResources",
             limited.is_some_and(|list| !list.is_empty()),

@@ -227,7 +227,12 @@ impl Control for ControlService {
         let request = request.into_inner();
         let kind = kind_of(&request.kind)?;
         let state = self.read().await?;
-        let object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
+        let mut object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
+        if let Object::Config(config) = &mut object {
+            // Anybody may read it, as in Docker. Lists are without: a config may be large.
+            let newest = config.versions.values().next_back();
+            config.spec.data = newest.and_then(|version| version.data.clone());
+        }
         let json = self.json(&state, object);
         Ok(Response::new(Document { kind: request.kind, json, ..Document::default() }))
     }

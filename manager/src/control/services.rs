@@ -26,7 +26,8 @@ pub(super) async fn create(
                 Refusal::PortInUse { .. }
                 | Refusal::OutOfSequence { .. }
                 | Refusal::AddressInUse { .. }
-                | Refusal::NetworkNotFound { .. },
+                | Refusal::NetworkNotFound { .. }
+                | Refusal::PayloadNotFound { .. },
             )) => {}
             Err(error) => return Err(error),
             Ok(version) => {
@@ -62,7 +63,11 @@ pub(super) async fn update(
         };
         match written {
             // Another writer was given the same address, or removed the network: the next view decides.
-            Err(Error::Refused(Refusal::AddressInUse { .. } | Refusal::NetworkNotFound { .. })) => {
+            Err(Error::Refused(
+                Refusal::AddressInUse { .. }
+                | Refusal::NetworkNotFound { .. }
+                | Refusal::PayloadNotFound { .. },
+            )) => {
                 state = control.read().await?;
                 service = find(&state, &request.id)?;
             }

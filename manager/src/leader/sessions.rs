@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::payloads::payloads;
+use super::payloads;
 use super::role::role_of;
 use super::trust::trust_of;
 use skep_common::limits::{
@@ -426,14 +426,18 @@ fn news(
     let role = state.node(node_id).map(|node| role_of(node)).unwrap_or_default();
     let is_role_new = role != session.told_role;
     let is_management_new = managers != session.told_managers;
-    let mut message = match session.stream.next(set) {
+    let (next, is_all) = session.stream.next_part(set, |key| payloads::size(state, key));
+    session.is_dirty |= !is_all; // The next pass tells the rest.
+    let mut message = match next {
         Some(message) => Assignments {
             applies_to: message.applies_to,
             results_in: message.results_in,
             images: images(state, node_id, &message.changes.images, now),
             removed_images: message.changes.removed_images,
             task_jsons: message.changes.tasks.iter().map(task_json).collect(),
-            removed_tasks: message.changes.removed_tasks.iter().map(ToString::to_string).collect(),
+            removed_tasks: texts(&message.changes.removed_tasks),
+            secrets: payloads::payloads(state, &message.changes.payloads),
+            removed_secrets: texts(&message.changes.removed_payloads),
             ..Assignments::default()
         },
         None if mesh.is_some() || is_management_new || is_role_new => {
@@ -454,8 +458,11 @@ fn news(
         session.told_role.clone_from(&role);
         message.role = role;
     }
-    message.secrets = payloads(state, node_id);
     Some(message)
+}
+
+fn texts<T: ToString>(list: &[T]) -> Vec<String> {
+    list.iter().map(ToString::to_string).collect()
 }
 
 fn task_json(task: &assignments::AssignedTask) -> String {

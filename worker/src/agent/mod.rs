@@ -9,11 +9,11 @@
 //! The agent is one loop that owns its state. It goes on alone when no manager answers: containers run
 //! on, health checks and balancing go on.
 //!
-//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `host_ports`, `images`, `task_store`.
+//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `host_ports`, `images`, `payloads`, `task_store`.
 //!
 //! # Invariants
 //!
-//! - An update of assignments is applied whole and in the order mesh, images, tasks; one that does not
+//! - An update of assignments is applied whole and in the order mesh, images, secrets, tasks; one that does not
 //!   follow from the set at hand ends the session, and the next begins with the whole set.
 //! - A table version is acknowledged only when the kernel's rules are those of that version.
 //! - Every status is reported again in a new session: the leader that took it may be gone.
@@ -23,6 +23,7 @@ mod host_ports;
 mod images;
 mod mesh;
 mod networks;
+mod payloads;
 mod runner;
 mod session;
 mod task_store;
@@ -49,6 +50,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use balancers::Balancers;
 pub use images::{ImageHolding, Images};
+pub use payloads::Payloads;
 pub use session::{Managers, TermKeeper};
 pub use task_store::{Remembered, TaskStore};
 
@@ -70,6 +72,8 @@ pub struct AgentOptions {
     pub executor: Arc<dyn Executor>,
     /// Has the images; absent where nothing is fetched (tests).
     pub images: Option<Images>,
+    /// Holds the secrets and configs.
+    pub payloads: Payloads,
     /// Programs the kernel's balancers; absent where there is no mesh (tests).
     pub balancers: Option<Box<dyn Balancers>>,
     /// Where the leader may be found.
@@ -85,6 +89,7 @@ pub struct AgentOptions {
 pub struct Agent {
     executor: Arc<dyn Executor>,
     images: Option<Images>,
+    payloads: Payloads,
     balancers: BalancerHandle,
     store: TaskStore,
     tasks: TaskSet,
@@ -135,6 +140,7 @@ impl Agent {
         let mut agent = Self {
             executor: options.executor,
             images: options.images.clone(),
+            payloads: options.payloads,
             balancers: BalancerHandle::start(options.balancers, applied, &options.tasks),
             store,
             tasks: options.tasks.clone(),
@@ -243,6 +249,7 @@ impl Agent {
                 tracing::error!(
                     "this node was removed from the swarm: its tasks are stopped; let it leave and join again"
                 );
+                self.payloads.clear();
                 for task_id in self.held.keys().copied().collect::<Vec<_>>() {
                     self.remove(task_id);
                 }
@@ -297,6 +304,7 @@ impl Agent {
         if let Some(images) = &self.images {
             images.assign(is_whole, assignments.images, &assignments.removed_images);
         }
+        self.payloads.add(is_whole, assignments.secrets);
         let named: BTreeSet<TaskId> = tasks.iter().map(|task| task.id).collect();
         for task in tasks {
             self.assign(task);
@@ -304,6 +312,7 @@ impl Agent {
         for task_id in removed {
             self.remove(task_id);
         }
+        self.payloads.forget(&assignments.removed_secrets);
         if is_whole {
             let unnamed: Vec<TaskId> =
                 self.held.keys().filter(|id| !named.contains(id)).copied().collect();
@@ -414,7 +423,7 @@ impl Agent {
         });
         let runner = Runner::new(
             assigned,
-            Arc::clone(&self.executor),
+            (Arc::clone(&self.executor), self.payloads.clone()),
             self.reports.clone(),
             self.balancers.in_force(),
             record.status.clone(),

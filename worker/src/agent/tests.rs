@@ -27,8 +27,8 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::images::tests::{import, until_stored};
-use super::{Agent, AgentOptions, Balancers, Images, Managers, TermKeeper};
-use crate::executor::{Error, Executor, Exit, Found};
+use super::{Agent, AgentOptions, Balancers, Images, Managers, Payloads, TermKeeper};
+use crate::executor::{Error, Executor, Exit, Found, TaskPayloads};
 use crate::images::ImageStore;
 
 /// Nothing here takes longer on a machine that lives.
@@ -70,8 +70,11 @@ impl Puppets {
 
 #[tonic::async_trait]
 impl Executor for Puppets {
-    async fn prepare(&self, task: &Task) -> Result<(), Error> {
+    async fn prepare(&self, task: &Task, payloads: &TaskPayloads) -> Result<(), Error> {
         self.note("prepare", task.id);
+        for payload in payloads.values() {
+            self.calls.lock().unwrap().push(format!("{payload:?}"));
+        }
         if task.service_name == "broken" { Err(Error("no such image".into())) } else { Ok(()) }
     }
 
@@ -224,6 +227,7 @@ struct Stage {
     address: String,
     directory: tempfile::TempDir,
     images: Option<Images>,
+    payloads: Payloads,
     has_mesh: bool,
     terms: Arc<Terms>,
 }
@@ -294,8 +298,19 @@ impl Stage {
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);
         let (images, terms) = (None, Arc::default());
-        let has_mesh = false;
-        Self { sessions, puppets, tasks, pool, address, directory, images, has_mesh, terms }
+        let (payloads, has_mesh) = (Payloads::default(), false);
+        Self {
+            sessions,
+            puppets,
+            tasks,
+            pool,
+            address,
+            directory,
+            images,
+            payloads,
+            has_mesh,
+            terms,
+        }
     }
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
@@ -305,6 +320,7 @@ impl Stage {
             tasks_dir: self.directory.path().join("tasks"),
             executor,
             images: self.images.clone(),
+            payloads: self.payloads.clone(),
             balancers: self.has_mesh.then(|| Box::new(NotedTables(self.puppets.clone())) as _),
             managers: Managers::new(vec![self.address.clone()])
                 .obeying(*self.terms.0.lock().unwrap(), Arc::clone(&self.terms) as _),
@@ -321,6 +337,60 @@ impl Stage {
         assert!(matches!(first.message, Some(FromAgent::Hello(_))), "{first:?}");
         Session { to_agent, from_agent }
     }
+}
+
+#[tokio::test]
+async fn a_task_is_made_once_its_secrets_are_here_and_they_go_with_it() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    let secret_id = skep_common::SecretId(5);
+    let mut user = task(1, "api", TaskState::Running);
+    let container = serde_json::json!({"Image": "i", "Secrets": [
+        {"File": {"Name": "key"}, "SecretID": secret_id, "SecretName": "key", "Version": 2},
+    ]});
+    Arc::make_mut(&mut user.spec).container_spec = serde_json::from_value(container).unwrap();
+    session.assign(0, std::slice::from_ref(&user), &[]).await;
+    session.until(user.id, |status| status.state == TaskState::Preparing).await;
+    assert_eq!(stage.puppets.calls(), [""; 0], "it waits for its secret");
+    let secret = skep_proto::SecretAssignment {
+        id: secret_id.to_string(),
+        version: 2,
+        kind: "secret".into(),
+        name: "key".into(),
+        data: b"hidden".to_vec().into(),
+        templating: String::new(),
+    };
+    let given = Assignments {
+        applies_to: 1,
+        results_in: 2,
+        secrets: vec![secret],
+        ..Assignments::default()
+    };
+    session.send(Message::Assignments(given)).await;
+    session.until(user.id, |status| status.state == TaskState::Running).await;
+    assert_eq!(stage.puppets.calls(), ["prepare 1", "secret key@2 (6 bytes)", "start 1"]);
+    assert_eq!(stage.payloads.names(), ["secret key@2"]);
+    let records = stage.directory.path().join("tasks");
+    for record in std::fs::read_dir(records).unwrap() {
+        let text = std::fs::read_to_string(record.unwrap().path()).unwrap();
+        assert!(text.contains("key") && !text.contains("hidden") && !text.contains("aGlkZGVu"));
+    }
+    let gone = Assignments {
+        applies_to: 2,
+        results_in: 3,
+        removed_tasks: vec![user.id.to_string()],
+        removed_secrets: vec![format!("{secret_id}@2")],
+        ..Assignments::default()
+    };
+    session.send(Message::Assignments(gone)).await;
+    soon("the removal", async {
+        while stage.puppets.calls().last().is_none_or(|call| call != "remove 1") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(stage.payloads.names(), [""; 0]);
 }
 
 pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {

@@ -7,8 +7,9 @@ use clap::Args;
 use skep_common::compose::units::capabilities;
 use skep_common::spec::generic::parse_wanted;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels, NetworkAttachmentConfig,
-    PlacementPreference, ServiceMode, ServiceSpec, TaskSpec, Ulimit,
+    ConfigReference, ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels,
+    NetworkAttachmentConfig, PlacementPreference, SecretReference, ServiceMode, ServiceSpec,
+    TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
 
@@ -16,6 +17,7 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, sort_ports,
 };
+use super::payloads::{parse_config, parse_secret};
 use super::placement::{change_generic, change_preferences, parse_preference};
 use super::{Waiting, caller_environment, converge, names};
 use crate::client::{Client, Refusal};
@@ -60,6 +62,13 @@ pub(crate) struct CreateArgs {
     /// User defined resources
     #[arg(long, value_parser = parse_wanted, value_name = "KIND=NUMBER")]
     generic_resource: Vec<GenericResource>,
+    /// Specify secrets to expose to the service: NAME or
+    /// source=NAME,target=FILE,uid=UID,gid=GID,mode=0400,version=N
+    #[arg(long, value_parser = parse_secret, value_name = "SECRET")]
+    secret: Vec<SecretReference>,
+    /// Specify configurations to expose to the service; written as secrets
+    #[arg(long, value_parser = parse_config, value_name = "CONFIG")]
+    config: Vec<ConfigReference>,
     /// Set one or more supplementary user groups for the container
     #[arg(long)]
     group: Vec<String>,
@@ -165,6 +174,8 @@ fn spec(
         ulimits: list(args.ulimit.clone()),
         capability_add: list(add),
         capability_drop: list(drop),
+        secrets: list(args.secret.clone()),
+        configs: list(args.config.clone()),
         ..Default::default()
     };
     let mut ports: Vec<_> = args.publish.iter().flat_map(|Publish(ports)| ports.clone()).collect();

@@ -21,13 +21,13 @@ use super::placement::PlacementFlags;
 
 /// Whether and how loudly the command waits.
 #[derive(Debug, Args)]
-pub(super) struct WaitFlags {
+pub(crate) struct WaitFlags {
     /// Exit immediately instead of waiting for the service to converge
     #[arg(long, short, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_name = "BOOL", hide_default_value = true)]
-    pub(super) detach: bool,
+    pub(crate) detach: bool,
     /// Suppress progress output
     #[arg(long, short)]
-    pub(super) quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// Words of a command line that is given as one text.

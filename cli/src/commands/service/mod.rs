@@ -9,6 +9,7 @@ mod inspect;
 mod list;
 mod logs;
 mod names;
+mod payloads;
 mod placement;
 mod pretty;
 mod scale;

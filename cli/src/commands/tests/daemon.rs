@@ -346,44 +346,62 @@ impl Control for Served {
 
     async fn create_secret(
         &self,
-        _: Request<skep_proto::CreateSecretRequest>,
+        request: Request<skep_proto::CreateSecretRequest>,
     ) -> Answer<skep_proto::CreateSecretResponse> {
-        Err(Status::unimplemented("secret create"))
+        self.ask(json!({"secret": spec(&request.into_inner().spec_json)}));
+        let id = "secret-id".to_owned();
+        Ok(Response::new(skep_proto::CreateSecretResponse { id, warnings: Vec::new() }))
     }
 
     async fn update_secret(
         &self,
-        _: Request<skep_proto::UpdateSecretRequest>,
+        request: Request<skep_proto::UpdateSecretRequest>,
     ) -> Answer<skep_proto::UpdateSecretResponse> {
-        Err(Status::unimplemented("secret update"))
+        let request = request.into_inner();
+        if let Some(refusal) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(refusal);
+        }
+        self.ask(json!({"update secret": spec(&request.spec_json), "data": request.data_changes}));
+        let services = vec!["web".to_owned()];
+        Ok(Response::new(skep_proto::UpdateSecretResponse { data_version: 2, services }))
     }
 
     async fn remove_secret(
         &self,
-        _: Request<skep_proto::RemoveSecretRequest>,
+        request: Request<skep_proto::RemoveSecretRequest>,
     ) -> Answer<skep_proto::RemoveSecretResponse> {
-        Err(Status::unimplemented("secret rm"))
+        self.ask(json!({"remove secret": request.into_inner().id}));
+        Ok(Response::new(skep_proto::RemoveSecretResponse {}))
     }
 
     async fn create_config(
         &self,
-        _: Request<skep_proto::CreateConfigRequest>,
+        request: Request<skep_proto::CreateConfigRequest>,
     ) -> Answer<skep_proto::CreateConfigResponse> {
-        Err(Status::unimplemented("config create"))
+        self.ask(json!({"config": spec(&request.into_inner().spec_json)}));
+        let id = "config-id".to_owned();
+        Ok(Response::new(skep_proto::CreateConfigResponse { id, warnings: Vec::new() }))
     }
 
     async fn update_config(
         &self,
-        _: Request<skep_proto::UpdateConfigRequest>,
+        request: Request<skep_proto::UpdateConfigRequest>,
     ) -> Answer<skep_proto::UpdateConfigResponse> {
-        Err(Status::unimplemented("config update"))
+        let request = request.into_inner();
+        if let Some(refusal) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(refusal);
+        }
+        self.ask(json!({"update config": spec(&request.spec_json), "data": request.data_changes}));
+        let services = vec!["web".to_owned()];
+        Ok(Response::new(skep_proto::UpdateConfigResponse { data_version: 2, services }))
     }
 
     async fn remove_config(
         &self,
-        _: Request<skep_proto::RemoveConfigRequest>,
+        request: Request<skep_proto::RemoveConfigRequest>,
     ) -> Answer<skep_proto::RemoveConfigResponse> {
-        Err(Status::unimplemented("config rm"))
+        self.ask(json!({"remove config": request.into_inner().id}));
+        Ok(Response::new(skep_proto::RemoveConfigResponse {}))
     }
 
     async fn update_swarm(

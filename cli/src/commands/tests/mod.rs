@@ -4,6 +4,7 @@ mod daemon;
 mod endpoints;
 mod events;
 mod lists;
+mod payloads;
 mod services;
 
 use std::io::Write;

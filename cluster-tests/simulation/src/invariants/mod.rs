@@ -9,6 +9,7 @@ mod i02_one_per_slot;
 mod i03_placement;
 mod i04_held_once;
 mod i05_only_grows;
+mod i06_secrets;
 mod i07_balancer;
 mod i08_update;
 mod i09_deposed;
@@ -40,6 +41,7 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(i03_placement::Placement),
         Box::new(i04_held_once::HeldOnce),
         Box::new(i05_only_grows::OnlyGrows),
+        Box::new(i06_secrets::Secrets),
         Box::new(i07_balancer::Balancer::default()),
         Box::new(i08_update::Update::default()),
         Box::new(i09_deposed::Deposed::default()),

@@ -21,7 +21,7 @@ use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{Scope, enforcer, global, is_live, newest};
 use crate::store::State;
-use crate::{image, network, ports};
+use crate::{image, network, ports, secrets};
 
 /// SwarmKit's default `Monitor`.
 const MONITOR: Duration = Duration::from_secs(5);
@@ -189,7 +189,8 @@ fn fail(
         Some(previous)
             if config.action == Action::Rollback
                 && !is_rollback
-                && network::are_there(scope.fork.state(), previous) =>
+                && network::are_there(scope.fork.state(), previous)
+                && secrets::are_there(scope.fork.state(), previous).is_ok() =>
         {
             status.state = "rollback_started".to_owned();
             status.message = format!("update rolled back due to {reason}");

@@ -59,6 +59,9 @@ impl State {
                 if writer.level >= level::NETWORKS {
                     self.check_networks(object)?;
                 }
+                if writer.level >= level::CONTROL {
+                    self.check_payloads(object)?;
+                }
                 changes.push(self.put(object, meta, writer.level)?);
             }
             Action::Delete { kind, id } => {
@@ -78,7 +81,7 @@ impl State {
         Ok(())
     }
 
-    fn meta_of(&self, kind: Kind, id: u128) -> Option<Meta> {
+    pub(crate) fn meta_of(&self, kind: Kind, id: u128) -> Option<Meta> {
         match kind {
             Kind::Cluster => {
                 self.cluster.as_ref().filter(|object| object.id.0 == id).map(|o| o.meta)
@@ -112,17 +115,27 @@ impl State {
             Object::Task(task) => return self.put_task((**task).clone(), meta),
             Object::Network(network) => self.put_network((**network).clone(), meta)?,
             Object::Secret(secret) => {
-                let old = self.secrets.get(&secret.id).map(|old| old.spec.name.clone());
-                self.rename(kind, id, old.as_deref(), &secret.spec.name)?;
+                let old = self.secrets.get(&secret.id).cloned();
+                let old_name = old.as_ref().map(|old| old.spec.name.as_str());
+                self.rename(kind, id, old_name, &secret.spec.name)?;
                 let mut secret = (**secret).clone();
                 secret.meta = meta;
+                if let Some(old) = old {
+                    let new = std::mem::take(&mut secret.versions);
+                    secret.versions = self.merged_versions(kind, id, &old.versions, new);
+                }
                 self.secrets.insert(secret.id, Arc::new(secret));
             }
             Object::Config(config) => {
-                let old = self.configs.get(&config.id).map(|old| old.spec.name.clone());
-                self.rename(kind, id, old.as_deref(), &config.spec.name)?;
+                let old = self.configs.get(&config.id).cloned();
+                let old_name = old.as_ref().map(|old| old.spec.name.as_str());
+                self.rename(kind, id, old_name, &config.spec.name)?;
                 let mut config = (**config).clone();
                 config.meta = meta;
+                if let Some(old) = old {
+                    let new = std::mem::take(&mut config.versions);
+                    config.versions = self.merged_versions(kind, id, &old.versions, new);
+                }
                 self.configs.insert(config.id, Arc::new(config));
             }
             Object::Stack(stack) => {
