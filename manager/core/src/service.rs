@@ -85,7 +85,8 @@ pub fn create(
 }
 
 /// The service with a new spec; its tasks are replaced as its update policy says. `version` is what
-/// the caller read; `None` where a spec like the stored one changes nothing.
+/// the caller read; `None` where a spec like the stored one changes nothing. Where its update is paused,
+/// such a spec lets it go on.
 pub fn update(
     state: &State,
     service: &Service,
@@ -107,7 +108,7 @@ pub fn update(
     secrets::resolve(state, &mut spec)?;
     let spec = keep_pin(state, &service.spec, spec);
     if spec == service.spec && version == service.meta.version {
-        return Ok(None);
+        return Ok(is_paused(service).then(|| resumed(service, version)));
     }
     let mut new = service.clone();
     new.previous_spec = Some(service.spec.clone());
@@ -115,6 +116,18 @@ pub fn update(
     new.spec = spec;
     allocate(state, &mut new)?;
     Ok(Some(put(new, Expect::Version(version))))
+}
+
+fn is_paused(service: &Service) -> bool {
+    let status = service.update_status.as_ref().map(|status| status.state.as_str());
+    matches!(status, Some("paused" | "rollback_paused"))
+}
+
+/// The service whose update starts anew with what it has not replaced yet.
+fn resumed(service: &Service, version: Version) -> Action {
+    let mut new = service.clone();
+    new.update_status = None;
+    put(new, Expect::Version(version))
 }
 
 /// The service with its previous spec; asked a second time, it goes forward again.

@@ -261,6 +261,7 @@ fn update_config(what: &str, config: Option<&UpdateConfig>, actions: &[&str]) ->
     let Some(config) = config else { return Ok(()) };
     not_negative(&format!("{what}: delay"), config.delay)?;
     not_negative(&format!("{what}: monitor"), config.monitor)?;
+    not_negative(&format!("{what}: progress deadline"), config.progress_deadline)?;
     if config.max_failure_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
         return refuse(format!("{what}: max failure ratio cannot be less than 0 or bigger than 1"));
     }

@@ -373,7 +373,8 @@ mod tests {
              --placement-strategy binpack --generic-resource GPU=2 \
              --restart-condition on-failure --restart-delay 1s --restart-max-attempts 3 --restart-window 1m \
              --update-parallelism 2 --update-delay 1s --update-order start-first --update-failure-action rollback \
-             --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
+             --update-monitor 10s --update-max-failure-ratio 0.2 --update-progress-deadline 30s \
+             --rollback-order stop-first \
              --health-cmd 'curl -f http://localhost' --health-interval 5s --health-timeout 2s --health-retries 3 \
              --health-start-period 1m -p published=53,target=53,protocol=udp,mode=host --endpoint-mode dnsrr \
              --ingress-policy local \
@@ -413,6 +414,7 @@ mod tests {
                 "UpdateConfig": {
                     "Parallelism": 2, "Delay": 1_000_000_000, "FailureAction": "rollback",
                     "Monitor": 10_000_000_000_i64, "MaxFailureRatio": 0.2, "Order": "start-first",
+                    "ProgressDeadline": 30_000_000_000_i64,
                 },
                 "RollbackConfig": {"Parallelism": 1, "Order": "stop-first"},
                 "EndpointSpec": {"Mode": "dnsrr", "IngressPolicy": "local", "Ports": [

@@ -185,6 +185,9 @@ struct UpdateFlags {
     /// Failure rate to tolerate during an update (default 0)
     #[arg(long, value_parser = parse_ratio, value_name = "RATIO")]
     update_max_failure_ratio: Option<f64>,
+    /// Time within which each updated task must run, or else has failed (ns|us|ms|s|m|h) (default 10m)
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    update_progress_deadline: Option<Nanos>,
     /// Update order (default "stop-first")
     #[arg(long, value_parser = ["start-first", "stop-first"])]
     update_order: Option<String>,
@@ -207,6 +210,9 @@ struct RollbackFlags {
     /// Failure rate to tolerate during a rollback (default 0)
     #[arg(long, value_parser = parse_ratio, value_name = "RATIO")]
     rollback_max_failure_ratio: Option<f64>,
+    /// Time within which each task rolled back must run, or else has failed (ns|us|ms|s|m|h) (default 10m)
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    rollback_progress_deadline: Option<Nanos>,
     /// Rollback order (default "stop-first")
     #[arg(long, value_parser = ["start-first", "stop-first"])]
     rollback_order: Option<String>,
@@ -363,6 +369,7 @@ fn apply_update(config: &mut Option<UpdateConfig>, given: &UpdateConfig) {
     set(&mut config.delay, &given.delay);
     set(&mut config.failure_action, &given.failure_action);
     set(&mut config.monitor, &given.monitor);
+    set(&mut config.progress_deadline, &given.progress_deadline);
     set(&mut config.max_failure_ratio, &given.max_failure_ratio);
     set(&mut config.order, &given.order);
 }
@@ -376,7 +383,7 @@ impl UpdateFlags {
             monitor: self.update_monitor,
             max_failure_ratio: self.update_max_failure_ratio,
             order: self.update_order.clone(),
-            progress_deadline: None,
+            progress_deadline: self.update_progress_deadline,
         };
         apply_update(config, &given);
     }
@@ -391,7 +398,7 @@ impl RollbackFlags {
             monitor: self.rollback_monitor,
             max_failure_ratio: self.rollback_max_failure_ratio,
             order: self.rollback_order.clone(),
-            progress_deadline: None,
+            progress_deadline: self.rollback_progress_deadline,
         };
         apply_update(config, &given);
     }

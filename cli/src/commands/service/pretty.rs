@@ -103,6 +103,9 @@ fn write_update(out: &mut String, title: &str, order: &str, config: Option<&Upda
     if let Some(monitor) = given(config.monitor) {
         line(out, format_args!(" Monitoring Period: {}", go_duration(monitor)));
     }
+    if let Some(deadline) = given(config.progress_deadline) {
+        line(out, format_args!(" Progress deadline: {}", go_duration(deadline)));
+    }
     line(out, format_args!(" Max failure ratio: {}", config.max_failure_ratio.unwrap_or(0.0)));
     line(out, format_args!(" {order} {}", config.order.as_deref().unwrap_or("stop-first")));
 }

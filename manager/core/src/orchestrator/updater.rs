@@ -7,7 +7,7 @@
 //!
 //! A new task that ends (whatever its exit code) before or within `monitor` after it ran, or whose
 //! health check fails then, is a failure of its slot. Differs from SwarmKit: so is one that does not
-//! run within [`Options::progress_deadline`](crate::plan::Options); SwarmKit waits for ever.
+//! run within `ProgressDeadline`, or else [`Options::progress_deadline`]; SwarmKit waits for ever.
 //! Source: SwarmKit `manager/orchestrator/update/updater.go`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,6 +20,7 @@ use skep_common::spec::{ModeKind, Placement, TaskSpec, UpdateConfig};
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{Scope, enforcer, global, is_live, newest};
+use crate::plan::Options;
 use crate::store::State;
 use crate::{image, network, ports};
 
@@ -49,6 +50,10 @@ struct Config {
     max_failure_ratio: f64,
     action: Action,
     is_start_first: bool,
+    /// What ended before is none of this update's failures.
+    started_at: Timestamp,
+    /// Within which a new task must run.
+    progress_deadline: Duration,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -59,7 +64,7 @@ enum Action {
 }
 
 impl Config {
-    fn of(given: Option<&UpdateConfig>) -> Self {
+    fn of(given: Option<&UpdateConfig>, started_at: Timestamp, options: &Options) -> Self {
         let unset = UpdateConfig::default();
         let given = given.unwrap_or(&unset);
         let delay = given.delay.map_or(Duration::ZERO, |delay| delay.duration());
@@ -80,6 +85,10 @@ impl Config {
                 _ => Action::Pause,
             },
             is_start_first: given.order.as_deref() == Some("start-first"),
+            started_at,
+            progress_deadline: given
+                .progress_deadline
+                .map_or(options.progress_deadline, |deadline| deadline.duration()),
         }
     }
 }
@@ -121,7 +130,8 @@ pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     };
     let given =
         if is_rollback { &service.spec.rollback_config } else { &service.spec.update_config };
-    let config = Config::of(given.as_ref());
+    let started_at = service.update_status.as_ref().and_then(|status| status.started_at);
+    let config = Config::of(given.as_ref(), started_at.unwrap_or_default(), scope.options);
     let wake = scope.wake;
     let survey = survey(scope, service, &config);
     if is_new && survey.dirty.is_empty() {
@@ -280,7 +290,7 @@ fn survey(scope: &mut Scope<'_, '_>, service: &Service, config: &Config) -> Surv
             continue;
         }
         survey.n_touched += 1;
-        let settled_at = touched.iter().filter_map(|task| settled_at(scope, task)).min();
+        let settled_at = touched.iter().filter_map(|task| settled_at(scope, config, task)).min();
         match settled_at {
             Some(at) => {
                 survey.settled_at = survey.settled_at.max(at);
@@ -313,11 +323,11 @@ fn is_dirty(state: &State, service: &Service, tasks: &[Arc<Task>]) -> bool {
 }
 
 /// When a task was last waited for: it ran, ended, or took too long.
-fn settled_at(scope: &mut Scope<'_, '_>, task: &Task) -> Option<Timestamp> {
+fn settled_at(scope: &mut Scope<'_, '_>, config: &Config, task: &Task) -> Option<Timestamp> {
     if task.status.state >= TaskState::Running {
         return Some(task.status.applied_at.unwrap_or(task.status.timestamp));
     }
-    let deadline = progress_deadline(scope, task);
+    let deadline = progress_deadline(config, task);
     if deadline <= scope.fork.now() || !is_live(task) {
         return Some(deadline.min(scope.fork.now()));
     }
@@ -325,9 +335,9 @@ fn settled_at(scope: &mut Scope<'_, '_>, task: &Task) -> Option<Timestamp> {
     None
 }
 
-fn progress_deadline(scope: &Scope<'_, '_>, task: &Task) -> Timestamp {
+fn progress_deadline(config: &Config, task: &Task) -> Timestamp {
     let start = task.start_after.map_or(task.meta.created_at, |at| at.max(task.meta.created_at));
-    start.after(scope.options.progress_deadline)
+    start.max(config.started_at).after(config.progress_deadline)
 }
 
 /// Why a new task counts against the update, if it does.
@@ -335,6 +345,9 @@ fn failure(scope: &mut Scope<'_, '_>, config: &Config, task: &Task) -> Option<St
     let now = scope.fork.now();
     let watched = scope.updates.services.entry(task.service_id).or_default();
     let written_at = task.status.applied_at.unwrap_or(task.status.timestamp);
+    if written_at < config.started_at && task.status.state.is_terminal() {
+        return None; // It was an earlier update's, which was paused for it.
+    }
     if task.status.state == TaskState::Running {
         let since = *watched.running_since.entry(task.id).or_insert(written_at);
         if task.status.unhealthy && now.since(since) <= config.monitor {
@@ -357,12 +370,12 @@ fn failure(scope: &mut Scope<'_, '_>, config: &Config, task: &Task) -> Option<St
     }
     let is_late = is_live(task)
         && task.status.state < TaskState::Running
-        && progress_deadline(scope, task) <= now;
-    is_late.then(|| late(scope, task))
+        && progress_deadline(config, task) <= now;
+    is_late.then(|| late(config, task))
 }
 
-fn late(scope: &Scope<'_, '_>, task: &Task) -> String {
-    let within = scope.options.progress_deadline.as_secs();
+fn late(config: &Config, task: &Task) -> String {
+    let within = config.progress_deadline.as_secs();
     let reason = Some(task.status.err.as_str()).filter(|err| !err.is_empty());
     let reason = reason.map_or_else(|| task.status.state.to_string(), str::to_owned);
     format!("task {} not running within {within} s: {reason}", task.id)
