@@ -25,6 +25,7 @@ pub(crate) mod node;
 mod node_pretty;
 mod node_what_if;
 mod progress;
+mod progress_job;
 pub(crate) mod secret;
 pub(crate) mod service;
 pub(crate) mod stack;

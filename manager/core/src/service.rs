@@ -4,7 +4,7 @@
 //! have changed in between (names, ports, versions). Source: SwarmKit `manager/controlapi/service.go`.
 
 use skep_common::object::UpdateStatus;
-use skep_common::spec::ServiceSpec;
+use skep_common::spec::{ModeKind, ServiceSpec};
 use skep_common::{Meta, Object, Service, ServiceId, Timestamp, Version};
 
 use crate::command::{Action, Expect};
@@ -145,7 +145,9 @@ pub fn rollback(
         service.previous_spec.clone().ok_or_else(|| Error::NoPreviousSpec { name: name() })?;
     let mut new = service.clone();
     new.previous_spec = Some(std::mem::replace(&mut new.spec, previous));
-    new.update_status = Some(UpdateStatus {
+    // A job has no update that would end: it begins anew.
+    let is_job = new.spec.mode_kind().is_some_and(ModeKind::is_job);
+    new.update_status = (!is_job).then(|| UpdateStatus {
         state: "rollback_started".to_owned(),
         started_at: Some(now),
         completed_at: None,

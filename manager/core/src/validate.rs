@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use skep_common::spec::generic::is_kind;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, Nanos, NodeSpec,
-    PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, ModeKind, Nanos,
+    NodeSpec, PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec,
     UpdateConfig,
 };
 
@@ -77,23 +77,20 @@ fn name(name: &str) -> Outcome {
 
 fn mode(spec: &ServiceSpec) -> Outcome {
     let Some(mode) = &spec.mode else { return Ok(()) };
+    const MODES: &str = "Replicated, Global, ReplicatedJob and GlobalJob";
     if let Some(other) = mode.extra.iter().find(|(_, value)| !value.is_null()).map(|(key, _)| key) {
-        return refuse(format!(
-            "service mode {other} is not supported yet: use Replicated or Global"
-        ));
-    }
-    let later = [
-        ("ReplicatedJob", mode.replicated_job.is_some()),
-        ("GlobalJob", mode.global_job.is_some()),
-    ];
-    if let Some((other, _)) = later.into_iter().find(|(_, is_given)| *is_given) {
-        return refuse(format!(
-            "service mode {other} is not supported yet: use Replicated or Global"
-        ));
+        return refuse(format!("service mode {other} is unknown: it must be one of {MODES}"));
     }
     match mode.kind() {
+        None => refuse(format!("service mode must be one of {MODES}")),
+        Some(ModeKind::ReplicatedJob { total: 1.., concurrent: 0 }) => {
+            refuse("ReplicatedJob: MaxConcurrent must be at least 1, or no task ever runs")
+        }
+        // SwarmKit `manager/controlapi/service.go`, `validateJob`.
+        Some(kind) if kind.is_job() && spec.update_config.is_some() => {
+            refuse("Jobs may not have an update config")
+        }
         Some(_) => Ok(()),
-        None => refuse("service mode must be one of Replicated and Global"),
     }
 }
 
@@ -423,13 +420,24 @@ mod tests {
             (json!({"Name": "a".repeat(64)}), "name must be 63 characters or fewer"),
             (json!({"Name": "a--_b"}), ""),
             (
-                json!({"Mode": {"Replicated": null, "GlobalJob": {}}}),
-                "service mode GlobalJob is not supported yet: use Replicated or Global",
+                json!({"Mode": {"Replicated": null, "Jobs": {}}}),
+                "service mode Jobs is unknown: it must be one of Replicated, Global, \
+                 ReplicatedJob and GlobalJob",
+            ),
+            (json!({"Mode": {"Replicated": null, "ReplicatedJob": {"TotalCompletions": 3}}}), ""),
+            (json!({"Mode": {"Replicated": null, "GlobalJob": {}}}), ""),
+            (
+                json!({"Mode": {"Replicated": null, "ReplicatedJob": {"TotalCompletions": 3, "MaxConcurrent": 0}}}),
+                "ReplicatedJob: MaxConcurrent must be at least 1, or no task ever runs",
+            ),
+            (
+                json!({"Mode": {"Replicated": null, "GlobalJob": {}}, "UpdateConfig": {"Parallelism": 1}}),
+                "Jobs may not have an update config",
             ),
             (json!({"Mode": {"Replicated": null, "Global": {}}}), ""),
             (
                 json!({"Mode": {"Replicated": {}, "Global": {}}}),
-                "service mode must be one of Replicated and Global",
+                "service mode must be one of Replicated, Global, ReplicatedJob and GlobalJob",
             ),
             (
                 json!({"TaskTemplate": {"ContainerSpec": null}}),

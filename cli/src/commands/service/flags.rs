@@ -13,10 +13,11 @@ use skep_common::compose::units::{
 };
 use skep_common::spec::{
     ContainerSpec, EndpointSpec, HealthConfig, IngressPolicy, LogDriver, Nanos,
-    NetworkAttachmentConfig, PortConfig, PortProtocol, ProxyProtocol, PublishMode, Replicated,
+    NetworkAttachmentConfig, PortConfig, PortProtocol, ProxyProtocol, PublishMode,
     ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
 };
 
+use super::mode::ModeFlags;
 use super::placement::PlacementFlags;
 
 /// Whether and how loudly the command waits.
@@ -85,9 +86,8 @@ pub(super) struct SpecFlags {
     /// Overwrite the default ENTRYPOINT of the image
     #[arg(long, value_parser = parse_words, value_name = "COMMAND")]
     entrypoint: Option<Words>,
-    /// Number of tasks
-    #[arg(long)]
-    replicas: Option<u64>,
+    #[command(flatten)]
+    mode: ModeFlags,
     #[command(flatten)]
     placement: PlacementFlags,
     /// Endpoint mode
@@ -243,18 +243,6 @@ struct HealthFlags {
     no_healthcheck: bool,
 }
 
-/// Sets the number of tasks; a mode that was never given is the replicated one.
-pub(super) fn set_replicas(spec: &mut ServiceSpec, replicas: u64) -> Result<()> {
-    let mode = spec.mode.get_or_insert_default();
-    let is_other =
-        mode.global.is_some() || mode.replicated_job.is_some() || mode.global_job.is_some();
-    if mode.replicated.is_none() && (is_other || !mode.extra.is_empty()) {
-        bail!("replicas can only be used with replicated mode");
-    }
-    mode.replicated = Some(Replicated { replicas: Some(replicas) });
-    Ok(())
-}
-
 /// Sets `field` to a given value; an absent one leaves it.
 fn set<T: Clone>(field: &mut Option<T>, given: &Option<T>) {
     if given.is_some() {
@@ -272,9 +260,7 @@ fn set_text(field: &mut Option<String>, given: &Option<String>) {
 impl SpecFlags {
     /// Lays the given flags over `spec`.
     pub(super) fn apply(&self, spec: &mut ServiceSpec) -> Result<()> {
-        if let Some(replicas) = self.replicas {
-            set_replicas(spec, replicas)?;
-        }
+        self.mode.apply(spec)?;
         if self.endpoint_mode.is_some() {
             let endpoint: &mut EndpointSpec = spec.endpoint_spec.get_or_insert_default();
             set(&mut endpoint.mode, &self.endpoint_mode);

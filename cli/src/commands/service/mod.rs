@@ -8,6 +8,7 @@ mod history;
 mod inspect;
 mod list;
 mod logs;
+mod mode;
 mod names;
 mod placement;
 mod pretty;

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use skep_common::spec::{
-    ContainerSpec, HealthConfig, Nanos, PublishMode, Resources, ServiceSpec, UpdateConfig,
+    ContainerSpec, HealthConfig, ModeKind, Nanos, PublishMode, Resources, ServiceSpec, UpdateConfig,
 };
 use skep_common::{Service, Timestamp};
 
@@ -15,12 +15,7 @@ pub(super) fn pretty(service: &Service, now: Timestamp) -> String {
     let spec = &service.spec;
     let mut out = format!("\nID:\t\t{}\nName:\t\t{}\n", service.id, spec.name);
     write_labels(&mut out, spec);
-    match spec.replicas() {
-        Some(replicas) => {
-            out.push_str(&format!("Service Mode:\tReplicated\n Replicas:\t{replicas}\n"))
-        }
-        None => out.push_str("Service Mode:\tGlobal\n"),
-    }
+    write_mode(&mut out, service, now);
     write_status(&mut out, service, now);
     out.push_str("Placement:\n");
     if let Some(placement) = &spec.task_template.placement {
@@ -73,6 +68,25 @@ fn write_labels(out: &mut String, spec: &ServiceSpec) {
     for (name, value) in labels {
         let separator = if value.is_empty() { "" } else { "=" };
         line(out, format_args!(" {name}{separator}{value}"));
+    }
+}
+
+fn write_mode(out: &mut String, service: &Service, now: Timestamp) {
+    match service.spec.mode_kind() {
+        Some(ModeKind::Replicated(replicas)) => {
+            line(out, format_args!("Service Mode:\tReplicated\n Replicas:\t{replicas}"));
+        }
+        Some(ModeKind::ReplicatedJob { total, concurrent }) => {
+            line(out, format_args!("Service Mode:\tReplicated Job"));
+            line(out, format_args!(" Total Completions:\t{total}"));
+            line(out, format_args!(" Max Concurrent:\t{concurrent}"));
+        }
+        Some(ModeKind::GlobalJob) => line(out, format_args!("Service Mode:\tGlobal Job")),
+        Some(ModeKind::Global) | None => line(out, format_args!("Service Mode:\tGlobal")),
+    }
+    if let Some(begun) = service.job_status.and_then(|status| status.last_execution) {
+        let ago = duration(now.since(begun)).to_lowercase();
+        line(out, format_args!(" Last execution:\t{} ago", ago));
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod daemon;
 mod endpoints;
+mod jobs;
 mod lists;
 mod services;
 

@@ -17,7 +17,9 @@ use skep_common::object::NodeState;
 use skep_common::spec::{Availability, RestartCondition, RestartPolicy};
 use skep_common::{Service, Task, TaskState, Timestamp};
 
-use super::{OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater};
+use super::{
+    OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater, wanted_state,
+};
 
 /// The highest `MaxAttempts` that is a limit.
 pub const MAX_ATTEMPTS_COUNTED: u64 = 100;
@@ -66,6 +68,9 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
 }
 
 fn fault(scope: &Scope<'_, '_>, constraints: &enforcer::Constraints, task: &Task) -> Option<Fault> {
+    if task.job_iteration.is_some() && task.status.state == TaskState::Complete {
+        return None; // It did what it was made for, wherever.
+    }
     if let Some(node_id) = task.node_id {
         let node = scope.fork.state().node(node_id);
         let is_fit = node.is_some_and(|node| {
@@ -117,6 +122,7 @@ pub(super) fn has_successor(task: &Task, tasks: &[Arc<Task>], now: Timestamp) ->
 /// Lets prepared successors start whose delay is over and whose predecessors have stopped.
 pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
     let now = scope.fork.now();
+    let started = wanted_state(service);
     for tasks in scope.slots(service.id).values() {
         for task in tasks.iter().filter(|task| task.desired_state <= TaskState::Ready) {
             let start_after = task.start_after.unwrap_or(task.meta.created_at);
@@ -127,7 +133,7 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
             let patience = stopping.map(|old| task.meta.created_at.after(patience(old))).max();
             let at = patience.map_or(start_after, |patience| patience.max(start_after));
             if at <= now {
-                scope.fork.desire(task.id, TaskState::Running);
+                scope.fork.desire(task.id, started);
             } else {
                 scope.wake_at(at, "restart delay or the stop of an older task");
             }
@@ -136,7 +142,7 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
 }
 
 /// How long the successor of a task waits for it.
-fn patience(old: &Task) -> Duration {
+pub(super) fn patience(old: &Task) -> Duration {
     let grace = old.spec.container_spec.as_ref().and_then(|spec| spec.stop_grace_period);
     let grace = grace.map_or(defaults::STOP_GRACE_PERIOD, |grace| grace.duration());
     OLD_TASK_WAIT.max(grace + STOP_SLACK)
