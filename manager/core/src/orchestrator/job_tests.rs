@@ -6,6 +6,7 @@ use skep_common::object::{JobStatus, TaskStatus};
 use skep_common::spec::{ReplicatedJob, RestartCondition, RestartPolicy, ServiceMode};
 use skep_common::{Object, Service, TaskId, TaskState, Version};
 
+use crate::store::State;
 use crate::testing::{World, parse_node, service};
 
 /// A job; the tables' words are of its iteration, which is the first write's version.
@@ -172,6 +173,8 @@ fn an_iteration_is_told_by_the_spec_alone() {
     let web = world.web();
     world.replace(Object::Service(Box::new(web)));
     assert_eq!(world.web().job_status, Some(begun), "nothing changed");
+    let bytes = world.state.encode();
+    assert_eq!(State::decode(&bytes).unwrap().encode(), bytes, "a snapshot keeps it");
     let leaving = Service { pending_delete: true, ..world.web() };
     world.replace(Object::Service(Box::new(leaving)));
     let again = Service { pending_delete: false, ..world.web() };
