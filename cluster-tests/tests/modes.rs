@@ -64,6 +64,7 @@ fn a_global_service_has_a_task_on_every_node_that_may_have_one() {
         (is_new.then_some(()), format!("{whoamis:#?}"))
     });
 
+    a_revision_is_gone_back_to(&lab);
     let refused = n1.skep(&["service", "scale", "--detach", "agent=2"]).err();
     let expect = "scale can only be used with replicated or replicated-job mode";
     assert!(refused.contains(expect), "{refused}");
@@ -75,6 +76,28 @@ fn a_global_service_has_a_task_on_every_node_that_may_have_one() {
         (is_gone.then_some(()), format!("{listed}\n{whoamis:#?}"))
     });
     lab.down();
+}
+
+/// The update above was the first since the nodes said what they know; what was before is revision 1.
+fn a_revision_is_gone_back_to(lab: &Lab) {
+    let n1 = lab.node("n1");
+    let history = || {
+        let format = "{{.Revision}} {{.Changed}}";
+        let listed = n1.skep(&["service", "history", "--format", format, "agent"]).ok();
+        listed.text().lines().map(str::to_owned).collect::<Vec<String>>()
+    };
+    assert_eq!(history(), ["2 Env, UpdateConfig", "1"]);
+    let refused = n1.skep(&["service", "rollback", "--to", "9", "agent"]).err();
+    let expect = "service agent has no revision 9 to go back to: choose one of 1";
+    assert!(refused.contains(expect), "{refused}");
+    n1.skep(&["service", "rollback", "--to", "1", "agent"]).ok();
+    assert_eq!(history(), ["3 Env, UpdateConfig", "2 Env, UpdateConfig", "1"]);
+    wait_until(SETTLES_WITHIN, "every node has a task of the first spec", || {
+        let whoamis = lab.whoamis_of("agent");
+        let is_old =
+            whoamis.len() == 3 && whoamis.iter().all(|one| !one.environment.contains_key("A"));
+        (is_old.then_some(()), format!("{whoamis:#?}"))
+    });
 }
 
 fn leave(lab: &Lab, node: &str) {

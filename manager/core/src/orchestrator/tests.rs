@@ -528,6 +528,23 @@ fn a_rollback_brings_the_previous_spec_back() {
 }
 
 #[test]
+fn an_automatic_rollback_is_a_revision_too() {
+    let mut web = service(2);
+    web.revision = 1;
+    let mut world = World::new("1 2", web, "1@1:running 2@2:running");
+    world.step();
+    update(&mut world, |config| config.failure_action = Some("rollback".to_owned()));
+    let failing = world.web().spec;
+    world.step();
+    fail_first(&mut world, None);
+    let web = world.web();
+    assert_eq!((status(&world).0.as_str(), web.revision), ("rollback_started", 3));
+    let kept: Vec<_> = world.state.revisions_of(web.id).collect();
+    assert_eq!(kept.iter().map(|revision| revision.number).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!((&kept[0].spec, &kept[1].spec), (&web.spec, &failing));
+}
+
+#[test]
 fn a_rollback_that_fails_is_paused() {
     let mut world = World::new("1", service(1), "1@1:running");
     world.step();

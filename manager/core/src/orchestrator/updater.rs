@@ -22,7 +22,7 @@ use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 use super::{Scope, enforcer, global, is_live, newest};
 use crate::plan::Options;
 use crate::store::State;
-use crate::{image, network, ports};
+use crate::{image, network, ports, service};
 
 /// SwarmKit's default `Monitor`.
 const MONITOR: Duration = Duration::from_secs(5);
@@ -215,6 +215,7 @@ fn fail(
             }
             let virtual_ips = network::virtual_ips(scope.fork.state(), &service);
             service.endpoint.virtual_ips = virtual_ips;
+            service::number(scope.fork.state(), &mut service);
             scope.fork.put_service(service);
         }
         _ => {

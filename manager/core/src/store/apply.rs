@@ -192,7 +192,7 @@ impl State {
         self.move_virtual_ips(old.as_deref(), &service)?;
         service.meta = meta;
         if let (Some(old), true) = (&old, format_level >= level::CONTROL) {
-            self.note_revision(old, &mut service);
+            self.note_revision(old, &mut service, meta);
         }
         let spec_changed = old.as_ref().is_none_or(|old| {
             // A job that takes the place of one on its way out runs, although that did.
