@@ -10,8 +10,8 @@ use std::time::Duration;
 use skep_common::spec::generic::is_kind;
 use skep_common::spec::{
     ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, ModeKind, Nanos,
-    NodeSpec, PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec,
-    UpdateConfig,
+    NodeSpec, PortConfig, PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec,
+    TaskSpec, UpdateConfig,
 };
 
 use crate::constraint;
@@ -327,13 +327,10 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     {
         note("TaskTemplate.Resources.", &resources.extra);
     }
-    let later = [
-        ("UpdateConfig.ProgressDeadline", has_deadline(spec.update_config.as_ref())),
-        ("RollbackConfig.ProgressDeadline", has_deadline(spec.rollback_config.as_ref())),
-    ];
-    let later = later.into_iter().chain(without_effect(task)).filter(|(_, is_given)| *is_given);
+    let later = without_effect(task).into_iter().filter(|(_, is_given)| *is_given);
     warnings.extend(later.map(|(path, _)| format!("{path} is kept but has no effect yet")));
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
+    warnings.extend(stops_first(spec));
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
         warnings.push(format!("MaxAttempts above {MAX_ATTEMPTS_COUNTED} counts as unlimited"));
@@ -341,8 +338,20 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     warnings
 }
 
-fn has_deadline(config: Option<&UpdateConfig>) -> bool {
-    config.is_some_and(|config| config.progress_deadline.is_some())
+/// What start-first means where two tasks of a slot may not be able to run at once.
+fn stops_first(spec: &ServiceSpec) -> Option<String> {
+    let mut configs = [&spec.update_config, &spec.rollback_config].into_iter().flatten();
+    let is_start_first = configs.any(|config| config.order.as_deref() == Some("start-first"));
+    let is_fixed = |port: &PortConfig| {
+        port.publish_mode == Some(PublishMode::Host) && port.published_port.is_some_and(|n| n > 0)
+    };
+    let placement = spec.task_template.placement.as_ref();
+    let is_limited = placement.and_then(|placement| placement.max_replicas).unwrap_or(0) > 0;
+    (is_start_first && (is_limited || spec.ports().iter().any(is_fixed))).then(|| {
+        "start-first stops the old task first where the new one fits on no node beside it, for a \
+         host-mode port or MaxReplicas"
+            .to_owned()
+    })
 }
 
 /// Fields of a task that nothing acts on yet, and whether they are given.

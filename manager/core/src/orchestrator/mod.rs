@@ -36,6 +36,8 @@ mod job_tests;
 mod replicated;
 mod restart;
 #[cfg(test)]
+mod start_first_tests;
+#[cfg(test)]
 mod tests;
 pub(crate) mod updater;
 

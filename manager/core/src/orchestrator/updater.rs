@@ -240,13 +240,25 @@ fn replace(
     if !scope.fork.has_room() {
         return false;
     }
-    if is_start_first {
+    if is_start_first && let Some(kept) = best(tasks) {
+        // Successors of specs in between, which do not run yet, are not to pile up.
+        for task in tasks.iter().filter(|task| is_live(task) && task.id != kept) {
+            scope.fork.desire(task.id, TaskState::Shutdown);
+        }
         return scope.fork.create_task(service, slot, TaskState::Running, None);
     }
     for task in tasks.iter().filter(|task| is_live(task)) {
         scope.fork.desire(task.id, TaskState::Shutdown);
     }
     scope.create_in_slot(service, slot, scope.fork.now())
+}
+
+/// The live task of a slot that serves, or comes closest to it.
+fn best(tasks: &[Arc<Task>]) -> Option<TaskId> {
+    let live = tasks.iter().filter(|task| is_live(task) && !task.status.state.is_terminal());
+    let rank =
+        |task: &&Arc<Task>| (task.status.state, !task.status.unhealthy, task.spec_version, task.id);
+    live.max_by_key(rank).map(|task| task.id)
 }
 
 /// Gives up a slot's other tasks once one of the current spec runs.
@@ -402,7 +414,7 @@ pub(super) fn is_clean(state: &State, service: &Service, task: &Task) -> bool {
     }
     let is_met = |node: &Arc<skep_common::Node>| enforcer::is_met(wanted, node);
     let node = task.node_id.and_then(|node_id| state.node(node_id));
-    is_same_but_constraints(wanted, made) && node.is_some_and(is_met)
+    is_same_but_choice(wanted, made) && node.is_some_and(is_met)
 }
 
 /// Whether a task on internal networks only is to be reached from outside all the same.
@@ -429,12 +441,12 @@ fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {
         && image::is_same_container(wanted.container_spec.as_ref(), made.container_spec.as_ref())
 }
 
-fn is_same_but_constraints(wanted: &TaskSpec, made: &TaskSpec) -> bool {
+/// Whether two templates differ at most in which of the nodes that fit is chosen: preferences and the strategy
+/// are for tasks to come, and constraints are checked on the task's own node.
+fn is_same_but_choice(wanted: &TaskSpec, made: &TaskSpec) -> bool {
     let rest = |spec: &TaskSpec| {
-        let mut placement = spec.placement.clone().unwrap_or_default();
-        placement.constraints = None;
-        placement
+        let placement = spec.placement.clone().unwrap_or_default();
+        Placement { constraints: None, preferences: None, strategy: None, ..placement }
     };
-    let (wanted, made): (Placement, Placement) = (rest(wanted), rest(made));
-    wanted == made
+    rest(wanted) == rest(made)
 }
