@@ -35,3 +35,4 @@ pub mod passage;
 mod path;
 pub mod peer;
 pub mod sys;
+mod throttle;

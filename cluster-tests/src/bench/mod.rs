@@ -10,6 +10,7 @@ mod failover;
 mod figures;
 mod mesh;
 mod place;
+mod placement;
 mod relays;
 mod requests;
 mod rules;
@@ -75,6 +76,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "rules",
         what: "rules of 1,000 services with 10 backends each: how long until they are in force",
         run: rules::run,
+    },
+    Scenario {
+        name: "placement",
+        what: "100,000 and 1,000,000 tasks are placed by the managers' core: how long, and memory",
+        run: placement::run,
     },
 ];
 

@@ -28,6 +28,9 @@ pub(super) fn retire(scope: &mut Scope<'_, '_>, service: &Service) {
         let may_stay = node.flatten().is_none_or(|node| global::keeps(service, node));
         let is_done = is_done(tasks.iter().filter(|task| task.job_iteration == iteration));
         for task in tasks {
+            if !scope.fork.has_room() {
+                return;
+            }
             if task.job_iteration != iteration || is_gone {
                 scope.fork.desire(task.id, TaskState::Remove);
             } else if (is_done || !may_stay) && task.status.state != TaskState::Complete {
@@ -42,7 +45,7 @@ pub(super) fn fill(scope: &mut Scope<'_, '_>, service: &Service, mode: ModeKind)
     let now = scope.fork.now();
     let slots = scope.slots(service.id);
     let is_open = |slot: &Slot| {
-        let Some(tasks) = slots.get(slot) else { return true };
+        let Some(tasks) = slots.get(*slot) else { return true };
         let may_follow = newest(tasks).is_none_or(|task| restart::has_successor(task, tasks, now));
         may_follow && !is_done(tasks) && !tasks.iter().any(|task| is_live(task))
     };
@@ -61,7 +64,6 @@ pub(super) fn fill(scope: &mut Scope<'_, '_>, service: &Service, mode: ModeKind)
     };
     for slot in open {
         if !scope.create_in_slot(service, slot, now) {
-            scope.wake_for_rest();
             break;
         }
     }

@@ -44,7 +44,7 @@ pub(super) fn give_way(
     }
     for task_id in &predecessors {
         fork.desire(*task_id, TaskState::Shutdown);
-        index.sync_task(fork.state(), *task_id);
+        index.sync_task(*task_id, fork.state().task(*task_id));
     }
     !predecessors.is_empty()
 }
