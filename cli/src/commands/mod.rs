@@ -26,6 +26,7 @@ mod node_pretty;
 mod node_what_if;
 mod payload;
 mod progress;
+mod progress_job;
 pub(crate) mod secret;
 pub(crate) mod service;
 pub(crate) mod stack;

@@ -324,8 +324,14 @@ impl Agent {
             self.report(task_id, TaskState::Shutdown, clock);
             return (Stepped::Reported(TaskState::Shutdown), Some(Duration::ZERO));
         }
-        if now < held.due || state == TaskState::Running {
+        let is_of_job = held.task.job_iteration.is_some();
+        if now < held.due || (state == TaskState::Running && !is_of_job) {
             return (Stepped::Nothing, None);
+        }
+        if state == TaskState::Running {
+            // It has done its work.
+            let ended = self.exit(task_id, false, clock);
+            return (ended.map_or(Stepped::Nothing, Stepped::Ended), None);
         }
         if state == TaskState::Ready && held.task.desired_state < TaskState::Running {
             return (Stepped::Nothing, None);
@@ -338,6 +344,7 @@ impl Agent {
                 held.due = now.after(delay);
                 return (Stepped::Started, Some(delay));
             }
+            TaskState::Starting if is_of_job => (TaskState::Running, 500..5000),
             TaskState::Starting => (TaskState::Running, 0..1),
             TaskState::Ready => (TaskState::Starting, 5..300),
             TaskState::Preparing if rates.hits(Fault::Reject, rng) => {

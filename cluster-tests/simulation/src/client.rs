@@ -164,6 +164,9 @@ fn about_service(
             if let Some(replicated) = spec.mode.as_mut().and_then(|mode| mode.replicated.as_mut()) {
                 replicated.replicas = Some(*replicas);
             }
+            if let Some(job) = spec.mode.as_mut().and_then(|mode| mode.replicated_job.as_mut()) {
+                job.total_completions = Some(*replicas);
+            }
             service::update(state, found, version, spec).map_err(text)?
         }
         Wish::Refresh(_) => {

@@ -188,7 +188,7 @@ impl<'a> Fork<'a> {
             start_after,
             host_ports: ports::host_mode(&service.endpoint.ports),
             standalone: None,
-            job_iteration: None,
+            job_iteration: service.job_status.map(|status| status.job_iteration),
             preset_node: slot.node(),
             assigned_generic_resources: Vec::new(),
             service_labels,

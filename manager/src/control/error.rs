@@ -136,9 +136,9 @@ fn service_code(error: &service::Error) -> Code {
         service::Error::Invalid(_) | service::Error::Port(_) => Code::InvalidArgument, // As SwarmKit.
         service::Error::NameTaken { .. } => Code::AlreadyExists,
         service::Error::Rename | service::Error::ModeChange => Code::Unimplemented,
-        service::Error::NoPreviousSpec { .. } | service::Error::BeingRemoved { .. } => {
-            Code::FailedPrecondition
-        }
+        service::Error::NoPreviousSpec { .. }
+        | service::Error::NoSuchRevision { .. }
+        | service::Error::BeingRemoved { .. } => Code::FailedPrecondition,
     }
 }
 

@@ -263,9 +263,6 @@ impl Control for ControlService {
         request: Request<UpdateServiceRequest>,
     ) -> Answer<UpdateServiceResponse> {
         let request = request.into_inner();
-        if request.rollback_to > 0 {
-            return Err(not_supported("service rollback --to"));
-        }
         Ok(Response::new(services::update(self, request).await?))
     }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Args;
 use skep_common::compose::units::parse_duration;
+use skep_common::spec::ModeKind;
 use skep_common::{Node, Service, Task, Timestamp};
 use skep_proto::{ListRequest, LogRecord, ServiceLogsRequest};
 use time::OffsetDateTime;
@@ -106,12 +107,21 @@ struct Target {
     has_tty: bool,
 }
 
+/// The widest number among a service's slots.
+fn slot_max(service: &Service) -> u64 {
+    match service.spec.mode_kind() {
+        Some(ModeKind::Replicated(replicas)) => replicas,
+        Some(ModeKind::ReplicatedJob { total, .. }) => total.saturating_sub(1),
+        Some(ModeKind::Global | ModeKind::GlobalJob) | None => 1,
+    }
+}
+
 async fn find(client: &Client, reference: &str) -> Result<Target> {
     match client.get::<Service>("service", reference).await {
         Ok(service) => Ok(Target {
             service_ids: vec![service.id.to_string()],
             task_ids: Vec::new(),
-            slot_max: service.spec.replicas().unwrap_or(1),
+            slot_max: slot_max(&service),
             has_tty: service.spec.container().tty == Some(true),
         }),
         Err(error) if is_not_found(&error) => match client.get::<Task>("task", reference).await {

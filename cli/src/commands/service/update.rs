@@ -166,6 +166,9 @@ pub(crate) struct UpdateArgs {
 /// `skep service rollback [OPTIONS] SERVICE`
 #[derive(Debug, Args)]
 pub(crate) struct RollbackArgs {
+    /// The revision to go back to, as `service history` numbers them (default: the previous specification)
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    to: Option<u64>,
     #[command(flatten)]
     wait: WaitFlags,
     /// Name or id of the service
@@ -442,7 +445,7 @@ pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Resu
         if touched != blank {
             bail!("other flags may not be combined with --rollback");
         }
-        send_rollback(client, &args.service, ui).await?
+        send_rollback(client, &args.service, 0, ui).await?
     } else {
         let caller = caller_environment();
         let networks = Networks::resolve(args, client).await?;
@@ -466,21 +469,28 @@ async fn waiting_after(client: &Client, before: &Service) -> Result<Waiting> {
     Ok(Waiting::for_changed(before))
 }
 
-async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<Waiting> {
+/// Rolls back to a revision, or to the previous spec where that is 0.
+async fn send_rollback(
+    client: &Client,
+    reference: &str,
+    rollback_to: u64,
+    ui: &mut Ui,
+) -> Result<Waiting> {
     let service: Service = client.get("service", reference).await?;
     let request = UpdateServiceRequest {
         id: service.id.to_string(),
         version: service.meta.version.index,
         spec_json: String::new(),
         rollback: true,
-        rollback_to: 0,
+        rollback_to,
     };
     send(client, request, ui).await?;
     waiting_after(client, &service).await
 }
 
 pub(super) async fn rollback(args: &RollbackArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let waiting = send_rollback(client, &args.service, ui).await?;
+    let to = args.to.unwrap_or(0);
+    let waiting = send_rollback(client, &args.service, to, ui).await?;
     ui.line(&args.service)?;
     converge(waiting, &args.wait, client, ui).await
 }

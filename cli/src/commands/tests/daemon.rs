@@ -216,7 +216,11 @@ impl Control for Served {
                 service["Version"]["Index"] = (request.version + 1).into();
             }
         }
-        self.ask(json!({"update": request.id, "version": request.version, "spec": spec}));
+        let mut asked = json!({"update": request.id, "version": request.version, "spec": spec});
+        if request.rollback_to > 0 {
+            asked["rollback_to"] = request.rollback_to.into();
+        }
+        self.ask(asked);
         Ok(Response::new(UpdateServiceResponse {
             warnings: vec!["watch out".into()],
             ..UpdateServiceResponse::default()
@@ -429,7 +433,10 @@ impl Control for Served {
         &self,
         _: Request<skep_proto::ServiceHistoryRequest>,
     ) -> Answer<skep_proto::ServiceHistoryResponse> {
-        Err(Status::unimplemented("service history"))
+        let table = self.0.lock().unwrap();
+        let revisions = table.objects.get("revision").map(Vec::as_slice).unwrap_or_default();
+        let revisions_json = revisions.iter().map(Value::to_string).collect();
+        Ok(Response::new(skep_proto::ServiceHistoryResponse { revisions_json }))
     }
 
     async fn explain(

@@ -3,6 +3,7 @@
 mod daemon;
 mod endpoints;
 mod events;
+mod jobs;
 mod lists;
 mod payloads;
 mod services;

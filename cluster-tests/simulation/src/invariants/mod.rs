@@ -16,6 +16,7 @@ mod i09_deposed;
 mod i10_one_log;
 mod i11_plan_is_deed;
 mod i12_comes_to_rest;
+mod i13_jobs;
 #[cfg(test)]
 mod tests;
 
@@ -48,6 +49,7 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(i10_one_log::OneLog::default()),
         Box::new(i11_plan_is_deed::PlanIsDeed::default()),
         Box::new(i12_comes_to_rest::ComesToRest),
+        Box::new(i13_jobs::Jobs),
     ]
 }
 

@@ -52,13 +52,15 @@ pub(super) fn may_fill(scope: &Scope<'_, '_>, service: &Service, slot: Slot) -> 
     })
 }
 
-fn takes(service: &Service, node: &Node) -> bool {
+/// Whether a node may get a task.
+pub(super) fn takes(service: &Service, node: &Node) -> bool {
     node.status.state != NodeState::Down
         && node.spec.availability == Availability::Active
         && enforcer::is_met(&service.spec.task_template, node)
 }
 
-fn keeps(service: &Service, node: &Node) -> bool {
+/// Whether a node may keep the task that it has.
+pub(super) fn keeps(service: &Service, node: &Node) -> bool {
     let is_paused = node.spec.availability == Availability::Pause;
     takes(service, node) || (is_paused && node.status.state != NodeState::Down)
 }

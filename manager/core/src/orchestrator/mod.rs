@@ -6,11 +6,14 @@
 //! replicated: count of slots ─► restart: failed, evicted ─► updater: old spec ─► restart: release
 //! global: count of nodes             −task +task                −task +task         Ready → Running
 //!         +task  −slot
+//!
+//! jobs: older iterations ─► restart: failed, evicted ─► open slots ─► restart: release
+//!             −task              −task +task              +task        Ready → Complete
 //! ```
 //!
 //! # Words
 //!
-//! A task is *live* while managers want it to run (`desired_state` ≤ `Running`), whatever happened
+//! A task is *live* while managers want it to run (`desired_state` ≤ `Complete`), whatever happened
 //! to it. A slot is *occupied* while it has a live task, or when its newest task ended and the
 //! restart policy gives it no successor.
 //!
@@ -21,15 +24,20 @@
 //! - A successor in a slot waits with desired state `Ready` until its predecessors have stopped.
 //! - A slot has at most one live task, but for a start-first update.
 //!
-//! Source: SwarmKit `manager/orchestrator/{replicated,restart,update,constraintenforcer}`.
+//! Source: SwarmKit `manager/orchestrator/{replicated,global,jobs,restart,update,constraintenforcer}`.
 
 pub(crate) mod enforcer;
 mod global;
 #[cfg(test)]
 mod global_tests;
+mod job;
+#[cfg(test)]
+mod job_tests;
 mod replicated;
 mod restart;
 mod slots;
+#[cfg(test)]
+mod start_first_tests;
 #[cfg(test)]
 mod tests;
 pub(crate) mod updater;
@@ -86,8 +94,15 @@ pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) -> boo
     match service.spec.mode_kind() {
         Some(ModeKind::Replicated(replicas)) => replicated::scale(scope, &service, replicas),
         Some(ModeKind::Global) => global::scale(scope, &service),
-        // Validation refuses them; what is stored nevertheless is left as it is.
-        Some(ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob) | None => return true,
+        Some(mode @ (ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob)) => {
+            job::retire(scope, &service);
+            restart::replace_failed(scope, &service);
+            job::fill(scope, &service, mode);
+            restart::release(scope, &service);
+            return true;
+        }
+        // Validation refuses it; what is stored nevertheless is left as it is.
+        None => return true,
     }
     restart::replace_failed(scope, &service);
     updater::advance(scope, &service);
@@ -152,9 +167,17 @@ impl<'p, 'a> Scope<'p, 'a> {
         let state = self.fork.state();
         let is_free = !state.tasks_of_slot(service.id, slot).any(|task| is_stopping(state, task));
         if is_free && start_after <= now {
-            return self.fork.create_task(service, slot, TaskState::Running, None);
+            return self.fork.create_task(service, slot, wanted_state(service), None);
         }
         self.fork.create_task(service, slot, TaskState::Ready, Some(start_after))
+    }
+}
+
+/// What managers want of a service's tasks: to run, or to run until they end by themselves.
+fn wanted_state(service: &Service) -> TaskState {
+    match service.spec.mode_kind().is_some_and(ModeKind::is_job) {
+        true => TaskState::Complete,
+        false => TaskState::Running,
     }
 }
 

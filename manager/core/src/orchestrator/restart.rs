@@ -16,7 +16,9 @@ use skep_common::limits::defaults;
 use skep_common::spec::{RestartCondition, RestartPolicy};
 use skep_common::{Service, Task, TaskState, Timestamp};
 
-use super::{OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater};
+use super::{
+    OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater, wanted_state,
+};
 use crate::scheduler::keeps_tasks;
 
 /// The highest `MaxAttempts` that is a limit.
@@ -66,6 +68,9 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
 }
 
 fn fault(scope: &Scope<'_, '_>, constraints: &enforcer::Constraints, task: &Task) -> Option<Fault> {
+    if task.job_iteration.is_some() && task.status.state == TaskState::Complete {
+        return None; // It did what it was made for, wherever.
+    }
     if let Some(node_id) = task.node_id {
         let is_fit = || {
             let node = scope.fork.state().node(node_id);
@@ -117,6 +122,7 @@ pub(super) fn has_successor(task: &Task, tasks: &[Arc<Task>], now: Timestamp) ->
 /// Lets prepared successors start whose delay is over and whose predecessors have stopped.
 pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
     let now = scope.fork.now();
+    let started = wanted_state(service);
     for (_, tasks) in scope.slots(service.id).iter() {
         for task in tasks.iter().filter(|task| task.desired_state <= TaskState::Ready) {
             let start_after = task.start_after.unwrap_or(task.meta.created_at);
@@ -130,7 +136,7 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
                 if !scope.fork.has_room() {
                     return;
                 }
-                scope.fork.desire(task.id, TaskState::Running);
+                scope.fork.desire(task.id, started);
             } else {
                 scope.wake_at(at, "restart delay or the stop of an older task");
             }
@@ -139,7 +145,7 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
 }
 
 /// How long the successor of a task waits for it.
-fn patience(old: &Task) -> Duration {
+pub(super) fn patience(old: &Task) -> Duration {
     let grace = old.spec.container_spec.as_ref().and_then(|spec| spec.stop_grace_period);
     let grace = grace.map_or(defaults::STOP_GRACE_PERIOD, |grace| grace.duration());
     OLD_TASK_WAIT.max(grace + STOP_SLACK)

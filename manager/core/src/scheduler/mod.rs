@@ -35,6 +35,7 @@ mod generic;
 mod index;
 mod preference;
 mod preset;
+mod succession;
 #[cfg(test)]
 mod tests;
 
@@ -92,7 +93,10 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
                     Some(_) => preset::place,
                     None => place_group,
                 };
-                let reason = place(fork, index, cursors, key, &requirement).err();
+                let mut reason = place(fork, index, cursors, key, &requirement).err();
+                if reason.is_none() && succession::give_way(fork, index, key, &requirement) {
+                    reason = place(fork, index, cursors, key, &requirement).err();
+                }
                 settled.extend(reason.map(|reason| (key, reason)));
             }
             Err(reason) => {

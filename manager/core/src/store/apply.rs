@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
-use skep_common::object::{NetworkAttachment, Slot};
-use skep_common::spec::PublishMode;
+use skep_common::object::{JobStatus, NetworkAttachment, Slot};
+use skep_common::spec::{ModeKind, PublishMode};
 use skep_common::{
     ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
     ServiceId, StackId, Task, TaskId, TaskState, Timestamp, Version,
@@ -205,13 +205,19 @@ impl State {
         self.move_virtual_ips(old.as_deref(), &service)?;
         service.meta = meta;
         if let (Some(old), true) = (&old, format_level >= level::CONTROL) {
-            self.note_revision(old, &mut service);
+            self.note_revision(old, &mut service, meta);
         }
-        let spec_changed = old.as_ref().is_none_or(|old| old.spec != service.spec);
+        let spec_changed = old.as_ref().is_none_or(|old| {
+            // A job that takes the place of one on its way out runs, although that did.
+            let is_another = old.pending_delete && !service.pending_delete && is_job(&service);
+            old.spec != service.spec || is_another
+        });
+        let old_status = old.as_ref().and_then(|old| old.job_status);
         service.spec_version = match old {
             Some(old) if !spec_changed => old.spec_version,
             _ => meta.version,
         };
+        note_iteration(old_status, &mut service, meta);
         self.services.insert(service.id, Arc::new(service));
         Ok(())
     }
@@ -436,6 +442,21 @@ fn change_of(task: &Task) -> Change {
         service_id: Some(task.service_id),
         node_id: task.node_id,
     }
+}
+
+fn is_job(service: &Service) -> bool {
+    service.spec.mode_kind().is_some_and(ModeKind::is_job)
+}
+
+/// Begins a job anew with each change of its spec.
+fn note_iteration(old: Option<JobStatus>, service: &mut Service, meta: Meta) {
+    let job_iteration = service.spec_version;
+    let begun = JobStatus { job_iteration, last_execution: Some(meta.updated_at) };
+    service.job_status = match old {
+        _ if !is_job(service) => None,
+        Some(old) if old.job_iteration == job_iteration => Some(old),
+        _ => Some(begun),
+    };
 }
 
 /// Nothing has the id of another object; a task that no service made has none that a service has, either.
