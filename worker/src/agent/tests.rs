@@ -27,7 +27,7 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::images::tests::{import, until_stored};
-use super::{Agent, AgentOptions, Balancers, Images, Managers};
+use super::{Agent, AgentOptions, Balancers, Beats, Images, Managers};
 use crate::executor::{Error, Executor, Exit, Found};
 use crate::images::ImageStore;
 
@@ -182,6 +182,7 @@ impl Session {
 #[derive(Debug)]
 struct FakeLeader {
     sessions: mpsc::Sender<Opened>,
+    n_beats: watch::Sender<u64>,
 }
 
 #[tonic::async_trait]
@@ -204,6 +205,7 @@ impl Dispatcher for FakeLeader {
         &self,
         _: Request<HeartbeatRequest>,
     ) -> Result<Response<HeartbeatResponse>, Status> {
+        self.n_beats.send_modify(|n_beats| *n_beats += 1);
         Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000 }))
     }
 
@@ -218,6 +220,8 @@ impl Dispatcher for FakeLeader {
 /// A leader on a real port, and an agent that looks for it.
 struct Stage {
     sessions: mpsc::Receiver<Opened>,
+    n_beats: watch::Receiver<u64>,
+    beats: Beats,
     puppets: Arc<Puppets>,
     tasks: TaskSet,
     pool: ChannelPool,
@@ -269,7 +273,9 @@ impl Stage {
         };
         let tasks = TaskSet::new();
         let (sender, sessions) = mpsc::channel(16);
-        let routes = Routes::new(DispatcherServer::new(FakeLeader { sessions: sender }));
+        let (beats, n_beats) = watch::channel(0);
+        let leader = FakeLeader { sessions: sender, n_beats: beats };
+        let routes = Routes::new(DispatcherServer::new(leader));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (tls, serving) =
@@ -281,7 +287,20 @@ impl Stage {
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);
-        Self { sessions, puppets, tasks, pool, address, directory, images: None, has_mesh: false }
+        let beats = Beats::default();
+        let (images, has_mesh) = (None, false);
+        Self {
+            sessions,
+            n_beats,
+            beats,
+            puppets,
+            tasks,
+            pool,
+            address,
+            directory,
+            images,
+            has_mesh,
+        }
     }
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
@@ -294,6 +313,7 @@ impl Stage {
             balancers: self.has_mesh.then(|| Box::new(NotedTables(self.puppets.clone())) as _),
             managers: Managers::new(vec![self.address.clone()]),
             pool: self.pool.clone(),
+            beats: self.beats,
             tasks: tasks.clone(),
         };
         Agent::start(options).await.unwrap();
@@ -333,6 +353,17 @@ pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Ta
 
 fn reached(state: TaskState) -> impl Fn(&TaskStatus) -> bool {
     move |status| status.state == state
+}
+
+#[tokio::test]
+async fn heartbeats_arrive_whatever_sends_them() {
+    for beats in [Beats::OnThread, Beats::AsTask] {
+        let mut stage = Stage { beats, ..Stage::without_agent(Puppets::default()).await };
+        stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+        let session = stage.session().await;
+        session.welcome(1).await;
+        soon("a heartbeat", stage.n_beats.wait_for(|n_beats| *n_beats > 0)).await.unwrap();
+    }
 }
 
 #[tokio::test]
