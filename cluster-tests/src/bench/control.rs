@@ -74,8 +74,7 @@ pub(crate) fn run(is_quick: bool) {
     if !ALL_RUN.is_met(many.median()) {
         let work = of_managers.median() + of_workers.median();
         println!(
-            "held back by: the processor: a round takes {work:.0} ms of it, {:.0} ms on {} cores; see \
-             docs/benchmarks.md for what takes it",
+            "held back by: the processor: a round takes {work:.0} ms of it, {:.0} ms on {} cores",
             work / n_cores() as f64,
             n_cores()
         );
