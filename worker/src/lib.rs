@@ -36,3 +36,4 @@ pub mod passage;
 mod path;
 pub mod peer;
 pub mod sys;
+mod throttle;

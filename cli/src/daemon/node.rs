@@ -28,7 +28,7 @@ use skep_worker::executor::Executor;
 use skep_worker::executor_none::NoContainers;
 use skep_worker::images::ImageStore;
 use skep_worker::net::secure::{self, Keyring, Pairs};
-use skep_worker::passage::{Daemons, Entrance};
+use skep_worker::passage::{Daemons, Entrance, MESSAGE_BYTES_MAX, Windows};
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -51,6 +51,8 @@ pub(super) struct Node {
     pub(super) images: Images,
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
+    /// Of its passages, in and out.
+    windows: Windows,
     keyring: Arc<Keyring>,
     pub(super) tls: Tls,
     pub(super) raft_key: RaftKey,
@@ -90,7 +92,9 @@ impl Node {
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
         let mut uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
-        uplink = uplink.through(Arc::new(Daemons::new(&pool)));
+        let windows = Windows::default();
+        let daemons = Daemons::new(&pool, uplink.gate(), windows.clone(), tasks.clone());
+        uplink = uplink.through(Arc::new(daemons));
         if options.ingress.balancer == IngressBalancer::UserSpace {
             uplink = uplink.in_user_space(&options.ingress.reason);
         }
@@ -132,6 +136,7 @@ impl Node {
             images,
             manager,
             uplink,
+            windows,
             keyring,
             tls,
             raft_key,
@@ -163,9 +168,10 @@ impl Node {
             self.tasks.clone(),
         );
         let peer = peer.with_uplink(self.uplink.clone());
-        let peer = peer.with_entrance(Entrance::new(self.uplink.targets()));
+        let peer = peer.with_entrance(Entrance::new(self.uplink.gate(), self.windows.clone()));
         let _ = self.peer.set(peer.clone()); // A node is served once.
-        let mut routes = Routes::new(PeerServer::new(peer));
+        let mut routes =
+            Routes::new(PeerServer::new(peer).max_decoding_message_size(MESSAGE_BYTES_MAX));
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);
         }

@@ -18,9 +18,10 @@ pub(crate) enum Unit {
 }
 
 impl Unit {
-    fn show(self, value: f64) -> String {
+    pub(crate) fn show(self, value: f64) -> String {
         match self {
             Self::Seconds => format!("{value:.3} s"),
+            Self::Milliseconds if value < 10.0 => format!("{value:.3} ms"),
             Self::Milliseconds => format!("{value:.1} ms"),
             Self::GigabitsPerSecond => format!("{value:.2} Gbit/s"),
             Self::PerSecond => format!("{value:.0}/s"),

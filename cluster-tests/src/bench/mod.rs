@@ -12,6 +12,7 @@ mod failover;
 mod figures;
 mod mesh;
 mod place;
+mod placement;
 mod relays;
 mod requests;
 mod rules;
@@ -94,6 +95,11 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         name: "sessions",
         what: "1,000 workers: what they take of the managers, and their sessions when the leader dies",
         run: sessions::run,
+    },
+    Scenario {
+        name: "placement",
+        what: "100,000 and 1,000,000 tasks are placed by the managers' core: how long, and memory",
+        run: placement::run,
     },
 ];
 

@@ -14,7 +14,7 @@ use skep_common::object::{NetworkAttachment, NodeState};
 use skep_common::{Node, NodeId, Task, TaskId, TaskState};
 
 use crate::image;
-use crate::store::State;
+use crate::store::{State, changed};
 
 /// Holders of every image: one may be lost while another is being upgraded.
 pub const COPIES: usize = 3;
@@ -108,6 +108,34 @@ pub fn for_node(
         set.images.insert(digest.to_owned(), AssignedImage { name: name.to_owned(), holders });
     }
     set
+}
+
+/// The nodes that something changed for between two states; `None` means that each is to be looked at.
+pub fn concerned(old: &State, new: &State) -> Option<BTreeSet<NodeId>> {
+    let roots = |state: &State| {
+        let cluster = state.cluster()?;
+        Some((cluster.root_ca_cert.clone(), cluster.root_rotation.clone()))
+    };
+    if !changed(old.images(), new.images()).is_empty() || roots(old) != roots(new) {
+        return None;
+    }
+    let nodes = changed(old.nodes(), new.nodes());
+    for node_id in &nodes {
+        let seen = |state: &State| state.node(*node_id).map(|node| seen_by_others(node));
+        if seen(old) != seen(new) {
+            return None;
+        }
+    }
+    let tasks = changed(old.tasks(), new.tasks()).into_iter();
+    let of_tasks = tasks.flat_map(|id| [old.task(id), new.task(id)]);
+    let placed = of_tasks.flatten().filter_map(|task| task.node_id);
+    Some(nodes.into_iter().chain(placed).collect())
+}
+
+/// What other nodes are told of a node, or hold because of it.
+fn seen_by_others(node: &Node) -> (bool, String, Option<String>) {
+    let manager = node.manager_status.as_ref().map(|manager| manager.addr.clone());
+    (is_alive(node), node.address(), manager)
 }
 
 fn image_of(task: &Task) -> Option<(&str, &str)> {
@@ -277,6 +305,59 @@ mod tests {
             created: None,
             holders: holders.iter().map(|n| NodeId(*n)).collect(),
         }))
+    }
+
+    #[test]
+    fn a_change_concerns_those_who_are_told_something_else() {
+        let node = |word: &str| Object::Node(Box::new(crate::testing::parse_node(word)));
+        let manager = |addr: &str| {
+            let mut node = crate::testing::parse_node("2");
+            let addr = addr.to_owned();
+            node.manager_status =
+                Some(skep_common::object::ManagerStatus { raft_id: 2, addr, ..Default::default() });
+            Object::Node(Box::new(node))
+        };
+        let moved = |port: u16| {
+            let mut node = crate::testing::parse_node("2");
+            node.status.port = port;
+            Object::Node(Box::new(node))
+        };
+        let put =
+            |object: Object| vec![crate::Action::Put { object, expect: crate::Expect::Present }];
+        let mut cluster = crate::testing::cluster();
+        cluster.root_ca_cert = "another".into();
+        let stop = crate::TaskPatch {
+            desired_state: Some(TaskState::Shutdown),
+            ..crate::TaskPatch::of(TaskId(1))
+        };
+        for (name, actions, expect) in [
+            ("a task", vec![crate::Action::PatchTask(stop)], Some(vec![1])),
+            ("a label", put(node("2:zone=a")), Some(vec![2])),
+            ("a node falls silent", put(node("2:disconnected")), Some(vec![2])),
+            ("a holder is down", put(node("2:down")), None),
+            ("an address", put(moved(2378)), None),
+            ("a manager", put(manager("192.0.2.3:2377")), None),
+            (
+                "a root",
+                vec![crate::Action::Put {
+                    object: Object::Cluster(Box::new(cluster)),
+                    expect: crate::Expect::Absent,
+                }],
+                None,
+            ),
+            (
+                "an image",
+                vec![crate::Action::Put { object: image(1, &[1]), expect: crate::Expect::Absent }],
+                None,
+            ),
+        ] {
+            let mut world = World::new("1 2 3", service(1), "1@1:running");
+            let before = world.state.clone();
+            world.apply(actions);
+            let concerned = concerned(&before, &world.state);
+            let ids = concerned.map(|ids| ids.iter().map(|id| id.0).collect::<Vec<u128>>());
+            assert_eq!(ids, expect, "{name}");
+        }
     }
 
     /// Words `NODE:IMAGE` of who copies what.

@@ -112,7 +112,8 @@ pub fn run(
     let mut networks_attachments =
         network::attach(state, &mut cursors.networks, &wanted).map_err(Error::Exhausted)?;
     if network::wants_uplink(None, &spec, &wanted) {
-        let uplink = allocator::grant(state, &mut cursors, node);
+        let is_free = |address| state.address_owner(address).is_none();
+        let uplink = allocator::grant(state, &mut cursors, node, is_free);
         networks_attachments.push(uplink.ok_or_else(|| {
             Error::Exhausted("this node has no free address for another container".to_owned())
         })?);

@@ -4,7 +4,8 @@
 //! the difference between the fork and the view it started from, so a task that is made and placed
 //! in one pass is one write, and one that is made and given up again is none.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use rand::Rng;
@@ -12,9 +13,10 @@ use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NetworkAttachment, Slot, TaskStatus, UpdateStatus};
 use skep_common::spec::{GenericResource, TaskSpec};
 use skep_common::{
-    Kind, NetworkId, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
+    Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
 };
 
+use crate::allocator::{self, Cursors};
 use crate::command::{Action, Command, Expect, TaskPatch};
 use crate::ports;
 use crate::store::State;
@@ -26,31 +28,125 @@ pub(crate) struct Fork<'a> {
     now: Timestamp,
     rng: &'a mut dyn Rng,
     tasks: BTreeSet<TaskId>,
+    /// Every change of a task, in its order.
+    touches: Vec<TaskId>,
+    placed: Vec<Placed>,
+    /// The addresses of those.
+    granted: HashSet<Ipv4Addr>,
     services: BTreeSet<ServiceId>,
     networks: BTreeSet<NetworkId>,
-    new_tasks_left: usize,
+    room: Room,
+    /// What the step may still decide.
+    left: Room,
     n_changes: u64,
-    /// That of the last task that was made.
-    template: Option<Arc<TaskSpec>>,
+    /// That of the last task that was made, and its length as JSON.
+    template: Option<(Arc<TaskSpec>, usize)>,
 }
 
+/// A decision to give a task a node. It is kept beside the tables: nothing else of the pass asks where the
+/// task is, and to write it there copies a part of each table for every task.
+struct Placed {
+    task_id: TaskId,
+    node_id: NodeId,
+    /// What the task's spec becomes.
+    pinned: Option<Arc<TaskSpec>>,
+    attachments: Vec<NetworkAttachment>,
+    generic: Vec<GenericResource>,
+}
+
+impl Placed {
+    /// What a task that is not changed otherwise becomes by this.
+    fn action(self, view: &State, now: Timestamp) -> Option<Action> {
+        if self.pinned.is_some() {
+            let old = view.task(self.task_id)?;
+            let mut task = (**old).clone();
+            self.write(&mut task, now);
+            let expect = Expect::Version(old.meta.version);
+            return Some(Action::Put { object: Object::Task(Box::new(task)), expect });
+        }
+        Some(Action::PatchTask(TaskPatch {
+            node_id: Some(self.node_id),
+            networks_attachments: Some(self.attachments).filter(|list| !list.is_empty()),
+            generic_resources: Some(self.generic).filter(|list| !list.is_empty()),
+            status: Some(assigned(now)),
+            ..TaskPatch::of(self.task_id)
+        }))
+    }
+
+    fn write(self, task: &mut Task, now: Timestamp) {
+        task.node_id = Some(self.node_id);
+        task.networks_attachments = self.attachments;
+        task.assigned_generic_resources = self.generic;
+        if let Some(pinned) = self.pinned {
+            task.spec = pinned;
+        }
+        task.status = assigned(now);
+    }
+}
+
+fn assigned(now: Timestamp) -> TaskStatus {
+    TaskStatus {
+        timestamp: now,
+        applied_at: Some(now),
+        state: TaskState::Assigned,
+        message: "scheduler assigned task to node".to_owned(),
+        ..TaskStatus::default()
+    }
+}
+
+/// The spec that tasks are placed with where the service's does not say which image that is.
+#[derive(Debug)]
+pub(crate) struct Pinned {
+    spec: Arc<TaskSpec>,
+    /// Its length as JSON.
+    bytes: usize,
+}
+
+impl Pinned {
+    /// `spec` with this image.
+    pub(crate) fn of(spec: &TaskSpec, image: String) -> Self {
+        let mut spec = spec.clone();
+        if let Some(container) = &mut spec.container_spec {
+            container.image = image;
+        }
+        let bytes = json_bytes(&spec);
+        Self { spec: Arc::new(spec), bytes }
+    }
+}
+
+/// How much a step of a pass decides: its actions travel together, and a command that is too long for
+/// the log would be too long whenever it is tried. What one decision needs may go beyond it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Room {
+    /// Tasks and services that are changed.
+    pub(crate) actions: usize,
+    /// What they take as JSON, estimated.
+    pub(crate) bytes: usize,
+}
+
+/// A patch of a task as JSON, with the longest texts that it has but for the reason of a task to wait.
+const PATCH_BYTES: usize = 512;
+/// A task as JSON, without its spec.
+const TASK_BYTES: usize = 1024;
+/// A place on a network as JSON, without its aliases.
+const ATTACHMENT_BYTES: usize = 256;
+
 impl<'a> Fork<'a> {
-    /// Starts from `view`; at most `new_tasks_max` tasks can be made.
-    pub(crate) fn new(
-        view: &'a State,
-        now: Timestamp,
-        rng: &'a mut dyn Rng,
-        new_tasks_max: usize,
-    ) -> Self {
+    /// Starts from `view`; each step has `room`.
+    pub(crate) fn new(view: &'a State, now: Timestamp, rng: &'a mut dyn Rng, room: Room) -> Self {
         Self {
             view,
             state: view.clone(),
             now,
             rng,
             tasks: BTreeSet::new(),
+            touches: Vec::new(),
+            placed: Vec::new(),
+            granted: HashSet::new(),
             services: BTreeSet::new(),
             networks: BTreeSet::new(),
-            new_tasks_left: new_tasks_max,
+            room,
+            left: room,
             n_changes: 0,
             template: None,
         }
@@ -66,9 +162,19 @@ impl<'a> Fork<'a> {
         self.now
     }
 
-    /// The tasks that were changed.
+    /// The tasks that were changed, but for those that were [placed](Self::place).
     pub(crate) fn touched_tasks(&self) -> &BTreeSet<TaskId> {
         &self.tasks
+    }
+
+    /// The tasks that were placed.
+    pub(crate) fn placed_tasks(&self) -> impl Iterator<Item = TaskId> {
+        self.placed.iter().map(|placed| placed.task_id)
+    }
+
+    /// The same as [`touched_tasks`](Self::touched_tasks), one for each change, in their order.
+    pub(crate) fn touches(&self) -> &[TaskId] {
+        &self.touches
     }
 
     /// The services that were changed.
@@ -83,22 +189,35 @@ impl<'a> Fork<'a> {
 
     fn touch(&mut self, task_id: TaskId) {
         self.n_changes += 1;
+        self.touches.push(task_id);
         self.tasks.insert(task_id);
     }
 
-    /// Whether a task can still be made in this pass.
+    /// Whether the step can still decide something; the rest is for the next pass.
     pub(crate) fn has_room(&self) -> bool {
-        self.new_tasks_left > 0
+        self.left.actions > 0 && self.left.bytes > 0
     }
 
-    /// The service's template, shared with the task that was made of it last.
-    fn template_of(&mut self, service: &Service) -> Arc<TaskSpec> {
+    /// Begins the next step of the pass, which has the whole room again: else steps that come late would
+    /// never have their turn while there is much to do for the first.
+    pub(crate) fn next_step(&mut self) {
+        self.left = self.room;
+    }
+
+    fn spend(&mut self, bytes: usize) {
+        self.left.actions = self.left.actions.saturating_sub(1);
+        self.left.bytes = self.left.bytes.saturating_sub(bytes);
+    }
+
+    /// The service's template, shared with the task that was made of it last, and its length.
+    fn template_of(&mut self, service: &Service) -> (Arc<TaskSpec>, usize) {
         let wanted = &service.spec.task_template;
-        if let Some(template) = self.template.as_ref().filter(|template| ***template == *wanted) {
-            return Arc::clone(template);
+        if let Some(template) = self.template.as_ref().filter(|(template, _)| **template == *wanted)
+        {
+            return template.clone();
         }
-        let template = Arc::new(wanted.clone());
-        self.template = Some(Arc::clone(&template));
+        let template = (Arc::new(wanted.clone()), json_bytes(wanted));
+        self.template = Some(template.clone());
         template
     }
 
@@ -113,11 +232,12 @@ impl<'a> Fork<'a> {
         if !self.has_room() {
             return false;
         }
-        self.new_tasks_left -= 1;
+        let (spec, spec_bytes) = self.template_of(service);
+        self.spend(TASK_BYTES + spec_bytes);
         let mut task = Task {
             id: TaskId::random(&mut self.rng),
             meta: skep_common::Meta::default(),
-            spec: self.template_of(service),
+            spec,
             spec_version: service.spec_version,
             service_id: service.id,
             slot: slot.number(),
@@ -150,8 +270,21 @@ impl<'a> Fork<'a> {
     pub(crate) fn desire(&mut self, task_id: TaskId, desired_state: TaskState) {
         if self.state.task(task_id).is_some_and(|task| task.desired_state < desired_state) {
             self.touch(task_id);
+            self.spend(PATCH_BYTES);
             self.state.scratch_touch_task(task_id, |task| task.desired_state = desired_state);
         }
+    }
+
+    /// The next address of a node for an uplink.
+    pub(crate) fn grant_uplink(
+        &self,
+        cursors: &mut Cursors,
+        node: &Node,
+    ) -> Option<NetworkAttachment> {
+        let is_free = |address| {
+            self.state.address_owner(address).is_none() && !self.granted.contains(&address)
+        };
+        allocator::grant(&self.state, cursors, node, is_free)
     }
 
     /// Gives a waiting task a node, its addresses, and what it was given of the node's generic resources.
@@ -159,33 +292,29 @@ impl<'a> Fork<'a> {
         &mut self,
         task_id: TaskId,
         node_id: NodeId,
-        pinned: Option<String>,
+        pinned: Option<&Pinned>,
         attachments: Vec<NetworkAttachment>,
         generic: Vec<GenericResource>,
     ) {
-        let now = self.now;
-        self.touch(task_id);
-        self.state.scratch_place_task(task_id, |task| {
-            debug_assert!(
-                task.node_id.is_none() || mistakes::is(Mistake::PlacedTwice),
-                "a task is placed once"
-            );
-            task.node_id = Some(node_id);
-            task.networks_attachments = attachments;
-            task.assigned_generic_resources = generic;
-            if let Some(pinned) = pinned
-                && let Some(container) = &mut Arc::make_mut(&mut task.spec).container_spec
-            {
-                container.image = pinned;
-            }
-            task.status = TaskStatus {
-                timestamp: now,
-                applied_at: Some(now),
-                state: TaskState::Assigned,
-                message: "scheduler assigned task to node".to_owned(),
-                ..TaskStatus::default()
-            };
-        });
+        debug_assert!(
+            self.state.task(task_id).is_none_or(|task| task.node_id.is_none())
+                || mistakes::is(Mistake::PlacedTwice),
+            "a task is placed once"
+        );
+        self.n_changes += 1;
+        let mut bytes = PATCH_BYTES + pinned.map_or(0, |pinned| TASK_BYTES + pinned.bytes);
+        for attachment in &attachments {
+            bytes += ATTACHMENT_BYTES;
+            bytes += attachment.aliases.iter().map(String::len).sum::<usize>();
+        }
+        self.spend(bytes);
+        let is_uplink = |one: &&NetworkAttachment| one.network_id.is_none();
+        self.granted.extend(attachments.iter().filter(is_uplink).map(|uplink| uplink.address));
+        if attachments.iter().any(|attachment| attachment.network_id.is_some()) {
+            self.state.scratch_claim(task_id, &attachments);
+        }
+        let pinned = pinned.map(|pinned| Arc::clone(&pinned.spec));
+        self.placed.push(Placed { task_id, node_id, pinned, attachments, generic });
     }
 
     /// Writes why a task waits, where that is news.
@@ -197,6 +326,7 @@ impl<'a> Fork<'a> {
             return;
         }
         self.touch(task_id);
+        self.spend(PATCH_BYTES + reason.len());
         self.state.scratch_touch_task(task_id, |task| {
             if task.status.state != TaskState::Pending {
                 task.status.applied_at = Some(now);
@@ -212,6 +342,7 @@ impl<'a> Fork<'a> {
     pub(crate) fn orphan(&mut self, task_id: TaskId, reason: &str) {
         let now = self.now;
         self.touch(task_id);
+        self.spend(PATCH_BYTES);
         self.state.scratch_edit_task(task_id, |task| {
             task.status.timestamp = now;
             task.status.applied_at = Some(now);
@@ -223,6 +354,7 @@ impl<'a> Fork<'a> {
     /// Erases a task.
     pub(crate) fn delete_task(&mut self, task_id: TaskId) {
         self.touch(task_id);
+        self.spend(PATCH_BYTES);
         self.state.scratch_delete_task(task_id);
     }
 
@@ -249,6 +381,7 @@ impl<'a> Fork<'a> {
     /// knows the new spec's version.
     pub(crate) fn put_service(&mut self, service: Service) {
         self.services.insert(service.id);
+        self.spend(json_bytes(&service));
         self.try_out(Action::Put {
             object: Object::Service(Box::new(service)),
             expect: Expect::Present,
@@ -269,8 +402,10 @@ impl<'a> Fork<'a> {
     /// the pass may have granted them again: tasks that end, services that lose virtual addresses. Then
     /// other services, other tasks, and erased services and networks.
     pub(crate) fn into_actions(self) -> Vec<Action> {
-        let Self { view, state, tasks, services, networks, .. } = self;
-        let mut actions = Vec::with_capacity(tasks.len() + services.len());
+        let Self { view, state, tasks, services, networks, mut placed, now, .. } = self;
+        placed.sort_unstable_by_key(|placed| placed.task_id);
+        let n_actions = tasks.len() + placed.len() + services.len() + networks.len();
+        let mut actions = Vec::with_capacity(n_actions);
         let ends = |id: &TaskId| {
             let goes_on = |task: &Arc<Task>| !task.status.state.is_terminal();
             view.task(*id).is_some_and(goes_on) && !state.task(*id).is_some_and(goes_on)
@@ -299,9 +434,22 @@ impl<'a> Fork<'a> {
                 actions.push(Action::Put { object, expect: Expect::Version(old.meta.version) });
             }
         }
+        let mut placed = placed.into_iter().peekable();
         for task_id in going_on {
-            actions.extend(task_action(view.task(task_id), state.task(task_id)));
+            while let Some(placed) = placed.next_if(|placed| placed.task_id < task_id) {
+                actions.extend(placed.action(view, now));
+            }
+            let (old, new) = (view.task(task_id), state.task(task_id));
+            match (placed.next_if(|placed| placed.task_id == task_id), new) {
+                (Some(placed), Some(new)) => {
+                    let mut task = (**new).clone();
+                    placed.write(&mut task, now);
+                    actions.extend(task_action(old, Some(&Arc::new(task))));
+                }
+                (_, new) => actions.extend(task_action(old, new)),
+            }
         }
+        actions.extend(placed.filter_map(|placed| placed.action(view, now)));
         for service_id in services {
             if view.service(service_id).is_some() && state.service(service_id).is_none() {
                 actions.push(Action::Delete { kind: Kind::Service, id: service_id.0 });
@@ -311,6 +459,11 @@ impl<'a> Fork<'a> {
         actions.extend(networks.into_iter().map(erased));
         actions
     }
+}
+
+/// What a value takes in the log.
+fn json_bytes(value: &impl serde::Serialize) -> usize {
+    serde_json::to_vec(value).map_or(0, |bytes| bytes.len())
 }
 
 /// The action that makes `old` what `new` is.

@@ -11,6 +11,8 @@ pub mod command;
 pub mod store;
 
 pub mod plan;
+#[cfg(test)]
+mod plan_tests;
 
 pub mod allocator;
 pub mod assignments;
@@ -26,6 +28,7 @@ pub mod network;
 pub mod orchestrator;
 pub mod ports;
 mod reaper;
+pub mod reports;
 pub mod roles;
 mod rotation;
 pub mod scheduler;

@@ -43,6 +43,9 @@ pub(crate) fn orphan_tasks(fork: &mut Fork<'_>, node_id: NodeId) -> Option<Times
     let tasks = fork.state().tasks_of_node(node_id);
     let unfinished = tasks.filter(|task| !task.status.state.is_terminal());
     for task_id in unfinished.map(|task| task.id).collect::<Vec<TaskId>>() {
+        if !fork.has_room() {
+            break;
+        }
         fork.orphan(task_id, reason);
     }
     None
@@ -67,6 +70,9 @@ pub(crate) fn reap(fork: &mut Fork<'_>, service_id: ServiceId) {
         doomed.extend(old_history(tasks, history_limit));
     }
     for task_id in doomed {
+        if !fork.has_room() {
+            return;
+        }
         fork.delete_task(task_id);
     }
     let state = fork.state();

@@ -1,6 +1,7 @@
 //! The open sessions: what each node was told, and what is new for it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::payloads::payloads;
 use super::role::role_of;
@@ -18,8 +19,8 @@ use skep_manager_core::claims::Claims;
 use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
-use skep_manager_core::endpoints::{self, Drain, NodeTable};
-use skep_manager_core::{Action, Expect, State, level};
+use skep_manager_core::endpoints::{self, Drain, NodeTable, PortKey};
+use skep_manager_core::{Action, Expect, State, level, store};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
@@ -62,7 +63,14 @@ pub(super) struct Sessions {
     duties: CopyDuties,
     /// Images or nodes changed: duties are chosen anew.
     are_duties_stale: bool,
+    /// The newest state that was looked at for what it has for whom.
+    seen: State,
+    /// The nodes, of which version, that all descriptions were compared with, and when to compare them
+    /// again.
+    described: Option<(Nodes, Option<Timestamp>)>,
 }
+
+type Nodes = store::Table<NodeId, object::Node>;
 
 impl Sessions {
     pub(super) fn new(term: u64) -> Self {
@@ -72,22 +80,31 @@ impl Sessions {
             held_back: BTreeSet::new(),
             duties: CopyDuties::new(),
             are_duties_stale: true,
+            seen: State::default(),
+            described: None,
         }
     }
 
     /// Marks one node for the next dispatch.
-    pub(super) fn mark(&mut self, node_id: Option<NodeId>) {
-        if let Some(session) = node_id.and_then(|node_id| self.open.get_mut(&node_id)) {
+    fn mark(&mut self, node_id: NodeId) {
+        if let Some(session) = self.open.get_mut(&node_id) {
             session.is_dirty = true;
         }
     }
 
-    /// Marks every node for the next dispatch.
-    pub(super) fn mark_all(&mut self) {
-        self.are_duties_stale = true;
-        for session in self.open.values_mut() {
-            session.is_dirty = true;
+    /// Marks the nodes that a new state has something new for.
+    fn look_at(&mut self, state: &State) {
+        if state.version() == self.seen.version() {
+            return;
         }
+        match assignments::concerned(&self.seen, state) {
+            Some(nodes) => nodes.into_iter().for_each(|node_id| self.mark(node_id)),
+            None => {
+                self.are_duties_stale = true;
+                self.open.values_mut().for_each(|session| session.is_dirty = true);
+            }
+        }
+        self.seen = state.clone();
     }
 
     /// Takes a session in, and returns what it changes in the store; `None` where it was turned away.
@@ -152,6 +169,7 @@ impl Sessions {
             address,
         };
         self.open.insert(node_id, session);
+        self.described = None;
         Some(holdings(state, node_id, &hello.image_digests))
     }
 
@@ -159,25 +177,42 @@ impl Sessions {
     pub(super) fn note_description(&mut self, node_id: NodeId, json: &str) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
         match description(json) {
-            Ok(description) => session.description = description,
+            Ok(description) => {
+                session.description = description;
+                self.described = None;
+            }
             Err(error) => {
                 tracing::warn!(node.id = %node_id, %error, "an unreadable description is ignored");
             }
         }
     }
 
-    /// What nodes with a session say of themselves, where the store has something else.
+    /// What nodes with a session say of themselves, where the store has something else; `n_max` at most.
     ///
     /// What a manager of before does not know waits until all managers know it.
-    pub(super) fn descriptions(&mut self, state: &State, now: Timestamp) -> Vec<Action> {
-        let is_due = |session: &Session| {
-            session.described_at.is_none_or(|at| now >= at.after(DESCRIPTION_PERIOD))
-        };
+    pub(super) fn descriptions(
+        &mut self,
+        state: &State,
+        now: Timestamp,
+        n_max: usize,
+    ) -> Vec<Action> {
+        let is_current = self.described.as_ref().is_some_and(|(nodes, again_at)| {
+            nodes.ptr_eq(state.nodes()) && again_at.is_none_or(|at| now < at)
+        });
+        if is_current {
+            return Vec::new(); // The claims of all nodes are worth collecting only for news.
+        }
         let mut claims = Claims::of(state);
         let is_known = level::of_managers(state) >= level::FACTS;
-        let due = self.open.iter_mut().filter(|(_, session)| is_due(session));
-        let wrong = due.filter_map(|(node_id, session)| {
-            let node = state.node(*node_id)?;
+        let (mut actions, mut again_at) = (Vec::new(), None);
+        for (node_id, session) in &mut self.open {
+            let Some(node) = state.node(*node_id) else { continue };
+            let due_at = session.described_at.map(|at| at.after(DESCRIPTION_PERIOD));
+            let wait = due_at.filter(|at| now < *at);
+            if wait.is_some() || actions.len() == n_max {
+                again_at = [again_at, wait.or(Some(now))].into_iter().flatten().min();
+                continue;
+            }
             let mut changed = (**node).clone();
             changed.description = Some(claims.accept(*node_id, &session.description));
             changed.status.addr = session.address.ip().to_string();
@@ -186,14 +221,17 @@ impl Sessions {
             if let Some(conditions) = conditions.filter(|said| is_known || said.is_empty()) {
                 changed.status.port_conditions.clone_from(conditions);
             }
-            let expect = Expect::Version(node.meta.version);
-            if changed == **node {
-                return None;
+            if changed != **node {
+                session.described_at = Some(now);
+                let expect = Expect::Version(node.meta.version);
+                actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
+                // If it is refused it is decided anew.
+                let due_at = now.after(DESCRIPTION_PERIOD);
+                again_at = Some(again_at.map_or(due_at, |at: Timestamp| at.min(due_at)));
             }
-            session.described_at = Some(now);
-            Some(Action::Put { object: Object::Node(Box::new(changed)), expect })
-        });
-        wrong.collect()
+        }
+        self.described = Some((state.nodes().clone(), again_at));
+        actions
     }
 
     /// Whether that was the node's current session.
@@ -239,6 +277,7 @@ impl Sessions {
             conditions.iter().take(PORT_CONDITIONS_MAX).filter_map(port_condition).collect();
         read.sort();
         let known = session.conditions.replace(read.clone()).unwrap_or_default();
+        self.described = None;
         for condition in read.iter().filter(|condition| !known.contains(condition)) {
             let (port, protocol) = (condition.published_port, condition.protocol.name());
             let message = &condition.message;
@@ -266,9 +305,12 @@ impl Sessions {
         held_back: BTreeSet<TaskId>,
         now: Timestamp,
     ) {
+        self.look_at(state);
         for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>()
         {
-            self.mark(state.task(task_id).and_then(|task| task.node_id));
+            if let Some(node_id) = state.task(task_id).and_then(|task| task.node_id) {
+                self.mark(node_id);
+            }
         }
         self.held_back = held_back;
         let version = drain.version();
@@ -288,6 +330,7 @@ impl Sessions {
             }
             is_member
         });
+        let managers = manager_addresses(state);
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
             if !session.is_dirty && !is_stale(session) {
@@ -311,7 +354,7 @@ impl Sessions {
             session.is_dirty = false;
             let is_news = is_stale(session);
             let table = is_news.then(|| (version, drain.of_node(*node_id)));
-            let message = news(session, state, *node_id, set, table, now);
+            let message = news(session, state, *node_id, set, table, &managers, now);
             if is_news {
                 drain.sent(*node_id);
             }
@@ -375,11 +418,11 @@ fn news(
     node_id: NodeId,
     set: assignments::AssignmentSet,
     table: Option<(u64, NodeTable)>,
+    managers: &[String],
     now: Timestamp,
 ) -> Option<Assignments> {
     let told = session.told_table.as_ref().map(|(_, told)| told);
     let mesh = table.as_ref().map(|(version, table)| mesh_update(told, *version, table));
-    let managers = manager_addresses(state);
     let role = state.node(node_id).map(|node| role_of(node)).unwrap_or_default();
     let is_role_new = role != session.told_role;
     let is_management_new = managers != session.told_managers;
@@ -404,8 +447,8 @@ fn news(
         message.mesh = mesh;
     }
     if is_management_new {
-        session.told_managers.clone_from(&managers);
-        message.managers = managers;
+        session.told_managers = managers.to_vec();
+        message.managers = managers.to_vec();
     }
     if is_role_new {
         session.told_role.clone_from(&role);
@@ -451,11 +494,11 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
     let empty = NodeTable::default();
     let node_changes = told.unwrap_or(&empty).diff(table);
     let changes = &node_changes.table;
-    let key = |(protocol, published): &(PortProtocol, u16)| MeshPortKey {
+    let key = |(protocol, published): &PortKey| MeshPortKey {
         protocol: protocol.name().to_owned(),
         published: (*published).into(),
     };
-    let peer = |(number, peer): (&u16, &endpoints::Peer)| MeshPeer {
+    let peer = |(number, peer): (&u16, &Arc<endpoints::Peer>)| MeshPeer {
         number: (*number).into(),
         underlay: peer.underlay.to_string(),
         has_ipv6: peer.ipv6.is_some(),
@@ -489,7 +532,7 @@ fn wireguard_keys(keys: &WireguardKeys) -> skep_proto::WireguardKeys {
     }
 }
 
-fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
+fn mesh_port((id, port): (&PortKey, &Arc<endpoints::Port>)) -> MeshPort {
     let backend = |(task_id, address): (&TaskId, &std::net::Ipv4Addr)| MeshBackend {
         task_id: task_id.to_string(),
         address: address.to_string(),
@@ -621,14 +664,15 @@ mod tests {
             let description = NodeDescription { format_level: 3, ..NodeDescription::default() };
             sessions.open.insert(NodeId(1), session(description));
             sessions.note_conditions(NodeId(1), vec![said(80)]);
-            let command = Command::new(Timestamp(2), sessions.descriptions(&state, Timestamp(2)));
+            let command =
+                Command::new(Timestamp(2), sessions.descriptions(&state, Timestamp(2), 9));
             assert_eq!((command.actions.len(), command.level), (1, expect), "its address is new");
             state.apply(2, &command);
-            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that is stored");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2), 9), [], "that is stored");
             sessions.note_description(NodeId(1), "{\"Hostname\": \"n1\"}");
-            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that was just now");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2), 9), [], "that was just now");
             let later = Timestamp(2).after(DESCRIPTION_PERIOD);
-            assert_eq!(sessions.descriptions(&state, later).len(), 1);
+            assert_eq!(sessions.descriptions(&state, later, 9).len(), 1);
         }
     }
 
@@ -721,7 +765,6 @@ mod tests {
         state.apply(3, &Command::new(now, vec![gone]));
         drain.update(&state, &BTreeSet::new(), now);
         drain.acknowledge(NodeId(1), drain.version());
-        sessions.mark_all();
         sessions.dispatch(&state, &mut drain, BTreeSet::new(), now);
         assert_eq!(drain.held_back(&state, now), BTreeSet::new());
     }

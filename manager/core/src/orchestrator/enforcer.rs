@@ -1,7 +1,8 @@
 //! Finds tasks whose node no longer meets what they need.
 //!
 //! A node's labels, role, resources or kernel may change under its tasks. Only nodes with availability
-//! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them.
+//! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them. Tasks on overlay networks
+//! leave a paused one, too, that does not carry these any more: it cannot run them.
 //! Source: SwarmKit `manager/orchestrator/constraintenforcer`. Differs: where a node has become too
 //! small for the reservations of its tasks, or has lost
 //! generic resources that they hold, the newest ones leave, where SwarmKit's choice is random.
@@ -38,12 +39,13 @@ impl Constraints {
 
     /// Whether a task may stay on its node.
     pub(super) fn allow(&self, task: &Task, node: &Node) -> bool {
-        if node.spec.availability != Availability::Active {
-            return true;
-        }
         let is_on_overlays = task.networks_attachments.iter().any(|one| one.network_id.is_some());
+        // Not a matter of what its operator wants: the node has cut it off, and cannot run it.
         if is_on_overlays && !carries_overlays(node) {
             return false;
+        }
+        if node.spec.availability != Availability::Active {
+            return true;
         }
         if task.spec_version == self.version || self.is_update_over {
             return constraint::matches_all(&self.current, node);

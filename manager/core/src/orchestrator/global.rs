@@ -19,6 +19,9 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service) {
     let now = scope.fork.now();
     let slots = scope.slots(service.id);
     for (slot, tasks) in slots.iter() {
+        if !scope.fork.has_room() {
+            return;
+        }
         let node = slot.node().and_then(|node_id| scope.fork.state().node(node_id));
         // A node's id never comes back: nothing will ask for the history either.
         let Some(node) = node else {
@@ -31,13 +34,12 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service) {
     }
     let nodes = scope.fork.state().nodes().values();
     let lacks = |node: &&Arc<Node>| {
-        let tasks = slots.get(&Slot::Node(node.id));
+        let tasks = slots.get(Slot::Node(node.id));
         takes(service, node) && !tasks.is_some_and(|tasks| replicated::is_occupied(tasks, now))
     };
     let missing: Vec<NodeId> = nodes.filter(lacks).map(|node| node.id).collect();
     for node_id in missing {
         if !scope.create_in_slot(service, Slot::Node(node_id), now) {
-            scope.wake_for_rest();
             break;
         }
     }

@@ -29,11 +29,12 @@ mod global;
 mod global_tests;
 mod replicated;
 mod restart;
+mod slots;
 #[cfg(test)]
 mod tests;
 pub(crate) mod updater;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +49,7 @@ use crate::plan::Options;
 use crate::store::State;
 
 pub use restart::MAX_ATTEMPTS_COUNTED;
+use slots::Slots;
 
 /// How long a successor waits for its predecessors at least. SwarmKit's `defaultOldTaskTimeout`.
 const OLD_TASK_WAIT: Duration = Duration::from_mins(1);
@@ -66,30 +68,29 @@ pub(crate) struct Scope<'p, 'a> {
     pub(crate) evicted: &'p BTreeSet<TaskId>,
     /// The earliest moment at which time alone changes the outcome.
     pub(crate) wake: Option<(Timestamp, &'static str)>,
-    /// The slots as last read, with the fork's count of changes then.
-    slots: Option<(u64, Rc<Slots>)>,
+    /// The slots as last read, with the number of the fork's changes of tasks then.
+    slots: Option<(usize, Rc<Slots>)>,
 }
 
-/// The tasks of a service by slot, without those that are to be deleted.
-pub(crate) type Slots = BTreeMap<Slot, Vec<Arc<Task>>>;
-
-/// Brings one service as close to its spec as this moment allows.
-pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
+/// Brings one service as close to its spec as this moment and the pass's room allow; `false` where the
+/// reaper need not look at it, since all its tasks are live.
+pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) -> bool {
     let service = scope.fork.state().service(service_id).cloned();
     let Some(service) = service.filter(|service| !service.pending_delete) else {
         remove_all(scope, service_id);
-        return;
+        return true;
     };
     match service.spec.mode_kind() {
         Some(ModeKind::Replicated(replicas)) => replicated::scale(scope, &service, replicas),
         Some(ModeKind::Global) => global::scale(scope, &service),
         // Validation refuses them; what is stored nevertheless is left as it is.
-        Some(ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob) | None => return,
+        Some(ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob) | None => return true,
     }
     restart::replace_failed(scope, &service);
     updater::advance(scope, &service);
     updater::finish_start_first(scope, &service);
     restart::release(scope, &service);
+    !scope.slots(service_id).are_live()
 }
 
 /// Removes the tasks of a service that is not there. Those that no service made are nobody's to decide about.
@@ -101,6 +102,9 @@ fn remove_all(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
     let tasks = scope.fork.state().tasks_of_service(service_id);
     let tasks: Vec<TaskId> = tasks.filter(is_over).map(|task| task.id).collect();
     for task_id in tasks {
+        if !scope.fork.has_room() {
+            return;
+        }
         scope.fork.desire(task_id, TaskState::Remove);
     }
 }
@@ -116,18 +120,18 @@ impl<'p, 'a> Scope<'p, 'a> {
     }
 
     fn slots(&mut self, service_id: ServiceId) -> Rc<Slots> {
-        let n_changes = self.fork.n_changes();
-        if let Some((_, slots)) = self.slots.as_ref().filter(|(read_at, _)| *read_at == n_changes) {
-            return slots.clone();
-        }
-        let mut slots = Slots::new();
-        for task in self.fork.state().tasks_of_service(service_id) {
-            if task.desired_state < TaskState::Remove {
-                slots.entry(task.slot_key()).or_default().push(task.clone());
+        let (state, touches) = (self.fork.state(), self.fork.touches());
+        let slots = match self.slots.take() {
+            Some((read_at, mut slots)) if touches.len() - read_at <= Slots::UPDATES_MAX => {
+                let changed = touches[read_at..].iter().filter_map(|id| state.task(*id));
+                for task in changed.filter(|task| task.service_id == service_id) {
+                    Rc::make_mut(&mut slots).update(task);
+                }
+                slots
             }
-        }
-        let slots = Rc::new(slots);
-        self.slots = Some((n_changes, slots.clone()));
+            _ => Rc::new(Slots::read(state, service_id)),
+        };
+        self.slots = Some((touches.len(), slots.clone()));
         slots
     }
 
@@ -135,11 +139,6 @@ impl<'p, 'a> Scope<'p, 'a> {
         if self.wake.is_none_or(|(earliest, _)| at < earliest) {
             self.wake = Some((at, why));
         }
-    }
-
-    /// Notes that the pass was full: the rest is for the next one.
-    fn wake_for_rest(&mut self) {
-        self.wake_at(self.fork.now(), "tasks still to be created");
     }
 
     /// Makes a task that starts at `start_after` or, later, once the slot's other tasks have stopped.

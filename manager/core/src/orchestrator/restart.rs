@@ -37,30 +37,30 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
     let constraints = enforcer::Constraints::of(service);
     for (slot, tasks) in scope.slots(service.id).iter() {
         let fault = |task: &Task| fault(scope, &constraints, task);
+        let mut live = tasks.iter().filter(|task| is_live(task));
+        if live.all(|task| fault(task).is_none()) {
+            continue; // As in almost all slots.
+        }
         let live = tasks.iter().filter(|task| is_live(task));
         let (failed, sound): (Vec<_>, Vec<_>) =
             live.map(|task| (task, fault(task))).partition(|(_, fault)| fault.is_some());
-        if failed.is_empty() {
-            continue;
-        }
         let is_clean = |task: &Task| updater::is_clean(scope.fork.state(), service, task);
-        let needs_none = sound.iter().any(|(task, _)| is_clean(task))
-            || !global::may_fill(scope, service, *slot);
+        let needs_none =
+            sound.iter().any(|(task, _)| is_clean(task)) || !global::may_fill(scope, service, slot);
         let mut start_after = failed
             .iter()
             .filter(|(task, _)| !needs_none && has_successor(task, tasks, now))
             .map(|(task, fault)| now.after(delay(task, *fault)));
         // Two of one slot fail together only mid-update; one successor is enough.
         let start_after = start_after.next().map(|first| start_after.fold(first, Timestamp::min));
-        if start_after.is_some() && !scope.fork.has_room() {
-            scope.wake_for_rest();
+        if !scope.fork.has_room() {
             return;
         }
         for (task, _) in failed {
             scope.fork.desire(task.id, TaskState::Shutdown);
         }
         if let Some(start_after) = start_after {
-            scope.create_in_slot(service, *slot, start_after);
+            scope.create_in_slot(service, slot, start_after);
         }
     }
 }
@@ -117,7 +117,7 @@ pub(super) fn has_successor(task: &Task, tasks: &[Arc<Task>], now: Timestamp) ->
 /// Lets prepared successors start whose delay is over and whose predecessors have stopped.
 pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
     let now = scope.fork.now();
-    for tasks in scope.slots(service.id).values() {
+    for (_, tasks) in scope.slots(service.id).iter() {
         for task in tasks.iter().filter(|task| task.desired_state <= TaskState::Ready) {
             let start_after = task.start_after.unwrap_or(task.meta.created_at);
             let state = scope.fork.state();
@@ -127,6 +127,9 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
             let patience = stopping.map(|old| task.meta.created_at.after(patience(old))).max();
             let at = patience.map_or(start_after, |patience| patience.max(start_after));
             if at <= now {
+                if !scope.fork.has_room() {
+                    return;
+                }
                 scope.fork.desire(task.id, TaskState::Running);
             } else {
                 scope.wake_at(at, "restart delay or the stop of an older task");

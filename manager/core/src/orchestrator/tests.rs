@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use skep_common::object::{NodeState, Slot, TaskStatus};
+use skep_common::object::{NetworkAttachment, NodeState, Slot, TaskStatus};
 use skep_common::spec::{Availability, Nanos, RestartCondition, RestartPolicy, UpdateConfig};
-use skep_common::{Object, Service, Task, TaskId, TaskState};
+use skep_common::{NetworkId, Object, Service, Task, TaskId, TaskState};
 
 use crate::command::{Action, TaskPatch};
 use crate::testing::{World, parse_node, service};
@@ -60,6 +60,30 @@ fn what_fails_is_replaced() {
         ("a task that stops already is let be", "1:down 2", "1@1:running>shutdown 1@2:running", ""),
     ] {
         check(name, 1, nodes, tasks, expect);
+    }
+}
+
+#[test]
+fn tasks_on_overlays_leave_a_node_that_does_not_carry_them() {
+    for (name, nodes, is_on_overlay, leaves) in [
+        ("it carries them", "1:pause 2", true, false),
+        ("it does not", "1:user-space 2", true, true),
+        ("nor does a paused one, which cannot run it", "1:user-space:pause 2", true, true),
+        ("others stay", "1:user-space 2", false, false),
+        ("also while it is paused", "1:user-space:pause 2", false, false),
+    ] {
+        let mut world = World::new(nodes, service(1), "1@1:running");
+        let mut task = Task::clone(world.state.task(TaskId(1)).unwrap());
+        task.networks_attachments = vec![NetworkAttachment {
+            ingress: !is_on_overlay,
+            address: [10, 0, 1, 2].into(),
+            prefix: 24,
+            network_id: is_on_overlay.then_some(NetworkId(1)),
+            ipv6: None,
+            aliases: Vec::new(),
+        }];
+        world.replace(Object::Task(Box::new(task)));
+        assert_eq!(world.step().starts_with("!1 "), leaves, "{name}");
     }
 }
 

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use skep_common::limits::defaults;
 use skep_common::object::{Slot, UpdateStatus};
-use skep_common::spec::{ModeKind, Placement, TaskSpec, UpdateConfig};
+use skep_common::spec::{ModeKind, NetworkAttachmentConfig, Placement, TaskSpec, UpdateConfig};
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{Scope, enforcer, global, is_live, newest};
@@ -122,13 +122,11 @@ pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     let given =
         if is_rollback { &service.spec.rollback_config } else { &service.spec.update_config };
     let config = Config::of(given.as_ref());
-    let wake = scope.wake;
-    let survey = survey(scope, service, &config);
-    if is_new && survey.dirty.is_empty() {
-        scope.wake = wake; // There is no update that could be late.
+    if is_new && !has_dirty(scope, service) {
         scope.updates.services.remove(&service.id);
         return;
     }
+    let survey = survey(scope, service, &config);
     if !is_new && fail(scope, service, &config, &survey, is_rollback) {
         return;
     }
@@ -145,7 +143,6 @@ pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     let is_last = survey.dirty.is_empty() && !survey.is_unsettled;
     for (slot, tasks) in survey.dirty.into_iter().take(room) {
         if !replace(scope, service, slot, &tasks, config.is_start_first) {
-            scope.wake_for_rest();
             break;
         }
     }
@@ -240,9 +237,12 @@ fn replace(
 
 /// Gives up a slot's other tasks once one of the current spec runs.
 pub(super) fn finish_start_first(scope: &mut Scope<'_, '_>, service: &Service) {
-    for tasks in scope.slots(service.id).values() {
+    for (_, tasks) in scope.slots(service.id).iter() {
+        if tasks.len() < 2 {
+            continue;
+        }
         let live: Vec<&Arc<Task>> = tasks.iter().filter(|task| is_live(task)).collect();
-        if live.len() < 2 {
+        if live.len() < 2 || !scope.fork.has_room() {
             continue;
         }
         let runs = |task: &&&Arc<Task>| {
@@ -260,6 +260,16 @@ pub(super) fn finish_start_first(scope: &mut Scope<'_, '_>, service: &Service) {
     }
 }
 
+/// Whether a slot is to be replaced: all that is to be known where no update runs.
+fn has_dirty(scope: &mut Scope<'_, '_>, service: &Service) -> bool {
+    scope.slots(service.id).iter().any(|(slot, tasks)| {
+        let is_touched = tasks.iter().any(|task| task.spec_version == service.spec_version);
+        !is_touched
+            && is_dirty(scope.fork.state(), service, tasks)
+            && global::may_fill(scope, service, slot)
+    })
+}
+
 fn survey(scope: &mut Scope<'_, '_>, service: &Service, config: &Config) -> Survey {
     let mut survey = Survey {
         dirty: Vec::new(),
@@ -274,8 +284,8 @@ fn survey(scope: &mut Scope<'_, '_>, service: &Service, config: &Config) -> Surv
         let touched: Vec<&Arc<Task>> = tasks.iter().filter(is_new).collect();
         if touched.is_empty() {
             let is_dirty = is_dirty(scope.fork.state(), service, tasks);
-            if is_dirty && global::may_fill(scope, service, *slot) {
-                survey.dirty.push((*slot, tasks.clone()));
+            if is_dirty && global::may_fill(scope, service, slot) {
+                survey.dirty.push((slot, tasks.to_vec()));
             }
             continue;
         }
@@ -404,13 +414,16 @@ fn lacks_uplink(state: &State, service: &Service, task: &Task) -> bool {
         )
 }
 
+fn networks_of(spec: &TaskSpec) -> &[NetworkAttachmentConfig] {
+    spec.networks.as_deref().unwrap_or_default()
+}
+
 fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {
-    let networks = |spec: &TaskSpec| spec.networks.clone().unwrap_or_default();
     wanted.resources == made.resources
         && wanted.restart_policy == made.restart_policy
         && wanted.force_update.unwrap_or(0) == made.force_update.unwrap_or(0)
         && wanted.log_driver == made.log_driver
-        && networks(wanted) == networks(made)
+        && networks_of(wanted) == networks_of(made)
         && wanted.extra == made.extra
         && image::is_same_container(wanted.container_spec.as_ref(), made.container_spec.as_ref())
 }

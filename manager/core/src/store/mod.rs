@@ -25,6 +25,7 @@ mod tests;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use imbl::{OrdMap, OrdSet};
 use skep_common::object::{Config, Network, Revision, Secret, Slot};
 use skep_common::spec::PortProtocol;
@@ -38,6 +39,17 @@ pub use networks::AddressOwner;
 
 /// A table of objects by id.
 pub type Table<K, V> = OrdMap<K, Arc<V>>;
+
+/// The ids of what differs between two tables of the store. Two states share all that is equal in them, so
+/// that the cost depends on what changed.
+pub fn changed<K: Ord + Copy, V: PartialEq>(old: &Table<K, V>, new: &Table<K, V>) -> Vec<K> {
+    let id = |item| match item {
+        DiffItem::Add(id, _) | DiffItem::Remove(id, _) | DiffItem::Update { new: (id, _), .. } => {
+            *id
+        }
+    };
+    old.diff(new).map(id).collect()
+}
 
 /// One object that a command created, changed or erased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -143,6 +155,29 @@ impl State {
                 (service_id, Slot::FIRST, TaskId(0))..=(service_id, Slot::LAST, TaskId(u128::MAX)),
             )
             .map(|(_, _, task_id)| self.indexed_task(*task_id))
+    }
+
+    /// All tasks, by service, then slot, then id.
+    pub(crate) fn tasks_by_service(&self) -> impl Iterator<Item = &Arc<Task>> {
+        self.service_tasks.iter().map(|(_, _, task_id)| self.indexed_task(*task_id))
+    }
+
+    /// The services that have tasks, whether they are there themselves or not.
+    pub(crate) fn services_with_tasks(&self) -> impl Iterator<Item = ServiceId> {
+        // One search for each service, and none of its tasks is looked at.
+        let next = |from: ServiceId| {
+            self.service_tasks.range((from, Slot::FIRST, TaskId(0))..).next().map(|first| first.0)
+        };
+        let first = next(ServiceId(0));
+        std::iter::successors(first, move |last| next(ServiceId(last.0.checked_add(1)?)))
+    }
+
+    /// The nodes that have tasks, whether they are there themselves or not.
+    pub(crate) fn nodes_with_tasks(&self) -> impl Iterator<Item = NodeId> {
+        let next = |from: NodeId| {
+            self.node_tasks.range((from, TaskId(0))..).next().map(|(node_id, _)| *node_id)
+        };
+        std::iter::successors(next(NodeId(0)), move |last| next(NodeId(last.0.checked_add(1)?)))
     }
 
     /// Tasks of one slot of a service, by id.

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use skep_common::object::NetworkAttachment;
 use skep_common::{Task, TaskId};
 
 use super::State;
@@ -43,14 +44,9 @@ impl State {
         }
     }
 
-    /// Places a task: its node and its addresses, which nobody else has.
-    pub(crate) fn scratch_place_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
-        let Some(task) = self.tasks.get_mut(&task_id) else { return };
-        let task = Arc::make_mut(task);
-        edit(task);
-        let task = task.clone();
-        self.node_tasks.extend(task.node_id.map(|node_id| (node_id, task_id)));
-        self.claim_addresses(&task)
+    /// Takes a task's addresses on networks, which nobody else has.
+    pub(crate) fn scratch_claim(&mut self, task_id: TaskId, attachments: &[NetworkAttachment]) {
+        self.claim_attachments(task_id, attachments)
             .expect("a pass grants an address only after it looked for its owner");
     }
 }
