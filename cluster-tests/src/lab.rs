@@ -35,11 +35,20 @@ pub struct LabOptions {
     pub daemon: Option<PathBuf>,
     /// Numbers of nodes that balance published ports in user space.
     pub user_space: Vec<u8>,
+    /// Whether tasks count as running without containers.
+    pub no_containers: bool,
 }
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { managers: 3, workers: 2, swarm: true, daemon: None, user_space: Vec::new() }
+        Self {
+            managers: 3,
+            workers: 2,
+            swarm: true,
+            daemon: None,
+            user_space: Vec::new(),
+            no_containers: false,
+        }
     }
 }
 
@@ -73,6 +82,9 @@ impl Lab {
         command.args(["--until-exit-of", &pid.to_string()]);
         if !options.swarm {
             command.arg("--no-swarm");
+        }
+        if options.no_containers {
+            command.arg("--no-containers");
         }
         for number in &options.user_space {
             command.args(["--user-space", &number.to_string()]);

@@ -24,6 +24,7 @@
 
 pub mod agent;
 pub mod executor;
+pub mod executor_none;
 
 pub mod embedded;
 

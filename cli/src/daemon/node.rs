@@ -20,10 +20,12 @@ use skep_runtime::TaskSet;
 use skep_runtime::identity::{Credentials, Files, RaftKey};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
-use skep_worker::agent::{Agent, AgentOptions, Images, Managers, Payloads};
+use skep_worker::agent::{Agent, AgentOptions, Beats, Images, Managers, Payloads};
 use skep_worker::container::ContainerRuntime;
 use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
+use skep_worker::executor::Executor;
+use skep_worker::executor_none::NoContainers;
 use skep_worker::images::ImageStore;
 use skep_worker::net::secure::{self, Keyring, Pairs};
 use skep_worker::passage::{Daemons, Entrance, MESSAGE_BYTES_MAX, Windows};
@@ -34,7 +36,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::service::Routes;
 
-use super::options::Options;
+use super::options::{Options, RuntimeChoice};
 use super::record::{NodeRecord, RecordFile};
 use super::renewal;
 
@@ -160,9 +162,13 @@ impl Node {
         };
         let containers = containers.context("failed to open the container runtime")?;
         let embedded = Embedded::new(containers, self.images.clone(), self.uplink.clone(), facts);
+        let executor: Arc<dyn Executor> = match options.runtime {
+            RuntimeChoice::Containers => Arc::new(embedded.clone()),
+            RuntimeChoice::None => Arc::new(NoContainers::default()),
+        };
         let peer = PeerService::new(
             self.images.store().clone(),
-            Arc::new(embedded.clone()),
+            Arc::new(embedded),
             self.tls.clone(),
             self.tasks.clone(),
         );
@@ -186,12 +192,13 @@ impl Node {
             description: self.follow_description(options),
             addr: self.record.advertise_addr.clone(),
             tasks_dir: options.data_dir.join("tasks"),
-            executor: Arc::new(embedded),
+            executor,
             images: Some(self.images.clone()),
             payloads: self.payloads.clone(),
             balancers: Some(Box::new(self.uplink.clone())),
             managers: self.managers.clone(),
             pool: self.pool.clone(),
+            beats: Beats::default(),
             tasks: self.tasks.clone(),
         };
         let (keyring, uplink) = (Arc::clone(&self.keyring), self.uplink.clone());

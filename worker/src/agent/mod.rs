@@ -51,7 +51,7 @@ use tokio_util::sync::CancellationToken;
 pub use balancers::Balancers;
 pub use images::{ImageHolding, Images};
 pub use payloads::Payloads;
-pub use session::{Managers, TermKeeper};
+pub use session::{Beats, Managers, TermKeeper};
 pub use task_store::{Remembered, TaskStore};
 
 use crate::executor::{Executor, Found};
@@ -80,6 +80,8 @@ pub struct AgentOptions {
     pub managers: Managers,
     /// Channels to other nodes.
     pub pool: ChannelPool,
+    /// What sends heartbeats.
+    pub beats: Beats,
     /// What the agent's tasks belong to.
     pub tasks: TaskSet,
 }
@@ -100,6 +102,8 @@ pub struct Agent {
     session: u64,
     to_leader: Option<mpsc::Sender<AgentMessage>>,
     end_session: CancellationToken,
+    /// Changed since their records were written.
+    unwritten: BTreeSet<TaskId>,
     unsent: BTreeSet<TaskId>,
     mesh: mesh::MeshState,
     unsent_mesh: Option<skep_proto::MeshApplied>,
@@ -150,6 +154,7 @@ impl Agent {
             session: 0,
             to_leader: None,
             end_session: CancellationToken::new(),
+            unwritten: BTreeSet::new(),
             unsent: BTreeSet::new(),
             mesh: mesh::MeshState::default(),
             unsent_mesh: None,
@@ -167,6 +172,7 @@ impl Agent {
             pool: options.pool,
             managers: options.managers,
             tasks: options.tasks.clone(),
+            beats: options.beats,
         };
         let description = options.description.clone();
         let hello = hello_maker(options.description, options.addr, options.images);
@@ -211,6 +217,8 @@ impl Agent {
                 }
                 () = self.room_for_reports() => {}
             }
+            // Once for all that came: a task on its way to running changes its state several times at once.
+            self.write_records();
             self.flush();
         }
     }
@@ -401,7 +409,7 @@ impl Agent {
     }
 
     fn change_assigned(
-        &self,
+        &mut self,
         task_id: TaskId,
         withdrawn_by: u64,
         change: impl FnOnce(&mut Assigned),
@@ -484,7 +492,18 @@ impl Agent {
         });
     }
 
-    fn remember(&self, task_id: TaskId) {
+    /// Has a task's record written before anything else is received or sent.
+    fn remember(&mut self, task_id: TaskId) {
+        self.unwritten.insert(task_id);
+    }
+
+    fn write_records(&mut self) {
+        for task_id in std::mem::take(&mut self.unwritten) {
+            self.write_record(task_id);
+        }
+    }
+
+    fn write_record(&self, task_id: TaskId) {
         let Some(held) = self.held.get(&task_id) else { return };
         let assigned = held.assigned.borrow();
         let record = Remembered {

@@ -30,6 +30,16 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A leader answers a Hello at once; one that does not is not the leader any more.
 const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 
+/// What sends an agent's heartbeats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Beats {
+    /// A thread of their own, which waits for nothing else that the daemon does.
+    #[default]
+    OnThread,
+    /// A task: for thousands of agents in one process, in benchmarks of managers.
+    AsTask,
+}
+
 /// Addresses of managers, best first; clones share them. Kept on disk by the daemon.
 #[derive(Debug, Clone)]
 pub struct Managers {
@@ -137,6 +147,7 @@ pub(super) struct SessionOptions {
     pub(super) pool: ChannelPool,
     pub(super) managers: Managers,
     pub(super) tasks: TaskSet,
+    pub(super) beats: Beats,
 }
 
 /// Holds a session for as long as the agent lives. `hello` makes the first message anew each time.
@@ -246,7 +257,7 @@ async fn attempt(
     Ended::WasOpen
 }
 
-/// Sends heartbeats from a thread of its own until dropped.
+/// Sends heartbeats until dropped.
 struct Heartbeats {
     stop: CancellationToken,
 }
@@ -257,25 +268,30 @@ impl Heartbeats {
         let (token, pool) = (stop.clone(), options.pool.clone());
         let (address, session_id) = (address.to_owned(), welcome.session_id.clone());
         let period = Duration::from_millis(welcome.heartbeat_millis.max(1));
+        let beating = async move {
+            let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
+            let mut interval = tokio::time::interval(period);
+            loop {
+                tokio::select! {
+                    () = token.cancelled() => return,
+                    _ = interval.tick() => {}
+                }
+                let mut request =
+                    tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
+                request.set_timeout(period);
+                if let Err(status) = client.heartbeat(request).await {
+                    tracing::debug!(error = status.message(), "a heartbeat failed");
+                }
+            }
+        };
+        if options.beats == Beats::AsTask {
+            options.tasks.spawn("heartbeat", beating);
+            return Self { stop };
+        }
         let beat = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let Ok(runtime) = runtime else { return };
-            runtime.block_on(async {
-                let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
-                let mut interval = tokio::time::interval(period);
-                loop {
-                    tokio::select! {
-                        () = token.cancelled() => return,
-                        _ = interval.tick() => {}
-                    }
-                    let mut request =
-                        tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
-                    request.set_timeout(period);
-                    if let Err(status) = client.heartbeat(request).await {
-                        tracing::debug!(error = status.message(), "a heartbeat failed");
-                    }
-                }
-            });
+            runtime.block_on(beating);
         };
         if let Err(error) = std::thread::Builder::new().name("heartbeat".into()).spawn(beat) {
             tracing::error!(%error, "no thread for heartbeats: managers will take this node for dead");

@@ -27,7 +27,7 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::images::tests::{import, until_stored};
-use super::{Agent, AgentOptions, Balancers, Images, Managers, Payloads, TermKeeper};
+use super::{Agent, AgentOptions, Balancers, Beats, Images, Managers, Payloads, TermKeeper};
 use crate::executor::{Error, Executor, Exit, Found, TaskPayloads};
 use crate::images::ImageStore;
 
@@ -185,6 +185,7 @@ impl Session {
 #[derive(Debug)]
 struct FakeLeader {
     sessions: mpsc::Sender<Opened>,
+    n_beats: watch::Sender<u64>,
 }
 
 #[tonic::async_trait]
@@ -207,6 +208,7 @@ impl Dispatcher for FakeLeader {
         &self,
         _: Request<HeartbeatRequest>,
     ) -> Result<Response<HeartbeatResponse>, Status> {
+        self.n_beats.send_modify(|n_beats| *n_beats += 1);
         Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000 }))
     }
 
@@ -221,6 +223,8 @@ impl Dispatcher for FakeLeader {
 /// A leader on a real port, and an agent that looks for it.
 struct Stage {
     sessions: mpsc::Receiver<Opened>,
+    n_beats: watch::Receiver<u64>,
+    beats: Beats,
     puppets: Arc<Puppets>,
     tasks: TaskSet,
     pool: ChannelPool,
@@ -285,7 +289,9 @@ impl Stage {
         };
         let tasks = TaskSet::new();
         let (sender, sessions) = mpsc::channel(16);
-        let routes = Routes::new(DispatcherServer::new(FakeLeader { sessions: sender }));
+        let (beats, n_beats) = watch::channel(0);
+        let leader = FakeLeader { sessions: sender, n_beats: beats };
+        let routes = Routes::new(DispatcherServer::new(leader));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (tls, serving) =
@@ -297,10 +303,12 @@ impl Stage {
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);
-        let (images, terms) = (None, Arc::default());
-        let (payloads, has_mesh) = (Payloads::default(), false);
+        let (beats, terms) = (Beats::default(), Arc::default());
+        let (images, payloads, has_mesh) = (None, Payloads::default(), false);
         Self {
             sessions,
+            n_beats,
+            beats,
             puppets,
             tasks,
             pool,
@@ -325,6 +333,7 @@ impl Stage {
             managers: Managers::new(vec![self.address.clone()])
                 .obeying(*self.terms.0.lock().unwrap(), Arc::clone(&self.terms) as _),
             pool: self.pool.clone(),
+            beats: self.beats,
             tasks: tasks.clone(),
         };
         Agent::start(options).await.unwrap();
@@ -418,6 +427,17 @@ pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Ta
 
 fn reached(state: TaskState) -> impl Fn(&TaskStatus) -> bool {
     move |status| status.state == state
+}
+
+#[tokio::test]
+async fn heartbeats_arrive_whatever_sends_them() {
+    for beats in [Beats::OnThread, Beats::AsTask] {
+        let mut stage = Stage { beats, ..Stage::without_agent(Puppets::default()).await };
+        stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+        let session = stage.session().await;
+        session.welcome(1).await;
+        soon("a heartbeat", stage.n_beats.wait_for(|n_beats| *n_beats > 0)).await.unwrap();
+    }
 }
 
 #[tokio::test]

@@ -241,7 +241,7 @@ impl State {
     pub(super) fn unindex_task(&mut self, task: &Task) {
         self.service_tasks.remove(&place_of(task));
         if let Some(name) = name_on_node(task) {
-            self.names.remove(&(Kind::Task, name));
+            self.names.remove(&(Kind::Task, name.into()));
         }
         if let Some(node_id) = task.node_id {
             self.node_tasks.remove(&(node_id, task.id));
@@ -254,7 +254,7 @@ impl State {
     /// put back costs a copy of a part of it.
     pub(super) fn index_task(&mut self, old: Option<&Task>, task: Task) -> Result<Change, Refusal> {
         if let Some(name) = old.and_then(name_on_node) {
-            self.names.remove(&(Kind::Task, name));
+            self.names.remove(&(Kind::Task, name.into()));
         }
         if let Some(name) = name_on_node(&task) {
             self.rename(Kind::Task, task.id.0, None, &name)?;
@@ -367,7 +367,7 @@ impl State {
                     self.ports.remove(&port);
                 }
                 self.release_virtual_ips(&service);
-                self.names.remove(&(kind, service.spec.name.clone()));
+                self.names.remove(&(kind, service.spec.name.as_str().into()));
                 self.delete_revisions(service.id);
             }
             Kind::Revision => self.delete_revisions(ServiceId(id)),
@@ -381,19 +381,19 @@ impl State {
             }
             Kind::Secret => {
                 let secret = self.secrets.remove(&SecretId(id))?;
-                self.names.remove(&(kind, secret.spec.name.clone()));
+                self.names.remove(&(kind, secret.spec.name.as_str().into()));
             }
             Kind::Config => {
                 let config = self.configs.remove(&ConfigId(id))?;
-                self.names.remove(&(kind, config.spec.name.clone()));
+                self.names.remove(&(kind, config.spec.name.as_str().into()));
             }
             Kind::Stack => {
                 let stack = self.stacks.remove(&StackId(id))?;
-                self.names.remove(&(kind, stack.spec.name.clone()));
+                self.names.remove(&(kind, stack.spec.name.as_str().into()));
             }
             Kind::Image => {
                 let image = self.images.remove(&ImageId(id))?;
-                self.names.remove(&(kind, image.name.clone()));
+                self.names.remove(&(kind, image.name.as_str().into()));
             }
         }
         Some(change)
@@ -409,13 +409,13 @@ impl State {
         if old == Some(new) {
             return Ok(());
         }
-        if self.names.contains_key(&(kind, new.to_owned())) {
+        if self.names.contains_key(&(kind, new.into())) {
             return Err(Refusal::NameTaken { kind, name: new.to_owned() });
         }
         if let Some(old) = old {
-            self.names.remove(&(kind, old.to_owned()));
+            self.names.remove(&(kind, old.into()));
         }
-        self.names.insert((kind, new.to_owned()), id);
+        self.names.insert((kind, new.into()), id);
         Ok(())
     }
 }

@@ -78,7 +78,8 @@ pub struct State {
     stacks: Table<StackId, Stack>,
     images: Table<ImageId, Image>,
     revisions: Table<(ServiceId, u64), Revision>,
-    names: OrdMap<(Kind, String), u128>,
+    /// The names are shared: a change copies the neighbours of what it changes.
+    names: OrdMap<(Kind, Arc<str>), u128>,
     ports: OrdMap<(PortProtocol, u16), ServiceId>,
     addresses: OrdMap<Ipv4Addr, TaskId>,
     vnis: OrdMap<u32, NetworkId>,
@@ -136,7 +137,7 @@ impl State {
 
     /// The id of the object with this unique name. Nodes and tasks have none.
     pub fn id_by_name(&self, kind: Kind, name: &str) -> Option<u128> {
-        self.names.get(&(kind, name.to_owned())).copied()
+        self.names.get(&(kind, name.into())).copied()
     }
 
     /// The service with this name.

@@ -95,7 +95,7 @@ impl State {
     }
 
     fn release_network(&mut self, network: &Network) {
-        let name = (Kind::Network, network.spec.name.clone());
+        let name = (Kind::Network, network.spec.name.as_str().into());
         if self.names.get(&name) == Some(&network.id.0) {
             self.names.remove(&name);
         }
