@@ -43,9 +43,14 @@ fix:
 # Measures the release binary in labs against the targets of docs/benchmarks.md; never a test.
 # `make bench SCENARIO="failover mesh"` chooses, QUICK=1 measures less.
 bench: release
-	$(STATIC_BUILD) --package skep-cli --package skep-worker --bin skep --example rules
+	$(STATIC_BUILD) --package skep-cli --package skep-worker --package skep-cluster-tests --bin skep \
+	  --bin skep-clients --bin skep-workers --example rules
+	$(STATIC_BUILD) --package skep-manager-core --features testing --example place
 	deploy/with-rust.sh cargo build --package skep-cluster-tests --bin skep-bench
-	SKEP_BINARY="$(CURDIR)/target/skep" SKEP_BENCH_RULES="$(CURDIR)/$(STATIC_DIR)/examples/rules" deploy/as-root.sh \
+	SKEP_BINARY="$(CURDIR)/target/skep" SKEP_BENCH_RULES="$(CURDIR)/$(STATIC_DIR)/examples/rules" \
+	  SKEP_BENCH_PLACE="$(CURDIR)/$(STATIC_DIR)/examples/place" \
+	  SKEP_BENCH_CLIENTS="$(CURDIR)/$(STATIC_DIR)/skep-clients" \
+	  SKEP_BENCH_WORKERS="$(CURDIR)/$(STATIC_DIR)/skep-workers" deploy/as-root.sh \
 	  "$${CARGO_TARGET_DIR:-target}/debug/skep-bench" $(if $(QUICK),--quick) $(SCENARIO)
 
 # The one binary, without shared libraries: target/skep. Its flags are its own, so that the development

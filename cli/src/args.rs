@@ -62,13 +62,10 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Image(image::Command),
     /// Manage secrets
-    #[command(hide = true)]
     Secret(secret::SecretArgs),
     /// Manage configs
-    #[command(hide = true)]
     Config(config::ConfigArgs),
     /// Get events from the swarm
-    #[command(hide = true)]
     Events(events::EventsArgs),
     /// Look inside
     #[command(subcommand)]

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::command::{Output, run, skep};
 use crate::leaks::{LabTraces, NodeTraces};
-use crate::load::{HeldConnection, Load, LoadOptions};
+use crate::load::{HeldConnection, Load, LoadOptions, Report};
 use crate::wait::wait_until;
 
 /// At most this many labs at a time: five daemons each share the machine.
@@ -35,11 +35,20 @@ pub struct LabOptions {
     pub daemon: Option<PathBuf>,
     /// Numbers of nodes that balance published ports in user space.
     pub user_space: Vec<u8>,
+    /// Whether tasks count as running without containers.
+    pub no_containers: bool,
 }
 
 impl Default for LabOptions {
     fn default() -> Self {
-        Self { managers: 3, workers: 2, swarm: true, daemon: None, user_space: Vec::new() }
+        Self {
+            managers: 3,
+            workers: 2,
+            swarm: true,
+            daemon: None,
+            user_space: Vec::new(),
+            no_containers: false,
+        }
     }
 }
 
@@ -73,6 +82,9 @@ impl Lab {
         command.args(["--until-exit-of", &pid.to_string()]);
         if !options.swarm {
             command.arg("--no-swarm");
+        }
+        if options.no_containers {
+            command.arg("--no-containers");
         }
         for number in &options.user_space {
             command.args(["--user-space", &number.to_string()]);
@@ -173,6 +185,18 @@ impl Lab {
     #[track_caller]
     pub fn load(&self, from: &str, options: &LoadOptions) -> Load {
         Load::start(self, from, options)
+    }
+
+    /// Where a node answers at a port.
+    pub fn url(&self, node: &str, port: u16) -> String {
+        format!("http://{}:{port}/", self.node(node).address())
+    }
+
+    /// Sends so many requests from a member, one after the other.
+    #[track_caller]
+    pub fn send(&self, from: &str, url: &str, n_requests: u64) -> Report {
+        let requests = Some(n_requests);
+        self.load(from, &LoadOptions { requests, ..LoadOptions::to([url.to_owned()]) }).finish()
     }
 
     /// Opens one connection from a member and keeps it.

@@ -7,6 +7,11 @@ use skep_runtime::clock::monotonic;
 /// How long to wait between two looks.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
+/// Says how far a story is.
+pub fn step(text: &str) {
+    eprintln!("--- {text}");
+}
+
 /// Looks until `look` gives something; panics after `deadline` with what was seen last.
 ///
 /// `look` also returns that: the state it looked at, in words.

@@ -8,8 +8,8 @@ use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, Load, LoadOptions, Report, SETTLES_WITHIN, TaskRow, is_root_or_skip,
-    wait_until,
+    Lab, LabOptions, Load, LoadOptions, SETTLES_WITHIN, TaskRow, daemon_with_metrics,
+    is_root_or_skip, step, wait_until,
 };
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
@@ -50,14 +50,17 @@ fn a_node_without_the_kernels_balancer_serves_all_the_same() {
     if !is_root_or_skip() {
         return;
     }
+    let dir = tempfile::tempdir().unwrap();
     let lab = Lab::start(LabOptions {
         managers: 1,
         workers: 2,
         user_space: vec![3],
+        daemon: Some(daemon_with_metrics(dir.path())),
         ..LabOptions::default()
     });
     step("the node says it");
     the_node_says_it(&lab);
+    network_check_tries_its_daemon(&lab);
     lab.import_whoami();
     lab.deploy_whoami("fallback", STACK);
     let tasks = lab.wait_until_settled("n1", WEB, 3);
@@ -68,6 +71,9 @@ fn a_node_without_the_kernels_balancer_serves_all_the_same() {
     step("much of one connection, and ends of one direction");
     much_arrives_whole(&lab);
     half_a_close_is_passed_on(&lab);
+    step("what is relayed is counted");
+    connections_are_counted(&lab);
+    refusals_are_counted(&lab);
     step("a rolling update, and scaling, under load");
     no_request_fails(&lab, |lab| update(lab, &tasks));
     no_request_fails(&lab, |lab| {
@@ -108,10 +114,43 @@ fn the_node_says_it(lab: &Lab) {
     assert!(info.stderr.contains("published ports are balanced in user space"), "{info}");
 }
 
+/// There is no tunnel to probe, and what stands between the daemons is named.
+fn network_check_tries_its_daemon(lab: &Lab) {
+    let check = || {
+        let format = "{{.Check}} {{.From}} {{.To}} {{.Result}}: {{.Detail}}";
+        lab.node("n1").skep(&["network", "check", "--format", format, "n2", OTHER])
+    };
+    let says = "balancer n3  ok: balances in user space (the setting ingress_balancer of its daemon says so)";
+    let open = check().ok();
+    let text = open.text();
+    assert!(text.contains(says) && !text.contains("vxlan"), "{open}");
+    let other = format!("TCP to {}:2377", lab.node(OTHER).address());
+    for expect in [
+        "daemon n3  ok".to_owned(),
+        format!("passage n2 n3 ok: {other} gets through"),
+        format!("passage n3 n2 ok: TCP to {}:2377 gets through", lab.node("n2").address()),
+    ] {
+        assert!(text.contains(&expect), "{expect}: {open}");
+    }
+    let address = lab.node(OTHER).address();
+    let drop = format!(
+        "add table inet hostfw; \
+         add chain inet hostfw out {{ type filter hook output priority 0; }}; \
+         add rule inet hostfw out ip daddr {address} tcp dport 2377 drop"
+    );
+    lab.node("n2").exec(&["nft", &drop]).ok();
+    let closed = check();
+    lab.node("n2").exec(&["nft", "delete table inet hostfw"]).ok();
+    assert!(!closed.status.success(), "{closed}");
+    let expect = format!("passage n2 n3 failed: {other} does not get through");
+    assert!(closed.text().contains(&expect), "{closed}");
+    assert!(closed.text().contains("passage n3 n2 ok"), "{closed}");
+}
+
 fn exact_turns(lab: &Lab) {
     for node in NODES {
-        wait_for_slots(lab, "client", &url(lab, node), &[("1", 3), ("2", 3), ("3", 3)]);
-        send(lab, "client", &url(lab, node), 9).assert_none_failed();
+        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.send("client", &lab.url(node, PORT), 9).assert_none_failed();
         let own = format!("http://127.0.0.1:{PORT}/");
         wait_for_slots(lab, node, &own, &[("1", 3), ("2", 3), ("3", 3)]);
     }
@@ -126,13 +165,66 @@ fn much_arrives_whole(lab: &Lab) {
     for node in NODES {
         let server = (lab.node(node).address(), PORT);
         for _ in 0..3 {
-            let request =
-                format!("GET /bytes/{N_BYTES} HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n");
-            let answer = ask(lab, server, &request, false);
+            let answer = ask(lab, server, &request_for_much(), false);
             let head = answer.windows(4).position(|end| end == b"\r\n\r\n").unwrap() + 4;
             assert_eq!(answer.len() - head, N_BYTES, "through {node}");
         }
     }
+}
+
+fn request_for_much() -> String {
+    format!("GET /bytes/{N_BYTES} HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n")
+}
+
+/// Each task's, by the node that the client connects to, whichever way they go on.
+fn connections_are_counted(lab: &Lab) {
+    let connections = "skep_ingress_connections_total";
+    for node in NODES {
+        let before = lab.metric(node, connections);
+        lab.send("client", &lab.url(node, PORT), 9).assert_none_failed();
+        let counted = lab.metric(node, connections);
+        assert_eq!(counted.len(), 3, "{counted:?}");
+        for (labels, n) in &counted {
+            assert!(labels.starts_with(&format!("service=\"{WEB}\",task=")), "{labels}");
+            assert_eq!(n - before[labels], 3, "{node}: {labels}");
+        }
+        let bytes = |direction: &str| -> u64 {
+            let all = lab.metric(node, "skep_ingress_bytes_total");
+            let direction = format!("direction=\"{direction}\"");
+            all.iter().filter(|(labels, _)| labels.contains(&direction)).map(|(_, n)| n).sum()
+        };
+        let (server, request) = ((lab.node(node).address(), PORT), request_for_much());
+        for _ in 0..3 {
+            let before = (bytes("in"), bytes("out"));
+            let answer = ask(lab, server, &request, false);
+            let carried = (bytes("in") - before.0, bytes("out") - before.1);
+            assert_eq!(carried, (request.len() as u64, answer.len() as u64), "through {node}");
+        }
+        let failures = lab.metric(node, "skep_ingress_failures_total");
+        assert_eq!(failures.values().sum::<u64>(), 0, "{failures:?}");
+    }
+}
+
+/// A task that nobody listens in refuses connections: whoami listens on 8080, not on 81.
+fn refusals_are_counted(lab: &Lab) {
+    let n1 = lab.node("n1");
+    n1.create_whoami("deaf", &["--publish", "8081:81", "--constraint", "node.hostname==n1"]);
+    lab.wait_until_settled("n1", "deaf", 1);
+    let count = |name: &str| -> u64 {
+        let all = lab.metric(OTHER, name);
+        all.iter().filter(|(labels, _)| labels.contains("deaf")).map(|(_, n)| n).sum()
+    };
+    let url = lab.url(OTHER, 8081);
+    let ask = || lab.client().exec(&["curl", "-sS", "--max-time", "10", &url]);
+    wait_until(SETTLES_WITHIN, "a refused connection is counted", || {
+        let refused = ask();
+        ((count("skep_ingress_failures_total") > 0).then_some(()), refused.to_string())
+    });
+    let before = count("skep_ingress_failures_total");
+    ask().err();
+    assert_eq!(count("skep_ingress_failures_total"), before + 1);
+    assert_eq!(count("skep_ingress_connections_total"), before + 1);
+    n1.skep(&["service", "rm", "deaf"]).ok();
 }
 
 /// A client that says that it has sent all gets its answer all the same.
@@ -237,7 +329,7 @@ fn a_cut_is_seen(lab: &Lab) {
     let others: Vec<(&str, usize)> =
         others.iter().filter(|slot| **slot != its).map(|slot| (slot.as_str(), 4)).collect();
     for node in ["n1", "n2"] {
-        wait_for_n_slots(lab, "client", &url(lab, node), 8, &others);
+        wait_for_n_slots(lab, "client", &lab.url(node, PORT), 8, &others);
     }
     let load = start_load(lab, &["n1", "n2"]);
     load.wait_for_more(100, SETTLES_WITHIN);
@@ -251,26 +343,13 @@ fn start_load(lab: &Lab, nodes: &[&str]) -> Load {
     let options = LoadOptions {
         clients: 4,
         timeout: Duration::from_secs(10),
-        ..LoadOptions::to(nodes.iter().map(|node| url(lab, node)))
+        ..LoadOptions::to(nodes.iter().map(|node| lab.url(node, PORT)))
     };
     lab.load("client", &options)
 }
 
 fn nodes_of(tasks: &[TaskRow]) -> BTreeSet<&str> {
     tasks.iter().map(|task| task.node.as_str()).collect()
-}
-
-fn step(text: &str) {
-    eprintln!("--- {text}");
-}
-
-fn url(lab: &Lab, node: &str) -> String {
-    format!("http://{}:{PORT}/", lab.node(node).address())
-}
-
-fn send(lab: &Lab, from: &str, url: &str, n_requests: u64) -> Report {
-    let options = LoadOptions { requests: Some(n_requests), ..LoadOptions::to([url.to_owned()]) };
-    lab.load(from, &options).finish()
 }
 
 /// Waits until nine connections are given to slots as expected.
@@ -283,7 +362,7 @@ fn wait_for_slots(lab: &Lab, from: &str, url: &str, expect: &[(&str, usize)]) {
 fn wait_for_n_slots(lab: &Lab, from: &str, url: &str, n: u64, expect: &[(&str, usize)]) {
     let expect: BTreeMap<&str, usize> = expect.iter().copied().collect();
     wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
-        let report = send(lab, from, url, n);
+        let report = lab.send(from, url, n);
         let is_so = report.count_by("Slot") == expect;
         (is_so.then_some(()), format!("{report:#?}"))
     });

@@ -8,8 +8,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, LoadOptions, Report, Running, SETTLES_WITHIN, TaskRow, WHOAMI,
-    is_root_or_skip, wait_until,
+    Lab, LabOptions, LoadOptions, Running, SETTLES_WITHIN, TaskRow, WHOAMI, is_root_or_skip, step,
+    wait_until,
 };
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
@@ -44,7 +44,7 @@ fn ports_of_single_nodes() {
     step("removal");
     lab.node("n1").skep(&["service", "rm", "web"]).ok();
     for node in TASK_NODES {
-        wait_for_outcome(&lab, &url(&lab, node, PORT), "Connect");
+        wait_for_outcome(&lab, &lab.url(node, PORT), "Connect");
     }
 }
 
@@ -73,28 +73,28 @@ fn ranges_free_numbers_and_policies_of_ingress_ports() {
         ports.iter().map(|port| port["PublishedPort"].as_u64().unwrap()).collect();
     assert_eq!(numbers, [8100, 8101, 30000].into());
     for number in numbers {
-        let url = url(&lab, "n3", u16::try_from(number).unwrap());
+        let url = lab.url("n3", u16::try_from(number).unwrap());
         wait_for_outcome(&lab, &url, "Ok");
         assert_eq!(nodes_of(&lab, &url), TASK_NODES.map(|node| (node.to_owned(), 5)).into());
     }
     step("a local policy keeps connections on their node");
     lab.node("n1").skep(&["service", "update", "--detach", "--ingress-policy=local", "web"]).ok();
     for node in TASK_NODES {
-        wait_for_nodes(&lab, &url(&lab, node, 8100), &[(node, 10)]);
+        wait_for_nodes(&lab, &lab.url(node, 8100), &[(node, 10)]);
     }
-    wait_for_nodes(&lab, &url(&lab, "n3", 8100), &[("n1", 5), ("n2", 5)]);
+    wait_for_nodes(&lab, &lab.url("n3", 8100), &[("n1", 5), ("n2", 5)]);
     step("a node that loses its task uses the other's");
     let scaled = ["--replicas=1", "--constraint-add=node.hostname==n2"];
     let update = [&["service", "update", "--detach"], &scaled[..], &["web"]].concat();
     lab.node("n1").skep(&update).ok();
     for node in NODES {
-        wait_for_nodes(&lab, &url(&lab, node, 8100), &[("n2", 10)]);
+        wait_for_nodes(&lab, &lab.url(node, 8100), &[("n2", 10)]);
     }
 }
 
 /// How many of ten answers came from each node.
 fn nodes_of(lab: &Lab, url: &str) -> BTreeMap<String, usize> {
-    let report = send(lab, "client", url, 10);
+    let report = lab.send("client", url, 10);
     report.count_by("Node").into_iter().map(|(node, count)| (node.to_owned(), count)).collect()
 }
 
@@ -153,7 +153,7 @@ fn a_port_that_a_program_holds_is_a_condition_of_its_service() {
         assert_eq!(conditions(&lab, via), [message.as_str()]);
     }
     for node in ["n1", "n2"] {
-        wait_for_outcome(&lab, &url(&lab, node, HELD_PORT), "Ok");
+        wait_for_outcome(&lab, &lab.url(node, HELD_PORT), "Ok");
     }
 
     step("it ends with the program");
@@ -162,7 +162,7 @@ fn a_port_that_a_program_holds_is_a_condition_of_its_service() {
         let seen = conditions(&lab, "n2");
         (seen.is_empty().then_some(()), format!("{seen:?}"))
     });
-    let report = send(&lab, "client", &url(&lab, "n3", HELD_PORT), 5);
+    let report = lab.send("client", &lab.url("n3", HELD_PORT), 5);
     report.assert_none_failed();
 
     step("a node that joins later tells of it too");
@@ -209,23 +209,10 @@ impl Holder {
     }
 }
 
-fn step(text: &str) {
-    eprintln!("--- {text}");
-}
-
-fn url(lab: &Lab, node: &str, port: u16) -> String {
-    format!("http://{}:{port}/", lab.node(node).address())
-}
-
-fn send(lab: &Lab, from: &str, url: &str, n_requests: u64) -> Report {
-    let options = LoadOptions { requests: Some(n_requests), ..LoadOptions::to([url.to_owned()]) };
-    lab.load(from, &options).finish()
-}
-
 #[track_caller]
 fn wait_for_outcome(lab: &Lab, url: &str, outcome: &str) {
     wait_until(SETTLES_WITHIN, &format!("{url} gives {outcome}"), || {
-        let report = send(lab, "client", url, 1);
+        let report = lab.send("client", url, 1);
         let is_so = report.records.iter().all(|record| record.outcome == outcome);
         (is_so.then_some(()), format!("{report:#?}"))
     });
@@ -256,9 +243,9 @@ fn each_task_answers_on_its_node_alone(lab: &Lab, tasks: &[TaskRow]) {
     assert_eq!(nodes, TASK_NODES.into(), "one port is for one task a node");
     for task in tasks {
         for port in [PORT, chosen_port(lab, task)] {
-            let url = url(lab, &task.node, port);
+            let url = lab.url(&task.node, port);
             wait_for_outcome(lab, &url, "Ok");
-            let report = send(lab, "client", &url, 10);
+            let report = lab.send("client", &url, 10);
             assert_eq!(report.count_by("Node"), [(task.node.as_str(), 10)].into(), "{report:#?}");
             let client = lab.client().address().to_string();
             assert!(
@@ -266,17 +253,17 @@ fn each_task_answers_on_its_node_alone(lab: &Lab, tasks: &[TaskRow]) {
             );
         }
     }
-    wait_for_outcome(lab, &url(lab, "n3", PORT), "Connect");
+    wait_for_outcome(lab, &lab.url("n3", PORT), "Connect");
 }
 
 fn clients_of_the_node_itself(lab: &Lab, tasks: &[TaskRow]) {
     for task in tasks {
-        let own = url(lab, &task.node, PORT);
+        let own = lab.url(&task.node, PORT);
         for client in NODES {
-            let report = send(lab, client, &own, 3);
+            let report = lab.send(client, &own, 3);
             assert_eq!(report.count_by("Node"), [(task.node.as_str(), 3)].into(), "from {client}");
         }
-        let report = send(lab, &task.node, "http://127.0.0.1:8080/", 3);
+        let report = lab.send(&task.node, "http://127.0.0.1:8080/", 3);
         assert_eq!(report.count_by("Node"), [(task.node.as_str(), 3)].into(), "{report:#?}");
     }
 }
@@ -284,7 +271,7 @@ fn clients_of_the_node_itself(lab: &Lab, tasks: &[TaskRow]) {
 fn a_daemon_that_starts_again_keeps_the_numbers(lab: &Lab, tasks: &[TaskRow]) {
     let task = tasks.iter().find(|task| task.node == "n2").unwrap();
     let chosen = chosen_port(lab, task);
-    let urls = [PORT, chosen].map(|port| url(lab, "n2", port));
+    let urls = [PORT, chosen].map(|port| lab.url("n2", port));
     let load = lab.load("client", &LoadOptions::to(urls));
     lab.kill_daemon(&["n2"]);
     load.wait_for_more(10, SETTLES_WITHIN);

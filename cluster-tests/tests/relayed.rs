@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
 use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, LoadOptions, Report, SETTLES_WITHIN, is_root_or_skip, wait_until,
+    Lab, LabOptions, LoadOptions, Report, SETTLES_WITHIN, is_root_or_skip, step, wait_until,
 };
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
@@ -51,16 +51,16 @@ fn the_proxy_protocol_tells_tasks_of_every_client() {
 
     step("exact turns and the client's address, through each node");
     for node in NODES {
-        let url = url(&lab, node);
+        let url = lab.url(node, PORT);
         wait_for_slots(&lab, "client", &url, &[("1", 3), ("2", 3), ("3", 3)]);
         let client = lab.client().address();
-        assert_clients(&send(&lab, "client", &url, 9), client);
+        assert_clients(&lab.send("client", &url, 9), client);
     }
     step("clients that are nodes, also on loopback");
     for node in NODES {
         let own = lab.node(node).address();
-        assert_clients(&send(&lab, node, &url(&lab, "n1"), 3), own);
-        assert_clients(&send(&lab, node, "http://127.0.0.1:8080/", 3), Ipv4Addr::LOCALHOST);
+        assert_clients(&lab.send(node, &lab.url("n1", PORT), 3), own);
+        assert_clients(&lab.send(node, "http://127.0.0.1:8080/", 3), Ipv4Addr::LOCALHOST);
     }
     step("an end of one direction is passed on");
     half_a_close_is_passed_on(&lab);
@@ -73,12 +73,12 @@ fn the_proxy_protocol_tells_tasks_of_every_client() {
     step("a service whose last task is gone");
     lab.node("n1").skep(&["service", "scale", "--detach", &format!("{WEB}=0")]).ok();
     lab.wait_until_settled("n1", WEB, 0);
-    let report = send(&lab, "client", &url(&lab, "n2"), 1);
+    let report = lab.send("client", &lab.url("n2", PORT), 1);
     assert_ne!(report.records[0].outcome, "Ok", "{report:#?}");
     step("the port passes to the rules, and back");
     the_port_changes_hands(&lab);
     lab.node("n1").skep(&["stack", "rm", "relayed"]).ok();
-    wait_for_outcome(&lab, &url(&lab, "n3"), "Connect");
+    wait_for_outcome(&lab, &lab.url("n3", PORT), "Connect");
     lab.down();
 }
 
@@ -86,7 +86,7 @@ fn scaling_fails_no_request(lab: &Lab) {
     let options = LoadOptions {
         clients: 4,
         timeout: Duration::from_secs(10),
-        ..LoadOptions::to(NODES.map(|node| url(lab, node)))
+        ..LoadOptions::to(NODES.map(|node| lab.url(node, PORT)))
     };
     let load = lab.load("client", &options);
     load.wait_for_more(20, SETTLES_WITHIN);
@@ -98,7 +98,7 @@ fn scaling_fails_no_request(lab: &Lab) {
     }
     load.stop().assert_none_failed();
     for node in NODES {
-        wait_for_slots(lab, "client", &url(lab, node), &[("1", 3), ("2", 3), ("3", 3)]);
+        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
     }
 }
 
@@ -114,7 +114,7 @@ fn a_port_of_a_single_node_has_the_header_too(lab: &Lab) {
     lab.wait_until_settled("n1", "single", 1);
     let url = format!("http://{}:8070/", lab.node("n2").address());
     wait_for_outcome(lab, &url, "Ok");
-    assert_clients(&send(lab, "client", &url, 3), lab.client().address());
+    assert_clients(&lab.send("client", &url, 3), lab.client().address());
 }
 
 /// A client that says that it has sent all gets its answer all the same.
@@ -160,19 +160,19 @@ fn the_port_changes_hands(lab: &Lab) {
     change("--publish-add=published=8080,target=8080", "--env-rm=PROXY_PROTOCOL");
     lab.node("n1").skep(&["service", "scale", "--detach", &format!("{WEB}=3")]).ok();
     for node in NODES {
-        wait_for_slots(lab, "client", &url(lab, node), &[("1", 3), ("2", 3), ("3", 3)]);
+        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
         assert!(is_in_rules(lab, node), "the kernel of {node} balances");
         let own = "http://127.0.0.1:8080/";
-        send(lab, node, own, 3).assert_none_failed();
+        lab.send(node, own, 3).assert_none_failed();
     }
     change(
         "--publish-add=published=8080,target=8080,proxy-protocol=v2",
         "--env-add=PROXY_PROTOCOL=v2",
     );
     for node in NODES {
-        wait_for_slots(lab, "client", &url(lab, node), &[("1", 3), ("2", 3), ("3", 3)]);
+        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
         assert!(!is_in_rules(lab, node), "the daemon of {node} balances");
-        assert_clients(&send(lab, "client", &url(lab, node), 3), lab.client().address());
+        assert_clients(&lab.send("client", &lab.url(node, PORT), 3), lab.client().address());
     }
     let listed = lab.node("n1").skep(&["service", "ls"]).ok();
     assert!(!listed.stderr.contains("WARNING"), "{listed}");
@@ -191,19 +191,6 @@ fn ipv6(of: Ipv4Addr) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, pair(a, b), pair(c, d))
 }
 
-fn step(text: &str) {
-    eprintln!("--- {text}");
-}
-
-fn url(lab: &Lab, node: &str) -> String {
-    format!("http://{}:{PORT}/", lab.node(node).address())
-}
-
-fn send(lab: &Lab, from: &str, url: &str, n_requests: u64) -> Report {
-    let options = LoadOptions { requests: Some(n_requests), ..LoadOptions::to([url.to_owned()]) };
-    lab.load(from, &options).finish()
-}
-
 #[track_caller]
 fn assert_clients(report: &Report, expect: Ipv4Addr) {
     report.assert_none_failed();
@@ -217,7 +204,7 @@ fn assert_clients(report: &Report, expect: Ipv4Addr) {
 fn wait_for_slots(lab: &Lab, from: &str, url: &str, expect: &[(&str, usize)]) {
     let expect: BTreeMap<&str, usize> = expect.iter().copied().collect();
     wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
-        let report = send(lab, from, url, 9);
+        let report = lab.send(from, url, 9);
         let is_so = report.count_by("Slot") == expect;
         (is_so.then_some(()), format!("{report:#?}"))
     });
@@ -226,7 +213,7 @@ fn wait_for_slots(lab: &Lab, from: &str, url: &str, expect: &[(&str, usize)]) {
 #[track_caller]
 fn wait_for_outcome(lab: &Lab, url: &str, outcome: &str) {
     wait_until(SETTLES_WITHIN, &format!("{url} gives {outcome}"), || {
-        let report = send(lab, "client", url, 1);
+        let report = lab.send("client", url, 1);
         let is_so = report.records.iter().all(|record| record.outcome == outcome);
         (is_so.then_some(()), format!("{report:#?}"))
     });

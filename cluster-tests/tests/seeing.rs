@@ -2,16 +2,13 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
 use skep_cluster_tests::{
-    Lab, LabOptions, LoadOptions, SETTLES_WITHIN, is_root_or_skip, skep_binary, wait_until,
+    Lab, LabOptions, LoadOptions, SETTLES_WITHIN, daemon_with_metrics, is_root_or_skip, wait_until,
 };
 
 const WEB: &str = "web";
@@ -54,17 +51,6 @@ fn operators_see_who_is_where() {
     lab.down();
 }
 
-/// A program that runs the daemon with one flag more.
-fn daemon_with_metrics(dir: &Path) -> PathBuf {
-    let path = dir.join("skep");
-    let program = skep_binary();
-    let text =
-        format!("#!/bin/sh\nexec {} \"$@\" --metrics-addr 0.0.0.0:9323\n", program.display());
-    fs::write(&path, text).unwrap();
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
-    path
-}
-
 fn step(name: &str) {
     eprintln!("-- {name}");
 }
@@ -89,37 +75,25 @@ fn endpoints_are_listed(lab: &Lab) {
     }
 }
 
-/// The values of a metric on a node, by the text of their labels.
-fn metric(lab: &Lab, node: &str, name: &str) -> BTreeMap<String, u64> {
-    let page =
-        lab.node(node).exec(&["curl", "-sS", "--max-time", "10", "http://127.0.0.1:9323/metrics"]);
-    let page = page.ok().stdout;
-    let values = page.lines().filter_map(|line| {
-        let (labels, value) = line.strip_prefix(name)?.strip_prefix('{')?.split_once("} ")?;
-        Some((labels.to_owned(), value.parse().unwrap()))
-    });
-    values.collect()
-}
-
 /// n3 has no task: what it gives away is counted there, and nowhere else.
 fn connections_are_counted_by_task(lab: &Lab) {
     const N_REQUESTS: u64 = 40;
     let connections = "skep_ingress_connections_total";
-    let before = metric(lab, "n3", connections);
+    let before = lab.metric("n3", connections);
     assert_eq!(before.values().copied().collect::<Vec<u64>>(), [0, 0], "{before:?}");
     let url = format!("http://{}:8080/", lab.node("n3").address());
     let options = LoadOptions { requests: Some(N_REQUESTS), ..LoadOptions::to([url]) };
     lab.load("client", &options).finish().assert_none_failed();
-    let counted = metric(lab, "n3", connections);
+    let counted = lab.metric("n3", connections);
     assert_eq!(counted.values().copied().collect::<Vec<u64>>(), [20, 20], "{counted:?}");
     for labels in counted.keys() {
         assert!(labels.starts_with("service=\"web\",task="), "{labels}");
         assert!(labels.contains("port=\"8080\",protocol=\"tcp\""), "{labels}");
     }
     for node in ["n1", "n2"] {
-        assert_eq!(metric(lab, node, connections).values().sum::<u64>(), 0, "{node}");
+        assert_eq!(lab.metric(node, connections).values().sum::<u64>(), 0, "{node}");
     }
-    let bytes = metric(lab, "n3", "skep_ingress_bytes_total");
+    let bytes = lab.metric("n3", "skep_ingress_bytes_total");
     assert_eq!(bytes.len(), 4, "{bytes:?}");
     // An answer of whoami is longer than its request; a handshake alone takes 20 * 3 * 40 bytes.
     let of = |direction: &str| -> u64 {
@@ -127,7 +101,7 @@ fn connections_are_counted_by_task(lab: &Lab) {
     };
     assert!(of("direction=\"in\"") > 40 * 3 * 40, "{bytes:?}");
     assert!(of("direction=\"out\"") > 40 * 3 * 40, "{bytes:?}");
-    assert_eq!(metric(lab, "n3", "skep_ingress_failures_total").values().sum::<u64>(), 0);
+    assert_eq!(lab.metric("n3", "skep_ingress_failures_total").values().sum::<u64>(), 0);
     refusals_are_counted(lab);
     datagrams_and_ipv6_are_counted(lab);
 }
@@ -138,7 +112,7 @@ fn refusals_are_counted(lab: &Lab) {
     n1.create_whoami("deaf", &["--publish", "8081:81", "--constraint", "node.hostname==n1"]);
     lab.wait_until_settled("n1", "deaf", 1);
     let failures = || -> u64 {
-        let all = metric(lab, "n3", "skep_ingress_failures_total");
+        let all = lab.metric("n3", "skep_ingress_failures_total");
         all.iter().filter(|(labels, _)| labels.contains("deaf")).map(|(_, n)| n).sum()
     };
     let url = format!("http://{}:8081/", lab.node("n3").address());
@@ -161,7 +135,7 @@ fn datagrams_and_ipv6_are_counted(lab: &Lab) {
     lab.wait_until_settled("n1", "more", 1);
     let of = |name: &str, protocol: &str, more: &str| -> u64 {
         let (protocol, port) = (format!("protocol=\"{protocol}\""), "port=\"8082\"");
-        let all = metric(lab, "n3", name);
+        let all = lab.metric("n3", name);
         let are_of =
             |labels: &str| [port, &protocol, more].iter().all(|part| labels.contains(part));
         all.iter().filter(|(labels, _)| are_of(labels)).map(|(_, n)| n).sum()

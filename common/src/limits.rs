@@ -10,6 +10,9 @@ pub const NODE_DOWN_AFTER: Duration = Duration::from_secs(3);
 /// How long replacements wait when more than a third of the nodes fall silent at once: it is then
 /// likelier that this manager is cut off than that they all died.
 pub const MASS_SILENCE_WAIT: Duration = Duration::from_secs(15);
+/// How long replacements wait for a node whose machine accepts connections and whose daemon is silent: its
+/// containers run, and a daemon that was stopped or starved goes on.
+pub const HANGING_DAEMON_WAIT: Duration = Duration::from_secs(15);
 /// How long the removal of a task waits for the balancers of nodes with a live session.
 pub const DRAIN_ACK_WAIT: Duration = Duration::from_secs(2);
 /// Finished tasks kept per slot. SwarmKit's `TaskHistoryRetentionLimit`.

@@ -227,7 +227,7 @@ pub struct Task {
     /// Its service.
     #[serde(rename = "ServiceID")]
     pub service_id: ServiceId,
-    /// Replica number, from 1; 0 where [`Self::preset_node`] takes its place.
+    /// Replica number, from 1, of jobs from 0; 0 where [`Self::preset_node`] takes its place.
     pub slot: u64,
     /// Its node, from `Assigned` on.
     #[serde(rename = "NodeID", default, skip_serializing_if = "Option::is_none")]

@@ -1,10 +1,10 @@
-//! Templates in a service's spec, filled in for each task: host name and environment.
+//! Templates in a service's spec, and in its secrets and configs, filled in for each task.
 //!
 //! Source: SwarmKit `template/context.go`, `template/expand.go`.
 
 use serde_json::json;
 
-use crate::template::{Error, Template};
+use crate::template::{Error, Functions, Template};
 use crate::{NodeId, Task};
 
 /// What the templates of a service may ask of a node.
@@ -20,14 +20,24 @@ pub struct NodeFacts {
 
 /// Fills a text in for a task on a node.
 pub fn expand(text: &str, task: &Task, node: &NodeFacts) -> Result<String, Error> {
+    expand_with(text, task, node, &|_, _| None)
+}
+
+/// The same with more functions.
+pub fn expand_with(
+    text: &str,
+    task: &Task,
+    node: &NodeFacts,
+    functions: Functions<'_>,
+) -> Result<String, Error> {
     if !text.contains("{{") {
         return Ok(text.to_owned());
     }
-    Template::parse(text)?.render(&json!({
+    let context = json!({
         "Service": {
             "ID": task.service_id.to_string(),
             "Name": task.service_name,
-            "Labels": {},
+            "Labels": task.service_labels.clone().unwrap_or_default(),
         },
         "Node": {
             "ID": node.node_id.to_string(),
@@ -39,5 +49,6 @@ pub fn expand(text: &str, task: &Task, node: &NodeFacts) -> Result<String, Error
             "Name": task.container_name(),
             "Slot": task.slot_key().to_string(),
         },
-    }))
+    });
+    Template::parse(text)?.render_with(&context, functions)
 }

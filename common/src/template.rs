@@ -36,6 +36,9 @@ pub enum Error {
     },
 }
 
+/// Functions of one use of a template: `None` for a name that is none of them.
+pub type Functions<'a> = &'a dyn Fn(&str, &[Value]) -> Option<Result<Value, Error>>;
+
 /// A parsed template.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Template {
@@ -74,8 +77,13 @@ impl Template {
 
     /// Fills it in with the fields of `value`.
     pub fn render(&self, value: &Value) -> Result<String, Error> {
+        self.render_with(value, &|_, _| None)
+    }
+
+    /// The same with functions beside those that all templates have.
+    pub fn render_with(&self, value: &Value, functions: Functions<'_>) -> Result<String, Error> {
         let mut text = String::new();
-        render(&self.nodes, value, &mut text)?;
+        render(&self.nodes, value, functions, &mut text)?;
         Ok(text)
     }
 
@@ -288,17 +296,25 @@ fn quoted(characters: &mut Characters<'_>, at: usize) -> Result<String, Error> {
     Err(parse_error(at, "unterminated quoted string"))
 }
 
-fn render(nodes: &[Node], value: &Value, text: &mut String) -> Result<(), Error> {
+fn render(
+    nodes: &[Node],
+    value: &Value,
+    functions: Functions<'_>,
+    text: &mut String,
+) -> Result<(), Error> {
     for node in nodes {
         match node {
             Node::Text(part) => text.push_str(part),
-            Node::Print(pipeline) => text.push_str(&display(&evaluate(pipeline, value)?)),
+            Node::Print(pipeline) => {
+                text.push_str(&display(&evaluate(pipeline, value, functions)?))
+            }
             Node::If { condition, then, otherwise } => {
-                let branch = if is_true(&evaluate(condition, value)?) { then } else { otherwise };
-                render(branch, value, text)?;
+                let branch =
+                    if is_true(&evaluate(condition, value, functions)?) { then } else { otherwise };
+                render(branch, value, functions, text)?;
             }
             Node::Range { over, body, otherwise } => {
-                let items: Vec<Value> = match evaluate(over, value)? {
+                let items: Vec<Value> = match evaluate(over, value, functions)? {
                     Value::Array(items) => items,
                     Value::Object(map) => map.into_iter().map(|(_, item)| item).collect(),
                     Value::Null => Vec::new(),
@@ -307,10 +323,10 @@ fn render(nodes: &[Node], value: &Value, text: &mut String) -> Result<(), Error>
                     }
                 };
                 if items.is_empty() {
-                    render(otherwise, value, text)?;
+                    render(otherwise, value, functions, text)?;
                 }
                 for item in &items {
-                    render(body, item, text)?;
+                    render(body, item, functions, text)?;
                 }
             }
         }
@@ -345,33 +361,38 @@ fn display(value: &Value) -> String {
     }
 }
 
-fn evaluate(pipeline: &Pipeline, value: &Value) -> Result<Value, Error> {
+fn evaluate(pipeline: &Pipeline, value: &Value, functions: Functions<'_>) -> Result<Value, Error> {
     let mut piped = None;
     for command in pipeline {
-        piped = Some(run(command, piped, value)?);
+        piped = Some(run(command, piped, value, functions)?);
     }
     Ok(piped.unwrap_or(Value::Null))
 }
 
-fn run(command: &[Word], piped: Option<Value>, value: &Value) -> Result<Value, Error> {
+fn run(
+    command: &[Word],
+    piped: Option<Value>,
+    value: &Value,
+    functions: Functions<'_>,
+) -> Result<Value, Error> {
     let Some((first, rest)) = command.split_first() else { return Ok(Value::Null) };
     if let Word::Name(name) = first {
-        let arguments = rest.iter().map(|word| argument(word, value));
+        let arguments = rest.iter().map(|word| argument(word, value, functions));
         let mut arguments = arguments.collect::<Result<Vec<_>, _>>()?;
         arguments.extend(piped);
-        return call(name, &arguments);
+        return call(name, &arguments, functions);
     }
     if rest.is_empty() && piped.is_none() {
-        return argument(first, value);
+        return argument(first, value, functions);
     }
     Err(call_error("template", "a value that is no function was given arguments"))
 }
 
-fn argument(word: &Word, value: &Value) -> Result<Value, Error> {
+fn argument(word: &Word, value: &Value, functions: Functions<'_>) -> Result<Value, Error> {
     match word {
         Word::Literal(literal) => Ok(literal.clone()),
-        Word::Group(pipeline) => evaluate(pipeline, value),
-        Word::Name(name) => call(name, &[]),
+        Word::Group(pipeline) => evaluate(pipeline, value, functions),
+        Word::Name(name) => call(name, &[], functions),
         Word::Field(path) => {
             let mut found = value;
             for (depth, field) in path.iter().enumerate() {
@@ -399,7 +420,10 @@ fn call_error(function: &str, why: impl Into<String>) -> Error {
     Error::Call { function: function.to_owned(), why: why.into() }
 }
 
-fn call(name: &str, arguments: &[Value]) -> Result<Value, Error> {
+fn call(name: &str, arguments: &[Value], functions: Functions<'_>) -> Result<Value, Error> {
+    if let Some(result) = functions(name, arguments) {
+        return result;
+    }
     let text = |value: &Value| display(value);
     let wrong = || call_error(name, format!("wrong number of arguments: {}", arguments.len()));
     let result = match (name, arguments) {
@@ -491,6 +515,24 @@ mod tests {
         ] {
             check(template, expect);
         }
+    }
+
+    #[test]
+    fn a_use_has_functions_of_its_own() {
+        let functions = |name: &str, arguments: &[Value]| match (name, arguments) {
+            ("env", [Value::String(name)]) => Some(Ok(format!("<{name}>").into())),
+            _ => None,
+        };
+        let render = |text: &str| {
+            let template = Template::parse(text)?;
+            template.render_with(&json!({"Names": ["a", "b"]}), &functions)
+        };
+        assert_eq!(render(r#"{{env "A" | lower}}"#).as_deref(), Ok("<a>"));
+        assert_eq!(render("{{range .Names}}{{env .}}{{end}}").as_deref(), Ok("<a><b>"));
+        assert_eq!(
+            render("{{nosuch}}").unwrap_err().to_string(),
+            "nosuch: there is no such function"
+        );
     }
 
     #[test]

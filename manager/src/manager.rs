@@ -22,7 +22,7 @@ use tonic::Status;
 use tonic::service::Routes;
 
 use crate::consensus::{self, Consensus, DataKey, StopReason};
-use crate::control::{ContainersService, ControlService};
+use crate::control::{Audited, ContainersService, ControlService};
 use crate::dispatcher::{DispatcherService, Door};
 use crate::join::{self, CaService};
 use crate::leader;
@@ -173,8 +173,8 @@ impl Manager {
     }
 
     /// What clients ask.
-    pub fn control(&self) -> ControlService {
-        self.control.clone()
+    pub fn control(&self) -> Audited {
+        Audited::new(self.control.clone())
     }
 
     /// Adds this manager's services to those of the one port.
@@ -197,7 +197,7 @@ impl Manager {
                 DispatcherServer::new(dispatcher).max_encoding_message_size(MESSAGE_BYTES_MAX),
             )
             .add_service(
-                ContainersServer::new(ContainersService::new(self.control()))
+                ContainersServer::new(ContainersService::new(self.control.clone()))
                     .max_encoding_message_size(MESSAGE_BYTES_MAX),
             )
             .add_service(

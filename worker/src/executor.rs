@@ -3,11 +3,52 @@
 //! [`crate::embedded::Embedded`] is the one that machines use; tests of the control plane use one that
 //! runs nothing.
 
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use skep_common::object::ContainerStatus;
 use skep_common::{Task, TaskId};
+use skep_proto::SecretAssignment;
 use skep_worker_core::health::HealthCheck;
+
+/// A secret or a config at one version.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Payload {
+    /// `secret` or `config`.
+    pub kind: String,
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: u64,
+    /// Its bytes; never printed.
+    pub data: bytes::Bytes,
+    /// The driver that fills them in for each task; empty: none.
+    pub templating: String,
+}
+
+impl fmt::Debug for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, name, version, data, .. } = self;
+        write!(f, "{kind} {name}@{version} ({} bytes)", data.len())
+    }
+}
+
+impl From<SecretAssignment> for Payload {
+    fn from(assigned: SecretAssignment) -> Self {
+        let SecretAssignment { kind, name, version, data, templating, .. } = assigned;
+        Self { kind, name, version, data, templating }
+    }
+}
+
+/// The secrets and configs of one task, by [`payload_key`].
+pub type TaskPayloads = BTreeMap<String, Arc<Payload>>;
+
+/// What names a version of a secret or a config on a node: `ID@VERSION`.
+pub fn payload_key(id: &str, version: u64) -> String {
+    format!("{id}@{version}")
+}
 
 /// How a container ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,8 +89,9 @@ pub enum Found {
 /// at any await: `remove` cleans up after whatever was begun.
 #[tonic::async_trait]
 pub trait Executor: Send + Sync + std::fmt::Debug + 'static {
-    /// Fetches the image and makes the container, with an empty network namespace.
-    async fn prepare(&self, task: &Task) -> Result<(), Error>;
+    /// Fetches the image and makes the container, with an empty network namespace and its secrets and
+    /// configs, which are written nowhere else.
+    async fn prepare(&self, task: &Task, payloads: &TaskPayloads) -> Result<(), Error>;
 
     /// Connects the container and lets its process run.
     async fn start(&self, task: &Task) -> Result<ContainerStatus, Error>;

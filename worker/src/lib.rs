@@ -24,6 +24,7 @@
 
 pub mod agent;
 pub mod executor;
+pub mod executor_none;
 
 pub mod embedded;
 
@@ -35,3 +36,4 @@ pub mod passage;
 mod path;
 pub mod peer;
 pub mod sys;
+mod throttle;

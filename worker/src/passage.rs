@@ -1,39 +1,42 @@
 //! Connections to tasks of other nodes through their daemons: `Peer.Connect`, from both ends.
 //!
-//! One call is one connection. Its pieces wait for whoever reads them: a sender goes on when HTTP/2's windows
-//! let it, so that neither end keeps more than those and one piece.
+//! One call is one connection (`pieces`), of which each end keeps no more than its window (`windows`).
 
-use std::collections::BTreeMap;
-use std::fmt;
+mod pieces;
+mod windows;
+
 use std::io;
 use std::net::SocketAddrV4;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use bytes::{Buf as _, Bytes};
-use futures::Stream as _;
+use skep_common::NodeId;
 use skep_proto::peer_client::PeerClient;
 use skep_proto::{ConnectTarget, Piece};
-use skep_runtime::TaskSet;
 use skep_runtime::transport::{ChannelPool, Peer};
-use skep_worker_core::mesh::Passage;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use skep_runtime::{TaskSet, clock};
+use skep_worker_core::mesh::{Admission, Gate, Passage};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::PollSender;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::{Status, Streaming};
 
-use crate::net::mesh::relay::{copy, prepare, refuse};
+pub use self::pieces::Outgoing;
+use self::windows::Window;
+pub use self::windows::Windows;
+use crate::net::mesh::carry;
+use crate::net::mesh::places::{Place, Places};
+use crate::net::mesh::relay::{prepare, refuse};
 use crate::net::{Carrier, Passages};
+use crate::throttle::Throttle;
 
-/// Pieces of one direction that wait to be sent.
-const PIECES: usize = 1;
+/// The largest message of a call between nodes: a piece, or what another call asks for.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
 /// Connections that other nodes have to this node's tasks at once, each a file descriptor; more are refused.
 const CONNECTIONS_MAX: usize = 8192;
+
+/// Those to one of the tasks: half of them, so that one that does not read leaves room for others.
+const CONNECTIONS_OF_TASK_MAX: usize = CONNECTIONS_MAX / 2;
 
 /// How long a task may take to accept: less than the caller waits, who then asks another one.
 const ACCEPT_TIMEOUT: Duration = Duration::from_millis(1900);
@@ -41,19 +44,40 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_millis(1900);
 /// How long the table that names a task may come to its own node after it came to the caller's.
 const TABLE_WAIT: Duration = Duration::from_millis(300);
 
-/// Where connections of other nodes may end, by task and port.
-pub type OwnTargets = BTreeMap<(String, u16), SocketAddrV4>;
-
 /// Reaches the tasks of other nodes through their daemons.
 #[derive(Debug)]
 pub struct Daemons {
     pool: ChannelPool,
+    gate: watch::Receiver<Arc<Gate>>,
+    windows: Windows,
+    tasks: TaskSet,
+    refusals: Throttle,
 }
 
 impl Daemons {
     /// With channels of its own: bytes of clients do not wait with calls of nodes.
-    pub fn new(pool: &ChannelPool) -> Self {
-        Self { pool: pool.for_connections() }
+    pub fn new(
+        pool: &ChannelPool,
+        gate: watch::Receiver<Arc<Gate>>,
+        windows: Windows,
+        tasks: TaskSet,
+    ) -> Self {
+        let pool = pool.for_connections();
+        Self { pool, gate, windows, tasks, refusals: Throttle::default() }
+    }
+
+    fn window(&self, passage: &Passage) -> io::Result<Window> {
+        self.windows.take().ok_or_else(|| {
+            if let Some(withheld) = self.refusals.pass(clock::monotonic()) {
+                let (task, port) = (&passage.task_id, passage.target_port);
+                tracing::warn!(
+                    task.id = task, port, node.id = %passage.node_id, withheld,
+                    limit = windows::BYTES_MAX,
+                    "no connection to another node is opened, since those that are open may fill this node's windows"
+                );
+            }
+            io::Error::from(io::ErrorKind::QuotaExceeded)
+        })
     }
 }
 
@@ -62,182 +86,181 @@ impl Passages for Daemons {
     async fn open(&self, passage: &Passage) -> io::Result<Box<dyn Carrier>> {
         let address = passage.daemon.to_string();
         let channel = self.pool.channel(&address, Peer::Node(passage.node_id));
-        let (sender, pieces) = mpsc::channel(PIECES);
-        let target =
-            ConnectTarget { task_id: passage.task_id.clone(), port: passage.target_port.into() };
-        let first = Piece { target: Some(target), ..Piece::default() };
-        let _ = sender.try_send(first); // It is empty, and its other end is here.
-        let mut client = PeerClient::new(channel);
-        let answer = client.connect(ReceiverStream::new(pieces)).await;
+        let target = ConnectTarget {
+            task_id: passage.task_id.clone(),
+            port: passage.target_port.into(),
+            table_version: self.gate.borrow().since,
+        };
+        let (carrier, outgoing, incoming) = pieces::pieces(self.window(passage)?, 0, Some(target));
+        let mut client = PeerClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let answer = client.connect(outgoing).await;
         let answer = answer.map_err(|status| {
             io::Error::new(io::ErrorKind::ConnectionRefused, status.message().to_owned())
         })?;
-        Ok(Box::new(Pieces::new(answer.into_inner(), sender)))
+        self.tasks.spawn("passage", incoming.run(answer.into_inner()));
+        Ok(Box::new(carrier))
     }
 }
 
 /// Takes connections of other nodes to tasks of this one.
 #[derive(Debug, Clone)]
 pub struct Entrance {
-    targets: watch::Receiver<Arc<OwnTargets>>,
+    gate: watch::Receiver<Arc<Gate>>,
     permits: Arc<Semaphore>,
+    /// Of each task and port.
+    places: Places<Way>,
+    windows: Windows,
+    refusals: Arc<Throttle>,
+    breaks: Arc<Throttle>,
 }
 
 impl Entrance {
-    /// To these tasks, and to no others.
-    pub fn new(targets: watch::Receiver<Arc<OwnTargets>>) -> Self {
-        Self { targets, permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+    /// To the tasks that it names, and to no others.
+    pub fn new(gate: watch::Receiver<Arc<Gate>>, windows: Windows) -> Self {
+        Self {
+            gate,
+            windows,
+            permits: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            places: Places::new(CONNECTIONS_OF_TASK_MAX),
+            refusals: Arc::default(),
+            breaks: Arc::default(),
+        }
     }
 
-    /// Connects to the task that the first piece names; returns what it answers.
+    /// Connects the node that calls to the task that the first piece names; returns what it answers.
     pub async fn connect(
         &self,
-        mut pieces: Streaming<Piece>,
+        caller: NodeId,
+        mut call: Streaming<Piece>,
         tasks: &TaskSet,
-    ) -> Result<ReceiverStream<Piece>, Status> {
-        let permit = self.permits.clone().try_acquire_owned();
-        let permit =
-            permit.map_err(|_| Status::resource_exhausted("too many connections to this node"))?;
+    ) -> Result<Outgoing, Status> {
+        let (start, mut way) = (clock::monotonic(), None);
         let connect = async {
-            let first = pieces.message().await?.and_then(|piece| piece.target);
+            let piece = call.message().await?.unwrap_or_default();
+            let first = piece.target.filter(|_| piece.data.is_empty() && !piece.end);
             let first = first.ok_or_else(|| Status::invalid_argument("no task is named"))?;
-            let address = self.target(&first).await?;
+            let held = self.hold(way.insert(way_of(&first)))?;
+            let address = self.admit(caller, &first).await?;
             let stream = TcpStream::connect(address).await;
-            stream.map_err(|error| {
+            let stream = stream.map_err(|error| {
                 Status::unavailable(format!("task {} did not accept: {error}", first.task_id))
-            })
+            });
+            Ok((held, stream?, piece.credit))
         };
-        let stream = tokio::time::timeout(ACCEPT_TIMEOUT, connect).await;
-        let silent = |_| Status::unavailable("the task did not accept in time");
-        let mut stream = stream.map_err(silent)??;
+        let connected = tokio::time::timeout(ACCEPT_TIMEOUT, connect).await;
+        let connected = connected.unwrap_or_else(|_| {
+            let limit = ACCEPT_TIMEOUT.as_millis();
+            Err(Status::unavailable(format!("the task did not accept within {limit} ms")))
+        });
+        let ((permit, place, window), stream, credit) = connected.inspect_err(|status| {
+            self.tell_refusal(caller, way.as_ref(), status, start);
+        })?;
         prepare(&stream);
-        let (sender, answer) = mpsc::channel(PIECES);
-        tasks.spawn("connection of another node", async move {
-            let mut caller = Pieces::new(pieces, sender);
-            if let Err(error) = copy(&mut stream, &mut caller).await {
-                tracing::debug!(%error, "a connection of another node broke");
+        let (mut carrier, outgoing, incoming) = pieces::pieces(window, credit, None);
+        let breaks = Arc::clone(&self.breaks);
+        let carry = async move {
+            if let Err(error) = carry::through(&stream, &mut carrier, None).await {
+                tell_break(&breaks, caller, way.as_ref(), &error, start);
                 refuse(&stream);
             }
-            drop(permit);
-        });
-        Ok(ReceiverStream::new(answer))
-    }
-
-    async fn target(&self, wanted: &ConnectTarget) -> Result<SocketAddrV4, Status> {
-        let ConnectTarget { task_id, port } = wanted;
-        let not_here = || {
-            Status::not_found(format!(
-                "no task {task_id} serves a published port by port {port} here"
-            ))
+            drop((permit, place));
         };
-        let key = (task_id.clone(), u16::try_from(*port).map_err(|_| not_here())?);
-        let mut targets = self.targets.clone();
-        let named = targets.wait_for(|targets| targets.contains_key(&key));
-        let named = tokio::time::timeout(TABLE_WAIT, named).await;
-        let targets = named.ok().and_then(Result::ok).ok_or_else(not_here)?;
-        targets.get(&key).copied().ok_or_else(not_here)
-    }
-}
-
-/// Both directions of a call as one connection.
-struct Pieces {
-    incoming: Streaming<Piece>,
-    /// What was taken of `incoming` and not read yet.
-    rest: Bytes,
-    is_at_end: bool,
-    outgoing: PollSender<Piece>,
-}
-
-impl Pieces {
-    fn new(incoming: Streaming<Piece>, outgoing: mpsc::Sender<Piece>) -> Self {
-        let outgoing = PollSender::new(outgoing);
-        Self { incoming, rest: Bytes::new(), is_at_end: false, outgoing }
+        tasks.spawn("connection of another node", async move {
+            tokio::join!(carry, incoming.run(call));
+        });
+        Ok(outgoing)
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>, piece: Piece) -> Poll<io::Result<()>> {
-        // The other end is gone, or has broken the connection.
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        ready!(self.outgoing.poll_reserve(context)).map_err(gone)?;
-        Poll::Ready(self.outgoing.send_item(piece).map_err(gone))
+    /// Room for one more connection of the node and of the task.
+    fn hold(&self, way: &Way) -> Result<(OwnedSemaphorePermit, Place<Way>, Window), Status> {
+        let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "this node has {CONNECTIONS_MAX} connections of other nodes, its limit"
+            ))
+        })?;
+        let place = self.places.take(way).ok_or_else(|| {
+            Status::resource_exhausted(format!(
+                "task {} has {} connections of other nodes, its limit",
+                way.0,
+                self.places.limit(),
+            ))
+        })?;
+        let window = self.windows.take().ok_or_else(|| {
+            let limit = windows::BYTES_MAX;
+            Status::resource_exhausted(format!(
+                "connections between this node and others may keep {limit} bytes, its limit"
+            ))
+        })?;
+        Ok((permit, place, window))
     }
-}
 
-impl fmt::Debug for Pieces {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pieces").field("is_at_end", &self.is_at_end).finish_non_exhaustive()
-    }
-}
-
-impl AsyncRead for Pieces {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        while self.rest.is_empty() && !self.is_at_end {
-            match ready!(Pin::new(&mut self.incoming).poll_next(context)) {
-                Some(Ok(piece)) => {
-                    self.rest = piece.data;
-                    self.is_at_end = piece.end;
-                }
-                Some(Err(status)) => {
-                    let message = status.message().to_owned();
-                    return Poll::Ready(Err(io::Error::new(
-                        io::ErrorKind::ConnectionReset,
-                        message,
-                    )));
-                }
-                // Without its last piece.
-                None => return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
-            }
+    async fn admit(&self, caller: NodeId, wanted: &ConnectTarget) -> Result<SocketAddrV4, Status> {
+        let way = way_of(wanted);
+        let mut gate = self.gate.clone();
+        let answer = |gate: &Gate| gate.admit(caller, &way, wanted.table_version);
+        let named = gate.wait_for(|gate| answer(gate) != Admission::Later);
+        let _ = tokio::time::timeout(TABLE_WAIT, named).await; // What it is by then is asked below.
+        let admission = answer(&self.gate.borrow());
+        match admission {
+            Admission::To(address) => Ok(address),
+            Admission::NotOfSwarm => Err(Status::permission_denied(format!(
+                "node {caller} is not among the nodes of this swarm, as this node's leader told it"
+            ))),
+            Admission::NoSuchTask | Admission::Later => Err(Status::not_found(format!(
+                "no task {} serves a published port by port {} here",
+                wanted.task_id, wanted.port,
+            ))),
         }
-        let length = self.rest.len().min(buffer.remaining());
-        buffer.put_slice(&self.rest[..length]);
-        self.rest.advance(length);
-        Poll::Ready(Ok(()))
+    }
+
+    fn tell_refusal(&self, caller: NodeId, way: Option<&Way>, status: &Status, start: Instant) {
+        let now = clock::monotonic();
+        if let Some(withheld) = self.refusals.pass(now) {
+            let (task, port) = way.map_or(("", 0), |(task, port)| (task.as_str(), *port));
+            let after_ms = now.duration_since(start).as_millis();
+            tracing::warn!(
+                task.id = task, port, node.id = %caller, error = status.message(), after_ms, withheld,
+                "a connection of another node is refused"
+            );
+        }
     }
 }
 
-impl AsyncWrite for Pieces {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        if bytes.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        // Copied once there is room, not at each attempt.
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        ready!(self.outgoing.poll_reserve(context)).map_err(gone)?;
-        let piece = Piece { data: Bytes::copy_from_slice(bytes), ..Piece::default() };
-        ready!(self.poll_send(context, piece))?;
-        Poll::Ready(Ok(bytes.len()))
-    }
+/// A task and a port of it.
+type Way = (String, u16);
 
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
+/// A port that is none is one that nothing serves.
+fn way_of(wanted: &ConnectTarget) -> Way {
+    (wanted.task_id.clone(), u16::try_from(wanted.port).unwrap_or(0))
+}
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.outgoing.is_closed() {
-            return Poll::Ready(Ok(())); // It was sent.
-        }
-        ready!(self.poll_send(context, Piece { end: true, ..Piece::default() }))?;
-        self.outgoing.close();
-        Poll::Ready(Ok(()))
+fn tell_break(
+    breaks: &Throttle,
+    caller: NodeId,
+    way: Option<&Way>,
+    error: &io::Error,
+    start: Instant,
+) {
+    let now = clock::monotonic();
+    if let Some(withheld) = breaks.pass(now) {
+        let (task, port) = way.map_or(("", 0), |(task, port)| (task.as_str(), *port));
+        let after_ms = now.duration_since(start).as_millis();
+        tracing::warn!(
+            task.id = task, port, node.id = %caller, %error, after_ms, withheld,
+            "a connection of another node broke"
+        );
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt as _;
+    use skep_common::ClusterId;
     use skep_common::spec::NodeRole;
-    use skep_common::{ClusterId, NodeId};
     use skep_proto::peer_server::{Peer as PeerApi, PeerServer};
     use skep_proto::{
         BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, TaskLogsRequest,
     };
-    use skep_runtime::clock;
     use skep_runtime::identity::{Authority, Credentials, Csr};
     use skep_runtime::transport::{Tls, serve_tls};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -286,7 +309,8 @@ mod tests {
             &self,
             request: Request<Streaming<Piece>>,
         ) -> Result<Response<Self::ConnectStream>, Status> {
-            let answer = self.0.connect(request.into_inner(), &self.1).await?;
+            let caller = skep_runtime::access::Caller::node_id(&request)?;
+            let answer = self.0.connect(caller, request.into_inner(), &self.1).await?;
             Ok(Response::new(Box::pin(futures::StreamExt::map(answer, Ok))))
         }
     }
@@ -295,7 +319,8 @@ mod tests {
         daemons: Daemons,
         address: SocketAddrV4,
         task: TcpListener,
-        targets: watch::Sender<Arc<OwnTargets>>,
+        gate: watch::Sender<Arc<Gate>>,
+        entrance: Entrance,
         _tasks: TaskSet,
     }
 
@@ -303,7 +328,17 @@ mod tests {
         listener.local_addr().unwrap().to_string().parse().unwrap()
     }
 
-    /// This node, and another one with a task.
+    fn gate(version: u64, nodes: &[u128], task: &str, address: SocketAddrV4) -> Gate {
+        Gate {
+            version,
+            since: version,
+            nodes: nodes.iter().copied().map(NodeId).collect(),
+            targets: [((task.to_owned(), 80), address)].into(),
+            ..Gate::default()
+        }
+    }
+
+    /// This node, and another one with a task. Both have one table.
     async fn swarm() -> Swarm {
         let authority = Authority::generate(clock::now()).unwrap();
         let tls = |node_id| {
@@ -317,17 +352,18 @@ mod tests {
                 .unwrap()
         };
         let task = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let known = OwnTargets::from([(("task".to_owned(), 80), v4(&task))]);
-        let (targets, receiver) = watch::channel(Arc::new(known));
+        let (gate, receiver) = watch::channel(Arc::new(gate(1, &[1, 2], "task", v4(&task))));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (address, tasks) = (v4(&listener), TaskSet::new());
-        let other = PeerServer::new(Other(Entrance::new(receiver), tasks.clone()));
+        let entrance = Entrance::new(receiver.clone(), Windows::default());
+        let other = PeerServer::new(Other(entrance.clone(), tasks.clone()));
         let (serving, server) = (tasks.clone(), tls(OTHER));
         tasks.spawn("test server", async move {
             serve_tls(listener, server, Routes::new(other), &serving).await.unwrap();
         });
-        let daemons = Daemons::new(&ChannelPool::new(tls(NodeId(1))));
-        Swarm { daemons, address, task, targets, _tasks: tasks }
+        let pool = ChannelPool::new(tls(NodeId(1)));
+        let daemons = Daemons::new(&pool, receiver, Windows::default(), tasks.clone());
+        Swarm { daemons, address, task, gate, entrance, _tasks: tasks }
     }
 
     impl Swarm {
@@ -400,19 +436,69 @@ mod tests {
     async fn a_task_whose_table_comes_a_moment_later_is_reached() {
         let swarm = swarm().await;
         let passage = swarm.passage("late", 80);
+        let late = Gate { since: 2, ..Gate::default() };
+        let caller = Daemons { gate: watch::channel(Arc::new(late)).1, ..swarm.daemons };
         let come = async {
             swarm.task.accept().await.unwrap();
         };
         let tell = async {
             // Until the other node waits for its table.
-            while swarm.targets.receiver_count() < 2 {
+            while swarm.gate.receiver_count() < 4 {
                 tokio::task::yield_now().await;
             }
-            let known = OwnTargets::from([(("late".to_owned(), 80), v4(&swarm.task))]);
-            swarm.targets.send_replace(Arc::new(known));
+            swarm.gate.send_replace(Arc::new(gate(2, &[1, 2], "late", v4(&swarm.task))));
         };
-        let (opened, (), ()) = tokio::join!(swarm.daemons.open(&passage), come, tell);
+        let (opened, (), ()) = tokio::join!(caller.open(&passage), come, tell);
         opened.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_is_withdrawn_and_a_node_that_is_removed_are_refused_without_a_wait() {
+        let swarm = swarm().await;
+        let withdrawn = ConnectTarget { task_id: "withdrawn".into(), port: 80, table_version: 1 };
+        let refused = swarm.entrance.admit(NodeId(1), &withdrawn).now_or_never();
+        refused.expect("nothing is waited for").unwrap_err();
+        swarm.gate.send_replace(Arc::new(gate(2, &[2], "task", v4(&swarm.task))));
+        let error = swarm.daemons.open(&swarm.passage("task", 80)).await.unwrap_err();
+        let expect = format!(
+            "node {} is not among the nodes of this swarm, as this node's leader told it",
+            NodeId(1)
+        );
+        assert_eq!(error.to_string(), expect);
+    }
+
+    #[tokio::test]
+    async fn what_breaks_while_the_other_end_does_not_read_frees_its_place() {
+        let swarm = swarm().await;
+        let (much, pause) = (vec![0; 64 << 10], Duration::from_millis(200));
+        let all = u32::try_from(CONNECTIONS_MAX).unwrap();
+        for is_caller in [true, false] {
+            let (mut carrier, mut task) = swarm.open().await;
+            if is_caller {
+                while tokio::time::timeout(pause, carrier.write_all(&much)).await.is_ok() {}
+                drop(carrier);
+            } else {
+                while tokio::time::timeout(pause, task.write_all(&much)).await.is_ok() {}
+                task.set_zero_linger().unwrap();
+                drop(task);
+            }
+            let freed = swarm.entrance.permits.acquire_many(all);
+            let freed = tokio::time::timeout(Duration::from_secs(20), freed).await;
+            let _permits = freed.expect("the connection has ended").unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_has_its_limit_and_leaves_room_for_others() {
+        let swarm = swarm().await;
+        let way = |task: &str| (task.to_owned(), 80);
+        let hold = |task: &str| swarm.entrance.hold(&way(task));
+        let held: Vec<_> = (0..CONNECTIONS_OF_TASK_MAX).map(|_| hold("task").unwrap()).collect();
+        let error = swarm.daemons.open(&swarm.passage("task", 80)).await.unwrap_err();
+        assert_eq!(error.to_string(), "task task has 4096 connections of other nodes, its limit");
+        drop(hold("another").unwrap());
+        drop(held);
+        swarm.open().await;
     }
 
     #[tokio::test]

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skep_proto::check_path_request::Step;
-use skep_proto::{CheckPathRequest, PathReport, ProbeCount, SecureReport};
+use skep_proto::{CheckPathRequest, PassageReport, PathReport, ProbeCount, SecureReport};
 use skep_runtime::clock;
+use tokio::net::TcpStream;
 use tokio::sync::{Mutex, mpsc};
 use tonic::{Status, Streaming};
 
@@ -23,6 +24,9 @@ const REQUEST_DEADLINE: Duration = Duration::from_secs(30);
 /// (`REKEY_TIMEOUT`, five seconds, and some jitter).
 const SESSION_DEADLINE: Duration = Duration::from_secs(6);
 const SESSION_LOOK_PERIOD: Duration = Duration::from_millis(50);
+
+/// How long another node's daemon may take to accept, as for a client's connection.
+const ACCEPT_DEADLINE: Duration = Duration::from_secs(2);
 
 type Reports = mpsc::Sender<Result<PathReport, Status>>;
 
@@ -44,11 +48,16 @@ impl Paths {
         mut requests: Streaming<CheckPathRequest>,
         reports: &Reports,
     ) -> Result<(), Status> {
+        let first = next(&mut requests, Step::Observe).await?;
+        if !first.peer_daemon.is_empty() {
+            let passage = Some(passage_to(&first.peer_daemon).await);
+            return answer(reports, PathReport { passage, ..PathReport::default() }).await;
+        }
         let Ok(_checking) = self.checking.try_lock() else {
             let busy = "another check is under way on this node: ask again when it is done";
             return Err(Status::resource_exhausted(busy));
         };
-        let mut ends = self.ends(&next(&mut requests, Step::Observe).await?)?;
+        let mut ends = self.ends(&first)?;
         let peer = ends.peer_number;
         let before = self.session_with(peer, false).await?;
         ends.secure = before.map(|session| ports(&session));
@@ -130,6 +139,20 @@ impl Paths {
     }
 }
 
+/// Whether the daemon of another node accepts connections from this one.
+async fn passage_to(daemon: &str) -> PassageReport {
+    let start = clock::monotonic();
+    let connected = tokio::time::timeout(ACCEPT_DEADLINE, TcpStream::connect(daemon)).await;
+    let failure = match connected {
+        Ok(Ok(_)) => String::new(),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("it does not accept within {} s", ACCEPT_DEADLINE.as_secs()),
+    };
+    let taken = clock::monotonic().saturating_duration_since(start);
+    let connect_nanos = u64::try_from(taken.as_nanos()).unwrap_or(u64::MAX);
+    PassageReport { failure, connect_nanos }
+}
+
 fn ports(session: &PeerSession) -> SecurePorts {
     SecurePorts { own: session.own_port, peer: session.peer_port }
 }
@@ -195,5 +218,6 @@ fn report(seen: &Seen) -> PathReport {
             Err(reason) => format!("none: {reason}"),
         },
         secure: None,
+        passage: None,
     }
 }

@@ -142,10 +142,10 @@ impl Peer for PeerService {
         &self,
         request: Request<Streaming<Piece>>,
     ) -> Result<Response<Self::ConnectStream>, Status> {
-        Caller::node_id(&request)?;
+        let caller = Caller::node_id(&request)?;
         let entrance = self.entrance.as_ref();
         let entrance = entrance.ok_or_else(|| Status::unimplemented("this node has no mesh"))?;
-        let answer = entrance.connect(request.into_inner(), &self.tasks).await?;
+        let answer = entrance.connect(caller, request.into_inner(), &self.tasks).await?;
         Ok(Response::new(answer.map(Ok).boxed()))
     }
 

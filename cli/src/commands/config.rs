@@ -1,12 +1,19 @@
-//! `skep config`. Wording: docker/cli `cli/command/config`.
+//! `skep config`.
 
-use anyhow::{Result, bail};
 use clap::Args;
 
-/// `skep config`
-#[derive(Debug, Args)]
-pub(crate) struct ConfigArgs {}
+use super::payload::{self, Kind};
+use crate::client::Client;
+use crate::ui::Ui;
+use anyhow::Result;
 
-pub(super) fn run(_args: &ConfigArgs) -> Result<()> {
-    bail!("config is not supported yet")
+/// `skep config COMMAND`
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    #[command(subcommand)]
+    command: payload::Command,
+}
+
+pub(super) async fn run(args: ConfigArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    payload::run(Kind::Config, args.command, client, ui).await
 }

@@ -11,6 +11,13 @@ pub(super) struct Filter {
     value: String,
 }
 
+impl Filter {
+    /// Its key and its value, for a daemon that filters.
+    pub(super) fn pair(&self) -> (&str, &str) {
+        (&self.key, &self.value)
+    }
+}
+
 /// Reads `key=value`.
 pub(super) fn parse(text: &str) -> Result<Filter, String> {
     match text.split_once('=') {

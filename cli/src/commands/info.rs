@@ -46,6 +46,7 @@ pub(super) async fn info(args: &InfoArgs, client: &Client, ui: &mut Ui) -> Resul
             "Role": info.role,
             "ControlAvailable": info.role == "manager",
             "NodeAddr": info.advertise_addr,
+            "Payloads": info.payloads,
             "RemoteManagers": info.managers.iter().map(|addr| json!({"Addr": addr})).collect::<Vec<_>>(),
         },
     });

@@ -24,7 +24,9 @@ mod network_inspect;
 pub(crate) mod node;
 mod node_pretty;
 mod node_what_if;
+mod payload;
 mod progress;
+mod progress_job;
 pub(crate) mod secret;
 pub(crate) mod service;
 pub(crate) mod stack;
@@ -87,9 +89,9 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
         Command::Image(command) => image::run(command, &client, ui).await,
         Command::Debug(command) => debug::run(command, &client, ui).await,
         Command::Info(args) => info::info(&args, &client, ui).await,
-        Command::Secret(args) => secret::run(&args),
-        Command::Config(args) => config::run(&args),
-        Command::Events(args) => events::run(&args),
+        Command::Secret(args) => secret::run(args, &client, ui).await,
+        Command::Config(args) => config::run(args, &client, ui).await,
+        Command::Events(args) => events::run(&args, &client, ui).await,
         Command::Completion(_) | Command::Version(_) => unreachable!("handled above"),
         Command::Daemon(_) | Command::Lab(_) | Command::Shim(_) | Command::ExecIn(_) => {
             unreachable!("main runs what is no client")

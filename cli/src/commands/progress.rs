@@ -3,7 +3,7 @@
 //! Driven by the change feed alone: every event is laid into [`State`], which then says what the
 //! lines of the display are and whether the command is done. A service has converged when every
 //! slot runs a task of the current spec and no update is under way; it must stay so for the update's
-//! monitor time. Source: docker/cli `service/progress/progress.go`; differs from it: the feed
+//! monitor time. Jobs are [`Job`]'s. Source: docker/cli `service/progress/progress.go`; differs from it: the feed
 //! instead of a question every 200 ms, and an update that the managers still watch is not done.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,13 +18,17 @@ use skep_proto::WatchRequest;
 use skep_proto::watch_event::Action;
 use tokio::time::{Instant, sleep_until};
 
+use super::progress_job::Job;
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
 
 /// How long a converged service must stay so where its spec does not say. docker/cli `progress.go`.
 const MONITOR: Duration = Duration::from_secs(5);
+/// How long a job's failure must stand: the feed tells of a task that ended before it tells of the one that
+/// follows, although both were written at once.
+const FAILURE_STANDS: Duration = Duration::from_secs(1);
 /// Most slots that get a line of their own. docker/cli `maxProgressBars`.
-const LINES_MAX: u64 = 20;
+pub(super) const LINES_MAX: u64 = 20;
 /// Longest error in a slot's line. docker/cli `truncError`.
 const ERROR_LENGTH_MAX: usize = 75;
 
@@ -55,7 +59,7 @@ impl Waiting {
 
 /// How a wait stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Verdict {
+pub(super) enum Verdict {
     /// Not every task is there yet.
     Working,
     /// Every task runs; it must stay so for a while.
@@ -64,6 +68,8 @@ enum Verdict {
     Done(Option<String>),
     /// The update stopped, or the service is gone.
     Failed(String),
+    /// No task of a job will follow those that failed, unless one is about to be told of.
+    Over(String),
 }
 
 /// The service and what belongs to it, as the feed told.
@@ -164,6 +170,9 @@ impl State {
             return Verdict::Failed("the service was removed".into());
         }
         let Some(service) = self.current() else { return Verdict::Working };
+        if let Some(job) = Job::of(service, self.tasks.values()) {
+            return job.verdict();
+        }
         let mut is_updating = false;
         if let Some(status) = service
             .update_status
@@ -193,8 +202,15 @@ impl State {
         }
     }
 
+    fn is_job(&self) -> bool {
+        self.service.as_ref().is_some_and(|service| service.job_status.is_some())
+    }
+
     /// The time for which a converged service is watched.
     fn monitor(&self) -> Duration {
+        if self.is_job() {
+            return FAILURE_STANDS;
+        }
         let config = self.service.as_ref().and_then(|service| service.spec.update_config.as_ref());
         let monitor = config.and_then(|config| config.monitor).map(Nanos::duration);
         monitor.filter(|monitor| !monitor.is_zero()).unwrap_or(MONITOR)
@@ -203,6 +219,9 @@ impl State {
     /// What is to be shown: a name and a text each.
     fn lines(&self) -> Vec<(String, String)> {
         let Some(service) = self.current() else { return Vec::new() };
+        if let Some(job) = Job::of(service, self.tasks.values()) {
+            return job.lines();
+        }
         let slots = self.slots(service);
         let n_running = slots.values().filter(|task| is_running(task)).count();
         let replicas = self.wanted(service);
@@ -233,7 +252,8 @@ fn is_running(task: &Task) -> bool {
     task.desired_state.wants_run() && task.status.state == TaskState::Running
 }
 
-fn slot_text(task: &Task) -> String {
+/// The state of a slot's task, or what went wrong.
+pub(super) fn slot_text(task: &Task) -> String {
     if !task.status.err.is_empty() {
         let error = task.status.err.replace('\n', " ");
         return crate::format::human::ellipsis(&error, ERROR_LENGTH_MAX);
@@ -338,6 +358,9 @@ pub(super) async fn wait(
             }
             () = sleep_to(tick), if tick.is_some() => {
                 if deadline.is_some_and(|deadline| deadline <= now()) {
+                    if let Verdict::Over(reason) = state.verdict() {
+                        bail!(reason);
+                    }
                     return converged(&state, &service_id, None, &mut display);
                 }
             }
@@ -358,26 +381,27 @@ pub(super) async fn wait(
             }
             Verdict::Done(message) => return converged(&state, &service_id, message, &mut display),
             Verdict::Working => {
-                if stable_since.take().is_some() {
+                if stable_since.take().is_some() && !state.is_job() {
                     lines.push(("verify".into(), "Detected task failure".into()));
                 }
             }
+            Verdict::Over(_) => {
+                stable_since.get_or_insert_with(now);
+            }
             Verdict::Stable => {
                 let since = *stable_since.get_or_insert_with(now);
-                let left = (since + state.monitor()).saturating_duration_since(now());
-                let seconds = if display.ui.is_terminal {
-                    left.as_secs() + 1
-                } else {
-                    state.monitor().as_secs().max(1)
-                };
-                lines.push((
-                    "verify".into(),
-                    format!("Waiting {seconds} seconds to verify that tasks are stable..."),
-                ));
+                lines.push(("verify".into(), verifying(&state, since, display.ui.is_terminal)));
             }
         }
         display.show(lines)?;
     }
+}
+
+/// What is said while a converged service is watched: with a countdown on a terminal.
+fn verifying(state: &State, since: Instant, is_terminal: bool) -> String {
+    let left = (since + state.monitor()).saturating_duration_since(now());
+    let seconds = if is_terminal { left.as_secs() + 1 } else { state.monitor().as_secs().max(1) };
+    format!("Waiting {seconds} seconds to verify that tasks are stable...")
 }
 
 /// Tokio's clock, which is the one of its timers.
@@ -411,6 +435,10 @@ fn converged(
     let mut lines = state.lines();
     if let Some(message) = message {
         lines.push(("rollback".into(), message));
+    }
+    if state.is_job() {
+        display.show(lines)?;
+        return if display.is_quiet { Ok(()) } else { Ok(display.ui.note("job complete")?) };
     }
     lines.push(("verify".into(), format!("Service {service_id} converged")));
     display.show(lines)

@@ -1,12 +1,19 @@
-//! `skep secret`. Wording: docker/cli `cli/command/secret`.
+//! `skep secret`.
 
-use anyhow::{Result, bail};
 use clap::Args;
 
-/// `skep secret`
-#[derive(Debug, Args)]
-pub(crate) struct SecretArgs {}
+use super::payload::{self, Kind};
+use crate::client::Client;
+use crate::ui::Ui;
+use anyhow::Result;
 
-pub(super) fn run(_args: &SecretArgs) -> Result<()> {
-    bail!("secret is not supported yet")
+/// `skep secret COMMAND`
+#[derive(Debug, Args)]
+pub(crate) struct SecretArgs {
+    #[command(subcommand)]
+    command: payload::Command,
+}
+
+pub(super) async fn run(args: SecretArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    payload::run(Kind::Secret, args.command, client, ui).await
 }

@@ -1,7 +1,7 @@
 //! `skep stack`. Wording: docker/cli `cli/command/stack`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Subcommand};
@@ -121,6 +121,18 @@ pub(super) fn read(paths: &[PathBuf]) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
+/// The specs of the files. Files that they name are found beside the first of them.
+pub(super) fn load(
+    stack: &str,
+    paths: &[PathBuf],
+    sources: &[Source],
+) -> Result<compose::Loaded, compose::Errors> {
+    let first = paths.first().map(PathBuf::as_path).and_then(Path::parent);
+    let directory = first.unwrap_or(Path::new("")).to_owned();
+    let read = |path: &str| std::fs::read(directory.join(path)).map_err(|error| error.to_string());
+    compose::load(stack, sources, &caller_environment(), &read)
+}
+
 /// `stack config`: needs no daemon.
 pub(super) fn config(args: &ConfigArgs, ui: &mut Ui) -> Result<()> {
     let sources = read(&args.compose_file)?;
@@ -129,7 +141,7 @@ pub(super) fn config(args: &ConfigArgs, ui: &mut Ui) -> Result<()> {
     let yaml = compose::config(&sources, environment)?;
     // The whole conversion checks what the document means; its errors are the user's here too.
     if environment.is_some() {
-        let loaded = compose::load("config", &sources, &caller_environment())?;
+        let loaded = load("config", &args.compose_file, &sources)?;
         for warning in loaded.warnings {
             ui.note(warning)?;
         }
@@ -218,6 +230,12 @@ async fn rm(args: &RmArgs, client: &Client, ui: &mut Ui) -> Result<()> {
         }
         for name in &removed.removed_networks {
             ui.line(format_args!("Removing network {name}"))?;
+        }
+        for name in &removed.removed_secrets {
+            ui.line(format_args!("Removing secret {name}"))?;
+        }
+        for name in &removed.removed_configs {
+            ui.line(format_args!("Removing config {name}"))?;
         }
         if !args.detach {
             let ids: BTreeSet<String> =

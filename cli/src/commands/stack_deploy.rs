@@ -5,13 +5,12 @@ use std::path::PathBuf;
 
 use anyhow::{Result, anyhow};
 use clap::Args;
-use skep_common::{Service, compose};
+use skep_common::Service;
 use skep_proto::{DeployStackRequest, DeployStackResponse};
 
 use super::Failures;
 use super::progress::{self, Waiting};
-use super::service::caller_environment;
-use super::stack::{list_services, read};
+use super::stack::{list_services, load, read};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
 
@@ -35,7 +34,7 @@ pub(crate) struct DeployArgs {
 }
 
 pub(super) async fn run(args: &DeployArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let loaded = compose::load(&args.stack, &read(&args.compose_file)?, &caller_environment())?;
+    let loaded = load(&args.stack, &args.compose_file, &read(&args.compose_file)?)?;
     for warning in &loaded.warnings {
         ui.note(warning)?;
     }
@@ -71,6 +70,18 @@ fn report(
     }
     for name in &answer.created_networks {
         ui.line(format_args!("Creating network {name}"))?;
+    }
+    for (verb, kind, names) in [
+        ("Creating", "secret", &answer.created_secrets),
+        ("Updating", "secret", &answer.updated_secrets),
+        ("Removing", "secret", &answer.removed_secrets),
+        ("Creating", "config", &answer.created_configs),
+        ("Updating", "config", &answer.updated_configs),
+        ("Removing", "config", &answer.removed_configs),
+    ] {
+        for name in names {
+            ui.line(format_args!("{verb} {kind} {name}"))?;
+        }
     }
     for name in &answer.created {
         ui.line(format_args!("Creating service {name}"))?;

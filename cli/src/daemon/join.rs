@@ -86,11 +86,10 @@ pub(super) async fn init(
     let credentials =
         Credentials { certificate_pem, key_pem: csr.key_pem, root_pem: root_pem.clone() };
     let record = NodeRecord {
-        advertise_addr: advertise.to_string(),
-        listen_addr: listen.to_string(),
         managers: vec![advertise.to_string()],
         raft_id: Some(rand::random()),
         is_voter: true,
+        ..NodeRecord::at(advertise, listen)
     };
     let entering = Entering { machine, credentials, record };
     let secret = entering
@@ -173,11 +172,9 @@ pub(super) async fn join(
     let (root_pem, issued) = ask_all(&remotes, &token, &issue).await?;
     let is_manager = issued.role == "manager";
     let record = NodeRecord {
-        advertise_addr: advertise.to_string(),
-        listen_addr: listen.to_string(),
         managers: issued.managers.clone(),
         raft_id: is_manager.then(rand::random),
-        is_voter: false,
+        ..NodeRecord::at(advertise, listen)
     };
     let credentials =
         Credentials { certificate_pem: issued.certificate_pem, key_pem: csr.key_pem, root_pem };

@@ -6,7 +6,7 @@ use tonic::{Request, Response, Status};
 
 use super::machine::{Machine, Membership};
 use super::unlock;
-use skep_manager::control::ControlService;
+use skep_manager::control::Audited;
 
 /// Answers for whatever this machine is at the moment.
 #[derive(Clone)]
@@ -19,7 +19,7 @@ impl LocalControl {
         Self { machine }
     }
 
-    fn manager(&self) -> Result<ControlService, Status> {
+    fn manager(&self) -> Result<Audited, Status> {
         let why = match self.machine.membership() {
             Membership::Failed(obstacle) => return Err(obstacle.status()),
             Membership::Locked(_) => return Err(unlock::locked()),
@@ -41,10 +41,10 @@ macro_rules! delegate {
     ($($method:ident($request:ty) -> $response:ty;)*) => {
         #[tonic::async_trait]
         impl Control for LocalControl {
-            type WatchStream = <ControlService as Control>::WatchStream;
-            type ServiceLogsStream = <ControlService as Control>::ServiceLogsStream;
-            type BackupStream = <ControlService as Control>::BackupStream;
-            type EventsStream = <ControlService as Control>::EventsStream;
+            type WatchStream = <Audited as Control>::WatchStream;
+            type ServiceLogsStream = <Audited as Control>::ServiceLogsStream;
+            type BackupStream = <Audited as Control>::BackupStream;
+            type EventsStream = <Audited as Control>::EventsStream;
             $(async fn $method(&self, request: Request<$request>) -> Result<Response<$response>, Status> {
                 Control::$method(&self.manager()?, request).await
             })*

@@ -161,6 +161,7 @@ impl MachineApi for Machine {
                 info.role = node.role.name().to_owned();
                 info.advertise_addr.clone_from(&node.record.advertise_addr);
                 info.managers = node.managers.all();
+                info.payloads = node.payloads.names();
             }
         }
         Ok(Response::new(info))

@@ -12,7 +12,7 @@ use skep_common::object::{EngineDescription, IngressBalancer, NodeDescription};
 use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_common::wireguard::WireguardDescription;
-use skep_manager::control::ControlService;
+use skep_manager::control::Audited;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
 use skep_proto::{LogRecord, TaskLogsRequest};
@@ -20,13 +20,15 @@ use skep_runtime::TaskSet;
 use skep_runtime::identity::{Credentials, Files, RaftKey, tls_info};
 use skep_runtime::telemetry::Chain;
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
-use skep_worker::agent::{Agent, AgentOptions, Images, Managers};
+use skep_worker::agent::{Agent, AgentOptions, Beats, Images, Managers, Payloads};
 use skep_worker::container::ContainerRuntime;
 use skep_worker::embedded::Embedded;
 use skep_worker::embedded::uplink::{Underlay, Uplink};
+use skep_worker::executor::Executor;
+use skep_worker::executor_none::NoContainers;
 use skep_worker::images::ImageStore;
 use skep_worker::net::secure::{self, Keyring, Pairs};
-use skep_worker::passage::{Daemons, Entrance};
+use skep_worker::passage::{Daemons, Entrance, MESSAGE_BYTES_MAX, Windows};
 use skep_worker::peer::PeerService;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -34,7 +36,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::service::Routes;
 
-use super::options::Options;
+use super::options::{Options, RuntimeChoice};
 use super::record::{NodeRecord, RecordFile};
 use super::renewal::{self, Identity};
 
@@ -47,8 +49,12 @@ pub(super) struct Node {
     pub(super) managers: Managers,
     pub(super) pool: ChannelPool,
     pub(super) images: Images,
+    /// The secrets and configs of its tasks.
+    pub(super) payloads: Payloads,
     pub(super) manager: Option<Arc<Manager>>,
     uplink: Uplink,
+    /// Of its passages, in and out.
+    windows: Windows,
     keyring: Arc<Keyring>,
     pub(super) tls: Tls,
     pub(super) identity: Identity,
@@ -84,13 +90,17 @@ impl Node {
         let tls = Tls::new(credentials).context("failed to set up TLS")?;
         let pool = ChannelPool::new(tls.clone());
         let tasks = TaskSet::new();
-        let managers = Managers::new(record.managers.clone());
+        let record_file = Arc::new(RecordFile::in_data_dir(&options.data_dir));
+        let managers =
+            Managers::new(record.managers.clone()).obeying(record.term_seen, record_file);
         let keyring = Keyring::open(&options.data_dir);
         let keyring = Arc::new(keyring.context("failed to read this node's keys for networks")?);
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
         let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
         let mut uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
-        uplink = uplink.through(Arc::new(Daemons::new(&pool)));
+        let windows = Windows::default();
+        let daemons = Daemons::new(&pool, uplink.gate(), windows.clone(), tasks.clone());
+        uplink = uplink.through(Arc::new(daemons));
         if options.ingress.balancer == IngressBalancer::UserSpace {
             uplink = uplink.in_user_space(&options.ingress.reason);
         }
@@ -131,8 +141,10 @@ impl Node {
             managers,
             pool,
             images,
+            payloads: Payloads::default(),
             manager,
             uplink,
+            windows,
             keyring,
             tls,
             identity,
@@ -153,16 +165,21 @@ impl Node {
         };
         let containers = containers.context("failed to open the container runtime")?;
         let embedded = Embedded::new(containers, self.images.clone(), self.uplink.clone(), facts);
+        let executor: Arc<dyn Executor> = match options.runtime {
+            RuntimeChoice::Containers => Arc::new(embedded.clone()),
+            RuntimeChoice::None => Arc::new(NoContainers::default()),
+        };
         let peer = PeerService::new(
             self.images.store().clone(),
-            Arc::new(embedded.clone()),
+            Arc::new(embedded),
             self.tls.clone(),
             self.tasks.clone(),
         );
         let peer = peer.with_uplink(self.uplink.clone());
-        let peer = peer.with_entrance(Entrance::new(self.uplink.targets()));
+        let peer = peer.with_entrance(Entrance::new(self.uplink.gate(), self.windows.clone()));
         let _ = self.peer.set(peer.clone()); // A node is served once.
-        let mut routes = Routes::new(PeerServer::new(peer));
+        let mut routes =
+            Routes::new(PeerServer::new(peer).max_decoding_message_size(MESSAGE_BYTES_MAX));
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);
         }
@@ -178,11 +195,13 @@ impl Node {
             description: self.follow_description(options),
             addr: self.record.advertise_addr.clone(),
             tasks_dir: options.data_dir.join("tasks"),
-            executor: Arc::new(embedded),
+            executor,
             images: Some(self.images.clone()),
+            payloads: self.payloads.clone(),
             balancers: Some(Box::new(self.uplink.clone())),
             managers: self.managers.clone(),
             pool: self.pool.clone(),
+            beats: Beats::default(),
             tasks: self.tasks.clone(),
         };
         let (keyring, uplink) = (Arc::clone(&self.keyring), self.uplink.clone());
@@ -242,7 +261,7 @@ impl Node {
         receiver
     }
 
-    pub(super) fn control(&self) -> Option<ControlService> {
+    pub(super) fn control(&self) -> Option<Audited> {
         self.manager.as_ref().map(|manager| manager.control())
     }
 

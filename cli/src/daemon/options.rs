@@ -46,6 +46,19 @@ pub(crate) struct DaemonArgs {
     /// What this node has for tasks that ask for it: a number of a kind, or one by name
     #[arg(long = "node-generic-resource", value_name = "KIND=VALUE")]
     node_generic_resources: Vec<String>,
+    /// What runs tasks: containers, or nothing, for benchmarks of the control plane (default containers)
+    #[arg(long, value_enum, value_name = "containers|none", hide = true)]
+    runtime: Option<RuntimeChoice>,
+}
+
+/// What is to run tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub(super) enum RuntimeChoice {
+    /// A container each.
+    #[default]
+    Containers,
+    /// Nothing: a task counts as running at once, and ends when it is stopped.
+    None,
 }
 
 /// What is to balance published ports.
@@ -88,6 +101,7 @@ pub(super) struct Options {
     pub(super) ingress: IngressDescription,
     pub(super) labels: BTreeMap<String, String>,
     pub(super) generic_resources: Vec<GenericResource>,
+    pub(super) runtime: RuntimeChoice,
 }
 
 impl Options {
@@ -124,6 +138,7 @@ impl Options {
             ingress: IngressDescription::default(),
             labels,
             generic_resources,
+            runtime: args.runtime.unwrap_or_default(),
         })
     }
 
@@ -141,6 +156,7 @@ impl Options {
             ingress: IngressDescription::default(),
             labels: Default::default(),
             generic_resources: Vec::new(),
+            runtime: RuntimeChoice::default(),
         }
     }
 

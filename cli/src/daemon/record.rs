@@ -5,6 +5,7 @@ use std::sync::Mutex;
 
 use anyhow::{Context as _, Result};
 use serde::{Deserialize, Serialize};
+use skep_worker::agent::TermKeeper;
 
 /// The file's content.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -20,6 +21,17 @@ pub(super) struct NodeRecord {
     pub(super) raft_id: Option<u64>,
     /// Whether it is a voter already: a manager that stopped in the middle of joining asks again.
     pub(super) is_voter: bool,
+    /// The highest term of a leader that it has obeyed.
+    #[serde(default)]
+    pub(super) term_seen: u64,
+}
+
+impl NodeRecord {
+    /// Of a worker that has obeyed no leader yet.
+    pub(super) fn at(advertise: impl ToString, listen: impl ToString) -> Self {
+        let (advertise_addr, listen_addr) = (advertise.to_string(), listen.to_string());
+        Self { advertise_addr, listen_addr, ..Self::default() }
+    }
 }
 
 static UPDATING: Mutex<()> = Mutex::new(());
@@ -71,9 +83,31 @@ impl RecordFile {
     }
 }
 
+impl TermKeeper for RecordFile {
+    fn keep(&self, term: u64) -> Result<(), String> {
+        let keep = |record: &mut NodeRecord| record.term_seen = term.max(record.term_seen);
+        self.update(keep).map_err(|error| format!("{error:#}"))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_highest_term_outlives_the_daemon_and_is_absent_of_older_ones() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = RecordFile::in_data_dir(directory.path());
+        file.store(&NodeRecord::default()).unwrap();
+        let text = std::fs::read_to_string(&file.0).unwrap();
+        let older = text.replace(",\n  \"TermSeen\": 0", "");
+        assert_ne!(older, text);
+        std::fs::write(&file.0, older).unwrap();
+        assert_eq!(file.load().unwrap().term_seen, 0);
+        file.keep(7).unwrap();
+        file.keep(5).unwrap();
+        assert_eq!(file.load().unwrap().term_seen, 7);
+    }
 
     #[test]
     fn changes_from_several_threads_are_all_kept() {

@@ -83,7 +83,7 @@ pub(super) fn boot_node(paths: &LabPaths, lab: &Lab, node: &Node, program: PathB
     ];
     let daemon = DaemonSpec {
         program,
-        args: daemon_args(node, &lab.address(node.number).to_string(), &member.cgroup),
+        args: daemon_args(lab, node, &member.cgroup),
         log: member.daemon_log(),
     };
     boot_member(paths, &node.name, binds, Some(daemon))?;
@@ -123,7 +123,8 @@ fn boot_member(
     boot(&member, &spec).with_context(|| format!("boot {name}"))
 }
 
-fn daemon_args(node: &Node, address: &str, cgroup: &str) -> Vec<String> {
+fn daemon_args(lab: &Lab, node: &Node, cgroup: &str) -> Vec<String> {
+    let address = lab.address(node.number).to_string();
     let args = [
         "daemon",
         "--hostname",
@@ -133,12 +134,13 @@ fn daemon_args(node: &Node, address: &str, cgroup: &str) -> Vec<String> {
         "--run-dir",
         NODE_RUN_DIR,
         "--advertise-addr",
-        address,
+        &address,
         "--cgroup-parent",
         cgroup,
     ];
     let balancer = node.is_in_user_space.then_some("--ingress-balancer=user-space");
-    args.into_iter().chain(balancer).map(str::to_owned).collect()
+    let runtime = lab.has_no_containers.then_some("--runtime=none");
+    args.into_iter().chain(balancer).chain(runtime).map(str::to_owned).collect()
 }
 
 /// Plugs the client in.

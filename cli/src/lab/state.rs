@@ -57,6 +57,9 @@ pub(super) struct Lab {
     pub watchdog: Option<ProcessId>,
     /// What nodes run instead of this program, in tests of the lab itself.
     pub daemon_program: Option<PathBuf>,
+    /// Its daemons take tasks for running without containers.
+    #[serde(default)]
+    pub has_no_containers: bool,
     pub nodes: Vec<Node>,
 }
 

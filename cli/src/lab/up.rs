@@ -49,6 +49,9 @@ pub(crate) struct UpArgs {
     /// The program to run as `PROGRAM daemon …` on the nodes instead of this one.
     #[arg(long, hide = true, value_name = "PROGRAM")]
     daemon: Option<PathBuf>,
+    /// Give the daemons `--runtime none`: tasks count as running without containers.
+    #[arg(long, hide = true)]
+    no_containers: bool,
 }
 
 fn parse_subnet(text: &str) -> Result<Ipv4Addr, String> {
@@ -153,6 +156,7 @@ fn record(paths: &LabPaths, args: &UpArgs) -> Result<Lab> {
         host_link: host.free_link_name(&taken_links),
         watchdog: None,
         daemon_program: args.daemon.clone(),
+        has_no_containers: args.no_containers,
         nodes: nodes.collect(),
     };
     make_dir(&paths.run, 0o755)?;

@@ -17,6 +17,7 @@ use skep_common::mistakes::{self, Mistake};
 use skep_common::object::TaskStatus;
 use skep_common::{Task, TaskId, TaskState, Timestamp};
 use skep_manager_core::endpoints::NodeTable;
+use skep_manager_core::secrets::PayloadKey;
 
 use crate::fault::{Fault, Rates};
 use crate::message::Assignments;
@@ -83,6 +84,8 @@ pub(crate) struct Agent {
     pub(crate) unsent_mesh: Option<u64>,
     told_table: Option<Kernel>,
     pub(crate) kernel: Kernel,
+    /// The secrets and configs in the daemon's memory.
+    pub(crate) payloads: BTreeSet<PayloadKey>,
     /// The containers that run: they outlive the daemon.
     pub(crate) running: BTreeSet<TaskId>,
     /// Whom to ask first.
@@ -101,6 +104,7 @@ impl Agent {
             unsent_mesh: None,
             told_table: None,
             kernel: Kernel::default(),
+            payloads: BTreeSet::new(),
             running: BTreeSet::new(),
             hint: None,
             n_failed: 0,
@@ -160,6 +164,13 @@ impl Agent {
             touched.push(assigned.task.id);
         }
         let is_whole = message.applies_to == 0;
+        if is_whole {
+            self.payloads.clear();
+        }
+        self.payloads.extend(&message.changes.payloads);
+        for key in &message.changes.removed_payloads {
+            self.payloads.remove(key);
+        }
         let unnamed = self.held.keys().filter(|id| is_whole && !named.contains(id));
         let removed: Vec<TaskId> =
             message.changes.removed_tasks.iter().chain(unnamed).copied().collect();
@@ -201,6 +212,7 @@ impl Agent {
 
     /// All its tasks end: it is no member any more.
     pub(crate) fn remove_all(&mut self) -> Vec<TaskId> {
+        self.payloads.clear();
         self.held.values_mut().for_each(|held| held.is_removed = true);
         self.held.keys().copied().collect()
     }
@@ -209,6 +221,7 @@ impl Agent {
     pub(crate) fn restart(&mut self, now: Timestamp, clock: Timestamp) -> Vec<TaskId> {
         self.link = Link::None;
         (self.unsent_mesh, self.told_table) = (None, None);
+        self.payloads.clear();
         let task_ids: Vec<TaskId> = self.held.keys().copied().collect();
         for task_id in &task_ids {
             self.expect_container(*task_id, clock);
@@ -311,8 +324,14 @@ impl Agent {
             self.report(task_id, TaskState::Shutdown, clock);
             return (Stepped::Reported(TaskState::Shutdown), Some(Duration::ZERO));
         }
-        if now < held.due || state == TaskState::Running {
+        let is_of_job = held.task.job_iteration.is_some();
+        if now < held.due || (state == TaskState::Running && !is_of_job) {
             return (Stepped::Nothing, None);
+        }
+        if state == TaskState::Running {
+            // It has done its work.
+            let ended = self.exit(task_id, false, clock);
+            return (ended.map_or(Stepped::Nothing, Stepped::Ended), None);
         }
         if state == TaskState::Ready && held.task.desired_state < TaskState::Running {
             return (Stepped::Nothing, None);
@@ -325,6 +344,7 @@ impl Agent {
                 held.due = now.after(delay);
                 return (Stepped::Started, Some(delay));
             }
+            TaskState::Starting if is_of_job => (TaskState::Running, 500..5000),
             TaskState::Starting => (TaskState::Running, 0..1),
             TaskState::Ready => (TaskState::Starting, 5..300),
             TaskState::Preparing if rates.hits(Fault::Reject, rng) => {

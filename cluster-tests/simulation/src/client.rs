@@ -4,11 +4,11 @@ use rand::RngExt as _;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use skep_common::object::NodeState;
-use skep_common::spec::{ContainerSpec, NodeSpec, TaskSpec};
+use skep_common::spec::{Base64, ContainerSpec, NodeSpec, TaskSpec};
 use skep_common::{
     Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, TaskId, TaskState, Timestamp,
 };
-use skep_manager_core::{Action, Expect, State, TaskPatch, container, network, service};
+use skep_manager_core::{Action, Expect, State, TaskPatch, container, network, secrets, service};
 
 use crate::message::MachineId;
 use crate::service as samples;
@@ -34,6 +34,8 @@ pub(crate) enum Wish {
     RunContainer(NodeId),
     StopContainer(NodeId),
     RemoveContainer(NodeId, bool),
+    /// Another version of a secret, for those who use it.
+    RotateSecret(u16),
     /// Looks, and changes nothing.
     Read,
 }
@@ -61,6 +63,7 @@ impl Wish {
             81..86 => Self::RunContainer(node_id),
             86..89 => Self::StopContainer(node_id),
             89..92 => Self::RemoveContainer(node_id, rng.random_bool(0.5)),
+            92..95 => Self::RotateSecret(rng.random_range(1..=samples::N_SECRETS)),
             _ => Self::Read,
         }
     }
@@ -127,6 +130,7 @@ pub(crate) fn decide(
         Wish::RunContainer(_) | Wish::StopContainer(_) | Wish::RemoveContainer(..) => {
             about_container(wish, state, &mut rng, now)
         }
+        Wish::RotateSecret(number) => rotate_secret(state, *number, &mut rng, now),
         Wish::Read => Ok(None),
     }
 }
@@ -160,6 +164,9 @@ fn about_service(
             if let Some(replicated) = spec.mode.as_mut().and_then(|mode| mode.replicated.as_mut()) {
                 replicated.replicas = Some(*replicas);
             }
+            if let Some(job) = spec.mode.as_mut().and_then(|mode| mode.replicated_job.as_mut()) {
+                job.total_completions = Some(*replicas);
+            }
             service::update(state, found, version, spec).map_err(text)?
         }
         Wish::Refresh(_) => {
@@ -172,6 +179,20 @@ fn about_service(
         }
     };
     Ok(action.map(|action| (vec![action], Some((Kind::Service, found.id.0)))))
+}
+
+fn rotate_secret(
+    state: &State,
+    number: u16,
+    rng: &mut StdRng,
+    now: Timestamp,
+) -> Result<Decision, String> {
+    let id = samples::secret_id(number);
+    let old = state.secret(id).ok_or("no such secret")?;
+    let mut spec = old.spec.clone();
+    spec.data = Some(Base64(rng.random_range(0..u64::MAX).to_le_bytes().to_vec()));
+    let update = secrets::update(state, &**old, spec, now, |_| true).map_err(text)?;
+    Ok(Some((update.actions, Some((Kind::Secret, id.0)))))
 }
 
 /// Its tasks will never be heard of again: what they held is free from now on.

@@ -3,19 +3,19 @@
 //! Who drives it: the machine, at every message, commit and tick; after each, [`Leader::decide`] and
 //! [`Leader::dispatch`].
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::mistakes::{self, Mistake};
 use skep_common::object::TaskStatus;
-use skep_common::{Kind, NodeId, TaskId, Timestamp};
-use skep_manager_core::assignments::{CopyDuties, Stream, for_node};
+use skep_common::{NodeId, TaskId, Timestamp};
+use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::endpoints::{Drain, NodeTable};
-use skep_manager_core::liveness::{Event, Liveness};
-use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, TaskPatch, plan};
+use skep_manager_core::liveness::{Answer, Event, Liveness};
+use skep_manager_core::reports::{self, Reports, Statuses};
+use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan};
 
 use crate::message::{Assignments, MachineId, Message};
 use crate::seen::Seen;
@@ -41,7 +41,7 @@ struct Session {
 /// What a command in flight carries beside its actions.
 #[derive(Debug, Default)]
 struct Carried {
-    statuses: BTreeMap<TaskId, TaskStatus>,
+    statuses: Statuses,
     is_plan: bool,
 }
 
@@ -50,6 +50,8 @@ struct Carried {
 pub(crate) struct Leader {
     pub(crate) term: u64,
     pub(crate) state: State,
+    /// The newest state that was looked at for what it has for whom.
+    looked_at: State,
     dirty: Dirty,
     memory: LeaderMemory,
     rng: StdRng,
@@ -59,9 +61,7 @@ pub(crate) struct Leader {
     seen_version: u64,
     sessions: BTreeMap<NodeId, Session>,
     held_back: BTreeSet<TaskId>,
-    reported: BTreeMap<TaskId, TaskStatus>,
-    missed: BTreeMap<TaskId, Vec<String>>,
-    queued: VecDeque<Vec<Action>>,
+    reports: Reports,
     in_flight: Option<(u64, Timestamp, Carried)>,
     /// A command of before may still be committed: nothing is decided on a state without it.
     is_uncertain: bool,
@@ -88,12 +88,11 @@ impl Leader {
             not_in_balancer: BTreeSet::new(),
             drain: Drain::new(&state, &BTreeSet::new(), now),
             seen_version: 0,
+            looked_at: State::default(),
             state,
             sessions: BTreeMap::new(),
             held_back: BTreeSet::new(),
-            reported: BTreeMap::new(),
-            missed: BTreeMap::new(),
-            queued: VecDeque::new(),
+            reports: Reports::default(),
             in_flight: None,
             is_uncertain: true,
             deadline: None,
@@ -116,19 +115,15 @@ impl Leader {
     pub(crate) fn take(&mut self, state: &State, changes: &[Change]) {
         self.state = state.clone();
         self.dirty.extend(changes);
-        for change in changes {
-            match (change.kind, change.node_id) {
-                (Kind::Task, Some(node_id)) => {
-                    if let Some(session) = self.sessions.get_mut(&node_id) {
-                        session.is_dirty = true;
-                    }
-                }
-                (Kind::Node | Kind::Image, _) => {
-                    self.sessions.values_mut().for_each(|session| session.is_dirty = true);
-                }
-                _ => {}
-            }
+    }
+
+    /// Marks the nodes that the newest state has something new for.
+    fn look_at_state(&mut self) {
+        let concerned = assignments::concerned(&self.looked_at, &self.state);
+        for (node_id, session) in &mut self.sessions {
+            session.is_dirty |= concerned.as_ref().is_none_or(|nodes| nodes.contains(node_id));
         }
+        self.looked_at = self.state.clone();
     }
 
     /// Time has passed; what it passed too much is the leader's own fault.
@@ -198,8 +193,8 @@ impl Leader {
         self.liveness.observe(Event::Beat { node_id, at: now });
     }
 
-    pub(crate) fn probed(&mut self, node_id: NodeId, at: Timestamp, is_alive: bool) {
-        self.liveness.observe(Event::Probed { node_id, at, is_alive });
+    pub(crate) fn probed(&mut self, node_id: NodeId, at: Timestamp, answer: Answer) {
+        self.liveness.observe(Event::Probed { node_id, at, answer });
     }
 
     pub(crate) fn end_session(&mut self, node_id: NodeId, id: u64) {
@@ -213,19 +208,8 @@ impl Leader {
     }
 
     pub(crate) fn take_report(&mut self, node_id: NodeId, task_id: TaskId, status: TaskStatus) {
-        let Some(task) = self.state.task(task_id) else { return };
-        if task.node_id != Some(node_id) {
-            return;
-        }
-        let mut known = task.status.clone();
-        known.applied_at = status.applied_at;
-        known.unacknowledged.clone_from(&status.unacknowledged);
-        // A report may be overtaken by the one after it.
-        let told = self.reported.get(&task_id).map_or(known.state, |told| told.state);
-        let is_later = status.state >= known.state.max(told) || mistakes::is(Mistake::StateFalls);
-        if is_later && status != known {
-            self.reported.insert(task_id, status);
-        }
+        // A report on another node's task is ignored.
+        let _ = self.reports.take(&self.state, node_id, task_id, status);
     }
 
     /// The next command, where none is in flight, and whether it was decided on this very state; `id` names it.
@@ -247,21 +231,14 @@ impl Leader {
         self.probes.extend(verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;
-        if self.queued.is_empty() {
-            self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
-        }
         let mut carried = Carried::default();
-        let mut actions = self.queued.pop_front().unwrap_or_default();
+        let mut actions = verdict.actions;
         if actions.is_empty() {
             actions = self.plan(now, seen);
             carried.is_plan = true;
         }
-        self.note_missed();
-        let statuses = std::mem::take(&mut self.reported);
-        actions.extend(statuses.iter().map(|(task_id, status)| {
-            Action::PatchTask(TaskPatch { status: Some(status.clone()), ..TaskPatch::of(*task_id) })
-        }));
-        carried.statuses = statuses;
+        carried.statuses = self.reports.next(&self.state);
+        actions.extend(reports::patches(&carried.statuses));
         if actions.is_empty() {
             return None;
         }
@@ -282,24 +259,6 @@ impl Leader {
         plan.actions
     }
 
-    /// As the shell: nodes that were not waited for are named in the status that is stored.
-    fn note_missed(&mut self) {
-        let (state, reported) = (&self.state, &mut self.reported);
-        self.missed.retain(|task_id, names| {
-            let Some(task) = state.task(*task_id) else { return false };
-            let is_stored = task.status.unacknowledged == *names;
-            if !is_stored {
-                reported.entry(*task_id).or_insert_with(|| task.status.clone());
-            }
-            !is_stored
-        });
-        for (task_id, status) in reported {
-            let stored = || state.task(*task_id).map(|task| task.status.unacknowledged.clone());
-            let missed = self.missed.get(task_id).cloned();
-            status.unacknowledged = missed.or_else(stored).unwrap_or_default();
-        }
-    }
-
     /// What became of the command with that name.
     pub(crate) fn committed(&mut self, id: u64, is_applied: bool) {
         if self.in_flight.as_ref().is_some_and(|(in_flight, ..)| *in_flight == id) {
@@ -316,9 +275,7 @@ impl Leader {
         if carried.is_plan {
             self.dirty = Dirty::all();
         }
-        for (task_id, status) in carried.statuses {
-            self.reported.entry(task_id).or_insert(status);
-        }
+        self.reports.give_back(carried.statuses);
     }
 
     /// What is new for each node.
@@ -330,15 +287,16 @@ impl Leader {
         self.drain.update(&self.state, &self.not_in_balancer, now);
         if self.drain.version() != self.seen_version {
             self.seen_version = self.drain.version();
-            let table = Arc::new(self.drain.table().clone());
+            let table = self.drain.table().clone();
             let (term, version, state) = (self.term, self.seen_version, self.state.clone());
             let silent = self.not_in_balancer.clone();
             seen.push(Seen::Tabled { term, version, table, state, silent });
         }
+        self.look_at_state();
         self.skip_unconcerned();
         let held_back = self.drain.held_back(&self.state, now);
         for (task_id, nodes) in self.drain.take_missed(&self.state) {
-            self.missed.insert(task_id, nodes.iter().map(ToString::to_string).collect());
+            self.reports.note_missed(task_id, nodes.iter().map(ToString::to_string).collect());
         }
         for task_id in held_back.symmetric_difference(&self.held_back) {
             let node_id = self.state.task(*task_id).and_then(|task| task.node_id);
@@ -388,6 +346,7 @@ impl Leader {
         session.is_dirty = false;
         let (duties, reported) = (CopyDuties::new(), BTreeSet::new());
         let set = for_node(&self.state, node_id, &duties, &reported, &self.held_back);
+        let payloads = set.payloads.clone();
         let tasks = session.stream.next(set);
         let table = is_stale.then(|| (version, self.drain.of_node(node_id)));
         if is_stale {
@@ -399,7 +358,8 @@ impl Leader {
         }
         let (machine, id) = (session.machine, session.id);
         let what = Arc::new(Assignments { tasks, table });
-        seen.push(Seen::Told { term: self.term, what: what.clone() });
+        let (term, state) = (self.term, self.state.clone());
+        seen.push(Seen::Told { term, node_id, what: what.clone(), payloads, state });
         Some((machine, Message::Assignments { session: id, what }))
     }
 

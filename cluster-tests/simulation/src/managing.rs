@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use skep_common::NodeId;
+use skep_manager_core::liveness::Answer;
 use skep_manager_core::{Command, Outcome, State};
 
 use crate::client;
@@ -96,10 +97,10 @@ impl World {
             }
             Timer::Wake => (manager.wakes_at, manager.is_due) = (None, true),
             Timer::Probed { node_id } => {
-                let is_alive = self.answers_probe(machine, node_id);
+                let answer = self.answer_to_probe(machine, node_id);
                 let manager = self.manager(machine);
-                if let (Some(leader), Some(is_alive)) = (&mut manager.leader, is_alive) {
-                    leader.probed(node_id, clock, is_alive);
+                if let (Some(leader), Some(answer)) = (&mut manager.leader, answer) {
+                    leader.probed(node_id, clock, answer);
                     manager.is_due = true;
                 }
             }
@@ -113,7 +114,7 @@ impl World {
     }
 
     /// What a connection to a node's address would say; `None` where a machine without a daemon refuses it.
-    fn answers_probe(&self, machine: MachineId, node_id: NodeId) -> Option<bool> {
+    fn answer_to_probe(&self, machine: MachineId, node_id: NodeId) -> Option<Answer> {
         // A node that was removed and joined again answers at the same address.
         let state = &self.machines[machine].manager.as_ref()?.state;
         let address = &state.node(node_id)?.status.addr;
@@ -122,9 +123,9 @@ impl World {
                 == *address
         })?;
         if !self.is_reachable(machine, target) || !self.is_reachable(target, machine) {
-            return Some(false);
+            return Some(Answer::None);
         }
-        self.machines[target].is_up.then_some(true)
+        Some(if self.machines[target].is_up { Answer::Accepted } else { Answer::Refused })
     }
 
     pub(crate) fn handle_manager_message(

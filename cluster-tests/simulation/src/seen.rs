@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use skep_common::{NodeId, Timestamp};
 use skep_manager_core::endpoints::Table;
+use skep_manager_core::secrets::PayloadKey;
 use skep_manager_core::{Action, Change, Command, Outcome, State};
 
 use crate::message::{Assignments, MachineId};
@@ -35,7 +36,15 @@ pub(crate) enum Seen {
     /// A leader has a new table.
     Tabled { term: u64, version: u64, table: Arc<Table>, state: State, silent: BTreeSet<NodeId> },
     /// A leader told a node.
-    Told { term: u64, what: Arc<Assignments> },
+    ///
+    /// `payloads` are the secrets and configs that it has then, and `state` the view that says so.
+    Told {
+        term: u64,
+        node_id: NodeId,
+        what: Arc<Assignments>,
+        payloads: BTreeSet<PayloadKey>,
+        state: State,
+    },
     /// An agent does as it was told.
     Accepted { machine: MachineId, term: u64, what: Arc<Assignments> },
     /// A kernel balances by another table.

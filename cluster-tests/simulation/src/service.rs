@@ -5,19 +5,23 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use skep_common::object::Image;
+use skep_common::object::{DataVersion, Image, Secret};
 use skep_common::spec::{
-    Availability, ContainerSpec, EndpointSpec, Nanos, NetworkAttachmentConfig, NetworkSpec,
-    NodeSpec, Placement, PortConfig, PublishMode, Replicated, ResourceRequirements, Resources,
-    RestartPolicy, ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
+    Availability, Base64, ContainerSpec, EndpointSpec, FileTarget, ModeKind, Nanos,
+    NetworkAttachmentConfig, NetworkSpec, NodeSpec, Placement, PortConfig, PublishMode,
+    ReplicatedJob, ResourceRequirements, Resources, RestartPolicy, SecretReference, SecretSpec,
+    ServiceMode, ServiceSpec, TaskSpec, UpdateConfig,
 };
-use skep_common::{ImageId, Meta, Node, NodeId, Object};
+use skep_common::{ImageId, Meta, Node, NodeId, Object, SecretId};
 use skep_manager_core::testing;
 
 /// Names of services: few, so that wishes meet.
-pub(crate) const N_SERVICES: u16 = 5;
+pub(crate) const N_SERVICES: u16 = 8;
 /// Names of networks.
 pub(crate) const N_NETWORKS: u16 = 2;
+
+/// Names of secrets.
+pub(crate) const N_SECRETS: u16 = 2;
 
 /// The name of a service.
 pub(crate) fn name(number: u16) -> String {
@@ -67,7 +71,29 @@ pub(crate) fn founding(n_managers: u16, n_nodes: u16) -> Vec<Object> {
     let holders: BTreeSet<NodeId> = (1..=n_managers).map(|number| NodeId(number.into())).collect();
     let images = (1..=N_IMAGES).map(|number| image_record(number, holders.clone()));
     objects.extend(images.map(|image| Object::Image(Box::new(image))));
+    objects.extend((1..=N_SECRETS).map(|number| Object::Secret(Box::new(secret(number)))));
     objects
+}
+
+/// The id of a secret.
+pub(crate) fn secret_id(number: u16) -> SecretId {
+    SecretId(7_000 + u128::from(number))
+}
+
+fn secret(number: u16) -> Secret {
+    let first = DataVersion {
+        data: Some(Base64(number.to_le_bytes().to_vec())),
+        digest: format!("sha256:{number}"),
+        ..DataVersion::default()
+    };
+    let spec = SecretSpec { name: format!("key{number}"), ..SecretSpec::default() };
+    Secret { id: secret_id(number), meta: Meta::default(), spec, versions: [(1, first)].into() }
+}
+
+fn uses(number: u16) -> Option<Vec<SecretReference>> {
+    let name = format!("key{number}");
+    let file = Some(FileTarget { name: name.clone(), ..FileTarget::default() });
+    Some(vec![SecretReference { file, secret_name: name, ..SecretReference::default() }])
 }
 
 fn seconds(seconds: u64) -> Option<Nanos> {
@@ -96,10 +122,14 @@ fn image_record(number: u8, holders: BTreeSet<NodeId>) -> Image {
 
 /// What a user asks of a service of this number. Each number has its own kind:
 ///
-/// 1 is published, 2 constrained and sized, 3 start-first and published, 4 on networks, 5 in host mode.
+/// 1 is published, 2 constrained and sized, 3 start-first and published, 4 on networks, 5 in host mode,
+/// 6 global and constrained, 7 a job, 8 a job on every node.
 pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
     let image = image(rng.random_range(1..=N_IMAGES));
-    let container = ContainerSpec { image, ..ContainerSpec::default() };
+    let mut container = ContainerSpec { image, ..ContainerSpec::default() };
+    if number <= 4 && rng.random_bool(0.7) {
+        container.secrets = uses(number % N_SECRETS + 1);
+    }
     let mut template = TaskSpec { container_spec: Some(container), ..TaskSpec::default() };
     template.restart_policy = Some(RestartPolicy { delay: seconds(1), ..RestartPolicy::default() });
     template.force_update = Some(rng.random_range(0..1000));
@@ -112,11 +142,7 @@ pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
     match number {
         1 => publish(&mut spec, port(Some(8080))),
         2 => {
-            template.placement = Some(Placement {
-                constraints: Some(vec!["node.labels.disk == ssd".into()]),
-                max_replicas: Some(2),
-                ..Placement::default()
-            });
+            template.placement = Some(Placement { max_replicas: Some(2), ..on_fast_disks() });
             let memory = Resources { memory_bytes: Some(300 << 20), ..Resources::default() };
             template.resources = Some(ResourceRequirements {
                 reservations: Some(memory),
@@ -128,14 +154,21 @@ pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
             let n_networks = rng.random_range(1..=N_NETWORKS);
             template.networks = Some((1..=n_networks).map(on_network).collect());
         }
+        6 => template.placement = Some(on_fast_disks()),
+        7 | 8 => {
+            let policy = template.restart_policy.get_or_insert_default();
+            policy.max_attempts = Some(3);
+        }
         _ => {
             let mode = Some(PublishMode::Host);
             publish(&mut spec, PortConfig { publish_mode: mode, ..port(Some(9000)) });
         }
     }
-    let replicas = Some(rng.random_range(0..6));
-    spec.mode =
-        Some(ServiceMode { replicated: Some(Replicated { replicas }), ..ServiceMode::default() });
+    spec.task_template = template;
+    spec.mode = Some(mode(number, rng));
+    if spec.mode_kind().is_some_and(ModeKind::is_job) {
+        return spec;
+    }
     let actions = ["continue", "pause", "rollback"];
     spec.update_config = Some(UpdateConfig {
         order: (number == 3).then(|| "start-first".to_owned()),
@@ -144,8 +177,30 @@ pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
         monitor: seconds(2),
         ..UpdateConfig::default()
     });
-    spec.task_template = template;
     spec
+}
+
+fn on_fast_disks() -> Placement {
+    let constraints = Some(vec!["node.labels.disk == ssd".into()]);
+    Placement { constraints, ..Placement::default() }
+}
+
+fn mode(number: u16, rng: &mut StdRng) -> ServiceMode {
+    let n_tasks = rng.random_range(0..6);
+    let mode = ServiceMode::default();
+    match number {
+        6 => ServiceMode { global: Some(Default::default()), ..mode },
+        7 => {
+            let job = ReplicatedJob {
+                total_completions: Some(n_tasks),
+                max_concurrent: Some(rng.random_range(1..=3)),
+                ..ReplicatedJob::default()
+            };
+            ServiceMode { replicated_job: Some(job), ..mode }
+        }
+        8 => ServiceMode { global_job: Some(Default::default()), ..mode },
+        _ => ServiceMode::of_replicas(Some(n_tasks)),
+    }
 }
 
 fn publish(spec: &mut ServiceSpec, port: PortConfig) {

@@ -40,6 +40,11 @@ fn a_task_that_a_new_leader_places_again_is_caught() {
 }
 
 #[test]
+fn a_secret_for_a_task_that_was_refused_is_caught() {
+    expect_caught(Mistake::SecretToRefused, &["6"]);
+}
+
+#[test]
 fn a_drain_that_does_not_wait_is_caught() {
     expect_caught(Mistake::DrainWithoutWait, &["7"]);
 }

@@ -10,17 +10,21 @@ pub(crate) enum Unit {
     Milliseconds,
     Microseconds,
     GigabitsPerSecond,
+    /// How many in a second.
+    PerSecond,
     Mebibytes,
     /// Of something to something else.
     Ratio,
 }
 
 impl Unit {
-    fn show(self, value: f64) -> String {
+    pub(crate) fn show(self, value: f64) -> String {
         match self {
             Self::Seconds => format!("{value:.3} s"),
+            Self::Milliseconds if value < 10.0 => format!("{value:.3} ms"),
             Self::Milliseconds => format!("{value:.1} ms"),
             Self::GigabitsPerSecond => format!("{value:.2} Gbit/s"),
+            Self::PerSecond => format!("{value:.0}/s"),
             Self::Microseconds => format!("{value:.0} µs"),
             Self::Mebibytes => format!("{value:.1} MiB"),
             Self::Ratio => format!("{value:.2}"),
@@ -40,12 +44,20 @@ pub(crate) enum Target {
 impl Target {
     /// Tells in words whether a figure meets it.
     pub(crate) fn judge(self, value: f64, unit: Unit) -> String {
-        let (is_met, limit) = match self {
-            Self::AtMost(limit) => (value <= limit, format!("<= {}", unit.show(limit))),
-            Self::AtLeast(limit) => (value >= limit, format!(">= {}", unit.show(limit))),
+        let limit = match self {
+            Self::AtMost(limit) => format!("<= {}", unit.show(limit)),
+            Self::AtLeast(limit) => format!(">= {}", unit.show(limit)),
         };
-        let verdict = if is_met { "met" } else { "MISSED" };
+        let verdict = if self.is_met(value) { "met" } else { "MISSED" };
         format!("target {limit}: {verdict}")
+    }
+
+    /// Whether a figure meets it.
+    pub(crate) fn is_met(self, value: f64) -> bool {
+        match self {
+            Self::AtMost(limit) => value <= limit,
+            Self::AtLeast(limit) => value >= limit,
+        }
     }
 }
 

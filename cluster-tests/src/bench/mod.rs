@@ -4,20 +4,25 @@
 //! target. Clocks start before the command that causes what is measured, so that the client's own
 //! time counts as well.
 
+mod control;
 mod cut;
 mod docker;
+mod etcd;
 mod failover;
 mod figures;
 mod mesh;
 mod place;
+mod placement;
 mod relays;
 mod requests;
 mod rules;
 mod saturation;
+mod sessions;
 mod start;
 mod throughput;
 mod usage;
 mod vip;
+mod write;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -76,6 +81,26 @@ pub(crate) const SCENARIOS: &[Scenario] = &[
         what: "rules of 1,000 services with 10 backends each: how long until they are in force",
         run: rules::run,
     },
+    Scenario {
+        name: "write",
+        what: "services created through three managers by 1, 16 and 64 writers, beside etcd",
+        run: write::run,
+    },
+    Scenario {
+        name: "control",
+        what: "1,000 tasks and single ones over 3 managers and 10 workers that run nothing",
+        run: control::run,
+    },
+    Scenario {
+        name: "sessions",
+        what: "1,000 workers: what they take of the managers, and their sessions when the leader dies",
+        run: sessions::run,
+    },
+    Scenario {
+        name: "placement",
+        what: "100,000 and 1,000,000 tasks are placed by the managers' core: how long, and memory",
+        run: placement::run,
+    },
 ];
 
 /// Prints what figures depend on.
@@ -107,6 +132,39 @@ fn start_lab(managers: u8, workers: u8) -> Lab {
 /// A size for people.
 fn bytes_as_mib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 20)
+}
+
+/// Names the program of clients (`cluster-tests/src/bin/clients`).
+const CLIENTS: &str = "SKEP_BENCH_CLIENTS";
+
+/// Where nodes answer each other, and clients with a node's certificate.
+const PORT: u16 = 2377;
+
+/// A copy of a node's certificate for the clients' program: members do not see each other's files.
+fn certificate_of(lab: &Lab, node: &str) -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let stored = format!("/var/lib/skep-lab/{}/{node}/data/certificates", lab.name());
+    let copy = dir.path().join("certificates");
+    fs::create_dir(&copy).expect("make a directory in an empty one");
+    for entry in fs::read_dir(&stored).expect("the node has certificates").flatten() {
+        fs::copy(entry.path(), copy.join(entry.file_name())).expect("copy a certificate");
+    }
+    dir
+}
+
+/// A path as a word of a command.
+fn word(path: &Path) -> &str {
+    path.to_str().expect("paths of builds and temporary directories are plain")
+}
+
+/// A program that `make bench` builds and names in a variable; says so where it is not there.
+fn built_program(variable: &str) -> Option<PathBuf> {
+    let named = std::env::var_os(variable).map(PathBuf::from);
+    let found = named.filter(|program| program.is_file());
+    if found.is_none() {
+        println!("not measured: {variable} names no program; `make bench` builds it");
+    }
+    found
 }
 
 fn is_installed(name: &str) -> bool {

@@ -4,9 +4,9 @@
 //! built as the daemon is: neither managers nor the way from them take part.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::process::Command;
 
+use super::built_program;
 use super::figures::{Samples, Target, Unit};
 
 /// Names the program.
@@ -25,11 +25,7 @@ const FIGURES: [(&str, &str, Option<Target>); 6] = [
 
 pub(crate) fn run(is_quick: bool) {
     let n_rounds = if is_quick { "3" } else { "15" };
-    let program = std::env::var_os(PROGRAM).map(PathBuf::from);
-    let Some(program) = program.filter(|program| program.is_file()) else {
-        println!("not measured: {PROGRAM} names no program; `make bench` builds it");
-        return;
-    };
+    let Some(program) = built_program(PROGRAM) else { return };
     let mut command = Command::new("unshare");
     command.args(["--net", "--mount"]).arg(&program).arg(n_rounds);
     let output = command.output().expect("unshare can be started");

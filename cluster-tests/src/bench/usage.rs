@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::unistd::{SysconfVar, sysconf};
 use skep_cluster_tests::Lab;
 
 use super::bytes_as_mib;
@@ -50,6 +51,33 @@ pub(crate) fn processor_time(lab: &Lab) -> Option<Duration> {
     usage.parse().ok().map(Duration::from_micros)
 }
 
+/// Processes that a benchmark started, by their program's name and a word of their command line that no other
+/// lab's have.
+pub(crate) fn named(name: &str, word: &str) -> Vec<PathBuf> {
+    let is_one = |dir: &PathBuf| {
+        let comm = fs::read_to_string(dir.join("comm")).unwrap_or_default();
+        let line = fs::read(dir.join("cmdline")).unwrap_or_default();
+        let has_word = || line.split(|byte| *byte == 0).any(|found| found == word.as_bytes());
+        comm.trim_end() == name && has_word()
+    };
+    all_processes().filter(is_one).collect()
+}
+
+/// What processes, with all their threads, took of the processors since they began.
+pub(crate) fn time_of(processes: &[PathBuf]) -> Duration {
+    processes.iter().filter_map(|process| time_of_one(process)).sum()
+}
+
+fn time_of_one(process: &Path) -> Option<Duration> {
+    let stat = fs::read_to_string(process.join("stat")).ok()?;
+    // The second field is a name that may hold anything; user and system time are the 14th and 15th.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut ticks = fields.split(' ').skip(11).take(2).map(str::parse::<u64>);
+    let ticks = ticks.next()?.ok()? + ticks.next()?.ok()?;
+    let per_second = sysconf(SysconfVar::CLK_TCK).ok()??;
+    Some(Duration::from_secs_f64(ticks as f64 / per_second as f64))
+}
+
 /// Processes of a lab that run `skep COMMAND`; their cgroup says which lab they belong to.
 fn processes(lab: &Lab, command: &str) -> Vec<PathBuf> {
     let cgroup = format!("/skep-lab/{}/", lab.name());
@@ -60,8 +88,12 @@ fn processes(lab: &Lab, command: &str) -> Vec<PathBuf> {
         let in_lab = || fs::read_to_string(dir.join("cgroup")).is_ok_and(|c| c.contains(&cgroup));
         is_command && in_lab()
     };
+    all_processes().filter(is_one).collect()
+}
+
+fn all_processes() -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir("/proc").expect("/proc is there").flatten();
-    entries.map(|entry| entry.path()).filter(is_one).collect()
+    entries.map(|entry| entry.path())
 }
 
 fn proportional_set_size(process: &Path) -> Option<u64> {

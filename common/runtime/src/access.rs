@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::fmt;
 use std::future::{Ready, ready};
 use std::sync::LazyLock;
 use std::task::{Context, Poll};
@@ -20,7 +21,12 @@ use tower::{Layer, Service};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Caller {
     /// The unix socket: the machine's administrator.
-    Local,
+    Local {
+        /// Who runs the process at the other end; unknown where the kernel does not say.
+        uid: Option<u32>,
+        /// That process.
+        pid: Option<i32>,
+    },
     /// TLS without a client certificate.
     Anonymous,
     /// A member of this swarm.
@@ -109,7 +115,7 @@ static BY_PATH: LazyLock<HashMap<String, u8>> = LazyLock::new(|| {
 impl Caller {
     fn bit(self) -> u8 {
         match self {
-            Self::Local => LOCAL,
+            Self::Local { .. } => LOCAL,
             Self::Anonymous => ANONYMOUS,
             Self::Node(_, NodeRole::Worker) => WORKER,
             Self::Node(_, NodeRole::Manager) => MANAGER,
@@ -125,7 +131,7 @@ impl Caller {
     pub fn node_id<T>(request: &tonic::Request<T>) -> Result<NodeId, Status> {
         match Self::of(request) {
             Self::Node(node_id, _) => Ok(node_id),
-            Self::Local | Self::Anonymous => {
+            Self::Local { .. } | Self::Anonymous => {
                 Err(Status::permission_denied("only nodes may call this"))
             }
         }
@@ -151,10 +157,35 @@ pub fn check(path: &str, caller: Caller) -> Result<(), Status> {
     }
 }
 
+/// As the audit names it: `node:ID(manager)`, `socket:uid=0,pid=17`.
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Node(node_id, role) => write!(f, "node:{node_id}({})", role.name()),
+            Self::Anonymous => f.write_str("anonymous"),
+            Self::Local { uid, pid } => {
+                let number = |number: Option<i64>| {
+                    number.map_or_else(|| "?".to_owned(), |number| number.to_string())
+                };
+                let (uid, pid) = (number(uid.map(i64::from)), number(pid.map(i64::from)));
+                write!(f, "socket:uid={uid},pid={pid}")
+            }
+        }
+    }
+}
+
+/// A member that asks for what is not its own is worth a line; strangers could write any number of them.
+fn audit(path: &str, caller: Caller, status: &Status) {
+    if caller != Caller::Anonymous {
+        let (method, error) = (path.rsplit('/').next().unwrap_or(path), status.message());
+        tracing::info!(target: "audit", caller = caller.to_string(), method, outcome = "refused", error);
+    }
+}
+
 impl Caller {
     fn describe(self) -> &'static str {
         match self {
-            Self::Local => "client on the machine itself",
+            Self::Local { .. } => "client on the machine itself",
             Self::Anonymous => "peer without a certificate",
             Self::Node(_, NodeRole::Worker) => "worker",
             Self::Node(_, NodeRole::Manager) => "manager",
@@ -199,7 +230,10 @@ where
                 request.extensions_mut().insert(caller);
                 futures::future::Either::Left(self.inner.call(request))
             }
-            Err(status) => futures::future::Either::Right(ready(Ok(status.into_http()))),
+            Err(status) => {
+                audit(request.uri().path(), caller, &status);
+                futures::future::Either::Right(ready(Ok(status.into_http())))
+            }
         }
     }
 }
@@ -231,7 +265,7 @@ mod tests {
     fn each_row_admits_whom_it_names_and_nobody_else() {
         let node = NodeId(1);
         let callers = [
-            Caller::Local,
+            Caller::Local { uid: Some(0), pid: None },
             Caller::Anonymous,
             Caller::Node(node, NodeRole::Worker),
             Caller::Node(node, NodeRole::Manager),

@@ -235,6 +235,8 @@ fn update_config(field: &Field<'_>, actions: &[&str], report: &mut Report) -> Up
         order: section
             .get("order")
             .and_then(|field| field.word(&["stop-first", "start-first"], report)),
-        progress_deadline: None,
+        progress_deadline: section
+            .get("x-skep-progress-deadline")
+            .and_then(|field| field.duration(report)),
     }
 }

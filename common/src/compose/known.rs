@@ -3,15 +3,16 @@
 //! Source: compose-spec `schema/compose-spec.json`; docker/cli `cli/compose/schema`.
 
 /// Top level, acted on. `version` and `name` say nothing that a swarm needs.
-pub(super) const TOP: &[&str] = &["networks", "services", "version", "name"];
+pub(super) const TOP: &[&str] = &["configs", "name", "networks", "secrets", "services", "version"];
 /// Top level, not yet.
-pub(super) const TOP_LATER: &[&str] = &["volumes", "secrets", "configs", "include", "models"];
+pub(super) const TOP_LATER: &[&str] = &["volumes", "include", "models"];
 
 /// Of a service, acted on.
 pub(super) const SERVICE: &[&str] = &[
     "cap_add",
     "cap_drop",
     "command",
+    "configs",
     "deploy",
     "dns",
     "dns_opt",
@@ -32,6 +33,7 @@ pub(super) const SERVICE: &[&str] = &[
     "ports",
     "read_only",
     "restart",
+    "secrets",
     "stdin_open",
     "stop_grace_period",
     "stop_signal",
@@ -50,7 +52,6 @@ pub(super) const SERVICE_LATER: &[&str] = &[
     "cgroup",
     "cgroup_parent",
     "cgroupns_mode",
-    "configs",
     "container_name",
     "cpu_count",
     "cpu_percent",
@@ -96,7 +97,6 @@ pub(super) const SERVICE_LATER: &[&str] = &[
     "pull_refresh_after",
     "runtime",
     "scale",
-    "secrets",
     "security_opt",
     "shm_size",
     "storage_opt",
@@ -153,6 +153,17 @@ pub(super) const RESTART_POLICY: &[&str] = &["condition", "delay", "max_attempts
 /// Of `deploy.update_config` and `deploy.rollback_config`.
 pub(super) const UPDATE_CONFIG: &[&str] =
     &["delay", "failure_action", "max_failure_ratio", "monitor", "order", "parallelism"];
+
+/// Of a secret, acted on.
+pub(super) const SECRET: &[&str] =
+    &["driver", "environment", "external", "file", "labels", "name", "template_driver"];
+/// Of a secret, not yet.
+pub(super) const SECRET_LATER: &[&str] = &["driver_opts"];
+/// Of a config, acted on.
+pub(super) const CONFIG: &[&str] =
+    &["content", "environment", "external", "file", "labels", "name", "template_driver"];
+/// Of a service's reference to a secret or a config.
+pub(super) const REFERENCE: &[&str] = &["gid", "mode", "source", "target", "uid"];
 
 /// Of a network, acted on.
 pub(super) const NETWORK: &[&str] = &[

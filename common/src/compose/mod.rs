@@ -2,7 +2,7 @@
 //!
 //! Driven by `skep stack deploy` and `stack config`: [`load`] reads the files, puts the caller's
 //! variables in, lays later files over earlier ones and converts each service. It is pure: texts and
-//! variables come in, specs and sentences go out.
+//! variables come in, and by a function the files that secrets are made of; specs and sentences go out.
 //!
 //! # Invariants
 //!
@@ -15,7 +15,7 @@
 //! # Reading order
 //!
 //! [`load`], then `tree` (YAML with lines), `interpolate`, `merge`, `fields` (typed reading),
-//! `service`, `deploy`, `published`, `network`; [`units`] and [`ports`] are Docker's notations, which the client's
+//! `service`, `deploy`, `published`, `network`, `payloads`; [`units`] and [`ports`] are Docker's notations, which the client's
 //! flags share.
 
 mod deploy;
@@ -24,6 +24,7 @@ mod interpolate;
 mod known;
 mod merge;
 mod network;
+mod payloads;
 pub mod ports;
 mod published;
 mod service;
@@ -40,6 +41,7 @@ pub use service::{IMAGE_LABEL, STACK_LABEL};
 use crate::spec::StackSpec;
 use fields::Section;
 use network::Networks;
+use payloads::{Kind, Payloads};
 use tree::{Node, Value};
 
 /// A file that was read.
@@ -54,7 +56,7 @@ pub struct Source {
 /// The specs of a stack and what the user should know about them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Loaded {
-    /// The services and the networks, by name.
+    /// The services, networks, secrets and configs, by name.
     pub spec: StackSpec,
     /// One sentence each, with file and line.
     pub warnings: Vec<String>,
@@ -120,11 +122,13 @@ impl Report {
 
 /// Converts the files, of which later ones override earlier ones, to the specs of the stack.
 ///
-/// `environment` gives the values of variables and of environment entries without a value.
+/// `environment` gives the values of variables and of environment entries without a value, `read` the
+/// bytes of a file that the document names, or why there are none.
 pub fn load(
     stack: &str,
     sources: &[Source],
     environment: &BTreeMap<String, String>,
+    read: &dyn Fn(&str) -> Result<Vec<u8>, String>,
 ) -> Result<Loaded, Errors> {
     check_stack_name(stack)?;
     let mut report = Report::default();
@@ -132,7 +136,10 @@ pub fn load(
     let top = Section::new(String::new(), String::new(), &root, &mut report);
     top.check(known::TOP, known::TOP_LATER, &mut report);
     let mut services = Vec::new();
-    let context = service::Context { stack, environment };
+    let payloads = payloads::Origin { stack, environment, read };
+    let secrets = Payloads::read(Kind::Secret, &payloads, top.get("secrets").as_ref(), &mut report);
+    let configs = Payloads::read(Kind::Config, &payloads, top.get("configs").as_ref(), &mut report);
+    let context = service::Context { stack, environment, secrets: &secrets, configs: &configs };
     let mut networks = Networks::read(stack, top.get("networks").as_ref(), &mut report);
     match top.get("services") {
         Some(field) => {
@@ -149,6 +156,8 @@ pub fn load(
             name: stack.into(),
             services,
             networks: networks.into_specs(),
+            secrets: secrets.into_secrets(),
+            configs: configs.into_configs(),
             ..StackSpec::default()
         },
         warnings,

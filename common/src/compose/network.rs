@@ -162,7 +162,7 @@ fn declared(stack: &str, key: &Key, node: &Node, report: &mut Report) -> Declare
 }
 
 /// Whether `external` is set, and the name that its old form gives.
-fn external(section: &Section<'_>, report: &mut Report) -> Option<Option<String>> {
+pub(super) fn external(section: &Section<'_>, report: &mut Report) -> Option<Option<String>> {
     let field = section.get("external")?;
     if let Value::Map(_) = field.node.value {
         let old = field.section(report);

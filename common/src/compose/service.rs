@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use super::fields::{Field, Section};
 use super::network::Networks;
+use super::payloads::Payloads;
 use super::tree::{Key, Node, Value};
 use super::units::capabilities;
 use super::{Report, deploy, known, published};
@@ -24,6 +25,8 @@ pub const IMAGE_LABEL: &str = "com.docker.stack.image";
 pub(super) struct Context<'a> {
     pub(super) stack: &'a str,
     pub(super) environment: &'a BTreeMap<String, String>,
+    pub(super) secrets: &'a Payloads,
+    pub(super) configs: &'a Payloads,
 }
 
 /// The spec of the service `key`.
@@ -152,8 +155,14 @@ fn container(
         capability_drop: (!drop.is_empty()).then_some(drop),
         ulimits: section.get("ulimits").map(|field| ulimits(&field, report)),
         oom_score_adj: section.get("oom_score_adj").and_then(|field| field.number(report)),
-        secrets: None,
-        configs: None,
+        secrets: section
+            .get("secrets")
+            .map(|field| context.secrets.secrets_of(&field, report))
+            .filter(|list| !list.is_empty()),
+        configs: section
+            .get("configs")
+            .map(|field| context.configs.configs_of(&field, report))
+            .filter(|list| !list.is_empty()),
         extra: Default::default(),
     }
 }

@@ -18,6 +18,14 @@ fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/compose/golden")
 }
 
+/// The one file that the documents may name.
+fn file(path: &str) -> Result<Vec<u8>, String> {
+    match path {
+        "./key.txt" => Ok(b"hidden".to_vec()),
+        _ => Err("No such file or directory (os error 2)".to_owned()),
+    }
+}
+
 /// The files of a case, in the order in which they are given.
 fn sources(case: &str) -> Vec<Source> {
     let names = [format!("{case}.yml"), format!("{case}.over.yml")];
@@ -31,13 +39,23 @@ fn sources(case: &str) -> Vec<Source> {
 }
 
 fn rendered(case: &str) -> String {
-    match load("shop", &sources(case), &environment()) {
+    match load("shop", &sources(case), &environment(), &file) {
         Ok(Loaded { spec, warnings }) => {
             let warnings: String =
                 warnings.iter().map(|text| format!("warning {text}\n")).collect();
             let services = serde_json::to_string_pretty(&spec.services).unwrap();
             let networks = serde_json::to_string_pretty(&spec.networks).unwrap();
-            format!("{warnings}{services}\nnetworks {networks}\n")
+            let mut out = format!("{warnings}{services}\nnetworks {networks}\n");
+            for (name, list) in [
+                ("secrets", serde_json::to_value(&spec.secrets).unwrap()),
+                ("configs", serde_json::to_value(&spec.configs).unwrap()),
+            ] {
+                if list != serde_json::json!([]) {
+                    let list = serde_json::to_string_pretty(&list).unwrap();
+                    out.push_str(&format!("{name} {list}\n"));
+                }
+            }
+            out
         }
         Err(Errors(errors)) => errors.iter().map(|text| format!("error {text}\n")).collect(),
     }
@@ -74,7 +92,7 @@ fn the_merged_document_reads_back_as_itself() {
     for case in ["small", "full", "merge"] {
         let yaml = config(&sources(case), Some(&environment())).unwrap();
         let again = [Source { name: "again".into(), text: yaml.replace('$', "$$") }];
-        let specs = |sources: &[Source]| load("shop", sources, &environment()).unwrap().spec;
+        let specs = |sources: &[Source]| load("shop", sources, &environment(), &file).unwrap().spec;
         assert_eq!(specs(&again), specs(&sources(case)), "{case}:\n{yaml}");
     }
     let untouched = config(&sources("full"), None).unwrap();
@@ -86,9 +104,10 @@ fn stack_names_are_checked() {
     for (name, is_good) in
         [("shop", true), ("a.b_c-1", true), ("", false), ("-a", false), ("a b", false)]
     {
-        assert_eq!(load(name, &sources("small"), &environment()).is_ok(), is_good, "{name}");
+        let loaded = load(name, &sources("small"), &environment(), &file);
+        assert_eq!(loaded.is_ok(), is_good, "{name}");
     }
     let long = "x".repeat(60);
-    let error = load(&long, &sources("small"), &environment()).unwrap_err().to_string();
+    let error = load(&long, &sources("small"), &environment(), &file).unwrap_err().to_string();
     assert!(error.contains("is longer than 63 characters; shorten it"), "{error}");
 }

@@ -17,7 +17,8 @@ pub struct DataVersion {
     /// The bytes; in documents those of secrets are left out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data: Option<Base64>,
-    /// SHA-256 of the bytes: `sha256:…`.
+    /// SHA-256 of the bytes: `sha256:…`; in documents that of secrets is left out.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub digest: String,
 }
 

@@ -2,7 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Extra, Labels, LogDriver, Nanos, NetworkSpec, PlacementStrategy, ServiceSpec};
+use super::{
+    ConfigSpec, Extra, Labels, LogDriver, Nanos, NetworkSpec, PlacementStrategy, SecretSpec,
+    ServiceSpec,
+};
 
 /// What users want of a node.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -202,6 +205,12 @@ pub struct StackSpec {
     /// Its own networks, each with the stack's label and full name; external ones are not among them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub networks: Vec<NetworkSpec>,
+    /// Its own secrets, likewise. Their bytes are in requests only.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<SecretSpec>,
+    /// Its own configs, likewise.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub configs: Vec<ConfigSpec>,
     /// Kept and not acted on yet.
     #[serde(flatten)]
     pub extra: Extra,

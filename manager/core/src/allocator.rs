@@ -6,13 +6,13 @@
 //! the node's own. Addresses are granted next-fit, so that one is used again as late as possible and
 //! nobody meets the successor of the task that it knew. An address is free once its task has ended.
 
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 
 use ipnet::Ipv4Net;
 use skep_common::NodeId;
 use skep_common::object::{NetworkAttachment, Node};
 
+use crate::by_id::ById;
 use crate::network;
 use crate::store::State;
 
@@ -29,7 +29,7 @@ pub const DEFAULT_POOL: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(10, 192, 0, 
 #[derive(Debug, Default)]
 pub(crate) struct Cursors {
     /// Of each node's slice: the last address granted, counted from 1.
-    slices: BTreeMap<NodeId, u32>,
+    slices: ById<NodeId, u32>,
     /// Of each network.
     pub(crate) networks: network::Cursors,
 }
@@ -49,17 +49,17 @@ pub(crate) fn pool(state: &State) -> Ipv4Net {
     state.cluster().map_or(DEFAULT_POOL, |cluster| cluster.ingress_pool)
 }
 
-/// The next free address of a node; `None` when all are taken.
+/// The next address of a node that is free; `None` when all are taken.
 pub(crate) fn grant(
     state: &State,
     cursors: &mut Cursors,
     node: &Node,
+    is_free: impl Fn(Ipv4Addr) -> bool,
 ) -> Option<NetworkAttachment> {
     let base = u32::from(slice(pool(state), node.number)?.network());
     let cursor = cursors.slices.entry(node.id).or_insert_with(|| highest(state, node.id, base));
     let candidates = (0..SLICE_TASKS_MAX).map(|step| (*cursor + step) % SLICE_TASKS_MAX + 1);
-    let is_free = |offset: &u32| state.address_owner(Ipv4Addr::from(base + offset)).is_none();
-    let offset = candidates.into_iter().find(is_free)?;
+    let offset = candidates.into_iter().find(|offset| is_free(Ipv4Addr::from(base + offset)))?;
     *cursor = offset;
     let address = Ipv4Addr::from(base + offset);
     Some(NetworkAttachment::uplink(address, SLICE_PREFIX))

@@ -1,8 +1,11 @@
-//! What each node must hold: its tasks and the images they need.
+//! What each node must hold: its tasks, and the images, secrets and configs they need.
 //!
 //! [`for_node`] reads it from the state, [`Stream`] turns the difference to what the node has into a
 //! message of its session. A task is sent when it is new to the node or managers want something else
 //! of it; its status is the node's own word and is not sent back.
+//!
+//! A version of a secret or a config is sent while a task of the node that has not ended uses it, to nobody
+//! else, and once, since it never changes.
 //!
 //! Every image has [`COPIES`] holders where there are so many nodes: [`copy_duties`] chooses who
 //! fetches one that no task of his needs. The choice is stable: as copies arrive, it does not move.
@@ -10,14 +13,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{NetworkAttachment, NodeState};
 use skep_common::{Node, NodeId, Task, TaskId, TaskState};
 
-use crate::image;
-use crate::store::State;
+use crate::secrets::PayloadKey;
+use crate::store::{State, changed};
+use crate::{image, secrets};
 
 /// Holders of every image: one may be lost while another is being upgraded.
 pub const COPIES: usize = 3;
+
+/// Bytes of secrets and configs in one message: a quarter of what a message may have. The largest is
+/// far below.
+pub const PAYLOAD_BYTES_MAX: usize = 16 << 20;
 
 /// Images that nodes fetch although no task of theirs needs them, by node.
 pub type CopyDuties = BTreeMap<NodeId, BTreeSet<String>>;
@@ -29,6 +38,8 @@ pub struct AssignmentSet {
     pub tasks: BTreeMap<TaskId, AssignedTask>,
     /// Images to fetch or to keep, by the digest of the manifest.
     pub images: BTreeMap<String, AssignedImage>,
+    /// Secrets and configs that its tasks use.
+    pub payloads: BTreeSet<PayloadKey>,
 }
 
 /// A task as its node is to see it.
@@ -89,6 +100,10 @@ pub fn for_node(
         let desired_state =
             if is_held { task.desired_state.min(TaskState::Running) } else { task.desired_state };
         set.tasks.insert(task.id, AssignedTask { task: task.clone(), desired_state });
+        if uses_payloads(task) {
+            let keys = secrets::keys_of(&task.spec);
+            set.payloads.extend(keys.filter(|key| secrets::find(state, *key).is_some()));
+        }
         let needs_image = desired_state.wants_run() && !task.status.state.is_terminal();
         if let Some((name, digest)) = needs_image.then(|| image_of(task)).flatten() {
             names.entry(digest).or_insert(name);
@@ -108,6 +123,41 @@ pub fn for_node(
         set.images.insert(digest.to_owned(), AssignedImage { name: name.to_owned(), holders });
     }
     set
+}
+
+/// From the moment that a task is its node's until it has ended there.
+fn uses_payloads(task: &Task) -> bool {
+    let state = task.status.state;
+    let is_its_own = state >= TaskState::Assigned && !state.is_terminal();
+    is_its_own || mistakes::is(Mistake::SecretToRefused)
+}
+
+/// The nodes that something changed for between two states; `None` means that each is to be looked at.
+pub fn concerned(old: &State, new: &State) -> Option<BTreeSet<NodeId>> {
+    let roots = |state: &State| {
+        let cluster = state.cluster()?;
+        Some((cluster.root_ca_cert.clone(), cluster.root_rotation.clone()))
+    };
+    if !changed(old.images(), new.images()).is_empty() || roots(old) != roots(new) {
+        return None;
+    }
+    let nodes = changed(old.nodes(), new.nodes());
+    for node_id in &nodes {
+        let seen = |state: &State| state.node(*node_id).map(|node| seen_by_others(node));
+        if seen(old) != seen(new) {
+            return None;
+        }
+    }
+    let tasks = changed(old.tasks(), new.tasks()).into_iter();
+    let of_tasks = tasks.flat_map(|id| [old.task(id), new.task(id)]);
+    let placed = of_tasks.flatten().filter_map(|task| task.node_id);
+    Some(nodes.into_iter().chain(placed).collect())
+}
+
+/// What other nodes are told of a node, or hold because of it.
+fn seen_by_others(node: &Node) -> (bool, String, Option<String>) {
+    let manager = node.manager_status.as_ref().map(|manager| manager.addr.clone());
+    (is_alive(node), node.address(), manager)
 }
 
 fn image_of(task: &Task) -> Option<(&str, &str)> {
@@ -177,6 +227,10 @@ pub struct Changes {
     pub images: BTreeMap<String, AssignedImage>,
     /// Images that are not needed any more.
     pub removed_images: Vec<String>,
+    /// New versions of secrets and configs.
+    pub payloads: Vec<PayloadKey>,
+    /// Versions to forget.
+    pub removed_payloads: Vec<PayloadKey>,
 }
 
 impl Changes {
@@ -204,6 +258,8 @@ pub fn diff(old: &AssignmentSet, new: &AssignmentSet) -> Changes {
             .map(|(digest, image)| (digest.clone(), image.clone()))
             .collect(),
         removed_images: old.images.keys().filter(gone_image).cloned().collect(),
+        payloads: new.payloads.difference(&old.payloads).copied().collect(),
+        removed_payloads: old.payloads.difference(&new.payloads).copied().collect(),
     }
 }
 
@@ -218,6 +274,10 @@ impl AssignmentSet {
         }
         self.tasks.extend(changes.tasks.iter().map(|task| (task.task.id, task.clone())));
         self.images.extend(changes.images.clone());
+        for key in &changes.removed_payloads {
+            self.payloads.remove(key);
+        }
+        self.payloads.extend(&changes.payloads);
     }
 }
 
@@ -245,6 +305,25 @@ impl Stream {
         self.sequence
     }
 
+    /// The next message of the session, with [`PAYLOAD_BYTES_MAX`] bytes of secrets and configs at most;
+    /// and whether that was all. `size` says how large one is.
+    pub fn next_part(
+        &mut self,
+        mut set: AssignmentSet,
+        size: impl Fn(PayloadKey) -> usize,
+    ) -> (Option<Message>, bool) {
+        let (mut n_bytes, mut is_all) = (0, true);
+        let told = &self.told.payloads;
+        set.payloads.retain(|key| {
+            let is_news = !told.contains(key);
+            n_bytes += if is_news { size(*key) } else { 0 };
+            let fits = !is_news || n_bytes <= PAYLOAD_BYTES_MAX;
+            is_all &= fits;
+            fits
+        });
+        (self.next(set), is_all)
+    }
+
     /// The next message of the session, where there is something to tell; the first always is.
     pub fn next(&mut self, set: AssignmentSet) -> Option<Message> {
         let changes = diff(&self.told, &set);
@@ -262,7 +341,9 @@ impl Stream {
 mod tests {
     use proptest::prelude::*;
     use skep_common::object::Image;
-    use skep_common::{ImageId, Object};
+    use skep_common::object::Secret;
+    use skep_common::spec::{Base64, SecretSpec};
+    use skep_common::{ImageId, Kind, Object, Timestamp};
 
     use super::*;
     use crate::testing::{World, service};
@@ -277,6 +358,59 @@ mod tests {
             created: None,
             holders: holders.iter().map(|n| NodeId(*n)).collect(),
         }))
+    }
+
+    #[test]
+    fn a_change_concerns_those_who_are_told_something_else() {
+        let node = |word: &str| Object::Node(Box::new(crate::testing::parse_node(word)));
+        let manager = |addr: &str| {
+            let mut node = crate::testing::parse_node("2");
+            let addr = addr.to_owned();
+            node.manager_status =
+                Some(skep_common::object::ManagerStatus { raft_id: 2, addr, ..Default::default() });
+            Object::Node(Box::new(node))
+        };
+        let moved = |port: u16| {
+            let mut node = crate::testing::parse_node("2");
+            node.status.port = port;
+            Object::Node(Box::new(node))
+        };
+        let put =
+            |object: Object| vec![crate::Action::Put { object, expect: crate::Expect::Present }];
+        let mut cluster = crate::testing::cluster();
+        cluster.root_ca_cert = "another".into();
+        let stop = crate::TaskPatch {
+            desired_state: Some(TaskState::Shutdown),
+            ..crate::TaskPatch::of(TaskId(1))
+        };
+        for (name, actions, expect) in [
+            ("a task", vec![crate::Action::PatchTask(stop)], Some(vec![1])),
+            ("a label", put(node("2:zone=a")), Some(vec![2])),
+            ("a node falls silent", put(node("2:disconnected")), Some(vec![2])),
+            ("a holder is down", put(node("2:down")), None),
+            ("an address", put(moved(2378)), None),
+            ("a manager", put(manager("192.0.2.3:2377")), None),
+            (
+                "a root",
+                vec![crate::Action::Put {
+                    object: Object::Cluster(Box::new(cluster)),
+                    expect: crate::Expect::Absent,
+                }],
+                None,
+            ),
+            (
+                "an image",
+                vec![crate::Action::Put { object: image(1, &[1]), expect: crate::Expect::Absent }],
+                None,
+            ),
+        ] {
+            let mut world = World::new("1 2 3", service(1), "1@1:running");
+            let before = world.state.clone();
+            world.apply(actions);
+            let concerned = concerned(&before, &world.state);
+            let ids = concerned.map(|ids| ids.iter().map(|id| id.0).collect::<Vec<u128>>());
+            assert_eq!(ids, expect, "{name}");
+        }
     }
 
     /// Words `NODE:IMAGE` of who copies what.
@@ -370,6 +504,56 @@ mod tests {
         assert_eq!(message.changes.removed_images, ["sha256:1"], "no live task needs it");
     }
 
+    #[test]
+    fn a_node_is_given_the_secrets_of_its_tasks_from_their_assignment_to_their_end() {
+        let reference = serde_json::json!({
+            "SecretName": "key", "SecretID": skep_common::SecretId(100), "Version": 1,
+        });
+        let container = serde_json::json!({"Image": "i", "Secrets": [reference]});
+        let mut web = service(1);
+        web.spec.task_template.container_spec = serde_json::from_value(container).unwrap();
+        let data = Some(Base64(b"hidden".to_vec()));
+        let spec = SecretSpec { name: "key".to_owned(), data, ..SecretSpec::default() };
+        for (word, expect) in [
+            ("1@1:pending", false),
+            ("1@1:assigned", true),
+            ("1@1:running", true),
+            ("1@1:running>shutdown", true),
+            ("1@1:rejected", false),
+            ("1@1:failed", false),
+            ("1@1:shutdown", false),
+            ("1@2:running", false),
+        ] {
+            let mut world = World::new("1 2", service(0), "");
+            let action = secrets::create::<Secret>(&world.state, 100, spec.clone(), Timestamp(1));
+            world.apply(vec![action.unwrap()]);
+            world.replace(Object::Service(Box::new(web.clone())));
+            world.put(vec![Object::Task(Box::new(crate::testing::parse_task(&web, 1, word)))]);
+            let (reported, held_back) = Default::default();
+            let set = for_node(&world.state, NodeId(1), &CopyDuties::new(), &reported, &held_back);
+            let key = PayloadKey { kind: Kind::Secret, id: 100, version: 1 };
+            assert_eq!(set.payloads.contains(&key), expect, "{word}");
+            let changes = diff(&AssignmentSet::default(), &set);
+            assert_eq!(changes.payloads, set.payloads.iter().copied().collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn many_secrets_are_told_in_parts() {
+        let key = |id| PayloadKey { kind: Kind::Config, id, version: 1 };
+        let set = AssignmentSet { payloads: (0..5).map(key).collect(), ..AssignmentSet::default() };
+        let mut stream = Stream::default();
+        for expect in
+            [(vec![key(0), key(1)], false), (vec![key(2), key(3)], false), (vec![key(4)], true)]
+        {
+            let (message, is_all) = stream.next_part(set.clone(), |_| PAYLOAD_BYTES_MAX / 2);
+            let changes = message.unwrap().changes;
+            assert_eq!(changes.removed_payloads, []);
+            assert_eq!((changes.payloads, is_all), expect);
+        }
+        assert_eq!(stream.next_part(set, |_| PAYLOAD_BYTES_MAX / 2), (None, true));
+    }
+
     proptest! {
         #[test]
         fn changes_make_the_new_set_of_the_old(
@@ -386,6 +570,8 @@ mod tests {
                     let holders = [(NodeId(*kind as u128), String::new())].into();
                     let image = AssignedImage { name: String::new(), holders };
                     set.images.insert(format!("sha256:{id}"), image);
+                    let version = *kind as u64;
+                    set.payloads.insert(PayloadKey { kind: Kind::Secret, id: *id, version });
                 }
                 set
             };

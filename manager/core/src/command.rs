@@ -224,6 +224,16 @@ pub enum Refusal {
         /// The services that use it.
         services: Vec<String>,
     },
+    /// A service cannot use what is not there; it was removed meanwhile. Decide again.
+    #[error("{kind:?} {name} has no version {version}")]
+    PayloadNotFound {
+        /// A secret or a config.
+        kind: Kind,
+        /// Its name.
+        name: String,
+        /// The version that is named.
+        version: u64,
+    },
     /// A manager of before would not understand what is asked. Upgrade it first.
     #[error(
         "this needs format level {level}, and a manager knows {known}: upgrade that manager first"

@@ -112,7 +112,8 @@ pub fn run(
     let mut networks_attachments =
         network::attach(state, &mut cursors.networks, &wanted).map_err(Error::Exhausted)?;
     if network::wants_uplink(None, &spec, &wanted) {
-        let uplink = allocator::grant(state, &mut cursors, node);
+        let is_free = |address| state.address_owner(address).is_none();
+        let uplink = allocator::grant(state, &mut cursors, node, is_free);
         networks_attachments.push(uplink.ok_or_else(|| {
             Error::Exhausted("this node has no free address for another container".to_owned())
         })?);
@@ -151,6 +152,17 @@ pub fn run(
 fn resolved(state: &State, task_template: TaskSpec) -> Result<TaskSpec, Error> {
     let mut whole = ServiceSpec { task_template, ..ServiceSpec::default() };
     validate::task_spec(&whole.task_template).map_err(|error| Error::Invalid(error.0))?;
+    // Its node would be given what only managers may hand out.
+    let container = whole.task_template.container_spec.as_ref();
+    let has_payloads = container.is_some_and(|container| {
+        container.secrets.iter().flatten().next().is_some()
+            || container.configs.iter().flatten().next().is_some()
+    });
+    if has_payloads {
+        return Err(Error::Invalid(
+            "a single container has no secrets and configs: use a service".to_owned(),
+        ));
+    }
     network::resolve(state, &mut whole)?;
     let targets = network::targets(&whole).filter_map(|id| state.network(id));
     if let Some(closed) =

@@ -139,7 +139,11 @@ fn what_cannot_run_is_refused_in_dockers_words() {
     );
     let mut unknown = request("a", &[]);
     unknown.spec.container_spec.as_mut().unwrap().image = "nobody".to_owned();
+    let mut with_secret = request("a", &[]);
+    let reference = skep_common::spec::SecretReference::default();
+    with_secret.spec.container_spec.as_mut().unwrap().secrets = Some(vec![reference]);
     for (request, expect) in [
+        (with_secret, "a single container has no secrets and configs: use a service"),
         (request("probe", &[]), taken.as_str()),
         (request("a", &["closed"]), "network closed is not manually attachable"),
         (request("a", &["nowhere"]), "network nowhere not found"),

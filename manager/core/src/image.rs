@@ -14,6 +14,7 @@ use skep_common::spec::ContainerSpec;
 use skep_common::{Image, ImageId, Kind, Meta, NodeId, Object};
 
 use crate::command::{Action, Expect};
+use crate::secrets;
 use crate::store::State;
 
 /// Why no node can get an image.
@@ -150,22 +151,29 @@ pub fn register(
 
 /// The actions that erase records of superseded digests that nothing is pinned to any more.
 pub fn unused(state: &State) -> Vec<Action> {
-    let is_superseded = |name: &str| split_digest(name).1.is_some();
-    let superseded = state.images().values().filter(|record| is_superseded(&record.name));
-    let unused = superseded.filter(|record| !is_pinned(state, &record.digest));
+    let is_superseded = |record: &&Arc<Image>| split_digest(&record.name).1.is_some();
+    let superseded: Vec<&Arc<Image>> = state.images().values().filter(is_superseded).collect();
+    if superseded.is_empty() {
+        return Vec::new(); // Mostly so; all services and tasks are a lot to look at.
+    }
+    let pinned: BTreeSet<&str> = pins(state).collect();
+    let unused = superseded.into_iter().filter(|record| !pinned.contains(record.digest.as_str()));
     unused.map(|record| Action::Delete { kind: Kind::Image, id: record.id.0 }).collect()
 }
 
 fn is_pinned(state: &State, digest: &str) -> bool {
-    let is_pin = |container: &Option<ContainerSpec>| {
-        let image = container.as_ref().map(|container| container.image.as_str());
-        image.and_then(|image| split_digest(image).1) == Some(digest)
-    };
-    let by_service = state.services().values().any(|service| {
-        let mut specs = service.previous_spec.iter().chain([&service.spec]);
-        specs.any(|spec| is_pin(&spec.task_template.container_spec))
+    pins(state).any(|pinned| pinned == digest)
+}
+
+/// The digests that services, their previous specs and tasks are pinned to.
+fn pins(state: &State) -> impl Iterator<Item = &str> {
+    let of_services = state.services().values().flat_map(|service| {
+        let specs = service.previous_spec.iter().chain([&service.spec]);
+        specs.map(|spec| &spec.task_template.container_spec)
     });
-    by_service || state.tasks().values().any(|task| is_pin(&task.spec.container_spec))
+    let of_tasks = state.tasks().values().map(|task| &task.spec.container_spec);
+    let containers = of_services.chain(of_tasks).flatten();
+    containers.filter_map(|container| split_digest(&container.image).1)
 }
 
 /// The pinned form of a spec's image, where at least one node that is not down holds it.
@@ -197,14 +205,14 @@ pub(crate) fn is_same_container(
 ) -> bool {
     let (Some(wanted), Some(task)) = (wanted, task) else { return wanted == task };
     if split_digest(&wanted.image).1.is_some() || wanted.image == task.image {
-        return wanted == task;
+        return wanted == task || secrets::is_same_container(wanted, task);
     }
     if tagged(&wanted.image) != tagged(&task.image) {
         return false;
     }
     let mut unpinned = task.clone();
     unpinned.image.clone_from(&wanted.image);
-    *wanted == unpinned
+    secrets::is_same_container(wanted, &unpinned)
 }
 
 #[cfg(test)]

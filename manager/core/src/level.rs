@@ -55,6 +55,7 @@ fn of_action(action: &Action) -> u32 {
     match action {
         Action::Put { object, .. } => of_object(object),
         Action::Delete { kind: Kind::Network, .. } => NETWORKS,
+        Action::Delete { kind: Kind::Secret | Kind::Config, .. } => CONTROL,
         Action::PatchTask(patch) => {
             let places = patch.networks_attachments.iter().flatten();
             if patch.generic_resources.is_some() || patch.desired_state == Some(TaskState::Complete)

@@ -4,32 +4,39 @@
 //! the one function that changes them), [`plan`](mod@plan) (one pass of all control loops) and what
 //! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`liveness`] (which
 //! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
-//! [`container`], [`swarm`], [`rotation`], [`validate`] and [`ports`] (what becomes of requests), [`image`] (what names mean).
+//! [`container`], [`secrets`], [`swarm`], [`rotation`], [`validate`] and [`ports`] (what becomes of requests), [`image`]
+//! (what names mean).
 
 pub mod claims;
 pub mod command;
 pub mod store;
 
 pub mod plan;
+#[cfg(test)]
+mod plan_tests;
 
 pub mod allocator;
 pub mod assignments;
+mod by_id;
 pub mod conditions;
 pub mod constraint;
 pub mod container;
 pub mod endpoints;
+pub mod events;
 mod fork;
 pub mod image;
 pub mod level;
 pub mod liveness;
 pub mod network;
 pub mod orchestrator;
+mod placed;
 pub mod ports;
 mod reaper;
+pub mod reports;
 pub mod roles;
 pub mod rotation;
 pub mod scheduler;
-mod secrets;
+pub mod secrets;
 pub mod service;
 pub mod stack;
 pub mod swarm;

@@ -20,11 +20,13 @@ use std::time::Duration;
 
 use rand::Rng;
 use skep_common::spec::ModeKind;
-use skep_common::{Kind, NetworkId, NodeId, Service, ServiceId, TaskId, TaskState, Timestamp};
+use skep_common::{
+    Kind, NetworkId, NodeId, Service, ServiceId, Task, TaskId, TaskState, Timestamp,
+};
 
 use crate::allocator::Cursors;
 use crate::command::Action;
-use crate::fork::Fork;
+use crate::fork::{Fork, Room};
 use crate::network;
 use crate::orchestrator::{self, Scope, enforcer, is_live, updater};
 use crate::scheduler::{self, Index};
@@ -44,6 +46,8 @@ pub struct Dirty {
     pub networks: BTreeSet<NetworkId>,
     /// An image came, or moved.
     pub images: bool,
+    /// A secret or a config came, or changed.
+    pub payloads: bool,
     /// Everything is to be looked at.
     pub all: bool,
 }
@@ -79,7 +83,8 @@ impl Dirty {
                 Kind::Network => {
                     self.networks.insert(NetworkId(change.id));
                 }
-                Kind::Secret | Kind::Config | Kind::Stack | Kind::Revision => {}
+                Kind::Secret | Kind::Config => self.payloads = true,
+                Kind::Stack | Kind::Revision => {}
             }
         }
     }
@@ -99,13 +104,17 @@ pub struct Options {
     /// A task of an update that does not run within this time is a failure of the update. Swarm has
     /// none and waits for ever; 10 minutes is Kubernetes' `progressDeadlineSeconds`.
     pub progress_deadline: Duration,
-    /// Tasks made in one pass: bounds the size of a Raft entry. The rest follows at once.
-    pub new_tasks_max: usize,
+    /// Actions of each of a pass's three steps: what services need, placing, reaping. Bounds how long a
+    /// pass and its commit take. The rest follows at once.
+    pub actions_max: usize,
+    /// Their bytes as JSON, estimated: three steps with much to decide stay well below the 16 MiB that a
+    /// command may have.
+    pub bytes_max: usize,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { progress_deadline: Duration::from_mins(10), new_tasks_max: 4096 }
+        Self { progress_deadline: Duration::from_mins(10), actions_max: 4096, bytes_max: 3 << 20 }
     }
 }
 
@@ -124,7 +133,9 @@ pub struct LeaderMemory {
     global: BTreeSet<ServiceId>,
     /// Networks on their way out: looked at in each pass, since any task may be the last on one.
     leaving: BTreeSet<NetworkId>,
-    /// What the last plan touched: looked at again, in case that it was not committed.
+    payloads: secrets::Memory,
+    /// What the last plan touched: looked at again, in case that it was not committed. And what it left
+    /// out for its size.
     last: Work,
 }
 
@@ -140,7 +151,8 @@ impl LeaderMemory {
 struct Work {
     services: BTreeSet<ServiceId>,
     nodes: BTreeSet<NodeId>,
-    tasks: BTreeSet<TaskId>,
+    /// Only to charge them anew.
+    tasks: Vec<TaskId>,
 }
 
 /// What a timer looks at when it is due.
@@ -199,7 +211,9 @@ pub fn plan(
     rng: &mut impl Rng,
 ) -> Plan {
     let mut work = memory.begin(view, dirty, now);
-    let mut fork = Fork::new(view, now, rng, memory.options.new_tasks_max);
+    let room = Room { actions: memory.options.actions_max, bytes: memory.options.bytes_max };
+    let mut fork = Fork::new(view, now, rng, room);
+    let mut rest = Work::default();
     let mut evicted = BTreeSet::new();
     // Only nodes that were decided about are looked at again if this plan is lost.
     let mut decided = BTreeSet::new();
@@ -207,40 +221,53 @@ pub fn plan(
         let n_changes = fork.n_changes();
         let wake = reaper::orphan_tasks(&mut fork, *node_id);
         memory.timers.set(Subject::Node(*node_id), wake.map(|at| (at, "node down for a day")));
-        let leaving = enforcer::overcommitted(fork.state(), *node_id);
+        // The index knows it of most nodes without a look at their tasks. It counts also those that stop.
+        let leaving = match memory.index.is_enough(*node_id) {
+            true => Vec::new(),
+            false => enforcer::overcommitted(fork.state(), *node_id),
+        };
         if fork.n_changes() > n_changes || !leaving.is_empty() {
             decided.insert(*node_id);
         }
         evicted.extend(leaving);
+        if !fork.has_room() {
+            rest.nodes.insert(*node_id);
+        }
     }
     work.nodes = decided;
-    for service_id in &work.services {
-        let LeaderMemory { options, updates, .. } = &mut *memory;
-        let mut scope = Scope::new(&mut fork, options, updates, &evicted);
-        orchestrator::reconcile(&mut scope, *service_id);
-        let wake = scope.wake;
-        memory.timers.set(Subject::Service(*service_id), wake);
-    }
+    let to_reap = memory.reconcile(&mut fork, &work, &evicted, &mut rest);
     memory.give_virtual_ips(&mut fork, &work);
-    memory.sync_touched(&fork);
-    scheduler::schedule(&mut fork, &mut memory.index, &mut memory.cursors);
-    for service_id in &work.services {
-        reaper::reap(&mut fork, *service_id);
+    let n_touches = memory.sync_touched(&fork, 0);
+    fork.next_step();
+    let is_all = scheduler::schedule(&mut fork, &mut memory.index, &mut memory.cursors);
+    fork.next_step();
+    for service_id in to_reap {
+        reaper::reap(&mut fork, service_id);
+        if !fork.has_room() {
+            rest.services.insert(service_id);
+        }
     }
     for network_id in &memory.leaving {
         if reaper::reap_network(&mut fork, *network_id) {
             memory.cursors.networks.retain(|(id, _), _| id != network_id);
         }
     }
-    secrets::reap(&mut fork);
-    memory.sync_touched(&fork);
-    memory.end(view, work, fork)
+    secrets::reap(&mut fork, &mut memory.payloads);
+    memory.sync_touched(&fork, n_touches);
+    let mut plan = memory.end(view, work, fork);
+    if !is_all || !rest.services.is_empty() || !rest.nodes.is_empty() {
+        memory.last.services.extend(rest.services);
+        memory.last.nodes.extend(rest.nodes);
+        plan.deadline = Some((now, "decisions that the pass had no room for"));
+    }
+    plan
 }
 
 impl LeaderMemory {
     /// Takes over what changed, and chooses what to look at.
     fn begin(&mut self, view: &State, dirty: &Dirty, now: Timestamp) -> Work {
         let mut work = std::mem::take(&mut self.last);
+        self.payloads.note(dirty);
         if self.updates.since == Timestamp::default() {
             self.updates.since = now;
         }
@@ -268,14 +295,18 @@ impl LeaderMemory {
         }
         work.services.extend(&dirty.services);
         work.nodes.extend(&dirty.nodes);
+        for task_id in work.tasks.iter().filter(|id| !dirty.tasks.contains_key(id)) {
+            self.index.sync_task(*task_id, view.task(*task_id));
+        }
         for (task_id, service_id) in &dirty.tasks {
-            work.tasks.insert(*task_id);
-            if matters_to_service(view, *task_id) {
+            let task = view.task(*task_id);
+            self.index.sync_task(*task_id, task);
+            if task.is_none_or(|task| matters_to_service(task)) {
                 work.services.insert(*service_id);
             }
             // A node that was removed while its user ran a container there: nobody else will look at it.
-            let node_id = view.task(*task_id).and_then(|task| task.node_id);
-            work.nodes.extend(node_id.filter(|node_id| view.node(*node_id).is_none()));
+            let node_id = task.and_then(|task| task.node_id);
+            work.nodes.extend(node_id.filter(|node_id| !self.index.has_node(*node_id)));
         }
         for service_id in &dirty.services {
             match view.service(*service_id).is_some_and(|service| is_global(service)) {
@@ -292,18 +323,42 @@ impl LeaderMemory {
             let unfinished = tasks.filter(|task| !task.status.state.is_terminal());
             work.services.extend(unfinished.map(|task| task.service_id));
         }
-        for service_id in &dirty.services {
-            // Their host ports may have changed.
-            work.tasks.extend(view.tasks_of_service(*service_id).map(|task| task.id));
-        }
-        for task_id in &work.tasks {
-            self.index.sync_task(view, *task_id);
-        }
         // An image or a network may be what tasks wait for, and a service may have freed an address.
         if dirty.images || !dirty.networks.is_empty() || !dirty.services.is_empty() {
             self.index.set_changed();
         }
         work
+    }
+
+    /// Decides what services need, and says which of them the reaper has to look at. Those that the room
+    /// did not suffice for are to be looked at again, and with them the nodes, whose tasks may be among
+    /// those that have to leave.
+    fn reconcile(
+        &mut self,
+        fork: &mut Fork<'_>,
+        work: &Work,
+        evicted: &BTreeSet<TaskId>,
+        rest: &mut Work,
+    ) -> Vec<ServiceId> {
+        let mut to_reap = Vec::new();
+        for service_id in &work.services {
+            if fork.has_room() {
+                let Self { options, updates, index, .. } = &mut *self;
+                let mut scope = Scope::new(fork, options, updates, index, evicted);
+                if orchestrator::reconcile(&mut scope, *service_id) {
+                    to_reap.push(*service_id);
+                }
+                let wake = scope.wake;
+                self.timers.set(Subject::Service(*service_id), wake);
+            }
+            if !fork.has_room() {
+                rest.services.insert(*service_id);
+            }
+        }
+        if !rest.services.is_empty() {
+            rest.nodes.extend(&work.nodes);
+        }
+        to_reap
     }
 
     /// Gives services the virtual addresses that they lack, as far as their networks have any left.
@@ -331,19 +386,25 @@ impl LeaderMemory {
         }
     }
 
-    fn sync_touched(&mut self, fork: &Fork<'_>) {
-        for task_id in fork.touched_tasks() {
-            self.index.sync_task(fork.state(), *task_id);
+    /// Charges tasks that the pass changed, but for its first changes, which are charged; says how many
+    /// are now.
+    fn sync_touched(&mut self, fork: &Fork<'_>, n_charged: usize) -> usize {
+        let touches = fork.touches();
+        for task_id in &touches[n_charged..] {
+            self.index.sync_task(*task_id, fork.state().task(*task_id));
         }
+        touches.len()
     }
 
     fn end(&mut self, view: &State, work: Work, fork: Fork<'_>) -> Plan {
-        let mut last = Work { tasks: fork.touched_tasks().clone(), ..Work::default() };
+        let mut last = Work::default();
         last.services.extend(fork.touched_services());
-        for task_id in &last.tasks {
+        for task_id in fork.touched_tasks() {
             let task = fork.state().task(*task_id).or_else(|| view.task(*task_id));
             last.services.extend(task.map(|task| task.service_id));
         }
+        // A placement that is lost leaves the task waiting: that is nothing for its service.
+        last.tasks.extend(fork.touched_tasks().iter().copied().chain(fork.placed_tasks()));
         let actions = fork.into_actions();
         self.last = Work::default();
         if !actions.is_empty() {
@@ -360,22 +421,19 @@ fn is_global(service: &Service) -> bool {
 
 /// Whether a change of a task can change what its service needs. A task on its way from one state to
 /// the next does not, and most changes are of this kind.
-fn matters_to_service(view: &State, task_id: TaskId) -> bool {
+fn matters_to_service(task: &Task) -> bool {
     let on_its_way = TaskState::Assigned..=TaskState::Starting;
-    view.task(task_id)
-        .is_none_or(|task| !(is_live(task) && on_its_way.contains(&task.status.state)))
+    !(is_live(task) && on_its_way.contains(&task.status.state))
 }
 
 fn everything(view: &State) -> Work {
     let mut work = Work {
         services: view.services().keys().copied().collect(),
         nodes: view.nodes().keys().copied().collect(),
-        tasks: BTreeSet::new(),
+        tasks: Vec::new(),
     };
-    for task in view.tasks().values() {
-        work.services.insert(task.service_id);
-        work.nodes.extend(task.node_id);
-    }
+    work.services.extend(view.services_with_tasks());
+    work.nodes.extend(view.nodes_with_tasks());
     work
 }
 

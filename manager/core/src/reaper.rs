@@ -43,6 +43,9 @@ pub(crate) fn orphan_tasks(fork: &mut Fork<'_>, node_id: NodeId) -> Option<Times
     let tasks = fork.state().tasks_of_node(node_id);
     let unfinished = tasks.filter(|task| !task.status.state.is_terminal());
     for task_id in unfinished.map(|task| task.id).collect::<Vec<TaskId>>() {
+        if !fork.has_room() {
+            break;
+        }
         fork.orphan(task_id, reason);
     }
     None
@@ -67,6 +70,9 @@ pub(crate) fn reap(fork: &mut Fork<'_>, service_id: ServiceId) {
         doomed.extend(old_history(tasks, history_limit));
     }
     for task_id in doomed {
+        if !fork.has_room() {
+            return;
+        }
         fork.delete_task(task_id);
     }
     let state = fork.state();
@@ -106,7 +112,11 @@ fn old_history(tasks: &mut [&Arc<Task>], limit: i64) -> Vec<TaskId> {
     let max_attempts = policy.and_then(|policy| policy.max_attempts).unwrap_or(0);
     let needed = if max_attempts <= MAX_ATTEMPTS_COUNTED { max_attempts + 1 } else { 1 };
     let kept = limit.max(usize::try_from(needed).unwrap_or(usize::MAX));
-    let is_finished = |task: &&&Arc<Task>| !is_live(task) && task.status.state.is_terminal();
+    // What a job has done is told by the task that did it.
+    let is_result =
+        |task: &Task| task.job_iteration.is_some() && task.status.state == TaskState::Complete;
+    let is_finished =
+        |task: &&&Arc<Task>| !is_live(task) && task.status.state.is_terminal() && !is_result(task);
     let n_surplus = tasks.iter().filter(is_finished).count().saturating_sub(kept);
     let surplus = tasks.iter().filter(is_finished).take(n_surplus);
     surplus.filter(|task| task.id != newest.id).map(|task| task.id).collect()

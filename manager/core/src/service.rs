@@ -4,12 +4,12 @@
 //! have changed in between (names, ports, versions). Source: SwarmKit `manager/controlapi/service.go`.
 
 use skep_common::object::UpdateStatus;
-use skep_common::spec::ServiceSpec;
+use skep_common::spec::{ModeKind, ServiceSpec};
 use skep_common::{Meta, Object, Service, ServiceId, Timestamp, Version};
 
 use crate::command::{Action, Expect};
 use crate::store::State;
-use crate::{image, network, ports, secrets, validate};
+use crate::{image, level, network, ports, secrets, validate};
 
 /// Why a request about a service is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -41,12 +41,30 @@ pub enum Error {
         /// Its name.
         name: String,
     },
+    /// Choose one of those that are kept; there are none from before all managers could keep them.
+    #[error("service {name} has no revision {number} to go back to: {}", choice(known))]
+    NoSuchRevision {
+        /// Its name.
+        name: String,
+        /// What was asked for.
+        number: u64,
+        /// The numbers that it has.
+        known: Vec<u64>,
+    },
     /// It was removed, and only waits for its tasks to stop.
     #[error("service {name} is being removed")]
     BeingRemoved {
         /// Its name.
         name: String,
     },
+}
+
+fn choice(known: &[u64]) -> String {
+    let known: Vec<String> = known.iter().map(u64::to_string).collect();
+    match known.is_empty() {
+        true => "no earlier one is kept".to_owned(),
+        false => format!("choose one of {}", known.join(", ")),
+    }
 }
 
 /// A service made of `spec`. Where one of that name is still being removed, it is taken over: its id
@@ -70,7 +88,7 @@ pub fn create(
         pending_delete: false,
         conditions: Vec::new(),
         job_status: None,
-        revision: 0,
+        revision: u64::from(keeps_revisions(state)),
     };
     let mut expect = Expect::Absent;
     if let Some(old) = state.service_by_name(&service.spec.name) {
@@ -85,7 +103,8 @@ pub fn create(
 }
 
 /// The service with a new spec; its tasks are replaced as its update policy says. `version` is what
-/// the caller read; `None` where a spec like the stored one changes nothing.
+/// the caller read; `None` where a spec like the stored one changes nothing. Where its update is paused,
+/// such a spec lets it go on.
 pub fn update(
     state: &State,
     service: &Service,
@@ -107,14 +126,27 @@ pub fn update(
     secrets::resolve(state, &mut spec)?;
     let spec = keep_pin(state, &service.spec, spec);
     if spec == service.spec && version == service.meta.version {
-        return Ok(None);
+        return Ok(is_paused(service).then(|| resumed(service, version)));
     }
     let mut new = service.clone();
     new.previous_spec = Some(service.spec.clone());
     new.update_status = None;
     new.spec = spec;
+    number(state, &mut new);
     allocate(state, &mut new)?;
     Ok(Some(put(new, Expect::Version(version))))
+}
+
+fn is_paused(service: &Service) -> bool {
+    let status = service.update_status.as_ref().map(|status| status.state.as_str());
+    matches!(status, Some("paused" | "rollback_paused"))
+}
+
+/// The service whose update starts anew with what it has not replaced yet.
+fn resumed(service: &Service, version: Version) -> Action {
+    let mut new = service.clone();
+    new.update_status = None;
+    put(new, Expect::Version(version))
 }
 
 /// The service with its previous spec; asked a second time, it goes forward again.
@@ -124,24 +156,70 @@ pub fn rollback(
     version: Version,
     now: Timestamp,
 ) -> Result<Action, Error> {
-    let name = || service.spec.name.clone();
+    let none = || Error::NoPreviousSpec { name: service.spec.name.clone() };
+    let spec = match service.pending_delete {
+        true => service.spec.clone(), // Refused for that.
+        false => service.previous_spec.clone().ok_or_else(none)?,
+    };
+    go_back(state, service, version, spec, now)
+}
+
+/// The service with the spec of a revision, which becomes a new one.
+pub fn rollback_to(
+    state: &State,
+    service: &Service,
+    version: Version,
+    number: u64,
+    now: Timestamp,
+) -> Result<Action, Error> {
+    let revisions = || state.revisions_of(service.id);
+    let found = revisions().find(|revision| revision.number == number);
+    let spec =
+        found.map(|revision| revision.spec.clone()).ok_or_else(|| Error::NoSuchRevision {
+            name: service.spec.name.clone(),
+            number,
+            known: revisions().map(|revision| revision.number).collect(),
+        })?;
+    go_back(state, service, version, spec, now)
+}
+
+fn go_back(
+    state: &State,
+    service: &Service,
+    version: Version,
+    spec: ServiceSpec,
+    now: Timestamp,
+) -> Result<Action, Error> {
     if service.pending_delete {
-        return Err(Error::BeingRemoved { name: name() });
+        return Err(Error::BeingRemoved { name: service.spec.name.clone() });
     }
-    let previous =
-        service.previous_spec.clone().ok_or_else(|| Error::NoPreviousSpec { name: name() })?;
     let mut new = service.clone();
-    new.previous_spec = Some(std::mem::replace(&mut new.spec, previous));
-    new.update_status = Some(UpdateStatus {
+    new.previous_spec = Some(std::mem::replace(&mut new.spec, spec));
+    // A job has no update that would end: it begins anew.
+    let is_job = new.spec.mode_kind().is_some_and(ModeKind::is_job);
+    new.update_status = (!is_job).then(|| UpdateStatus {
         state: "rollback_started".to_owned(),
         started_at: Some(now),
         completed_at: None,
         message: "manually requested rollback".to_owned(),
     });
     network::resolve(state, &mut new.spec)?;
-    secrets::resolve(state, &mut new.spec)?;
+    secrets::are_there(state, &new.spec)?;
+    number(state, &mut new);
     allocate(state, &mut new)?;
     Ok(put(new, Expect::Version(version)))
+}
+
+/// Whether all managers keep the specs that services had.
+fn keeps_revisions(state: &State) -> bool {
+    level::of_managers(state) >= level::CONTROL
+}
+
+/// Gives the service a number where it has none yet, which makes the store keep what it was.
+pub(crate) fn number(state: &State, service: &mut Service) {
+    if keeps_revisions(state) {
+        service.revision = service.revision.max(1);
+    }
 }
 
 /// The service on its way out: its tasks are stopped and erased, then it is. Its ports and virtual
@@ -208,9 +286,10 @@ pub fn of_stack<'a>(
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use skep_common::spec::NodeRole;
 
     use super::*;
-    use crate::testing::{World, service as web};
+    use crate::testing::{World, node, service as web};
 
     fn spec(part: &serde_json::Value) -> ServiceSpec {
         let mut whole = json!({"Name": "api", "TaskTemplate": {"ContainerSpec": {"Image": "i"}}});
@@ -267,6 +346,72 @@ mod tests {
         let back = get(&world);
         assert_eq!((&back.spec, back.previous_spec.as_ref()), (&old.spec, Some(&labelled)));
         assert_eq!(back.update_status.unwrap().state, "rollback_started");
+    }
+
+    #[test]
+    fn revisions_are_numbered_and_bounded() {
+        let (mut world, id) = created();
+        let mut manager = node(2);
+        manager.spec.role = NodeRole::Manager;
+        manager.description.as_mut().unwrap().format_level = level::CONTROL;
+        let get = |world: &World| (**world.state.service(id).unwrap()).clone();
+        let set = |world: &mut World, value: &str| {
+            world.now = world.now.after(std::time::Duration::from_secs(1));
+            let service = get(world);
+            let labelled = spec(&json!({"Labels": {"a": value}}));
+            let action = update(&world.state, &service, service.meta.version, labelled).unwrap();
+            world.apply(vec![action.unwrap()]);
+        };
+        let kept = |world: &World| -> Vec<u64> {
+            world.state.revisions_of(id).map(|revision| revision.number).collect()
+        };
+        set(&mut world, "one");
+        assert_eq!((get(&world).revision, kept(&world)), (0, vec![]), "not all managers keep them");
+        world.put(vec![Object::Node(Box::new(manager))]);
+        set(&mut world, "two");
+        assert_eq!((get(&world).revision, kept(&world)), (2, vec![1]));
+        let first = world.state.revisions_of(id).next().unwrap().clone();
+        assert_eq!(
+            (first.replaced_at, first.spec.labels.clone().unwrap()["a"].as_str()),
+            (world.now, "one")
+        );
+        let status = Service { update_status: Some(UpdateStatus::default()), ..get(&world) };
+        world.replace(Object::Service(Box::new(status)));
+        assert_eq!((get(&world).revision, kept(&world)), (2, vec![1]), "a status is no spec");
+        for number in 3..=14 {
+            set(&mut world, &number.to_string());
+        }
+        assert_eq!((get(&world).revision, kept(&world)), (14, (4..=13).collect()));
+
+        let service = get(&world);
+        let to =
+            |number| rollback_to(&world.state, &service, service.meta.version, number, world.now);
+        for number in [0, 3, 14] {
+            assert_eq!(
+                to(number).unwrap_err().to_string(),
+                format!(
+                    "service api has no revision {number} to go back to: \
+                     choose one of 4, 5, 6, 7, 8, 9, 10, 11, 12, 13"
+                )
+            );
+        }
+        let action = to(5).unwrap();
+        world.apply(vec![action]);
+        let back = get(&world);
+        assert_eq!((back.revision, kept(&world)), (15, (5..=14).collect()));
+        assert_eq!(back.spec.labels.unwrap()["a"], "5");
+        assert_eq!(back.previous_spec.unwrap().labels.unwrap()["a"], "14");
+        assert_eq!(back.update_status.unwrap().state, "rollback_started");
+
+        let bytes = world.state.encode();
+        let decoded = State::decode(&bytes).unwrap();
+        assert_eq!(decoded.revisions_of(id).count(), 10, "a snapshot has them");
+        assert_eq!(decoded.encode(), bytes);
+        let leaving = remove(&get(&world)).unwrap();
+        world.apply(vec![leaving]);
+        let (again, action) = create(&world.state, ServiceId(9), spec(&json!({}))).unwrap();
+        world.apply(vec![action]);
+        assert_eq!((again, get(&world).revision, kept(&world)), (id, 1, vec![]), "another service");
     }
 
     #[test]

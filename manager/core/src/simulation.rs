@@ -23,7 +23,7 @@ use crate::command::{Action, TaskPatch};
 use crate::constraint;
 use crate::container;
 use crate::endpoints::Drain;
-use crate::liveness::{Event, Liveness};
+use crate::liveness::{Answer, Event, Liveness};
 use crate::plan::{Dirty, LeaderMemory};
 use crate::scheduler::{Amounts, Index};
 use crate::store::State;
@@ -338,8 +338,9 @@ impl Simulation {
     fn lead(&mut self) {
         let verdict = self.liveness.decide(&self.world.state, self.world.now);
         for node_id in verdict.probes {
-            let is_alive = self.workers[&node_id].is_connected;
-            self.liveness.observe(Event::Probed { node_id, at: self.world.now, is_alive });
+            let is_connected = self.workers[&node_id].is_connected;
+            let answer = if is_connected { Answer::Accepted } else { Answer::None };
+            self.liveness.observe(Event::Probed { node_id, at: self.world.now, answer });
         }
         self.apply(verdict.actions);
         let plan = self.world.plan();

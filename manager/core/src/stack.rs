@@ -1,19 +1,23 @@
-//! Deploys and removes a stack: its networks and services, in one transaction.
+//! Deploys and removes a stack: its networks, secrets, configs and services, in one transaction.
 //!
-//! A stack is a stored object; its services and networks also carry Docker's label, so that its clients see them,
+//! A stack is a stored object; its parts also carry Docker's label, so that its clients see them,
 //! and so that what `docker stack deploy` made is adopted. As there, services that a file no longer
-//! has are removed only where `prune` is asked, and networks likewise. A network is never changed: what
+//! has are removed only where `prune` is asked, and the rest likewise. A network is never changed: what
 //! tasks have of it was made of it. Source: docker/cli `cli/command/stack`.
+
+mod payloads;
 
 use std::collections::BTreeSet;
 
 use rand::Rng;
+use skep_common::object::{Config, Secret};
 use skep_common::spec::{NetworkSpec, ServiceSpec, StackSpec};
 use skep_common::{Kind, Meta, NetworkId, Object, ServiceId, Stack, StackId, Timestamp};
 
 use crate::command::{Action, Command, Expect, Outcome, Refusal};
 use crate::store::State;
-use crate::{network, service};
+use crate::{network, secrets, service};
+pub use payloads::Deployed;
 
 /// The label by which Docker's clients know the services of a stack.
 pub const NAMESPACE_LABEL: &str = "com.docker.stack.namespace";
@@ -46,20 +50,40 @@ pub enum Error {
         /// The network's full name.
         name: String,
     },
+    /// One of its secrets or configs is refused, so nothing is touched.
+    #[error("{kind} {name}: {error}", kind = word(*.kind))]
+    Payload {
+        /// A secret or a config.
+        kind: Kind,
+        /// Its full name.
+        name: String,
+        /// Why.
+        error: secrets::Error,
+    },
+    /// Create some of them by themselves, and name them in the file as external.
+    #[error(
+        "the secrets and configs of the stack have {n_bytes} bytes, more than {}: create some by themselves, and make \
+         them external in the file",
+        payloads::BYTES_MAX
+    )]
+    TooLarge {
+        /// How many.
+        n_bytes: usize,
+    },
     /// Two of its parts contradict each other.
     #[error("{kind} {name}: {refusal}", kind = word(*.kind))]
     Refused {
-        /// A service or a network.
+        /// What it is.
         kind: Kind,
         /// Its full name.
         name: String,
         /// What the store says.
         refusal: Refusal,
     },
-    /// Two services or networks of the file have one name.
+    /// Two parts of the file have one name.
     #[error("the stack has two {kind}s named {name}", kind = word(*.kind))]
     Twice {
-        /// Services or networks.
+        /// What they are.
         kind: Kind,
         /// The name.
         name: String,
@@ -79,7 +103,12 @@ pub enum Error {
 }
 
 fn word(kind: Kind) -> &'static str {
-    if kind == Kind::Network { "network" } else { "service" }
+    match kind {
+        Kind::Network => "network",
+        Kind::Secret => "secret",
+        Kind::Config => "config",
+        _ => "service",
+    }
 }
 
 /// What a deploy does, by the full names of services and networks.
@@ -97,12 +126,16 @@ pub struct Deployment {
     pub removed: Vec<String>,
     /// Networks that are new.
     pub created_networks: Vec<String>,
+    /// What became of secrets.
+    pub secrets: Deployed,
+    /// What became of configs.
+    pub configs: Deployed,
 }
 
 /// The actions that make a stack what `spec` says.
 pub fn deploy(
     state: &State,
-    spec: StackSpec,
+    mut spec: StackSpec,
     prune: bool,
     now: Timestamp,
     rng: &mut impl Rng,
@@ -110,6 +143,7 @@ pub fn deploy(
     if spec.name.is_empty() || spec.name.contains(|c: char| c.is_whitespace() || c == '/') {
         return Err(Error::Name { name: spec.name });
     }
+    payloads::check_size(&spec)?;
     let mut deployment = Deployment::default();
     // Each service is checked against what the ones before it take, such as ports.
     let mut scratch = state.clone();
@@ -129,12 +163,21 @@ pub fn deploy(
     for network in &spec.networks {
         deploy_network(&mut deployment, &mut scratch, &spec.name, network, now, rng)?;
     }
+    let part = payloads::Deploy { stack: &spec.name, services: &names, now };
+    payloads::deploy::<Secret>(&mut deployment, &mut scratch, &part, &spec.secrets, rng)?;
+    payloads::deploy::<Config>(&mut deployment, &mut scratch, &part, &spec.configs, rng)?;
     for service in &spec.services {
         deploy_service(&mut deployment, &mut scratch, &spec.name, service, now, rng)?;
     }
     if prune {
         prune_networks(&mut deployment, &mut scratch, &spec.name, &networks, now)?;
+        let (changes, view) = (&mut deployment, &mut scratch);
+        payloads::prune::<Secret>(changes, view, &spec.name, &spec.secrets, now)?;
+        payloads::prune::<Config>(changes, view, &spec.name, &spec.configs, now)?;
     }
+    // Their bytes are theirs alone.
+    spec.secrets.iter_mut().for_each(|secret| secret.data = None);
+    spec.configs.iter_mut().for_each(|config| config.data = None);
     let stored = state.id_by_name(Kind::Stack, &spec.name).and_then(|id| state.stack(StackId(id)));
     if stored.is_none_or(|stored| stored.spec != spec) {
         let id = stored.map_or_else(|| StackId::random(rng), |stored| stored.id);
@@ -256,14 +299,19 @@ pub struct Removal {
     pub services: Vec<String>,
     /// Full names of its networks.
     pub networks: Vec<String>,
+    /// Full names of its secrets.
+    pub secrets: Vec<String>,
+    /// Full names of its configs.
+    pub configs: Vec<String>,
 }
 
-/// The actions that remove a stack: all of it or, where a network of it is used by others, nothing.
+/// The actions that remove a stack: all of it or, where something of it is used by others, nothing.
 pub fn remove(state: &State, name: &str, now: Timestamp) -> Result<Removal, Error> {
     let services: Vec<_> = service::of_stack(state, name).collect();
     let networks: Vec<_> = network::of_stack(state, name).collect();
     let stored = state.id_by_name(Kind::Stack, name);
-    if services.is_empty() && networks.is_empty() && stored.is_none() {
+    let has_parts = !services.is_empty() || !networks.is_empty() || payloads::are_any(state, name);
+    if !has_parts && stored.is_none() {
         return Err(Error::NotFound { name: name.to_owned() });
     }
     let mut deployment = Deployment::default();
@@ -282,18 +330,23 @@ pub fn remove(state: &State, name: &str, now: Timestamp) -> Result<Removal, Erro
             deployment.add(&mut scratch, now, (Kind::Network, name), action)?;
         }
     }
+    payloads::remove::<Secret>(&mut deployment, &mut scratch, name, now)?;
+    payloads::remove::<Config>(&mut deployment, &mut scratch, name, now)?;
     let mut actions = deployment.actions;
     actions.extend(stored.map(|id| Action::Delete { kind: Kind::Stack, id }));
     Ok(Removal {
         actions,
         services: services.iter().map(|service| service.spec.name.clone()).collect(),
         networks: networks.iter().map(|network| network.spec.name.clone()).collect(),
+        secrets: deployment.secrets.removed,
+        configs: deployment.configs.removed,
     })
 }
 
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+    use skep_common::spec::SecretSpec;
 
     use super::*;
     use crate::testing::{World, service as web};
@@ -372,6 +425,90 @@ mod tests {
         let service = world.state.service_by_name("shop_a").unwrap();
         assert_eq!((service.id, service.pending_delete), (id, false));
         assert_eq!(service.endpoint.ports[0].published_port, Some(80));
+    }
+
+    /// The file with a secret that service `a` finds, and whether service `b` does.
+    fn with_secret(data: &str, has_b: bool) -> StackSpec {
+        let mut file = file(&[("a", "i:1", 80), ("b", "i:1", 81)]);
+        if !has_b {
+            file.services.pop();
+        }
+        for service in &mut file.services {
+            let reference = json!([{"SecretName": "shop_key", "File": {"Name": "key"}}]);
+            let container = service.task_template.container_spec.as_mut().unwrap();
+            container.secrets = serde_json::from_value(reference).unwrap();
+        }
+        let data = Some(skep_common::spec::Base64(data.as_bytes().to_vec()));
+        let spec = SecretSpec { name: "shop_key".to_owned(), data, ..SecretSpec::default() };
+        StackSpec { secrets: vec![spec], ..file }
+    }
+
+    #[test]
+    fn changed_bytes_are_a_version_and_unchanged_ones_change_nothing() {
+        let mut world = World::new("1", web(0), "");
+        assert_eq!(step(&mut world, with_secret("one", true), false), "+a +b");
+        let version = world.state.version();
+        assert_eq!(step(&mut world, with_secret("one", true), false), "=a =b");
+        assert_eq!(world.state.version(), version, "nothing to write");
+        let old = world.state.service_by_name("shop_a").unwrap().spec.clone();
+        assert_eq!(
+            step(&mut world, with_secret("two", false), false),
+            "*b *a",
+            "b is not in the file"
+        );
+        for name in ["shop_a", "shop_b"] {
+            let service = world.state.service_by_name(name).unwrap();
+            let keys: Vec<u64> =
+                secrets::keys_of(&service.spec.task_template).map(|key| key.version).collect();
+            assert_eq!(keys, [2], "{name}");
+        }
+        let previous = world.state.service_by_name("shop_a").unwrap().previous_spec.clone();
+        assert_eq!(previous, Some(old), "it was updated once");
+        let stored = world.state.stacks().values().next().unwrap();
+        assert_eq!(stored.spec.secrets[0].data, None);
+        let without = file(&[("a", "i:1", 80)]);
+        assert_eq!(step(&mut world, without, true), "*a -b");
+        assert_eq!(world.state.secrets().len(), 0, "nobody uses it any more");
+    }
+
+    #[test]
+    fn a_stack_goes_with_its_secrets_unless_others_use_them() {
+        let mut world = World::new("1", web(0), "");
+        step(&mut world, with_secret("one", true), false);
+        let mut other = with_secret("one", false).services.remove(0);
+        other.name = "other".to_owned();
+        other.endpoint_spec = None;
+        let (other_id, action) = service::create(&world.state, ServiceId(1), other).unwrap();
+        world.apply(vec![action]);
+        assert_eq!(
+            remove(&world.state, "shop", world.now).unwrap_err().to_string(),
+            "secret shop_key: secret 'shop_key' is in use by the following service: other"
+        );
+        let other = world.state.service(other_id).unwrap().clone();
+        world.apply(vec![service::remove(&other).unwrap()]);
+        let removal = remove(&world.state, "shop", world.now).unwrap();
+        assert_eq!(removal.secrets, ["shop_key"]);
+        world.apply(removal.actions);
+        assert_eq!(world.state.secrets().len(), 0);
+    }
+
+    #[test]
+    fn a_secret_of_somebody_else_is_not_taken() {
+        let mut world = World::new("1", web(0), "");
+        let spec = with_secret("one", true).secrets.remove(0);
+        let action = secrets::create::<Secret>(&world.state, 1, spec, world.now).unwrap();
+        world.apply(vec![action]);
+        let text = step(&mut world, with_secret("two", true), false);
+        assert_eq!(text, "secret shop_key: secret shop_key already exists");
+        let mut large = with_secret("x", true);
+        let bytes = vec![0; 500_000];
+        large.secrets[0].data = Some(skep_common::spec::Base64(bytes));
+        large.secrets = vec![large.secrets[0].clone(); 17];
+        let text = step(&mut world, large, false);
+        assert!(
+            text.starts_with("the secrets and configs of the stack have 8500000 bytes"),
+            "{text}"
+        );
     }
 
     #[test]

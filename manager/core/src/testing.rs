@@ -142,8 +142,12 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
     let is_unhealthy = state_name == "unhealthy";
     let state = if is_unhealthy { Some(TaskState::Running) } else { by_name(state_name) };
     let state = state.expect("a task has a known state");
-    let default =
-        if state == TaskState::Shutdown { TaskState::Shutdown } else { TaskState::Running };
+    let is_job = service.job_status.is_some();
+    let default = match state {
+        TaskState::Shutdown => TaskState::Shutdown,
+        _ if is_job => TaskState::Complete,
+        _ => TaskState::Running,
+    };
     let index = version.parse().unwrap_or(service.spec_version.index);
     let mut task = Task {
         id: TaskId(id),
@@ -165,7 +169,7 @@ pub fn parse_task(service: &Service, id: u128, word: &str) -> Task {
         start_after: None,
         host_ports: crate::ports::host_mode(&service.endpoint.ports),
         standalone: None,
-        job_iteration: None,
+        job_iteration: is_job.then_some(Version { index }),
         preset_node: preset,
         assigned_generic_resources: Vec::new(),
         service_labels: None,
@@ -327,7 +331,7 @@ fn render_patch(patch: &TaskPatch) -> String {
     match (patch.desired_state, &patch.status, patch.node_id) {
         (Some(TaskState::Shutdown), ..) => format!("!{id}"),
         (Some(TaskState::Remove), ..) => format!("-{id}"),
-        (Some(TaskState::Running), _, None) => format!(">{id}"),
+        (Some(TaskState::Running | TaskState::Complete), _, None) => format!(">{id}"),
         (_, _, Some(node_id)) => format!("{id}@{}", node_id.0),
         (_, Some(status), _) if status.state == TaskState::Orphaned => format!("{id}:orphaned"),
         (_, Some(_), _) => format!("{id}?"),

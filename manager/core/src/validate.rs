@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use skep_common::spec::generic::is_kind;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, Nanos, NodeSpec,
-    PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec, TaskSpec,
-    UpdateConfig,
+    ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, ModeKind, Nanos,
+    NodeSpec, PortConfig, PortProtocol, PublishMode, ResourceRequirements, Resources, ServiceSpec,
+    TaskSpec, UpdateConfig,
 };
 
 use crate::constraint;
@@ -77,23 +77,20 @@ fn name(name: &str) -> Outcome {
 
 fn mode(spec: &ServiceSpec) -> Outcome {
     let Some(mode) = &spec.mode else { return Ok(()) };
+    const MODES: &str = "Replicated, Global, ReplicatedJob and GlobalJob";
     if let Some(other) = mode.extra.iter().find(|(_, value)| !value.is_null()).map(|(key, _)| key) {
-        return refuse(format!(
-            "service mode {other} is not supported yet: use Replicated or Global"
-        ));
-    }
-    let later = [
-        ("ReplicatedJob", mode.replicated_job.is_some()),
-        ("GlobalJob", mode.global_job.is_some()),
-    ];
-    if let Some((other, _)) = later.into_iter().find(|(_, is_given)| *is_given) {
-        return refuse(format!(
-            "service mode {other} is not supported yet: use Replicated or Global"
-        ));
+        return refuse(format!("service mode {other} is unknown: it must be one of {MODES}"));
     }
     match mode.kind() {
+        None => refuse(format!("service mode must be one of {MODES}")),
+        Some(ModeKind::ReplicatedJob { total: 1.., concurrent: 0 }) => {
+            refuse("ReplicatedJob: MaxConcurrent must be at least 1, or no task ever runs")
+        }
+        // SwarmKit `manager/controlapi/service.go`, `validateJob`.
+        Some(kind) if kind.is_job() && spec.update_config.is_some() => {
+            refuse("Jobs may not have an update config")
+        }
         Some(_) => Ok(()),
-        None => refuse("service mode must be one of Replicated and Global"),
     }
 }
 
@@ -261,6 +258,7 @@ fn update_config(what: &str, config: Option<&UpdateConfig>, actions: &[&str]) ->
     let Some(config) = config else { return Ok(()) };
     not_negative(&format!("{what}: delay"), config.delay)?;
     not_negative(&format!("{what}: monitor"), config.monitor)?;
+    not_negative(&format!("{what}: progress deadline"), config.progress_deadline)?;
     if config.max_failure_ratio.is_some_and(|ratio| !(0.0..=1.0).contains(&ratio)) {
         return refuse(format!("{what}: max failure ratio cannot be less than 0 or bigger than 1"));
     }
@@ -329,13 +327,10 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     {
         note("TaskTemplate.Resources.", &resources.extra);
     }
-    let later = [
-        ("UpdateConfig.ProgressDeadline", has_deadline(spec.update_config.as_ref())),
-        ("RollbackConfig.ProgressDeadline", has_deadline(spec.rollback_config.as_ref())),
-    ];
-    let later = later.into_iter().chain(without_effect(task)).filter(|(_, is_given)| *is_given);
+    let later = without_effect(task).into_iter().filter(|(_, is_given)| *is_given);
     warnings.extend(later.map(|(path, _)| format!("{path} is kept but has no effect yet")));
     warnings.extend(task.log_driver.iter().flat_map(skep_common::spec::LogDriver::warnings));
+    warnings.extend(stops_first(spec));
     let attempts = task.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
     if attempts.is_some_and(|attempts| attempts > MAX_ATTEMPTS_COUNTED) {
         warnings.push(format!("MaxAttempts above {MAX_ATTEMPTS_COUNTED} counts as unlimited"));
@@ -343,20 +338,33 @@ pub fn warnings(spec: &ServiceSpec) -> Vec<String> {
     warnings
 }
 
-fn has_deadline(config: Option<&UpdateConfig>) -> bool {
-    config.is_some_and(|config| config.progress_deadline.is_some())
+/// What start-first means where two tasks of a slot may not be able to run at once.
+fn stops_first(spec: &ServiceSpec) -> Option<String> {
+    let mut configs = [&spec.update_config, &spec.rollback_config].into_iter().flatten();
+    let is_start_first = configs.any(|config| config.order.as_deref() == Some("start-first"));
+    let is_fixed = |port: &PortConfig| {
+        port.publish_mode == Some(PublishMode::Host) && port.published_port.is_some_and(|n| n > 0)
+    };
+    let placement = spec.task_template.placement.as_ref();
+    let is_limited = placement.and_then(|placement| placement.max_replicas).unwrap_or(0) > 0;
+    (is_start_first && (is_limited || spec.ports().iter().any(is_fixed))).then(|| {
+        "start-first stops the old task first where the new one fits on no node beside it, for a \
+         host-mode port or MaxReplicas"
+            .to_owned()
+    })
 }
 
 /// Fields of a task that nothing acts on yet, and whether they are given.
-fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 3] {
+fn without_effect(task: &TaskSpec) -> [(&'static str, bool); 2] {
     let container = task.container_spec.as_ref();
-    let secrets = container.and_then(|container| container.secrets.as_ref());
-    let configs = container.and_then(|container| container.configs.as_ref());
+    let mut configs = container.iter().flat_map(|container| container.configs.iter().flatten());
     let resources = task.resources.as_ref();
     let limited = resources.and_then(|all| all.limits.as_ref()?.generic_resources.as_ref());
     [
-        ("TaskTemplate.ContainerSpec.Secrets", secrets.is_some_and(|list| !list.is_empty())),
-        ("TaskTemplate.ContainerSpec.Configs", configs.is_some_and(|list| !list.is_empty())),
+        (
+            "TaskTemplate.ContainerSpec.Configs.Runtime",
+            configs.any(|config| config.runtime.is_some()),
+        ),
         (
             "TaskTemplate.Resources.Limits.GenericResources",
             limited.is_some_and(|list| !list.is_empty()),
@@ -422,13 +430,24 @@ mod tests {
             (json!({"Name": "a".repeat(64)}), "name must be 63 characters or fewer"),
             (json!({"Name": "a--_b"}), ""),
             (
-                json!({"Mode": {"Replicated": null, "GlobalJob": {}}}),
-                "service mode GlobalJob is not supported yet: use Replicated or Global",
+                json!({"Mode": {"Replicated": null, "Jobs": {}}}),
+                "service mode Jobs is unknown: it must be one of Replicated, Global, \
+                 ReplicatedJob and GlobalJob",
+            ),
+            (json!({"Mode": {"Replicated": null, "ReplicatedJob": {"TotalCompletions": 3}}}), ""),
+            (json!({"Mode": {"Replicated": null, "GlobalJob": {}}}), ""),
+            (
+                json!({"Mode": {"Replicated": null, "ReplicatedJob": {"TotalCompletions": 3, "MaxConcurrent": 0}}}),
+                "ReplicatedJob: MaxConcurrent must be at least 1, or no task ever runs",
+            ),
+            (
+                json!({"Mode": {"Replicated": null, "GlobalJob": {}}, "UpdateConfig": {"Parallelism": 1}}),
+                "Jobs may not have an update config",
             ),
             (json!({"Mode": {"Replicated": null, "Global": {}}}), ""),
             (
                 json!({"Mode": {"Replicated": {}, "Global": {}}}),
-                "service mode must be one of Replicated and Global",
+                "service mode must be one of Replicated, Global, ReplicatedJob and GlobalJob",
             ),
             (
                 json!({"TaskTemplate": {"ContainerSpec": null}}),

@@ -11,6 +11,7 @@
 
 use std::sync::{Arc, Mutex, Weak};
 
+use skep_manager_core::events::{Event, Ring};
 use skep_manager_core::{Change, State};
 use tokio::sync::watch;
 
@@ -107,13 +108,40 @@ pub(crate) struct Hub {
     published: watch::Sender<Published>,
     /// Counts publications with changes: feeds wait on it. Gone when the manager stops.
     version: Mutex<Option<watch::Sender<u64>>>,
+    /// What happened, step by step.
+    events: Mutex<Ring>,
 }
+
+/// The events of each version that a batch made.
+pub(crate) type Steps = Vec<(u64, Vec<Event>)>;
 
 impl Hub {
     pub(crate) fn new() -> Self {
         let (published, _) = watch::channel(Published::default());
         let (version, _) = watch::channel(0);
-        Self { feeds: Mutex::default(), published, version: Mutex::new(Some(version)) }
+        Self {
+            feeds: Mutex::default(),
+            published,
+            version: Mutex::new(Some(version)),
+            events: Mutex::default(),
+        }
+    }
+
+    /// Keeps what happened, before the states that it made are published: whoever is told of them finds it.
+    pub(crate) fn note(&self, steps: Steps) {
+        let mut ring = self.events.lock().expect(UNPOISONED);
+        for (version, events) in steps {
+            ring.push(version, events);
+        }
+    }
+
+    /// Forgets what happened before a state that came whole.
+    pub(crate) fn restart_events(&self, version: u64) {
+        self.events.lock().expect(UNPOISONED).restart(version);
+    }
+
+    pub(crate) fn events<T>(&self, read: impl FnOnce(&Ring) -> T) -> T {
+        read(&self.events.lock().expect(UNPOISONED))
     }
 
     /// Makes a new state visible.

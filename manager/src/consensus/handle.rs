@@ -9,13 +9,13 @@ use openraft::errors::{Fatal, InitializeError, RaftError};
 use openraft::{BasicNode, Raft};
 use serde::Serialize;
 use skep_manager_core::State;
+use skep_manager_core::events::Ring;
 use skep_runtime::TaskSet;
 use tokio::sync::{Mutex, mpsc, watch};
 
 use super::compaction;
-use super::deadline::Deadline;
 use super::disk::{self, DirLock};
-use super::feed::{Feed, Hub};
+use super::feed::{Feed, Hub, Published};
 use super::leadership::{self, Leadership, Metrics};
 use super::log::{LogOptions, LogStore};
 use super::lost_tail::LostTail;
@@ -24,10 +24,11 @@ use super::membership::{Member, members_of};
 use super::network::{Network, RaftTransport};
 use super::options::{Options, StartError, Timing};
 use super::propose::{self, Forward, Forwarder};
+use super::reads::{self, Round, Waiting};
 use super::runtime::RaftRuntime;
 use super::snapshot::SnapshotStore;
 use super::types::{LogId, TypeConfig};
-use super::wire::{self, RaftRequest, ReadIndexAnswer, Route};
+use super::wire::ReadIndexAnswer;
 
 /// How long a stop waits for tasks that are in the middle of something.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -52,6 +53,7 @@ pub(crate) struct Inner {
     pub(crate) timing: Timing,
     pub(crate) transport: Arc<dyn RaftTransport>,
     pub(crate) forwards: mpsc::Sender<Forward>,
+    pub(super) reads: mpsc::Sender<Waiting<ReadIndexAnswer>>,
     pub(crate) membership_change: Mutex<()>,
     hub: Arc<Hub>,
     log: std::sync::Mutex<Option<LogStore>>,
@@ -137,7 +139,7 @@ pub struct Status {
 #[cfg(test)]
 impl Inner {
     /// What readers see, as it changes.
-    pub(crate) fn watch_state(&self) -> watch::Receiver<super::feed::Published> {
+    pub(crate) fn watch_state(&self) -> watch::Receiver<Published> {
         self.hub.watch()
     }
 }
@@ -157,17 +159,22 @@ impl Consensus {
         let metrics = Metrics::of(&raft);
         let (announced, leadership) = watch::channel(Leadership::default());
         let (forwards, queue) = mpsc::channel(propose::QUEUE_LENGTH);
+        let (reads, read_queue) = mpsc::channel(reads::QUEUE_LENGTH);
         let tasks = TaskSet::new();
         {
             let _on_raft_threads = runtime.handle().enter();
             let follow = leadership::follow(metrics.clone(), timing, announced, Arc::clone(&hub));
             tasks.spawn_to_end("raft leadership", follow); // Ends with openraft, and says so.
             let transport = Arc::clone(&transport);
-            let forwarder = Forwarder { raft_id, metrics: metrics.clone(), transport };
+            let (own_metrics, to_leader) = (metrics.clone(), Arc::clone(&transport));
+            let forwarder = Forwarder { raft_id, metrics: own_metrics, transport: to_leader };
             tasks.spawn("raft forwarder", forwarder.run(queue));
             let compacting =
                 compaction::run(raft.clone(), metrics.clone(), hub.watch(), compaction);
             tasks.spawn("raft compaction", compacting);
+            let (patience, raft) = (timing.patience, raft.clone());
+            let round = Round { raft_id, raft, metrics: metrics.clone(), transport, patience };
+            tasks.spawn("raft reads", reads::share(read_queue, move || round.clone().run()));
         }
         let (log, membership_change) = (std::sync::Mutex::new(Some(log)), Mutex::default());
         let inner = Inner {
@@ -177,6 +184,7 @@ impl Consensus {
             timing,
             transport,
             forwards,
+            reads,
             membership_change,
             hub,
             log,
@@ -255,57 +263,19 @@ impl Consensus {
         self.inner.hub.state()
     }
 
-    /// A state that holds all that was acknowledged, anywhere, before this call.
-    pub async fn read_state(&self) -> Result<State, ReadError> {
-        let waited = self.inner.timing.patience;
-        let mut deadline = Deadline::after(waited);
-        loop {
-            let asked = if self.is_raft_leader() {
-                deadline.bound(self.read_index_here()).await.flatten()
-            } else {
-                self.ask_read_index(&deadline).await
-            };
-            if let Some(log_id) = asked {
-                return self.wait_applied(log_id, &deadline).await;
-            }
-            if self.inner.metrics.borrow().running_state.is_err() {
-                return Err(ReadError::Stopped);
-            }
-            if deadline.has_passed() {
-                return Err(ReadError::NoLeader { waited });
-            }
-            deadline.back_off().await;
-        }
-    }
-
-    async fn ask_read_index(&self, deadline: &Deadline) -> ReadIndexAnswer {
-        let (leader, addr) = self.raft_leader()?;
-        let body = Route { from: self.inner.raft_id, to: leader }.start();
-        let request = RaftRequest::ReadIndex(body.into());
-        let call = self.inner.transport.call(leader, &addr, request, deadline.remaining());
-        let mut metrics = self.inner.metrics.clone();
-        let answer = tokio::select! {
-            answer = call => answer.ok()?,
-            _ = metrics.wait_for(|metrics| metrics.current_leader != Some(leader)) => return None,
-        };
-        wire::read_json(&wire::read_answer(answer).ok()?.rest()).ok()?
-    }
-
-    async fn wait_applied(&self, log_id: LogId, deadline: &Deadline) -> Result<State, ReadError> {
-        let mut published = self.inner.hub.watch();
-        let applied = published.wait_for(|published| {
-            published.applied.is_some_and(|applied| applied.index >= log_id.index)
-        });
-        match deadline.bound(applied).await {
-            Some(Ok(published)) => Ok(published.state.clone()),
-            Some(Err(_)) => Err(ReadError::Stopped),
-            None => Err(ReadError::NoLeader { waited: self.inner.timing.patience }),
-        }
+    /// The applied state and how far it is, as it changes.
+    pub(super) fn watch_published(&self) -> watch::Receiver<Published> {
+        self.inner.hub.watch()
     }
 
     /// Follows the state from now on; see [`Feed::next`].
     pub fn subscribe(&self) -> Feed {
         self.inner.hub.subscribe()
+    }
+
+    /// What happened, as far as it is kept. [`Consensus::subscribe`] tells when there is more.
+    pub fn events<T>(&self, read: impl FnOnce(&Ring) -> T) -> T {
+        self.inner.hub.events(read)
     }
 
     /// Who leads.

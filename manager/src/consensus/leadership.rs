@@ -53,6 +53,14 @@ impl Metrics {
         self.0.borrow_watched()
     }
 
+    /// The leader's Raft id and address, as openraft knows them.
+    pub(crate) fn leader(&self) -> Option<(u64, String)> {
+        let metrics = self.borrow();
+        let leader = metrics.current_leader?;
+        let node = metrics.membership_config.membership().get_node(&leader)?;
+        Some((leader, node.addr.clone()))
+    }
+
     /// Waits until they are as asked for; none when openraft is gone.
     pub(crate) async fn wait_for(
         &mut self,

@@ -16,11 +16,11 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::{EntryPayload, OptionalSend, alias};
 use serde::Deserialize;
 use skep_manager_core::command::FORMAT_LEVEL;
-use skep_manager_core::{Change, Command, State, swarm};
+use skep_manager_core::{Change, Command, State, events, swarm};
 use tokio::runtime::RuntimeFlavor;
 
 use super::codec::entry_size;
-use super::feed::{Hub, Published};
+use super::feed::{Hub, Published, Steps};
 use super::snapshot::{SnapshotData, SnapshotStore};
 use super::types::{LogId, Payload, Reply, SnapshotMeta, StoredMembership, TypeConfig};
 
@@ -79,14 +79,14 @@ impl Machine {
         &mut self,
         batch: Vec<Result<EntryResponder<TypeConfig>, io::Error>>,
     ) -> Result<(), io::Error> {
-        let mut changes = Vec::new();
+        let (mut changes, mut steps) = (Vec::new(), Steps::new());
         let mut replies = Vec::with_capacity(batch.len());
         for item in batch {
             let (entry, responder) = item?;
             let log_id = entry.log_id;
             let reply = match entry.payload {
                 EntryPayload::Normal(payload) => {
-                    self.apply_command(log_id, &payload, &mut changes)?
+                    self.apply_command(log_id, &payload, &mut changes, &mut steps)?
                 }
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(log_id), membership);
@@ -101,6 +101,7 @@ impl Machine {
             self.applied = Some(log_id);
             replies.extend(responder.map(|responder| (responder, reply)));
         }
+        self.hub.note(steps);
         self.publish(&changes, false);
         for (responder, reply) in replies {
             responder.send(reply);
@@ -113,13 +114,17 @@ impl Machine {
         log_id: LogId,
         payload: &Payload,
         changes: &mut Vec<Change>,
+        steps: &mut Steps,
     ) -> Result<Reply, io::Error> {
         let command = decode(log_id.index, &payload.0).map_err(|error| {
             // The first one is what stops this manager.
             drop(self.obstacle.set(error.clone()));
             io::Error::other(error)
         })?;
+        let before = self.state.clone();
         let (outcome, changed) = self.state.apply(log_id.index, &command);
+        let events = events::of(&before, &self.state, &changed, command.at);
+        steps.push((log_id.index, events));
         changes.extend(changed);
         Ok(Reply::Outcome(outcome))
     }
@@ -209,6 +214,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         self.state = state;
         self.applied = meta.last_log_id;
         self.membership = meta.last_membership.clone();
+        self.hub.restart_events(index);
         self.publish(&[], true);
         Ok(())
     }

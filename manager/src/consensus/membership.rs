@@ -272,10 +272,7 @@ impl Consensus {
 
     /// Whom openraft takes for the leader, with the address.
     pub(crate) fn raft_leader(&self) -> Option<(u64, String)> {
-        let metrics = self.inner.metrics.borrow();
-        let leader = metrics.current_leader?;
-        let node = metrics.membership_config.membership().get_node(&leader)?;
-        Some((leader, node.addr.clone()))
+        self.inner.metrics.leader()
     }
 }
 

@@ -11,7 +11,7 @@
 //!
 //! # Reading order
 //!
-//! `handle` and `options`; `propose`, `membership`, `leadership`, `feed` (what callers use); `serve`,
+//! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `feed` (what callers use); `serve`,
 //! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `codec`,
 //! `frame`, `seal`, `disk` (bytes).
 //!
@@ -43,6 +43,7 @@ pub mod membership;
 mod network;
 mod options;
 pub mod propose;
+mod reads;
 mod runtime;
 mod seal;
 mod serve;

@@ -1,16 +1,13 @@
 //! The receiving side: what other managers send.
 
 use bytes::Bytes;
-use openraft::ReadPolicy;
 
 use super::Consensus;
 use super::codec::{Malformed, Reader};
 use super::deadline::Deadline;
 use super::propose::{submit, verdict_of, wait_written};
 use super::snapshot::SnapshotData;
-use super::wire::{
-    self, CommandVerdict, Proposal, RaftRequest, ReadIndexAnswer, Route, SnapshotHead,
-};
+use super::wire::{self, CommandVerdict, Proposal, RaftRequest, Route, SnapshotHead};
 
 /// Why a request was not served. The sender gets the text.
 #[derive(Debug, thiserror::Error)]
@@ -136,11 +133,5 @@ impl Consensus {
             }));
         }
         verdicts
-    }
-
-    /// What a linearizable read must have applied; none unless this manager leads with a quorum.
-    pub(crate) async fn read_index_here(&self) -> ReadIndexAnswer {
-        let linearizer = self.inner.raft.get_read_linearizer(ReadPolicy::ReadIndex).await;
-        linearizer.ok().map(|linearizer| *linearizer.read_log_id().log_id())
     }
 }

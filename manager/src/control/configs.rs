@@ -1,7 +1,7 @@
-//! Configs: their creation, their versions and their end.
+//! Configs: as [secrets](super::secrets), but that everybody may read them.
 
-#![expect(clippy::unused_async, reason = "they will ask the store")]
-
+use skep_common::object::Config;
+use skep_manager_core::secrets::Update;
 use skep_proto::{
     CreateConfigRequest, CreateConfigResponse, RemoveConfigRequest, RemoveConfigResponse,
     UpdateConfigRequest, UpdateConfigResponse,
@@ -9,25 +9,30 @@ use skep_proto::{
 use tonic::Status;
 
 use super::ControlService;
-use super::error::not_supported;
+use super::secrets::{Wanted, create_one, remove_one, update_one};
 
 pub(super) async fn create(
-    _control: &ControlService,
-    _request: CreateConfigRequest,
+    control: &ControlService,
+    request: CreateConfigRequest,
 ) -> Result<CreateConfigResponse, Status> {
-    Err(not_supported("config create"))
+    let id = create_one::<Config>(control, &request.spec_json).await?;
+    Ok(CreateConfigResponse { id, warnings: Vec::new() })
 }
 
 pub(super) async fn update(
-    _control: &ControlService,
-    _request: UpdateConfigRequest,
+    control: &ControlService,
+    request: UpdateConfigRequest,
 ) -> Result<UpdateConfigResponse, Status> {
-    Err(not_supported("config update"))
+    let UpdateConfigRequest { id, version, spec_json, data_changes } = request;
+    let wanted = Wanted { id, version, spec_json, data_changes };
+    let Update { data_version, services, .. } = update_one::<Config>(control, &wanted).await?;
+    Ok(UpdateConfigResponse { data_version, services })
 }
 
 pub(super) async fn remove(
-    _control: &ControlService,
-    _request: RemoveConfigRequest,
+    control: &ControlService,
+    request: RemoveConfigRequest,
 ) -> Result<RemoveConfigResponse, Status> {
-    Err(not_supported("config rm"))
+    remove_one::<Config>(control, &request.id).await?;
+    Ok(RemoveConfigResponse {})
 }

@@ -1,7 +1,7 @@
 //! Why a control request was refused. Messages and codes follow SwarmKit's control API.
 
 use skep_common::Kind;
-use skep_manager_core::{Refusal, container, network, service, stack};
+use skep_manager_core::{Refusal, container, network, secrets, service, stack};
 use tonic::{Code, Status};
 
 use crate::consensus::{ReadError, propose};
@@ -39,6 +39,9 @@ pub enum Error {
     /// The core refused the request about a network.
     #[error(transparent)]
     Network(#[from] network::Error),
+    /// The core refused the request about a secret or a config.
+    #[error(transparent)]
+    Secret(#[from] secrets::Error),
     /// The core refused the request about a container.
     #[error(transparent)]
     Container(#[from] container::Error),
@@ -64,6 +67,9 @@ impl Error {
             Self::Precondition(_) => Code::FailedPrecondition,
             Self::Service(error) => service_code(error),
             Self::Network(error) => network_code(error),
+            Self::Secret(error) | Self::Stack(stack::Error::Payload { error, .. }) => {
+                payload_code(error)
+            }
             Self::Container(error) => container_code(error),
             Self::Stack(stack::Error::Network { error, .. }) => network_code(error),
             Self::Stack(stack::Error::NotFound { .. }) => Code::NotFound,
@@ -80,9 +86,21 @@ impl Error {
                 | Refusal::ConfigInUse { .. }
                 | Refusal::LevelTooHigh { .. },
             ) => Code::FailedPrecondition,
-            Self::Refused(Refusal::NetworkNotFound { .. }) => Code::NotFound,
+            Self::Refused(Refusal::NetworkNotFound { .. } | Refusal::PayloadNotFound { .. }) => {
+                Code::NotFound
+            }
             Self::Refused(Refusal::NodeNumbersExhausted) => Code::ResourceExhausted,
             Self::Propose(_) | Self::Read(_) => Code::Unavailable,
+        }
+    }
+}
+
+fn payload_code(error: &secrets::Error) -> Code {
+    match error {
+        secrets::Error::Invalid(_) => Code::InvalidArgument,
+        secrets::Error::NameTaken { .. } => Code::AlreadyExists,
+        secrets::Error::InUse { .. } | secrets::Error::TooManyUsers { .. } => {
+            Code::FailedPrecondition
         }
     }
 }
@@ -118,9 +136,9 @@ fn service_code(error: &service::Error) -> Code {
         service::Error::Invalid(_) | service::Error::Port(_) => Code::InvalidArgument, // As SwarmKit.
         service::Error::NameTaken { .. } => Code::AlreadyExists,
         service::Error::Rename | service::Error::ModeChange => Code::Unimplemented,
-        service::Error::NoPreviousSpec { .. } | service::Error::BeingRemoved { .. } => {
-            Code::FailedPrecondition
-        }
+        service::Error::NoPreviousSpec { .. }
+        | service::Error::NoSuchRevision { .. }
+        | service::Error::BeingRemoved { .. } => Code::FailedPrecondition,
     }
 }
 

@@ -1,16 +1,18 @@
 //! What services were before.
 
-#![expect(clippy::unused_async, reason = "they will ask the store")]
-
 use skep_proto::{ServiceHistoryRequest, ServiceHistoryResponse};
-use tonic::Status;
 
-use super::ControlService;
-use super::error::not_supported;
+use super::error::Error;
+use super::{ControlService, services};
 
 pub(super) async fn of_service(
-    _control: &ControlService,
-    _request: ServiceHistoryRequest,
-) -> Result<ServiceHistoryResponse, Status> {
-    Err(not_supported("service history"))
+    control: &ControlService,
+    request: ServiceHistoryRequest,
+) -> Result<ServiceHistoryResponse, Error> {
+    let state = control.read().await?;
+    let service = services::find(&state, &request.id)?;
+    let revisions: Vec<_> = state.revisions_of(service.id).collect();
+    let json = |revision| serde_json::to_string(revision).expect("a revision is plain JSON");
+    let revisions_json = revisions.into_iter().rev().map(|revision| json(&**revision)).collect();
+    Ok(ServiceHistoryResponse { revisions_json })
 }

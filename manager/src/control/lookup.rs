@@ -150,7 +150,13 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
         }
         Object::Secret(secret) => {
             secret.spec.data = None;
-            secret.versions.values_mut().for_each(|version| version.data = None);
+            for version in secret.versions.values_mut() {
+                version.data = None;
+                version.digest.clear(); // A password could be guessed by it.
+            }
+        }
+        Object::Config(config) => {
+            config.versions.values_mut().for_each(|version| version.data = None);
         }
         _ => {}
     }

@@ -4,8 +4,9 @@
 //! one transaction whose preconditions make it safe on any manager: the leader need not run it.
 //!
 //! Reading order: [`error`], [`lookup`] (references and documents), `services`, `containers`, `networks`, `nodes`,
-//! `stacks`, `watch`, `logs`, `path`, `secrets`, `configs`, `swarm`, `history`, `plans`, `events`.
+//! `stacks`, `audit`, `watch`, `logs`, `path`, `secrets`, `configs`, `swarm`, `history`, `plans`, `events`.
 
+mod audit;
 mod configs;
 mod containers;
 pub mod error;
@@ -37,6 +38,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::consensus::Consensus;
+pub use audit::Audited;
 pub use containers::ContainersService;
 use error::{Error, kind_name, kind_of, not_supported};
 use lookup::{Facts, document};
@@ -84,9 +86,13 @@ impl ControlService {
 
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
-        let outcome = self.inner.consensus.propose(&Command::new(clock::now(), actions)).await?;
-        match outcome {
-            Outcome::Applied(version) => Ok(version),
+        let mut command = Command::new(clock::now(), actions);
+        audit::sign(&mut command);
+        match self.inner.consensus.propose(&command).await? {
+            Outcome::Applied(version) => {
+                audit::note(version);
+                Ok(version)
+            }
             Outcome::Refused(refusal) => Err(Error::Refused(refusal)),
         }
     }
@@ -237,7 +243,12 @@ impl Control for ControlService {
         let request = request.into_inner();
         let kind = kind_of(&request.kind)?;
         let state = self.read().await?;
-        let object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
+        let mut object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
+        if let Object::Config(config) = &mut object {
+            // Anybody may read it, as in Docker. Lists are without: a config may be large.
+            let newest = config.versions.values().next_back();
+            config.spec.data = newest.and_then(|version| version.data.clone());
+        }
         let json = self.json(&state, object);
         Ok(Response::new(Document { kind: request.kind, json, ..Document::default() }))
     }
@@ -268,9 +279,6 @@ impl Control for ControlService {
         request: Request<UpdateServiceRequest>,
     ) -> Answer<UpdateServiceResponse> {
         let request = request.into_inner();
-        if request.rollback_to > 0 {
-            return Err(not_supported("service rollback --to"));
-        }
         Ok(Response::new(services::update(self, request).await?))
     }
 

@@ -2,8 +2,10 @@
 //! that means.
 //!
 //! Both observe before either sends, and both have sent before either reports: no clock is compared.
-//! What that means for encrypted networks is in `secure`.
+//! What that means for encrypted networks is in `secure`; nodes that balance in user space have no tunnel,
+//! and are in `passages`.
 
+mod passages;
 mod secure;
 
 use std::time::Duration;
@@ -38,6 +40,9 @@ pub(super) async fn check(
     let (from, to) = (node(&request.from)?, node(&request.to)?);
     if from.id == to.id {
         return Err(Error::Invalid("name two nodes: there is no network between one".to_owned()));
+    }
+    if [from, to].into_iter().any(passages::are_the_way_of) {
+        return Ok(passages::check(control, from, to).await);
     }
     let token = rand::random::<u64>() >> 1; // The highest bit is that of echoes.
     let (one, other) =
@@ -93,6 +98,7 @@ impl Side {
             peer_number: peer.number.into(),
             self_number: node.number.into(),
             token,
+            ..CheckPathRequest::default()
         };
         let _ = requests.try_send(first); // It has room for every step.
         let mut client = PeerClient::new(channel);
@@ -257,6 +263,23 @@ fn mtu(ends: (&str, &str), from: &PathReport, to: &PathReport) -> NetworkCheck {
 mod tests {
     use super::*;
 
+    pub(super) fn node(name: &str) -> Node {
+        let hostname = name.into();
+        Node {
+            id: NodeId(1),
+            meta: skep_common::Meta::default(),
+            spec: skep_common::spec::NodeSpec::default(),
+            description: Some(skep_common::object::NodeDescription {
+                hostname,
+                ..Default::default()
+            }),
+            status: skep_common::object::NodeStatus::default(),
+            manager_status: None,
+            number: 1,
+            role: None,
+        }
+    }
+
     fn counts(of: &[(u32, u32)]) -> Vec<ProbeCount> {
         of.iter().map(|(size, count)| ProbeCount { size: *size, count: *count }).collect()
     }
@@ -274,6 +297,7 @@ mod tests {
             outgoing_obstacles: Vec::new(),
             encryption: "none".into(),
             secure: None,
+            passage: None,
         }
     }
 
@@ -305,19 +329,7 @@ mod tests {
 
     #[test]
     fn the_remedy_of_a_node_that_takes_no_part_is_that_of_its_reason() {
-        let node = Node {
-            id: NodeId(1),
-            meta: skep_common::Meta::default(),
-            spec: skep_common::spec::NodeSpec::default(),
-            description: Some(skep_common::object::NodeDescription {
-                hostname: "a".into(),
-                ..Default::default()
-            }),
-            status: skep_common::object::NodeStatus::default(),
-            manager_status: None,
-            number: 1,
-            role: None,
-        };
+        let node = node("a");
         for (why, expect) in [
             (Status::resource_exhausted("busy"), "wait until the checks that a is in have ended"),
             (Status::unimplemented(""), "upgrade skep on a"),

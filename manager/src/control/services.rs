@@ -26,7 +26,8 @@ pub(super) async fn create(
                 Refusal::PortInUse { .. }
                 | Refusal::OutOfSequence { .. }
                 | Refusal::AddressInUse { .. }
-                | Refusal::NetworkNotFound { .. },
+                | Refusal::NetworkNotFound { .. }
+                | Refusal::PayloadNotFound { .. },
             )) => {}
             Err(error) => return Err(error),
             Ok(version) => {
@@ -46,13 +47,18 @@ pub(super) async fn update(
     request: UpdateServiceRequest,
 ) -> Result<UpdateServiceResponse, Error> {
     let version = Version { index: request.version };
-    let spec: Option<ServiceSpec> = match request.rollback {
+    let is_rollback = request.rollback || request.rollback_to > 0;
+    let spec: Option<ServiceSpec> = match is_rollback {
         true => None,
         false => Some(parse_json("service spec", &request.spec_json)?),
     };
     let (mut state, mut service) = view(control, &request.id, version).await?;
     loop {
         let action = match &spec {
+            None if request.rollback_to > 0 => {
+                let number = request.rollback_to;
+                Some(service::rollback_to(&state, &service, version, number, clock::now())?)
+            }
             None => Some(service::rollback(&state, &service, version, clock::now())?),
             Some(spec) => service::update(&state, &service, version, spec.clone())?,
         };
@@ -62,7 +68,11 @@ pub(super) async fn update(
         };
         match written {
             // Another writer was given the same address, or removed the network: the next view decides.
-            Err(Error::Refused(Refusal::AddressInUse { .. } | Refusal::NetworkNotFound { .. })) => {
+            Err(Error::Refused(
+                Refusal::AddressInUse { .. }
+                | Refusal::NetworkNotFound { .. }
+                | Refusal::PayloadNotFound { .. },
+            )) => {
                 state = control.read().await?;
                 service = find(&state, &request.id)?;
             }
@@ -107,7 +117,8 @@ pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Err
     }
 }
 
-fn find(state: &State, id: &str) -> Result<Arc<Service>, Error> {
+/// The service with an id.
+pub(super) fn find(state: &State, id: &str) -> Result<Arc<Service>, Error> {
     let service_id = ServiceId(parse_id(Kind::Service, id)?);
     let not_found = || Error::NotFound { kind: "service", reference: id.to_owned() };
     state.service(service_id).cloned().ok_or_else(not_found)

@@ -39,6 +39,12 @@ pub(super) async fn deploy(
             removed: deployment.removed,
             warnings,
             created_networks: deployment.created_networks,
+            created_secrets: deployment.secrets.created,
+            updated_secrets: deployment.secrets.updated,
+            removed_secrets: deployment.secrets.removed,
+            created_configs: deployment.configs.created,
+            updated_configs: deployment.configs.updated,
+            removed_configs: deployment.configs.removed,
         });
     }
 }
@@ -57,6 +63,8 @@ pub(super) async fn remove(
                 return Ok(RemoveStackResponse {
                     removed: removal.services,
                     removed_networks: removal.networks,
+                    removed_secrets: removal.secrets,
+                    removed_configs: removal.configs,
                 });
             }
         }
@@ -71,12 +79,13 @@ fn is_race(refusal: &Refusal) -> bool {
         | Refusal::AddressInUse { .. }
         | Refusal::VniInUse { .. }
         | Refusal::NetworkInUse { .. }
-        | Refusal::NetworkNotFound { .. } => true,
+        | Refusal::NetworkNotFound { .. }
+        | Refusal::SecretInUse { .. }
+        | Refusal::ConfigInUse { .. }
+        | Refusal::PayloadNotFound { .. } => true,
         Refusal::NotFound { .. }
         | Refusal::NameTaken { .. }
         | Refusal::NodeNumbersExhausted
-        | Refusal::SecretInUse { .. }
-        | Refusal::ConfigInUse { .. }
         | Refusal::LevelTooHigh { .. } => false,
     }
 }

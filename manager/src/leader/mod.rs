@@ -19,7 +19,7 @@ mod role;
 mod sessions;
 mod trust;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt as _;
@@ -27,12 +27,12 @@ use futures::future::BoxFuture;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use skep_common::object::TaskStatus;
-use skep_common::{Kind, NodeId, TaskId, Timestamp};
+use skep_common::{NodeId, TaskId, Timestamp};
 use skep_manager_core::endpoints::Drain;
-use skep_manager_core::liveness::{Event, Liveness};
+use skep_manager_core::liveness::{Answer, Event, Liveness};
+use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{
-    Action, Command, Dirty, LeaderMemory, Outcome, State, TaskPatch, image, level, node_name, plan,
-    rotation, swarm,
+    Action, Command, Dirty, LeaderMemory, Outcome, State, image, node_name, plan, rotation, swarm,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -48,6 +48,8 @@ const TICK: Duration = Duration::from_millis(200);
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
 /// Events taken in one go: bounds how long a commit waits behind reports.
 const EVENTS_AT_ONCE: usize = 512;
+/// Facts and nodes written by one command: bounds its size, and what one refusal throws back.
+const ACTIONS_AT_ONCE: usize = 256;
 
 /// Leads whenever this manager does, for as long as it runs.
 pub(crate) async fn run(consensus: Consensus, door: Door, tasks: TaskSet) {
@@ -85,10 +87,10 @@ type InFlight = BoxFuture<'static, Result<Outcome, propose::Error>>;
 /// What a command in flight carries beside its actions.
 #[derive(Debug, Default)]
 struct Carried {
-    statuses: BTreeMap<TaskId, TaskStatus>,
+    statuses: Statuses,
     is_plan: bool,
-    /// What was queued: facts without a precondition, told until they are stored.
-    queued: Vec<Action>,
+    /// Facts without a precondition, told until they are stored.
+    facts: Vec<Action>,
 }
 
 struct Leader {
@@ -105,11 +107,9 @@ struct Leader {
     not_in_balancer: BTreeSet<NodeId>,
     drain: Drain,
     sessions: Sessions,
-    /// Reported and not committed yet; only the newest counts.
-    reported: BTreeMap<TaskId, TaskStatus>,
-    /// Tasks that were told to stop without the acknowledgement of these nodes, until that is stored.
-    missed: BTreeMap<TaskId, Vec<String>>,
-    queued: VecDeque<Vec<Action>>,
+    reports: Reports,
+    /// What nodes said and has no precondition, in order.
+    facts: VecDeque<Action>,
     in_flight: Option<(InFlight, Carried)>,
     /// An earlier command of this term may still be committed: nothing is decided before that is known.
     is_uncertain: bool,
@@ -126,7 +126,7 @@ impl Leader {
         let now = clock::now();
         let (probe_results, probes) = mpsc::channel(skep_common::limits::QUEUE_LENGTH);
         Self {
-            drain: Drain::new(&state, &BTreeSet::new(), now),
+            drain: Drain::new(&state, &BTreeSet::new(), now).in_term(term),
             liveness: Liveness::new(&state, now),
             sessions: Sessions::new(term),
             consensus,
@@ -139,9 +139,8 @@ impl Leader {
             memory: LeaderMemory::default(),
             rng: StdRng::from_rng(&mut rand::rng()),
             not_in_balancer: BTreeSet::new(),
-            reported: BTreeMap::new(),
-            missed: BTreeMap::new(),
-            queued: VecDeque::new(),
+            reports: Reports::default(),
+            facts: VecDeque::new(),
             in_flight: None,
             // A loop of before, of the same term, may have left one.
             is_uncertain: true,
@@ -213,16 +212,8 @@ impl Leader {
         }
         if commit.all_changed {
             self.dirty = Dirty::all();
-            self.sessions.mark_all();
         }
         self.dirty.extend(&commit.changes);
-        for change in &commit.changes {
-            match change.kind {
-                Kind::Task => self.sessions.mark(change.node_id),
-                Kind::Node | Kind::Image | Kind::Cluster => self.sessions.mark_all(),
-                _ => {}
-            }
-        }
     }
 
     fn handle(&mut self, event: SessionEvent) {
@@ -234,7 +225,7 @@ impl Leader {
                 let Some(actions) = opened else { return };
                 self.liveness.observe(Event::SessionOpened { node_id, at: clock::now() });
                 self.drain.session_opened(node_id);
-                self.queue(actions);
+                self.facts.extend(actions);
             }
             SessionEvent::Closed { node_id, session_id } => {
                 if self.sessions.close(node_id, session_id) {
@@ -269,7 +260,7 @@ impl Leader {
                     tracing::warn!(node.id = %node_id, digest, error, "a node cannot get an image");
                 }
                 let actions = self.sessions.note_image(&self.state, node_id, report);
-                self.queue(actions);
+                self.facts.extend(actions);
             }
             Message::Description(report) => {
                 self.sessions.note_description(node_id, &report.description_json);
@@ -284,22 +275,8 @@ impl Leader {
             tracing::warn!(node.id = %node_id, task.id = report.task_id, "an unreadable report is ignored");
             return;
         };
-        let Some(task) = self.state.task(task_id) else { return };
-        if task.node_id != Some(node_id) {
-            tracing::warn!(node.id = %node_id, task.id = %task_id, "a report on another node's task is ignored");
-            return;
-        }
-        let mut known = task.status.clone();
-        known.applied_at = status.applied_at;
-        known.unacknowledged.clone_from(&status.unacknowledged); // Not for a node to say.
-        if status.state >= known.state && status != known {
-            self.reported.insert(task_id, status);
-        }
-    }
-
-    fn queue(&mut self, actions: Vec<Action>) {
-        if !actions.is_empty() {
-            self.queued.push_back(actions);
+        if let Err(error) = self.reports.take(&self.state, node_id, task_id, status) {
+            tracing::warn!(node.id = %node_id, task.id = %task_id, "{error}");
         }
     }
 
@@ -322,24 +299,24 @@ impl Leader {
         self.probe(&verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;
-        if self.queued.is_empty() {
+        let mut carried = Carried::default();
+        let mut actions = self.next_facts();
+        carried.facts.clone_from(&actions);
+        if actions.is_empty() {
             // Decided anew at each pass, until it is so.
-            let described = self.sessions.descriptions(&self.state, now);
-            self.queued.extend(described.into_iter().map(|action| vec![action]));
+            actions = self.sessions.descriptions(&self.state, now, ACTIONS_AT_ONCE);
         }
-        if self.queued.is_empty() {
-            verdict.actions.iter().for_each(log_transition);
-            self.queued.extend(verdict.actions.into_iter().map(|action| vec![action]));
+        if actions.is_empty() {
+            actions = verdict.actions;
+            actions.truncate(ACTIONS_AT_ONCE);
+            actions.iter().for_each(log_transition);
         }
-        if self.queued.is_empty()
+        if actions.is_empty()
             && let Some(step) = rotation::advance(&self.state, now)
         {
             tracing::info!("the change of the root goes on: all nodes are ready for its next step");
-            self.queued.push_back(vec![step]);
+            actions.push(step);
         }
-        let mut carried = Carried::default();
-        let mut actions = self.queued.pop_front().unwrap_or_default();
-        carried.queued.clone_from(&actions);
         if actions.is_empty() {
             // A pass over images and tasks, worth it only when one of them may have lost its last use.
             let is_sweep_due = self.dirty.images || !self.dirty.services.is_empty();
@@ -348,37 +325,16 @@ impl Leader {
                 actions.extend(image::unused(&self.state));
             }
         }
-        self.note_missed();
-        let statuses = std::mem::take(&mut self.reported);
-        actions.extend(statuses.iter().map(|(task_id, status)| {
-            Action::PatchTask(TaskPatch { status: Some(status.clone()), ..TaskPatch::of(*task_id) })
-        }));
-        carried.statuses = statuses;
+        carried.statuses = self.reports.next(&self.state);
+        actions.extend(reports::patches(&carried.statuses));
         if !actions.is_empty() {
             self.propose(Command::new(now, actions), carried);
         }
     }
 
-    /// Puts the nodes that were not waited for into the statuses that are about to be stored, where a
-    /// node's report would take them out, and has them stored where they are not yet.
-    fn note_missed(&mut self) {
-        let (state, reported) = (&self.state, &mut self.reported);
-        if level::of_managers(state) < level::FACTS {
-            self.missed.clear(); // A manager of before would not keep it; the log of this one has it.
-        }
-        self.missed.retain(|task_id, names| {
-            let Some(task) = state.task(*task_id) else { return false };
-            let is_stored = task.status.unacknowledged == *names;
-            if !is_stored {
-                reported.entry(*task_id).or_insert_with(|| task.status.clone());
-            }
-            !is_stored
-        });
-        for (task_id, status) in reported {
-            let stored = || state.task(*task_id).map(|task| task.status.unacknowledged.clone());
-            let missed = self.missed.get(task_id).cloned();
-            status.unacknowledged = missed.or_else(stored).unwrap_or_default();
-        }
+    fn next_facts(&mut self) -> Vec<Action> {
+        let n = self.facts.len().min(ACTIONS_AT_ONCE);
+        self.facts.drain(..n).collect()
     }
 
     fn plan(&mut self, now: Timestamp, carried: &mut Carried) -> Vec<Action> {
@@ -418,15 +374,13 @@ impl Leader {
         if carried.is_plan {
             self.dirty = Dirty::all();
         }
-        let is_fact = |action: &Action| matches!(action, Action::ImageHolder { .. });
-        self.queue(carried.queued.into_iter().filter(is_fact).collect());
-        for (task_id, status) in carried.statuses {
-            self.reported.entry(task_id).or_insert(status); // A newer one counts.
+        for fact in carried.facts.into_iter().rev() {
+            self.facts.push_front(fact);
         }
+        self.reports.give_back(carried.statuses);
     }
 
-    /// Asks machines whether they live. A machine that refuses the connection lives: its daemon is
-    /// restarting, and its containers run; silence decides then.
+    /// Asks machines whether they live.
     fn probe(&self, nodes: &[NodeId]) {
         for node_id in nodes {
             let Some(node) = self.state.node(*node_id) else { continue };
@@ -434,14 +388,14 @@ impl Leader {
             let results = self.probe_results.clone();
             self.tasks.spawn("probe", async move {
                 let connect = TcpStream::connect(&address);
-                let is_alive = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
-                    Ok(Ok(_)) => true,
+                let answer = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
+                    Ok(Ok(_)) => Answer::Accepted,
                     Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                        return;
+                        Answer::Refused
                     }
-                    Ok(Err(_)) | Err(_) => false,
+                    Ok(Err(_)) | Err(_) => Answer::None,
                 };
-                let probed = Event::Probed { node_id, at: clock::now(), is_alive };
+                let probed = Event::Probed { node_id, at: clock::now(), answer };
                 let _ = results.send(probed).await; // The loop has ended.
             });
         }
@@ -459,7 +413,7 @@ impl Leader {
             let names: Vec<String> = nodes.iter().map(name).collect();
             let nodes = names.join(", ");
             tracing::warn!(task.id = %task_id, nodes, "a task is stopped without the acknowledgement of nodes that may still balance to it");
-            self.missed.insert(task_id, names);
+            self.reports.note_missed(task_id, names);
         }
         self.sessions.renew(&self.state, now);
         self.sessions.dispatch(&self.state, &mut self.drain, held_back, now);

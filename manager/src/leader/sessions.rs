@@ -1,9 +1,10 @@
 //! The open sessions: what each node was told, and what is new for it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::payloads::payloads;
+use super::payloads;
 use super::role::role_of;
 use super::trust::{Renewals, Trust};
 use skep_common::limits::{
@@ -18,8 +19,8 @@ use skep_manager_core::claims::Claims;
 use skep_manager_core::endpoints::networks::{
     Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
 };
-use skep_manager_core::endpoints::{self, Drain, NodeTable};
-use skep_manager_core::{Action, Expect, State, level, rotation};
+use skep_manager_core::endpoints::{self, Drain, NodeTable, PortKey};
+use skep_manager_core::{Action, Expect, State, level, rotation, store};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
@@ -66,7 +67,14 @@ pub(super) struct Sessions {
     /// Images or nodes changed: duties are chosen anew.
     are_duties_stale: bool,
     renewals: Renewals,
+    /// The newest state that was looked at for what it has for whom.
+    seen: State,
+    /// The nodes, of which version, that all descriptions were compared with, and when to compare them
+    /// again.
+    described: Option<(Nodes, Option<Timestamp>)>,
 }
+
+type Nodes = store::Table<NodeId, object::Node>;
 
 impl Sessions {
     pub(super) fn new(term: u64) -> Self {
@@ -77,22 +85,31 @@ impl Sessions {
             duties: CopyDuties::new(),
             are_duties_stale: true,
             renewals: Renewals::default(),
+            seen: State::default(),
+            described: None,
         }
     }
 
     /// Marks one node for the next dispatch.
-    pub(super) fn mark(&mut self, node_id: Option<NodeId>) {
-        if let Some(session) = node_id.and_then(|node_id| self.open.get_mut(&node_id)) {
+    fn mark(&mut self, node_id: NodeId) {
+        if let Some(session) = self.open.get_mut(&node_id) {
             session.is_dirty = true;
         }
     }
 
-    /// Marks every node for the next dispatch.
-    pub(super) fn mark_all(&mut self) {
-        self.are_duties_stale = true;
-        for session in self.open.values_mut() {
-            session.is_dirty = true;
+    /// Marks the nodes that a new state has something new for.
+    fn look_at(&mut self, state: &State) {
+        if state.version() == self.seen.version() {
+            return;
         }
+        match assignments::concerned(&self.seen, state) {
+            Some(nodes) => nodes.into_iter().for_each(|node_id| self.mark(node_id)),
+            None => {
+                self.are_duties_stale = true;
+                self.open.values_mut().for_each(|session| session.is_dirty = true);
+            }
+        }
+        self.seen = state.clone();
     }
 
     /// Takes a session in, and returns what it changes in the store; `None` where it was turned away.
@@ -161,6 +178,7 @@ impl Sessions {
             address,
         };
         self.open.insert(node_id, session);
+        self.described = None;
         Some(holdings(state, node_id, &hello.image_digests))
     }
 
@@ -168,26 +186,43 @@ impl Sessions {
     pub(super) fn note_description(&mut self, node_id: NodeId, json: &str) {
         let Some(session) = self.open.get_mut(&node_id) else { return };
         match description(json) {
-            Ok(description) => session.description = description,
+            Ok(description) => {
+                session.description = description;
+                self.described = None;
+            }
             Err(error) => {
                 tracing::warn!(node.id = %node_id, %error, "an unreadable description is ignored");
             }
         }
     }
 
-    /// What nodes with a session say of themselves, where the store has something else.
+    /// What nodes with a session say of themselves, where the store has something else; `n_max` at most.
     ///
     /// What a manager of before does not know waits until all managers know it.
-    pub(super) fn descriptions(&mut self, state: &State, now: Timestamp) -> Vec<Action> {
-        let is_due = |session: &Session| {
-            session.described_at.is_none_or(|at| now >= at.after(DESCRIPTION_PERIOD))
-        };
+    pub(super) fn descriptions(
+        &mut self,
+        state: &State,
+        now: Timestamp,
+        n_max: usize,
+    ) -> Vec<Action> {
+        let is_current = self.described.as_ref().is_some_and(|(nodes, again_at)| {
+            nodes.ptr_eq(state.nodes()) && again_at.is_none_or(|at| now < at)
+        });
+        if is_current {
+            return Vec::new(); // The claims of all nodes are worth collecting only for news.
+        }
         let mut claims = Claims::of(state);
         let level = level::of_managers(state);
         let is_known = level >= level::FACTS;
-        let due = self.open.iter_mut().filter(|(_, session)| is_due(session));
-        let wrong = due.filter_map(|(node_id, session)| {
-            let node = state.node(*node_id)?;
+        let (mut actions, mut again_at) = (Vec::new(), None);
+        for (node_id, session) in &mut self.open {
+            let Some(node) = state.node(*node_id) else { continue };
+            let due_at = session.described_at.map(|at| at.after(DESCRIPTION_PERIOD));
+            let wait = due_at.filter(|at| now < *at);
+            if wait.is_some() || actions.len() == n_max {
+                again_at = [again_at, wait.or(Some(now))].into_iter().flatten().min();
+                continue;
+            }
             let mut changed = (**node).clone();
             let mut description = claims.accept(*node_id, &session.description);
             if level < level::CONTROL {
@@ -202,14 +237,17 @@ impl Sessions {
             if let Some(conditions) = conditions.filter(|said| is_known || said.is_empty()) {
                 changed.status.port_conditions.clone_from(conditions);
             }
-            let expect = Expect::Version(node.meta.version);
-            if changed == **node {
-                return None;
+            if changed != **node {
+                session.described_at = Some(now);
+                let expect = Expect::Version(node.meta.version);
+                actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
+                // If it is refused it is decided anew.
+                let due_at = now.after(DESCRIPTION_PERIOD);
+                again_at = Some(again_at.map_or(due_at, |at: Timestamp| at.min(due_at)));
             }
-            session.described_at = Some(now);
-            Some(Action::Put { object: Object::Node(Box::new(changed)), expect })
-        });
-        wrong.collect()
+        }
+        self.described = Some((state.nodes().clone(), again_at));
+        actions
     }
 
     /// Whether that was the node's current session.
@@ -255,6 +293,7 @@ impl Sessions {
             conditions.iter().take(PORT_CONDITIONS_MAX).filter_map(port_condition).collect();
         read.sort();
         let known = session.conditions.replace(read.clone()).unwrap_or_default();
+        self.described = None;
         for condition in read.iter().filter(|condition| !known.contains(condition)) {
             let (port, protocol) = (condition.published_port, condition.protocol.name());
             let message = &condition.message;
@@ -291,9 +330,12 @@ impl Sessions {
         held_back: BTreeSet<TaskId>,
         now: Timestamp,
     ) {
+        self.look_at(state);
         for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>()
         {
-            self.mark(state.task(task_id).and_then(|task| task.node_id));
+            if let Some(node_id) = state.task(task_id).and_then(|task| task.node_id) {
+                self.mark(node_id);
+            }
         }
         self.held_back = held_back;
         let version = drain.version();
@@ -313,7 +355,7 @@ impl Sessions {
             }
             is_member
         });
-        let trust = Trust::of(state);
+        let for_all = ForAll { managers: manager_addresses(state), trust: Trust::of(state) };
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
             if !session.is_dirty && !is_stale(session) {
@@ -337,7 +379,7 @@ impl Sessions {
             session.is_dirty = false;
             let is_news = is_stale(session);
             let table = is_news.then(|| (version, drain.of_node(*node_id)));
-            let message = news(session, state, *node_id, &trust, set, table, now);
+            let message = news(session, state, *node_id, set, table, &for_all, now);
             if is_news {
                 drain.sent(*node_id);
             }
@@ -395,40 +437,45 @@ fn holdings(state: &State, node_id: NodeId, held: &[String]) -> Vec<Action> {
     wrong.collect()
 }
 
+/// What every node is told alike.
+struct ForAll {
+    managers: Vec<String>,
+    trust: Trust,
+}
+
 fn news(
     session: &mut Session,
     state: &State,
     node_id: NodeId,
-    trust: &Trust,
     set: assignments::AssignmentSet,
     table: Option<(u64, NodeTable)>,
+    for_all: &ForAll,
     now: Timestamp,
 ) -> Option<Assignments> {
+    let ForAll { managers, trust } = for_all;
     let told = session.told_table.as_ref().map(|(_, told)| told);
     let mesh = table.as_ref().map(|(version, table)| mesh_update(told, *version, table));
-    let managers = manager_addresses(state);
     let role = state.node(node_id).map(|node| role_of(node)).unwrap_or_default();
     let is_role_new = role != session.told_role;
-    let is_management_new = managers != session.told_managers;
+    let is_management_new = *managers != session.told_managers;
     let must_renew = std::mem::take(&mut session.must_renew);
     let is_trust_new = session.told_trust != *trust;
-    // Grants of a root that goes are of no use soon.
-    let mut regranted = BTreeMap::new();
-    if session.told_trust.signer != trust.signer {
-        regranted.clone_from(&set.images);
-        regranted.retain(|_, image| !image.holders.is_empty());
-    }
-    let mut message = match session.stream.next(set) {
+    let mut granted = regranted(session, trust, &set);
+    let (next, is_all) = session.stream.next_part(set, |key| payloads::size(state, key));
+    session.is_dirty |= !is_all; // The next pass tells the rest.
+    let mut message = match next {
         Some(message) => Assignments {
             applies_to: message.applies_to,
             results_in: message.results_in,
             images: {
-                regranted.extend(message.changes.images);
-                images(state, node_id, &regranted, now)
+                granted.extend(message.changes.images);
+                images(state, node_id, &granted, now)
             },
             removed_images: message.changes.removed_images,
             task_jsons: message.changes.tasks.iter().map(task_json).collect(),
-            removed_tasks: message.changes.removed_tasks.iter().map(ToString::to_string).collect(),
+            removed_tasks: texts(&message.changes.removed_tasks),
+            secrets: payloads::payloads(state, &message.changes.payloads),
+            removed_secrets: texts(&message.changes.removed_payloads),
             ..Assignments::default()
         },
         None if mesh.is_some()
@@ -441,7 +488,7 @@ fn news(
             Assignments {
                 applies_to: sequence,
                 results_in: sequence,
-                images: images(state, node_id, &regranted, now),
+                images: images(state, node_id, &granted, now),
                 ..Assignments::default()
             }
         }
@@ -452,8 +499,8 @@ fn news(
         message.mesh = mesh;
     }
     if is_management_new {
-        session.told_managers.clone_from(&managers);
-        message.managers = managers;
+        session.told_managers.clone_from(managers);
+        message.managers.clone_from(managers);
     }
     if is_role_new {
         session.told_role.clone_from(&role);
@@ -464,8 +511,24 @@ fn news(
         message.trust_pem = trust.pem.clone();
     }
     message.renew = must_renew;
-    message.secrets = payloads(state, node_id);
     Some(message)
+}
+
+/// What is granted anew since another root signs: grants of the old one are of no use soon.
+fn regranted(
+    session: &Session,
+    trust: &Trust,
+    set: &assignments::AssignmentSet,
+) -> BTreeMap<String, AssignedImage> {
+    if session.told_trust.signer == trust.signer {
+        return BTreeMap::new();
+    }
+    let granted = set.images.iter().filter(|(_, image)| !image.holders.is_empty());
+    granted.map(|(digest, image)| (digest.clone(), image.clone())).collect()
+}
+
+fn texts<T: ToString>(list: &[T]) -> Vec<String> {
+    list.iter().map(ToString::to_string).collect()
 }
 
 fn task_json(task: &assignments::AssignedTask) -> String {
@@ -504,11 +567,11 @@ fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> Mes
     let empty = NodeTable::default();
     let node_changes = told.unwrap_or(&empty).diff(table);
     let changes = &node_changes.table;
-    let key = |(protocol, published): &(PortProtocol, u16)| MeshPortKey {
+    let key = |(protocol, published): &PortKey| MeshPortKey {
         protocol: protocol.name().to_owned(),
         published: (*published).into(),
     };
-    let peer = |(number, peer): (&u16, &endpoints::Peer)| MeshPeer {
+    let peer = |(number, peer): (&u16, &Arc<endpoints::Peer>)| MeshPeer {
         number: (*number).into(),
         underlay: peer.underlay.to_string(),
         has_ipv6: peer.ipv6.is_some(),
@@ -542,7 +605,7 @@ fn wireguard_keys(keys: &WireguardKeys) -> skep_proto::WireguardKeys {
     }
 }
 
-fn mesh_port((id, port): (&(PortProtocol, u16), &endpoints::Port)) -> MeshPort {
+fn mesh_port((id, port): (&PortKey, &Arc<endpoints::Port>)) -> MeshPort {
     let backend = |(task_id, address): (&TaskId, &std::net::Ipv4Addr)| MeshBackend {
         task_id: task_id.to_string(),
         address: address.to_string(),
@@ -676,14 +739,15 @@ mod tests {
             let description = NodeDescription { format_level: 3, ..NodeDescription::default() };
             sessions.open.insert(NodeId(1), session(description));
             sessions.note_conditions(NodeId(1), vec![said(80)]);
-            let command = Command::new(Timestamp(2), sessions.descriptions(&state, Timestamp(2)));
+            let command =
+                Command::new(Timestamp(2), sessions.descriptions(&state, Timestamp(2), 9));
             assert_eq!((command.actions.len(), command.level), (1, expect), "its address is new");
             state.apply(2, &command);
-            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that is stored");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2), 9), [], "that is stored");
             sessions.note_description(NodeId(1), "{\"Hostname\": \"n1\"}");
-            assert_eq!(sessions.descriptions(&state, Timestamp(2)), [], "that was just now");
+            assert_eq!(sessions.descriptions(&state, Timestamp(2), 9), [], "that was just now");
             let later = Timestamp(2).after(DESCRIPTION_PERIOD);
-            assert_eq!(sessions.descriptions(&state, later).len(), 1);
+            assert_eq!(sessions.descriptions(&state, later, 9).len(), 1);
         }
     }
 
@@ -776,7 +840,6 @@ mod tests {
         state.apply(3, &Command::new(now, vec![gone]));
         drain.update(&state, &BTreeSet::new(), now);
         drain.acknowledge(NodeId(1), drain.version());
-        sessions.mark_all();
         sessions.dispatch(&state, &mut drain, BTreeSet::new(), now);
         assert_eq!(drain.held_back(&state, now), BTreeSet::new());
     }

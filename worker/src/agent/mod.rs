@@ -9,11 +9,11 @@
 //! The agent is one loop that owns its state. It goes on alone when no manager answers: containers run
 //! on, health checks and balancing go on.
 //!
-//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `host_ports`, `images`, `task_store`.
+//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `host_ports`, `images`, `payloads`, `task_store`.
 //!
 //! # Invariants
 //!
-//! - An update of assignments is applied whole and in the order mesh, images, tasks; one that does not
+//! - An update of assignments is applied whole and in the order mesh, images, secrets, tasks; one that does not
 //!   follow from the set at hand ends the session, and the next begins with the whole set.
 //! - A table version is acknowledged only when the kernel's rules are those of that version.
 //! - Every status is reported again in a new session: the leader that took it may be gone.
@@ -23,6 +23,7 @@ mod host_ports;
 mod images;
 mod mesh;
 mod networks;
+mod payloads;
 mod runner;
 mod session;
 mod task_store;
@@ -49,7 +50,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use balancers::Balancers;
 pub use images::{ImageHolding, Images};
-pub use session::Managers;
+pub use payloads::Payloads;
+pub use session::{Beats, Managers, TermKeeper};
 pub use task_store::{Remembered, TaskStore};
 
 use crate::executor::{Executor, Found};
@@ -70,12 +72,16 @@ pub struct AgentOptions {
     pub executor: Arc<dyn Executor>,
     /// Has the images; absent where nothing is fetched (tests).
     pub images: Option<Images>,
+    /// Holds the secrets and configs.
+    pub payloads: Payloads,
     /// Programs the kernel's balancers; absent where there is no mesh (tests).
     pub balancers: Option<Box<dyn Balancers>>,
     /// Where the leader may be found.
     pub managers: Managers,
     /// Channels to other nodes.
     pub pool: ChannelPool,
+    /// What sends heartbeats.
+    pub beats: Beats,
     /// What the agent's tasks belong to.
     pub tasks: TaskSet,
 }
@@ -85,6 +91,7 @@ pub struct AgentOptions {
 pub struct Agent {
     executor: Arc<dyn Executor>,
     images: Option<Images>,
+    payloads: Payloads,
     balancers: BalancerHandle,
     store: TaskStore,
     tasks: TaskSet,
@@ -95,6 +102,8 @@ pub struct Agent {
     session: u64,
     to_leader: Option<mpsc::Sender<AgentMessage>>,
     end_session: CancellationToken,
+    /// Changed since their records were written.
+    unwritten: BTreeSet<TaskId>,
     unsent: BTreeSet<TaskId>,
     mesh: mesh::MeshState,
     unsent_mesh: Option<skep_proto::MeshApplied>,
@@ -135,6 +144,7 @@ impl Agent {
         let mut agent = Self {
             executor: options.executor,
             images: options.images.clone(),
+            payloads: options.payloads,
             balancers: BalancerHandle::start(options.balancers, applied, &options.tasks),
             store,
             tasks: options.tasks.clone(),
@@ -144,6 +154,7 @@ impl Agent {
             session: 0,
             to_leader: None,
             end_session: CancellationToken::new(),
+            unwritten: BTreeSet::new(),
             unsent: BTreeSet::new(),
             mesh: mesh::MeshState::default(),
             unsent_mesh: None,
@@ -161,6 +172,7 @@ impl Agent {
             pool: options.pool,
             managers: options.managers,
             tasks: options.tasks.clone(),
+            beats: options.beats,
         };
         let description = options.description.clone();
         let hello = hello_maker(options.description, options.addr, options.images);
@@ -205,6 +217,8 @@ impl Agent {
                 }
                 () = self.room_for_reports() => {}
             }
+            // Once for all that came: a task on its way to running changes its state several times at once.
+            self.write_records();
             self.flush();
         }
     }
@@ -243,6 +257,7 @@ impl Agent {
                 tracing::error!(
                     "this node was removed from the swarm: its tasks are stopped; let it leave and join again"
                 );
+                self.payloads.clear();
                 for task_id in self.held.keys().copied().collect::<Vec<_>>() {
                     self.remove(task_id);
                 }
@@ -297,6 +312,7 @@ impl Agent {
         if let Some(images) = &self.images {
             images.assign(is_whole, assignments.images, &assignments.removed_images);
         }
+        self.payloads.add(is_whole, assignments.secrets);
         let named: BTreeSet<TaskId> = tasks.iter().map(|task| task.id).collect();
         for task in tasks {
             self.assign(task);
@@ -304,6 +320,7 @@ impl Agent {
         for task_id in removed {
             self.remove(task_id);
         }
+        self.payloads.forget(&assignments.removed_secrets);
         if is_whole {
             let unnamed: Vec<TaskId> =
                 self.held.keys().filter(|id| !named.contains(id)).copied().collect();
@@ -392,7 +409,7 @@ impl Agent {
     }
 
     fn change_assigned(
-        &self,
+        &mut self,
         task_id: TaskId,
         withdrawn_by: u64,
         change: impl FnOnce(&mut Assigned),
@@ -414,7 +431,7 @@ impl Agent {
         });
         let runner = Runner::new(
             assigned,
-            Arc::clone(&self.executor),
+            (Arc::clone(&self.executor), self.payloads.clone()),
             self.reports.clone(),
             self.balancers.in_force(),
             record.status.clone(),
@@ -475,7 +492,18 @@ impl Agent {
         });
     }
 
-    fn remember(&self, task_id: TaskId) {
+    /// Has a task's record written before anything else is received or sent.
+    fn remember(&mut self, task_id: TaskId) {
+        self.unwritten.insert(task_id);
+    }
+
+    fn write_records(&mut self) {
+        for task_id in std::mem::take(&mut self.unwritten) {
+            self.write_record(task_id);
+        }
+    }
+
+    fn write_record(&self, task_id: TaskId) {
         let Some(held) = self.held.get(&task_id) else { return };
         let assigned = held.assigned.borrow();
         let record = Remembered {

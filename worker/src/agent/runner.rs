@@ -23,6 +23,7 @@ use skep_runtime::clock;
 use skep_worker_core::health::{Counter, Health, HealthCheck};
 use tokio::sync::{mpsc, watch};
 
+use super::payloads::Payloads;
 use crate::executor::{Error, Executor, Exit, Found};
 
 /// What managers want, as last assigned.
@@ -59,6 +60,7 @@ pub(super) enum Report {
 pub(super) struct Runner {
     assigned: watch::Receiver<Assigned>,
     executor: Arc<dyn Executor>,
+    payloads: Payloads,
     reports: mpsc::Sender<Report>,
     /// The number of the table that the kernel has.
     in_force: watch::Receiver<u64>,
@@ -88,14 +90,14 @@ impl Ending {
 impl Runner {
     pub(super) fn new(
         assigned: watch::Receiver<Assigned>,
-        executor: Arc<dyn Executor>,
+        (executor, payloads): (Arc<dyn Executor>, Payloads),
         reports: mpsc::Sender<Report>,
         in_force: watch::Receiver<u64>,
         status: TaskStatus,
     ) -> Self {
         let task_id = assigned.borrow().task.id;
         let was_unhealthy = status.unhealthy;
-        Self { assigned, executor, reports, in_force, task_id, status, was_unhealthy }
+        Self { assigned, executor, payloads, reports, in_force, task_id, status, was_unhealthy }
     }
 
     /// Runs the task. `found` is its container, where one outlived the last daemon.
@@ -135,11 +137,11 @@ impl Runner {
         self.report(TaskState::Accepted, "accepted").await;
         self.report(TaskState::Preparing, "preparing").await;
         let task = Arc::clone(&self.assigned.borrow().task);
-        let executor = Arc::clone(&self.executor);
+        let (executor, payloads) = (Arc::clone(&self.executor), self.payloads.clone());
         tokio::select! {
             biased;
             () = self.wanted_ended() => return Err(Ending::new(TaskState::Shutdown, "shutdown")),
-            prepared = executor.prepare(&task) => {
+            prepared = prepare(executor.as_ref(), &payloads, &task) => {
                 prepared.map_err(|error| Ending::error(TaskState::Rejected, "preparing", error))?;
             }
         }
@@ -296,6 +298,12 @@ impl Runner {
             pause = (pause * 2).min(Duration::from_secs(30));
         }
     }
+}
+
+/// Makes the container, once this node has what is to be in it.
+async fn prepare(executor: &dyn Executor, payloads: &Payloads, task: &Task) -> Result<(), Error> {
+    let payloads = payloads.of_task(task).await?;
+    executor.prepare(task, &payloads).await
 }
 
 /// Runs one container's health checks, one after the other.

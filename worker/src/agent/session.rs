@@ -33,6 +33,16 @@ const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// A leader answers a Hello at once; one that does not is not the leader any more.
 const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 
+/// What sends an agent's heartbeats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Beats {
+    /// A thread of their own, which waits for nothing else that the daemon does.
+    #[default]
+    OnThread,
+    /// A task: for thousands of agents in one process, in benchmarks of managers.
+    AsTask,
+}
+
 /// Addresses of managers, best first; clones share them. Kept on disk by the daemon.
 #[derive(Debug, Clone)]
 pub struct Managers {
@@ -41,6 +51,16 @@ pub struct Managers {
     told_role: Arc<watch::Sender<String>>,
     told_trust: Arc<watch::Sender<Bytes>>,
     renewals: Arc<watch::Sender<u64>>,
+    /// The highest term of a leader that this node has obeyed.
+    term_seen: Arc<Mutex<u64>>,
+    keeper: Option<Arc<dyn TermKeeper>>,
+}
+
+/// Keeps the highest term of a leader that the node has obeyed, beyond the daemon's end: a leader that was
+/// deposed before it is not obeyed by the next daemon either.
+pub trait TermKeeper: Send + Sync + std::fmt::Debug + 'static {
+    /// Writes it down; returns when it is on the disk, or with why it is not.
+    fn keep(&self, term: u64) -> Result<(), String>;
 }
 
 impl Managers {
@@ -56,7 +76,35 @@ impl Managers {
             told_role: Arc::new(told_role),
             told_trust: Arc::new(told_trust),
             renewals: Arc::new(renewals),
+            term_seen: Arc::default(),
+            keeper: None,
         }
+    }
+
+    /// The same, of a node that has obeyed a leader of that term, and keeps the higher ones.
+    #[must_use]
+    pub fn obeying(self, term_seen: u64, keeper: Arc<dyn TermKeeper>) -> Self {
+        Self { term_seen: Arc::new(Mutex::new(term_seen)), keeper: Some(keeper), ..self }
+    }
+
+    /// Whether a leader of that term is to be obeyed; from then on none of a lower one is.
+    async fn obey(&self, term: u64) -> bool {
+        let seen = *self.term_seen.lock().expect(NOT_POISONED);
+        if let Some(keeper) = self.keeper.clone().filter(|_| term > seen) {
+            let kept = tokio::task::spawn_blocking(move || keeper.keep(term)).await;
+            // A full disk must not keep the node from its leader.
+            let kept = kept.unwrap_or_else(|error| Err(error.to_string()));
+            if let Err(error) = kept {
+                tracing::warn!(
+                    term,
+                    error,
+                    "failed to write the leader's term down: after a restart this node may obey a deposed leader"
+                );
+            }
+        }
+        let mut highest = self.term_seen.lock().expect(NOT_POISONED);
+        *highest = term.max(*highest);
+        term == *highest
     }
 
     /// All of them.
@@ -128,6 +176,7 @@ pub(super) struct SessionOptions {
     pub(super) pool: ChannelPool,
     pub(super) managers: Managers,
     pub(super) tasks: TaskSet,
+    pub(super) beats: Beats,
 }
 
 /// Holds a session for as long as the agent lives. `hello` makes the first message anew each time.
@@ -137,13 +186,12 @@ pub(super) async fn run(
     events: mpsc::Sender<FromSession>,
 ) {
     let mut leader: Option<String> = None;
-    let mut term_seen = 0;
     let mut backoff = BACKOFF_MIN;
     loop {
         let candidates = options.managers.all();
         let address = leader.take().or_else(|| pick(&candidates));
         if let Some(address) = address {
-            match attempt(&options, &address, hello(), &events, &mut term_seen).await {
+            match attempt(&options, &address, hello(), &events).await {
                 Ended::Redirected(to) if to != address => leader = Some(to),
                 Ended::Redirected(_) | Ended::Failed => {}
                 Ended::WasOpen => backoff = BACKOFF_MIN,
@@ -176,7 +224,6 @@ async fn attempt(
     address: &str,
     hello: Hello,
     events: &mpsc::Sender<FromSession>,
-    term_seen: &mut u64,
 ) -> Ended {
     let (to_leader, outgoing) = mpsc::channel(QUEUE_LENGTH);
     let first = AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
@@ -207,11 +254,10 @@ async fn attempt(
         }
         Err(_) => return Ended::Failed,
     };
-    if welcome.term < *term_seen {
+    if !options.managers.obey(welcome.term).await {
         tracing::warn!(manager = address, term = welcome.term, "ignoring a deposed leader");
         return Ended::Failed;
     }
-    *term_seen = welcome.term;
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
     options.managers.replace(welcome.managers.clone());
     options.managers.tell_role(welcome.role.clone());
@@ -245,7 +291,7 @@ async fn attempt(
     Ended::WasOpen
 }
 
-/// Sends heartbeats from a thread of its own until dropped.
+/// Sends heartbeats until dropped.
 struct Heartbeats {
     stop: CancellationToken,
 }
@@ -256,37 +302,42 @@ impl Heartbeats {
         let (token, pool) = (stop.clone(), options.pool.clone());
         let (address, session_id) = (address.to_owned(), welcome.session_id.clone());
         let period = Duration::from_millis(welcome.heartbeat_millis.max(1));
+        let beating = async move {
+            let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
+            let mut period = period;
+            let mut next = tokio::time::Instant::now();
+            loop {
+                tokio::select! {
+                    () = token.cancelled() => return,
+                    () = tokio::time::sleep_until(next) => {}
+                }
+                next = (next + period).max(tokio::time::Instant::now());
+                let mut request =
+                    tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
+                request.set_timeout(period.min(BEAT_DEADLINE));
+                let told = match client.heartbeat(request).await {
+                    Ok(answer) => answer.into_inner().heartbeat_millis,
+                    Err(status) => {
+                        tracing::debug!(error = status.message(), "a heartbeat failed");
+                        continue;
+                    }
+                };
+                let told = Duration::from_millis(told.max(1));
+                if told != period {
+                    tracing::info!(?told, "managers hear of this node at another period now");
+                    next = tokio::time::Instant::now() + told;
+                    period = told;
+                }
+            }
+        };
+        if options.beats == Beats::AsTask {
+            options.tasks.spawn("heartbeat", beating);
+            return Self { stop };
+        }
         let beat = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let Ok(runtime) = runtime else { return };
-            runtime.block_on(async {
-                let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
-                let mut period = period;
-                let mut next = tokio::time::Instant::now();
-                loop {
-                    tokio::select! {
-                        () = token.cancelled() => return,
-                        () = tokio::time::sleep_until(next) => {}
-                    }
-                    next = (next + period).max(tokio::time::Instant::now());
-                    let mut request =
-                        tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
-                    request.set_timeout(period.min(BEAT_DEADLINE));
-                    let told = match client.heartbeat(request).await {
-                        Ok(answer) => answer.into_inner().heartbeat_millis,
-                        Err(status) => {
-                            tracing::debug!(error = status.message(), "a heartbeat failed");
-                            continue;
-                        }
-                    };
-                    let told = Duration::from_millis(told.max(1));
-                    if told != period {
-                        tracing::info!(?told, "managers hear of this node at another period now");
-                        next = tokio::time::Instant::now() + told;
-                        period = told;
-                    }
-                }
-            });
+            runtime.block_on(beating);
         };
         if let Err(error) = std::thread::Builder::new().name("heartbeat".into()).spawn(beat) {
             tracing::error!(%error, "no thread for heartbeats: managers will take this node for dead");

@@ -27,8 +27,8 @@ use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::images::tests::{import, until_stored};
-use super::{Agent, AgentOptions, Balancers, Images, Managers};
-use crate::executor::{Error, Executor, Exit, Found};
+use super::{Agent, AgentOptions, Balancers, Beats, Images, Managers, Payloads, TermKeeper};
+use crate::executor::{Error, Executor, Exit, Found, TaskPayloads};
 use crate::images::ImageStore;
 
 /// Nothing here takes longer on a machine that lives.
@@ -70,8 +70,11 @@ impl Puppets {
 
 #[tonic::async_trait]
 impl Executor for Puppets {
-    async fn prepare(&self, task: &Task) -> Result<(), Error> {
+    async fn prepare(&self, task: &Task, payloads: &TaskPayloads) -> Result<(), Error> {
         self.note("prepare", task.id);
+        for payload in payloads.values() {
+            self.calls.lock().unwrap().push(format!("{payload:?}"));
+        }
         if task.service_name == "broken" { Err(Error("no such image".into())) } else { Ok(()) }
     }
 
@@ -182,6 +185,7 @@ impl Session {
 #[derive(Debug)]
 struct FakeLeader {
     sessions: mpsc::Sender<Opened>,
+    n_beats: watch::Sender<u64>,
 }
 
 #[tonic::async_trait]
@@ -204,6 +208,7 @@ impl Dispatcher for FakeLeader {
         &self,
         _: Request<HeartbeatRequest>,
     ) -> Result<Response<HeartbeatResponse>, Status> {
+        self.n_beats.send_modify(|n_beats| *n_beats += 1);
         Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000 }))
     }
 
@@ -218,13 +223,17 @@ impl Dispatcher for FakeLeader {
 /// A leader on a real port, and an agent that looks for it.
 struct Stage {
     sessions: mpsc::Receiver<Opened>,
+    n_beats: watch::Receiver<u64>,
+    beats: Beats,
     puppets: Arc<Puppets>,
     tasks: TaskSet,
     pool: ChannelPool,
     address: String,
     directory: tempfile::TempDir,
     images: Option<Images>,
+    payloads: Payloads,
     has_mesh: bool,
+    terms: Arc<Terms>,
 }
 
 /// Balancers that note which ports lead where, beside the calls of the executor.
@@ -251,6 +260,17 @@ impl Balancers for NotedTables {
     }
 }
 
+/// A disk for the highest term.
+#[derive(Debug, Default)]
+struct Terms(Mutex<u64>);
+
+impl TermKeeper for Terms {
+    fn keep(&self, term: u64) -> Result<(), String> {
+        *self.0.lock().unwrap() = term;
+        Ok(())
+    }
+}
+
 impl Stage {
     async fn set(puppets: Puppets) -> Self {
         let stage = Self::without_agent(puppets).await;
@@ -269,7 +289,9 @@ impl Stage {
         };
         let tasks = TaskSet::new();
         let (sender, sessions) = mpsc::channel(16);
-        let routes = Routes::new(DispatcherServer::new(FakeLeader { sessions: sender }));
+        let (beats, n_beats) = watch::channel(0);
+        let leader = FakeLeader { sessions: sender, n_beats: beats };
+        let routes = Routes::new(DispatcherServer::new(leader));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let (tls, serving) =
@@ -281,7 +303,22 @@ impl Stage {
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);
-        Self { sessions, puppets, tasks, pool, address, directory, images: None, has_mesh: false }
+        let (beats, terms) = (Beats::default(), Arc::default());
+        let (images, payloads, has_mesh) = (None, Payloads::default(), false);
+        Self {
+            sessions,
+            n_beats,
+            beats,
+            puppets,
+            tasks,
+            pool,
+            address,
+            directory,
+            images,
+            payloads,
+            has_mesh,
+            terms,
+        }
     }
 
     async fn start_agent(&self, tasks: &TaskSet, executor: Arc<dyn Executor>) {
@@ -291,9 +328,12 @@ impl Stage {
             tasks_dir: self.directory.path().join("tasks"),
             executor,
             images: self.images.clone(),
+            payloads: self.payloads.clone(),
             balancers: self.has_mesh.then(|| Box::new(NotedTables(self.puppets.clone())) as _),
-            managers: Managers::new(vec![self.address.clone()]),
+            managers: Managers::new(vec![self.address.clone()])
+                .obeying(*self.terms.0.lock().unwrap(), Arc::clone(&self.terms) as _),
             pool: self.pool.clone(),
+            beats: self.beats,
             tasks: tasks.clone(),
         };
         Agent::start(options).await.unwrap();
@@ -306,6 +346,60 @@ impl Stage {
         assert!(matches!(first.message, Some(FromAgent::Hello(_))), "{first:?}");
         Session { to_agent, from_agent }
     }
+}
+
+#[tokio::test]
+async fn a_task_is_made_once_its_secrets_are_here_and_they_go_with_it() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    let secret_id = skep_common::SecretId(5);
+    let mut user = task(1, "api", TaskState::Running);
+    let container = serde_json::json!({"Image": "i", "Secrets": [
+        {"File": {"Name": "key"}, "SecretID": secret_id, "SecretName": "key", "Version": 2},
+    ]});
+    Arc::make_mut(&mut user.spec).container_spec = serde_json::from_value(container).unwrap();
+    session.assign(0, std::slice::from_ref(&user), &[]).await;
+    session.until(user.id, |status| status.state == TaskState::Preparing).await;
+    assert_eq!(stage.puppets.calls(), [""; 0], "it waits for its secret");
+    let secret = skep_proto::SecretAssignment {
+        id: secret_id.to_string(),
+        version: 2,
+        kind: "secret".into(),
+        name: "key".into(),
+        data: b"hidden".to_vec().into(),
+        templating: String::new(),
+    };
+    let given = Assignments {
+        applies_to: 1,
+        results_in: 2,
+        secrets: vec![secret],
+        ..Assignments::default()
+    };
+    session.send(Message::Assignments(given)).await;
+    session.until(user.id, |status| status.state == TaskState::Running).await;
+    assert_eq!(stage.puppets.calls(), ["prepare 1", "secret key@2 (6 bytes)", "start 1"]);
+    assert_eq!(stage.payloads.names(), ["secret key@2"]);
+    let records = stage.directory.path().join("tasks");
+    for record in std::fs::read_dir(records).unwrap() {
+        let text = std::fs::read_to_string(record.unwrap().path()).unwrap();
+        assert!(text.contains("key") && !text.contains("hidden") && !text.contains("aGlkZGVu"));
+    }
+    let gone = Assignments {
+        applies_to: 2,
+        results_in: 3,
+        removed_tasks: vec![user.id.to_string()],
+        removed_secrets: vec![format!("{secret_id}@2")],
+        ..Assignments::default()
+    };
+    session.send(Message::Assignments(gone)).await;
+    soon("the removal", async {
+        while stage.puppets.calls().last().is_none_or(|call| call != "remove 1") {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    assert_eq!(stage.payloads.names(), [""; 0]);
 }
 
 pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Task {
@@ -333,6 +427,17 @@ pub(super) fn task(id: u128, service_name: &str, desired_state: TaskState) -> Ta
 
 fn reached(state: TaskState) -> impl Fn(&TaskStatus) -> bool {
     move |status| status.state == state
+}
+
+#[tokio::test]
+async fn heartbeats_arrive_whatever_sends_them() {
+    for beats in [Beats::OnThread, Beats::AsTask] {
+        let mut stage = Stage { beats, ..Stage::without_agent(Puppets::default()).await };
+        stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+        let session = stage.session().await;
+        session.welcome(1).await;
+        soon("a heartbeat", stage.n_beats.wait_for(|n_beats| *n_beats > 0)).await.unwrap();
+    }
 }
 
 #[tokio::test]
@@ -428,6 +533,31 @@ async fn a_deposed_leader_and_a_gap_in_the_sequence_end_the_session() {
     let _ = deposed.to_agent.send(Err(Status::aborted("over"))).await;
     next.welcome(5).await;
     assert_eq!(stage.puppets.calls(), Vec::<String>::new());
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_leader_that_was_deposed_before_a_restart_is_not_obeyed_after_it() {
+    let mut stage = Stage::without_agent(Puppets::default()).await;
+    let executor = || Arc::clone(&stage.puppets) as Arc<dyn Executor>;
+    let (before, after) = ((TaskSet::new(), executor()), (TaskSet::new(), executor()));
+    stage.start_agent(&before.0, before.1).await;
+    let mut session = stage.session().await;
+    session.welcome(5).await;
+    session.assign(0, &[task(1, "web", TaskState::Running)], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Running)).await;
+    assert_eq!(*stage.terms.0.lock().unwrap(), 5, "it is kept before anything is done");
+    before.0.shutdown().await;
+
+    stage.start_agent(&after.0, after.1).await;
+    let deposed = stage.session().await;
+    deposed.welcome(4).await;
+    let mut next = stage.session().await;
+    next.welcome(6).await;
+    next.assign(0, &[task(2, "web", TaskState::Running)], &[]).await;
+    next.until(TaskId(2), reached(TaskState::Running)).await;
+    assert_eq!(*stage.terms.0.lock().unwrap(), 6);
+    after.0.shutdown().await;
     stage.tasks.shutdown().await;
 }
 

@@ -51,6 +51,11 @@ impl RunDir {
         self.0.join("l")
     }
 
+    /// Mount point of the secrets and configs.
+    pub(super) fn payloads(&self) -> PathBuf {
+        self.0.join("payloads")
+    }
+
     /// State directory of libcontainer, which adds the id.
     pub(super) fn runtime_root(&self) -> PathBuf {
         self.0.join("lc")

@@ -16,13 +16,15 @@
 //! # Reading order
 //!
 //! [`runtime`] (the API), [`shim`] (what runs beside each container), [`exec_in`] (health checks),
-//! [`logs`]; beneath them `dirs`, `protocol`, `cgroup`, `host`.
+//! [`logs`]; beneath them `dirs`, `protocol`, `payloads`, `cgroup`, `host`.
 //!
 //! # Invariants
 //!
 //! - What exists of a container is written down before it exists: a daemon that is killed at any
 //!   point finds and removes the rest.
 //! - A shim whose daemon goes away before `start` removes the container and everything of it.
+//! - Secrets and configs go from daemon to shim by their socket, and into the container's tmpfs: no file
+//!   elsewhere has them.
 //! - `exit.json` is written once, by the shim, before it ends. A shim that ended without it died
 //!   uncleanly: its container is lost, and what is left of it is killed through its cgroup.
 //! - Nothing waits by sleeping but the bounded retry of a cgroup that the kernel calls busy.
@@ -33,6 +35,7 @@ mod error;
 pub mod exec_in;
 pub mod host;
 pub mod logs;
+mod payloads;
 mod process;
 mod protocol;
 mod rootfs;

@@ -34,6 +34,9 @@ pub(super) struct ShimConfig {
     /// Whose questions for names are answered; the daemon's, which finds it here again.
     #[serde(default)]
     pub(super) names: Option<Scope>,
+    /// How many bytes of secrets and configs come over the socket, before anything else.
+    #[serde(default)]
+    pub(super) n_payload_bytes: usize,
 }
 
 /// How far a shim has come.

@@ -8,7 +8,7 @@ mod exec;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Write as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::os::unix::process::CommandExt;
@@ -25,6 +25,7 @@ use skep_common::spec::LogRotation;
 use skep_runtime::clock;
 use skep_runtime::sys::{PidFd, ProcessId};
 use skep_worker_core::dns::Scope;
+use skep_worker_core::oci::payloads::{self, PayloadFile};
 use skep_worker_core::oci::{ContainerInput, GeneratedFiles, ImageConfig, SpecInput, process};
 use tokio::io::{AsyncBufReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
@@ -83,6 +84,8 @@ pub struct ContainerConfig {
     pub etc_resolv_conf: String,
     /// Whose questions for names are answered; see [`ContainerRuntime::kept`].
     pub names: Option<Scope>,
+    /// Its secrets and configs.
+    pub payloads: Vec<PayloadFile>,
 }
 
 /// A container that waits for its start.
@@ -390,7 +393,14 @@ impl Inner {
         if run.path().exists() || data.path().exists() {
             return Err(Error::Exists(id.clone()));
         }
-        let spawned = self.write_files(config, &run, &data).and_then(|()| {
+        let payloads = match config.payloads.is_empty() {
+            true => Vec::new(),
+            false => serde_json::to_vec(&config.payloads)
+                .map_err(io::Error::from)
+                .during(|| format!("write down the secrets of container {id}"))?,
+        };
+        let written = self.write_files(config, payloads.len(), &run, &data);
+        let spawned = written.and_then(|()| {
             let context = || format!("start the shim of container {id}");
             let (ours, theirs) = StdUnixStream::pair().during(context)?;
             let messages = fs::File::create(run.shim_messages()).during(context)?;
@@ -406,6 +416,7 @@ impl Inner {
             // Nobody has reaped it, so that the pid is still the child's.
             let pid = child.id().cast_signed();
             let pidfd = PidFd::open(pid).during(context)?;
+            (&ours).write_all(&payloads).during(context)?;
             Ok((Process::new(&pidfd, self.reaper.clone()).during(context)?, pid, ours))
         });
         spawned.inspect_err(|_| {
@@ -419,6 +430,7 @@ impl Inner {
     fn write_files(
         &self,
         config: &ContainerConfig,
+        n_payload_bytes: usize,
         run: &RunDir,
         data: &DataDir,
     ) -> Result<(), Error> {
@@ -433,13 +445,15 @@ impl Inner {
         ] {
             fs::write(&path, text).during(|| format!("write {}", path.display()))?;
         }
+        let mut container = config.container.clone();
+        container.mounts.extend(payloads::mounts(&config.payloads, &run.payloads()));
         let shim_config = ShimConfig {
             spec: SpecInput {
                 id: config.id.clone(),
                 root: run.rootfs(),
                 cgroup_parent: self.options.cgroup_parent.clone(),
                 image: config.image.clone(),
-                container: config.container.clone(),
+                container,
                 files: GeneratedFiles {
                     hosts: data.hosts(),
                     hostname: data.hostname(),
@@ -450,6 +464,7 @@ impl Inner {
             log: config.log,
             names: config.names.clone(),
             data_dir: data.path().to_path_buf(),
+            n_payload_bytes,
         };
         let path = run.shim_config();
         let text = serde_json::to_vec(&shim_config).map_err(io::Error::from);

@@ -86,6 +86,7 @@ pub(super) fn container(
         etc_hosts,
         etc_resolv_conf,
         names,
+        payloads: Vec::new(),
     })
 }
 

@@ -1,11 +1,13 @@
 //! The executor of real nodes: embedded runtime, image store and routing mesh together.
 //!
-//! Reading order: [`Embedded`] (the [`Executor`]), `config` (from a task to a container), [`uplink`] (the
+//! Reading order: [`Embedded`] (the [`Executor`]), `config` and `payloads` (from a task to a
+//! container), [`uplink`] (the
 //! mesh, which starts when the leader has given this node its place), `logs`.
 
 mod config;
 mod logs;
 mod names;
+mod payloads;
 pub mod uplink;
 
 use std::collections::BTreeMap;
@@ -24,7 +26,7 @@ use skep_worker_core::oci::signal;
 
 use crate::agent::Images;
 use crate::container::{AdoptedState, ContainerRuntime, Error as ContainerError, ExitStatus};
-use crate::executor::{Error, Executor, Exit, Found};
+use crate::executor::{Error, Executor, Exit, Found, TaskPayloads};
 use crate::net::names::{self as sockets_of_names, NameSockets};
 use names::Names;
 use uplink::Uplink;
@@ -102,13 +104,14 @@ impl Embedded {
 
 #[tonic::async_trait]
 impl Executor for Embedded {
-    async fn prepare(&self, task: &Task) -> Result<(), Error> {
+    async fn prepare(&self, task: &Task, payloads: &TaskPayloads) -> Result<(), Error> {
         let digest = config::image_digest(task)?;
         let layers = self.inner.images.ensure(digest).await.map_err(|error| Error::of(&error))?;
         let (_, image) = self.image_config(task).await?;
         // Left over from a daemon that was killed in the middle.
         self.remove(task.id).await?;
-        let config = config::container(task, &image, layers, &self.inner.facts)?;
+        let mut config = config::container(task, &image, layers, &self.inner.facts)?;
+        config.payloads = payloads::files(task, payloads, &self.inner.facts)?;
         let created =
             self.inner.containers.create(&config).await.map_err(|error| Error::of(&error))?;
         self.created().insert(task.id, created.pid);

@@ -13,20 +13,20 @@ use skep_common::{Task, TaskId};
 use skep_proto::PortCondition;
 use skep_runtime::telemetry::Chain;
 use skep_worker_core::dns::Directory;
-use skep_worker_core::mesh::{MeshTable, own_targets};
+use skep_worker_core::mesh::{Gate, MeshTable};
 use skep_worker_core::network::NetworkTables;
 use tokio::sync::watch;
 
 use super::config;
 use crate::agent::Balancers;
 use crate::executor::Error;
+use crate::net;
 use crate::net::loopback;
 use crate::net::secure::{Keyring, PeerSession, Sessions};
 use crate::net::{
     Accounting, Attachment, Condition, Mesh, NetworkOptions, Networks, Options, Passages,
     host_has_ipv6,
 };
-use crate::passage::OwnTargets;
 
 /// Where the mesh's tunnel ends on this node.
 #[derive(Debug, Clone)]
@@ -61,8 +61,8 @@ pub struct Uplink {
     user_space: Option<Arc<str>>,
     /// The way to tasks that no tunnel leads to.
     passages: Option<Arc<dyn Passages>>,
-    /// Where other nodes' connections may end here.
-    targets: Arc<watch::Sender<Arc<OwnTargets>>>,
+    /// Whose connections may end here, and where.
+    gate: Arc<watch::Sender<Arc<Gate>>>,
 }
 
 #[derive(Debug, Clone)]
@@ -87,7 +87,7 @@ impl Uplink {
             found: Arc::default(),
             user_space: None,
             passages: None,
-            targets: Arc::default(),
+            gate: Arc::default(),
         }
     }
 
@@ -103,9 +103,9 @@ impl Uplink {
         Self { user_space: Some(reason.into()), ..self }
     }
 
-    /// Where other nodes' connections may end on this one.
-    pub fn targets(&self) -> watch::Receiver<Arc<OwnTargets>> {
-        self.targets.subscribe()
+    /// Whose connections may end on this node, and where.
+    pub fn gate(&self) -> watch::Receiver<Arc<Gate>> {
+        self.gate.subscribe()
     }
 
     /// Whether connections through published ports are to be counted, which costs each packet a little.
@@ -134,15 +134,12 @@ impl Uplink {
     }
 
     /// Begins to count, or removes what an earlier daemon counted by. Ports are served in any case.
-    async fn account(&self, pool: Ipv4Net) -> Option<Accounting> {
+    async fn account(&self, mesh: &Mesh, pool: Ipv4Net) -> Option<Accounting> {
         let accounting = match self.is_counting {
-            true => Accounting::start(pool, host_has_ipv6()).await.map(Some),
+            true => Accounting::start(mesh, pool, host_has_ipv6()).await.map(Some),
             false => Accounting::remove().await.map(|()| None),
         };
-        accounting.unwrap_or_else(|error| {
-            tracing::warn!(error = %Chain(&error), "connections are not counted");
-            None
-        })
+        told(accounting)
     }
 
     /// The networks of this node as its leader last told them.
@@ -294,10 +291,11 @@ impl Uplink {
 
     /// The same where none was started, of what an earlier daemon left.
     pub async fn remove(run_dir: &Path) {
+        let mesh = Mesh::remove(run_dir).await;
         // The mesh's lock says that no other daemon is at work here.
-        let removed = match Mesh::remove(run_dir).await {
-            Ok(()) => Networks::remove(run_dir).await.and(Accounting::remove().await),
-            Err(error) => Err(error),
+        let removed = match mesh {
+            Err(error @ (net::Error::Locked { .. } | net::Error::File { .. })) => Err(error),
+            mesh => mesh.and(Networks::remove(run_dir).await).and(Accounting::remove().await),
         };
         if let Err(error) = removed {
             tracing::warn!(error = %Chain(&error), "failed to remove the node's networks");
@@ -344,7 +342,7 @@ impl Uplink {
         };
         let running = self.found().clone();
         renew(&mesh, running).await;
-        let accounting = self.account(table.pool).await;
+        let accounting = self.account(&mesh, table.pool).await;
         let started = Started { mesh, networks: Some(networks), accounting };
         self.started.send_replace(Some(started.clone()));
         Ok(started)
@@ -356,10 +354,24 @@ impl Uplink {
         }
         let running = self.found().clone();
         renew(&mesh, running).await;
-        let started = Started { mesh, networks: None, accounting: None };
+        if let Err(error) = Accounting::remove().await {
+            tracing::debug!(error = %Chain(&error), "there are no rules that count to remove on this kernel");
+        }
+        let accounting = match self.is_counting {
+            true => told(Accounting::start_in_user_space(&mesh).await.map(Some)),
+            false => None,
+        };
+        let started = Started { mesh, networks: None, accounting };
         self.started.send_replace(Some(started.clone()));
         started
     }
+}
+
+fn told(accounting: Result<Option<Accounting>, crate::net::Error>) -> Option<Accounting> {
+    accounting.unwrap_or_else(|error| {
+        tracing::warn!(error = %Chain(&error), "connections are not counted");
+        None
+    })
 }
 
 /// Gives containers that an earlier daemon connected what they lack by now, as IPv6.
@@ -409,11 +421,11 @@ impl Balancers for Uplink {
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
         self.take(networks);
         let started = self.started(table).await?;
-        let targets = own_targets(table);
-        self.targets.send_if_modified(|known| {
-            let is_news = **known != targets;
+        self.gate.send_if_modified(|known| {
+            let next = known.follow(table);
+            let is_news = **known != next;
             if is_news {
-                *known = Arc::new(targets);
+                *known = Arc::new(next);
             }
             is_news
         });

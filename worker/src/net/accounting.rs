@@ -1,5 +1,6 @@
 //! Counts connections through published ports, in the kernel, by task.
 //!
+//! What the daemon relays is no translated connection: it counts that itself (`mesh::tally`), and both are told together.
 //! The node that a client reaches counts: there its connection is translated, and there all of its
 //! packets pass, both ways. All of this is an nftables table of its own beside the mesh's, and one of
 //! IPv6 where the mesh has that, which are there only while someone may ask for the counts.
@@ -27,7 +28,8 @@ use skep_worker_core::accounting::{Counts, Key, Owners};
 use skep_worker_core::mesh::{MeshTable, twin_net};
 
 use super::Error;
-use super::mesh::host_has_ipv6;
+use super::mesh::tally::Tally;
+use super::mesh::{Mesh, host_has_ipv6};
 use super::nft::expression as rule;
 use super::nft::{Batch, Element, Expression, Family, Hook, NftChannel, SetKind, Value};
 use super::thread::KernelThread;
@@ -61,14 +63,30 @@ struct Kernel {
     /// The tables of IPv4, and where the host has it those of IPv6.
     channels: Vec<NftChannel>,
     owners: Owners,
+    /// What the daemon relays.
+    relayed: Tally,
 }
 
 impl Accounting {
-    /// Begins to count connections to tasks with addresses of `pool`, in the network namespace of the
-    /// calling thread, and to their twins where the mesh carries IPv6.
+    /// Begins to count what the daemon of the mesh relays, and nothing else: for a kernel without rules.
     ///
     /// Must be called within a Tokio runtime.
-    pub async fn start(pool: Ipv4Net, has_ipv6: bool) -> Result<Self, Error> {
+    pub async fn start_in_user_space(mesh: &Mesh) -> Result<Self, Error> {
+        let relayed = mesh.tally();
+        relayed.start();
+        let start =
+            move || Ok((Kernel { channels: Vec::new(), owners: Owners::default(), relayed }, ()));
+        let (kernel, ()) = KernelThread::start("skep-accounting", start).await?;
+        Ok(Self { kernel: std::sync::Arc::new(kernel) })
+    }
+
+    /// Begins to count connections to tasks with addresses of `pool`, in the network namespace of the
+    /// calling thread, to their twins where the mesh carries IPv6, and what the daemon of the mesh relays.
+    ///
+    /// Must be called within a Tokio runtime.
+    pub async fn start(mesh: &Mesh, pool: Ipv4Net, has_ipv6: bool) -> Result<Self, Error> {
+        let relayed = mesh.tally();
+        relayed.start();
         let start = move || {
             let mut channels = vec![NftChannel::open()?];
             let mut batch = Batch::new();
@@ -79,7 +97,7 @@ impl Accounting {
                 lay_out(&mut batch, twin_net(pool).into());
             }
             NftChannel::open()?.commit_any(&batch)?;
-            Ok((Kernel { channels, owners: Owners::default() }, ()))
+            Ok((Kernel { channels, owners: Owners::default(), relayed }, ()))
         };
         let (kernel, ()) = KernelThread::start("skep-accounting", start).await?;
         Ok(Self { kernel: std::sync::Arc::new(kernel) })
@@ -119,6 +137,7 @@ impl Kernel {
         if stale.is_empty() {
             return Ok(());
         }
+        self.relayed.forget(&stale);
         for (family, channel) in self.channels.iter_mut().enumerate() {
             let mut batch = Batch::of(if family == 0 { Family::Ipv4 } else { Family::Ipv6 });
             for set in SETS {
@@ -136,7 +155,7 @@ impl Kernel {
     }
 
     fn text(&mut self) -> Result<String, Error> {
-        let mut all: BTreeMap<Key, Counts> = BTreeMap::new();
+        let mut all: BTreeMap<Key, Counts> = self.relayed.counts();
         for (channel, set) in
             (0..self.channels.len()).flat_map(|channel| SETS.map(|set| (channel, set)))
         {

@@ -10,6 +10,13 @@ use skep_worker_core::mesh;
 
 use super::channel::Refusal;
 
+/// Does each of what is to be removed, whatever fails, and returns the first failure.
+pub(super) fn first_failure(
+    removed: impl IntoIterator<Item = Result<(), Error>>,
+) -> Result<(), Error> {
+    removed.into_iter().fold(Ok(()), Result::and)
+}
+
 /// Why the node's network could not be brought to what was asked.
 ///
 /// Nothing is half-owned after an error: the same call may be repeated, and observes again.

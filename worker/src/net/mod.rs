@@ -37,6 +37,7 @@ mod veth;
 
 pub use accounting::Accounting;
 pub use error::Error;
+use error::first_failure;
 pub use free_port::free_port;
 pub use host::ipv6_addresses;
 pub use mesh::{

@@ -4,6 +4,9 @@ use std::fs;
 use std::os::unix::fs::symlink;
 use std::time::Duration;
 
+use skep_common::spec::Base64;
+use skep_worker::container::ContainerConfig;
+use skep_worker_core::oci::payloads::PayloadFile;
 use skep_worker_core::oci::{ContainerInput, ImageConfig, MountInput, Ulimit};
 
 use crate::Test;
@@ -18,6 +21,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("user_directory_and_environment_follow_image_and_service", || block_on(identity)),
     ("files_of_etc_and_host_name_are_ours", || block_on(etc_files)),
     ("sysctls_ulimits_and_mounts_apply", || block_on(settings)),
+    ("secrets_are_on_a_tmpfs_and_in_no_file_of_the_host", || block_on(secrets)),
     ("a_terminal_is_logged_as_standard_output", || block_on(terminal)),
     ("open_standard_input_stays_open", || block_on(open_stdin)),
     ("an_init_reaps_orphans_and_passes_signals_on", || block_on(small_init)),
@@ -201,6 +205,59 @@ async fn settings(env: Environment) {
     };
     let outcome = env.run("settings", container).await.good();
     assert_eq!(outcome, "77\n0\t2147483647\n321\nfrom the host\n123\n1\n");
+}
+
+async fn secrets(env: Environment) {
+    let file = |target: &str, (uid, mode): (u32, u32), data: &[u8]| PayloadFile {
+        target: target.into(),
+        uid,
+        gid: uid,
+        mode,
+        data: Base64(data.to_vec()),
+    };
+    let hidden = b"hush-7f3a\n";
+    let payloads = vec![
+        file("/run/secrets/key", (0, 0o444), hidden),
+        file("/run/secrets/deep/own", (1000, 0o400), b"own\n"),
+        file("/etc/app/page", (0, 0o640), b"page\n"),
+        file("/etc/hostname.d", (0, 0o444), &[b'x'; 300_000]),
+    ];
+    let script = "cat /run/secrets/key /run/secrets/deep/own /etc/app/page; wc -c < /etc/hostname.d; \
+        stat -c '%u %g %a' /run/secrets/key /run/secrets/deep/own /etc/app/page; \
+        grep -c ' /run/secrets tmpfs ro,' /proc/mounts; \
+        echo x > /run/secrets/key; rm /run/secrets/key; echo x > /etc/app/page; \
+        trap 'exit 0' TERM; echo up; while :; do sleep 1; done";
+    let config = ContainerConfig { payloads, ..config("secrets", shell(script)) };
+    env.start(&config).await;
+    env.line("secrets", "up").await;
+    // Neither the shim's configuration nor the container's layer has them.
+    let found = std::process::Command::new("grep")
+        .args(["-r", "-l", "hush-7f3a"])
+        .args([env.run_dir("secrets"), env.data_dir("secrets")])
+        .output()
+        .unwrap();
+    let found = String::from_utf8(found.stdout).unwrap();
+    let found: Vec<&str> = found.lines().filter(|path| !path.contains("/log")).collect();
+    assert_eq!(found, [""; 0]);
+    let base64 = std::process::Command::new("grep")
+        .args(["-r", "-l", "aHVzaC03ZjNhCg"])
+        .args([env.run_dir("secrets"), env.data_dir("secrets")])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8(base64.stdout).unwrap(), "");
+    assert!(!fs::read_to_string("/proc/mounts").unwrap().contains("/payloads"), "the host sees it");
+    env.runtime.stop("secrets", 15, Duration::from_secs(30)).await.unwrap();
+    let outcome = env.outcome("secrets").await;
+    assert_eq!(
+        outcome.good(),
+        "hush-7f3a\nown\npage\n300000\n0 0 444\n1000 1000 400\n0 0 640\n1\nup\n"
+    );
+    assert_eq!(outcome.stderr().matches("Read-only file system").count(), 3, "{outcome:?}");
+    let again = ContainerConfig { payloads: Vec::new(), ..config };
+    env.start(&again).await;
+    env.line("secrets", "up").await;
+    env.runtime.stop("secrets", 15, Duration::from_secs(30)).await.unwrap();
+    assert!(env.outcome("secrets").await.stderr().contains("No such file"), "nothing is left");
 }
 
 async fn terminal(env: Environment) {

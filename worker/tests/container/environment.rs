@@ -201,6 +201,7 @@ pub(crate) fn config_on(layer: PathBuf, id: &str, container: ContainerInput) -> 
         etc_hosts: "127.0.0.1 localhost\n".into(),
         etc_resolv_conf: "nameserver 127.0.0.11\n".into(),
         names: None,
+        payloads: Vec::new(),
     }
 }
 

@@ -8,13 +8,17 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use libseccomp::error::SeccompError;
+use libseccomp::{ScmpAction, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use nix::sys::socket as sys;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use skep_worker::embedded::uplink::Uplink;
 use skep_worker::net::nft::{Batch, Family, Hook, NftChannel};
 use skep_worker::net::{MarkField, Mesh, Options};
 use skep_worker_core::mesh::MeshTable;
@@ -56,6 +60,10 @@ pub(crate) enum Request {
     Teardown,
     /// As the next daemon does that is told to leave before it has started a mesh.
     Remove {
+        run_dir: String,
+    },
+    /// The same on a kernel without nftables, and of networks too.
+    LeaveWithoutNftables {
         run_dir: String,
     },
     /// Serves HTTP on a port of all addresses, and answers datagrams on the same.
@@ -210,6 +218,22 @@ fn text(error: impl std::error::Error) -> String {
     text
 }
 
+/// The kernel answers this thread, and those that it starts, as one without nfnetlink.
+fn leave_without_nftables(run_dir: &Path) -> Result<(), SeccompError> {
+    let mut filter = ScmpFilterContext::new(ScmpAction::Allow)?;
+    let refuse = ScmpAction::Errno(libc::EPROTONOSUPPORT);
+    let of = |argument, value: i32| {
+        ScmpArgCompare::new(argument, ScmpCompareOp::Equal, u64::from(value.cast_unsigned()))
+    };
+    let netfilter = [of(0, libc::AF_NETLINK), of(2, libc::NETLINK_NETFILTER)];
+    filter.add_rule_conditional(refuse, ScmpSyscall::from_name("socket")?, &netfilter)?;
+    filter.load()?;
+    NftChannel::open().expect_err("there is no nftables");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("runtime").block_on(Uplink::remove(run_dir));
+    Ok(())
+}
+
 async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
     match request {
         Request::Start { number, underlay, run_dir, pool, ipv6, is_in_user_space } => {
@@ -255,6 +279,11 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
         }
         Request::Remove { run_dir } => {
             Mesh::remove(run_dir.as_ref()).await.map_err(text)?;
+            Ok(Value::Null)
+        }
+        Request::LeaveWithoutNftables { run_dir } => {
+            let leave = std::thread::spawn(move || leave_without_nftables(run_dir.as_ref()));
+            leave.join().expect("no panic").map_err(text)?;
             Ok(Value::Null)
         }
         other => tokio::task::block_in_place(|| handle_datagrams(state, other)),

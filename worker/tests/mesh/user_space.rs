@@ -12,6 +12,36 @@ use crate::lab::{Client, Lab, N, count, node_address, underlay};
 use crate::machine::can_run;
 use crate::{ALL, OTHER, PORT, loopback};
 
+#[test]
+fn a_node_without_nftables_that_leaves_before_it_starts_a_mesh_removes_what_is_there() {
+    if !can_run() {
+        return;
+    }
+    let mut lab = Lab::bare();
+    // The other one had nftables until its kernel was exchanged.
+    let numbers = [1, 2];
+    let shown = |lab: &mut Lab, number: u16| {
+        ["-o link", "rule"].map(|arguments| lab.node(number).host.ip(arguments))
+    };
+    let before = numbers.map(|number| shown(&mut lab, number));
+    lab.user_space.insert(1);
+    for number in 1..=N {
+        lab.start(number);
+        lab.attach(number);
+    }
+    lab.publish(&[(PORT, ALL)]);
+    for (number, before) in numbers.into_iter().zip(before) {
+        let host = &mut lab.node(number).host;
+        // Of encrypted networks.
+        host.ip("link add skep-wg0 type bridge");
+        let daemon = host.beside();
+        std::mem::replace(&mut lab.node(number).daemon, daemon).kill();
+        let run_dir = lab.run_dir(number);
+        lab.node(number).daemon.ask(&Request::LeaveWithoutNftables { run_dir });
+        assert_eq!(shown(&mut lab, number), before, "{number}");
+    }
+}
+
 /// How often the table changes, and how many clients there are at least.
 const N_CHANGES: usize = 40;
 

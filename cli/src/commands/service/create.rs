@@ -7,8 +7,8 @@ use clap::Args;
 use skep_common::compose::units::capabilities;
 use skep_common::spec::generic::parse_wanted;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels, NetworkAttachmentConfig,
-    PlacementPreference, ServiceMode, ServiceSpec, TaskSpec, Ulimit,
+    ConfigReference, ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels,
+    NetworkAttachmentConfig, PlacementPreference, SecretReference, ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_proto::CreateServiceRequest;
 
@@ -16,8 +16,9 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, sort_ports,
 };
+use super::payloads::{parse_config, parse_secret};
 use super::placement::{change_generic, change_preferences, parse_preference};
-use super::{Waiting, caller_environment, converge, names};
+use super::{Waiting, caller_environment, converge, mode, names};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
 
@@ -31,7 +32,7 @@ pub(crate) struct CreateArgs {
     #[arg(long)]
     name: Option<String>,
     /// Service mode
-    #[arg(long, default_value = "replicated", value_parser = ["replicated", "global", "replicated-job", "global-job"])]
+    #[arg(long, default_value = "replicated", value_parser = mode::WORDS)]
     mode: String,
     /// Set environment variables
     #[arg(long, short, value_parser = parse_environment, value_name = "NAME[=VALUE]")]
@@ -60,6 +61,13 @@ pub(crate) struct CreateArgs {
     /// User defined resources
     #[arg(long, value_parser = parse_wanted, value_name = "KIND=NUMBER")]
     generic_resource: Vec<GenericResource>,
+    /// Specify secrets to expose to the service: NAME or
+    /// source=NAME,target=FILE,uid=UID,gid=GID,mode=0400,version=N
+    #[arg(long, value_parser = parse_secret, value_name = "SECRET")]
+    secret: Vec<SecretReference>,
+    /// Specify configurations to expose to the service; written as secrets
+    #[arg(long, value_parser = parse_config, value_name = "CONFIG")]
+    config: Vec<ConfigReference>,
     /// Set one or more supplementary user groups for the container
     #[arg(long)]
     group: Vec<String>,
@@ -165,6 +173,8 @@ fn spec(
         ulimits: list(args.ulimit.clone()),
         capability_add: list(add),
         capability_drop: list(drop),
+        secrets: list(args.secret.clone()),
+        configs: list(args.config.clone()),
         ..Default::default()
     };
     let mut ports: Vec<_> = args.publish.iter().flat_map(|Publish(ports)| ports.clone()).collect();
@@ -177,7 +187,7 @@ fn spec(
             networks: list(args.network.clone()),
             ..Default::default()
         },
-        mode: Some(mode(&args.mode)),
+        mode: Some(mode::of_word(&args.mode)),
         endpoint_spec: list(ports)
             .map(|ports| EndpointSpec { ports: Some(ports), ..EndpointSpec::default() }),
         ..Default::default()
@@ -188,18 +198,8 @@ fn spec(
     change_preferences(&mut spec.task_template, &args.placement_pref, &[]);
     change_generic(&mut spec.task_template, &args.generic_resource, &[]);
     args.flags.apply(&mut spec)?;
+    mode::complete(&mut spec);
     Ok(spec)
-}
-
-fn mode(word: &str) -> ServiceMode {
-    let mut mode = ServiceMode::default();
-    match word {
-        "global" => mode.global = Some(Default::default()),
-        "replicated-job" => mode.replicated_job = Some(Default::default()),
-        "global-job" => mode.global_job = Some(Default::default()),
-        _ => return ServiceMode::of_replicas(Some(1)),
-    }
-    mode
 }
 
 /// Sets or adds a variable of a list of `NAME=VALUE`.
@@ -373,7 +373,8 @@ mod tests {
              --placement-strategy binpack --generic-resource GPU=2 \
              --restart-condition on-failure --restart-delay 1s --restart-max-attempts 3 --restart-window 1m \
              --update-parallelism 2 --update-delay 1s --update-order start-first --update-failure-action rollback \
-             --update-monitor 10s --update-max-failure-ratio 0.2 --rollback-order stop-first \
+             --update-monitor 10s --update-max-failure-ratio 0.2 --update-progress-deadline 30s \
+             --rollback-order stop-first \
              --health-cmd 'curl -f http://localhost' --health-interval 5s --health-timeout 2s --health-retries 3 \
              --health-start-period 1m -p published=53,target=53,protocol=udp,mode=host --endpoint-mode dnsrr \
              --ingress-policy local \
@@ -413,6 +414,7 @@ mod tests {
                 "UpdateConfig": {
                     "Parallelism": 2, "Delay": 1_000_000_000, "FailureAction": "rollback",
                     "Monitor": 10_000_000_000_i64, "MaxFailureRatio": 0.2, "Order": "start-first",
+                    "ProgressDeadline": 30_000_000_000_i64,
                 },
                 "RollbackConfig": {"Parallelism": 1, "Order": "stop-first"},
                 "EndpointSpec": {"Mode": "dnsrr", "IngressPolicy": "local", "Ports": [
@@ -453,6 +455,24 @@ mod tests {
     }
 
     #[test]
+    fn a_job_runs_all_of_its_tasks_at_once_unless_it_is_told() {
+        for (line, expect) in [
+            ("--mode replicated-job", json!({"TotalCompletions": 1, "MaxConcurrent": 1})),
+            (
+                "--mode replicated-job --replicas 6",
+                json!({"TotalCompletions": 6, "MaxConcurrent": 6}),
+            ),
+            (
+                "--mode replicated-job --replicas 6 --max-concurrent 2",
+                json!({"TotalCompletions": 6, "MaxConcurrent": 2}),
+            ),
+        ] {
+            let spec = serde_json::to_value(parse(&format!("{line} img")).unwrap()).unwrap();
+            assert_eq!(spec["Mode"], json!({"ReplicatedJob": expect}), "{line}");
+        }
+    }
+
+    #[test]
     fn wrong_flags_are_refused_in_a_sentence() {
         for (line, expect) in [
             ("--replicas x img", "invalid value 'x' for '--replicas <REPLICAS>'"),
@@ -477,7 +497,14 @@ mod tests {
                 "--no-healthcheck --health-cmd x img",
                 "--no-healthcheck conflicts with --health-* options",
             ),
-            ("--mode global --replicas 2 img", "replicas can only be used with replicated mode"),
+            (
+                "--mode global-job --replicas 2 img",
+                "replicas can only be used with replicated or replicated-job mode",
+            ),
+            (
+                "--replicas 2 --max-concurrent 2 img",
+                "max-concurrent can only be used with replicated-job mode",
+            ),
             ("", "<IMAGE>"),
         ] {
             let error = parse(line).unwrap_err().to_string();

@@ -13,21 +13,22 @@ use skep_common::compose::units::{
 };
 use skep_common::spec::{
     ContainerSpec, EndpointSpec, HealthConfig, IngressPolicy, LogDriver, Nanos,
-    NetworkAttachmentConfig, PortConfig, PortProtocol, ProxyProtocol, PublishMode, Replicated,
+    NetworkAttachmentConfig, PortConfig, PortProtocol, ProxyProtocol, PublishMode,
     ResourceRequirements, Resources, RestartCondition, RestartPolicy, ServiceSpec, UpdateConfig,
 };
 
+use super::mode::ModeFlags;
 use super::placement::PlacementFlags;
 
 /// Whether and how loudly the command waits.
 #[derive(Debug, Args)]
-pub(super) struct WaitFlags {
+pub(crate) struct WaitFlags {
     /// Exit immediately instead of waiting for the service to converge
     #[arg(long, short, num_args = 0..=1, require_equals = true, default_value_t = false, default_missing_value = "true", value_name = "BOOL", hide_default_value = true)]
-    pub(super) detach: bool,
+    pub(crate) detach: bool,
     /// Suppress progress output
     #[arg(long, short)]
-    pub(super) quiet: bool,
+    pub(crate) quiet: bool,
 }
 
 /// Words of a command line that is given as one text.
@@ -85,9 +86,8 @@ pub(super) struct SpecFlags {
     /// Overwrite the default ENTRYPOINT of the image
     #[arg(long, value_parser = parse_words, value_name = "COMMAND")]
     entrypoint: Option<Words>,
-    /// Number of tasks
-    #[arg(long)]
-    replicas: Option<u64>,
+    #[command(flatten)]
+    mode: ModeFlags,
     #[command(flatten)]
     placement: PlacementFlags,
     /// Endpoint mode
@@ -185,6 +185,9 @@ struct UpdateFlags {
     /// Failure rate to tolerate during an update (default 0)
     #[arg(long, value_parser = parse_ratio, value_name = "RATIO")]
     update_max_failure_ratio: Option<f64>,
+    /// Time within which each updated task must run, or else has failed (ns|us|ms|s|m|h) (default 10m)
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    update_progress_deadline: Option<Nanos>,
     /// Update order (default "stop-first")
     #[arg(long, value_parser = ["start-first", "stop-first"])]
     update_order: Option<String>,
@@ -207,6 +210,9 @@ struct RollbackFlags {
     /// Failure rate to tolerate during a rollback (default 0)
     #[arg(long, value_parser = parse_ratio, value_name = "RATIO")]
     rollback_max_failure_ratio: Option<f64>,
+    /// Time within which each task rolled back must run, or else has failed (ns|us|ms|s|m|h) (default 10m)
+    #[arg(long, value_parser = parse_duration, value_name = "DURATION")]
+    rollback_progress_deadline: Option<Nanos>,
     /// Rollback order (default "stop-first")
     #[arg(long, value_parser = ["start-first", "stop-first"])]
     rollback_order: Option<String>,
@@ -237,18 +243,6 @@ struct HealthFlags {
     no_healthcheck: bool,
 }
 
-/// Sets the number of tasks; a mode that was never given is the replicated one.
-pub(super) fn set_replicas(spec: &mut ServiceSpec, replicas: u64) -> Result<()> {
-    let mode = spec.mode.get_or_insert_default();
-    let is_other =
-        mode.global.is_some() || mode.replicated_job.is_some() || mode.global_job.is_some();
-    if mode.replicated.is_none() && (is_other || !mode.extra.is_empty()) {
-        bail!("replicas can only be used with replicated mode");
-    }
-    mode.replicated = Some(Replicated { replicas: Some(replicas) });
-    Ok(())
-}
-
 /// Sets `field` to a given value; an absent one leaves it.
 fn set<T: Clone>(field: &mut Option<T>, given: &Option<T>) {
     if given.is_some() {
@@ -266,9 +260,7 @@ fn set_text(field: &mut Option<String>, given: &Option<String>) {
 impl SpecFlags {
     /// Lays the given flags over `spec`.
     pub(super) fn apply(&self, spec: &mut ServiceSpec) -> Result<()> {
-        if let Some(replicas) = self.replicas {
-            set_replicas(spec, replicas)?;
-        }
+        self.mode.apply(spec)?;
         if self.endpoint_mode.is_some() {
             let endpoint: &mut EndpointSpec = spec.endpoint_spec.get_or_insert_default();
             set(&mut endpoint.mode, &self.endpoint_mode);
@@ -363,6 +355,7 @@ fn apply_update(config: &mut Option<UpdateConfig>, given: &UpdateConfig) {
     set(&mut config.delay, &given.delay);
     set(&mut config.failure_action, &given.failure_action);
     set(&mut config.monitor, &given.monitor);
+    set(&mut config.progress_deadline, &given.progress_deadline);
     set(&mut config.max_failure_ratio, &given.max_failure_ratio);
     set(&mut config.order, &given.order);
 }
@@ -376,7 +369,7 @@ impl UpdateFlags {
             monitor: self.update_monitor,
             max_failure_ratio: self.update_max_failure_ratio,
             order: self.update_order.clone(),
-            progress_deadline: None,
+            progress_deadline: self.update_progress_deadline,
         };
         apply_update(config, &given);
     }
@@ -391,7 +384,7 @@ impl RollbackFlags {
             monitor: self.rollback_monitor,
             max_failure_ratio: self.rollback_max_failure_ratio,
             order: self.rollback_order.clone(),
-            progress_deadline: None,
+            progress_deadline: self.rollback_progress_deadline,
         };
         apply_update(config, &given);
     }

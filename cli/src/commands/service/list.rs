@@ -10,6 +10,7 @@ use skep_common::spec::{ModeKind, PortConfig, PortProtocol, PublishMode};
 use skep_common::{Service, ServiceId, Task, TaskState};
 
 use super::super::filter::{self, Filter, Filters};
+use super::super::progress_job::Job;
 use crate::client::Client;
 use crate::format::human::{familiar_image, natural_order};
 use crate::format::{View, hidden, plain_cell, render, shown};
@@ -75,25 +76,19 @@ pub(in super::super) fn show_notes(notes: &[String], ui: &mut Ui) -> Result<()> 
 /// A row per service, by name.
 pub(in super::super) fn rows(mut services: Vec<Service>, tasks: &[Task]) -> Vec<Value> {
     services.sort_by(|a, b| natural_order(&a.spec.name, &b.spec.name));
-    // Of each service, how many tasks run, and how many nodes or replicas have one that is to run.
-    let mut counts: BTreeMap<ServiceId, (u64, BTreeSet<Slot>)> = BTreeMap::new();
-    for task in tasks.iter().filter(|task| task.desired_state.wants_run()) {
-        let (running, slots) = counts.entry(task.service_id).or_default();
-        let runs = task.desired_state.may_start() && task.status.state == TaskState::Running;
-        *running += u64::from(runs);
-        slots.insert(task.slot_key());
+    let mut by_service: BTreeMap<ServiceId, Vec<&Task>> = BTreeMap::new();
+    for task in tasks {
+        by_service.entry(task.service_id).or_default().push(task);
     }
     let row = |service: &Service| {
-        let counts = counts.get(&service.id);
-        let (running, slots) =
-            counts.map_or((0, 0), |(running, slots)| (*running, slots.len() as u64));
+        let tasks = by_service.get(&service.id).map(Vec::as_slice).unwrap_or_default();
         let messages: Vec<&str> =
             service.conditions.iter().map(|one| one.message.as_str()).collect();
         json!({
             "ID": service.id.short(),
             "Name": service.spec.name,
             "Mode": mode_word(service),
-            "Replicas": replicas(service, running, slots),
+            "Replicas": replicas(service, tasks),
             "Image": familiar_image(&service.spec.container().image),
             "Ports": ports(&service.endpoint.ports),
             "Conditions": messages.join("; "),
@@ -107,8 +102,20 @@ fn mode_word(service: &Service) -> &'static str {
     service.spec.mode_kind().map_or("replicated", ModeKind::name)
 }
 
-fn replicas(service: &Service, running: u64, slots: u64) -> String {
-    let desired = service.spec.replicas().unwrap_or(slots);
+/// How many tasks run and how many shall; of a job also how many of all have completed.
+/// Source: docker/cli `service/formatter.go`, `Replicas`.
+fn replicas(service: &Service, tasks: &[&Task]) -> String {
+    if let Some(job) = Job::of(service, tasks.iter().copied()) {
+        let (running, concurrent) = (job.n_running(), job.concurrent());
+        return format!("{running}/{concurrent} ({}/{} completed)", job.n_done(), job.total());
+    }
+    let live = || tasks.iter().filter(|task| task.desired_state.wants_run());
+    let runs =
+        |task: &&&Task| task.desired_state.may_start() && task.status.state == TaskState::Running;
+    let running = live().filter(runs).count();
+    // Without a number, the nodes that have one that is to run.
+    let slots = || live().map(|task| task.slot_key()).collect::<BTreeSet<Slot>>().len() as u64;
+    let desired = service.spec.replicas().unwrap_or_else(slots);
     let placement = service.spec.task_template.placement.as_ref();
     match placement.and_then(|placement| placement.max_replicas) {
         Some(max) if max > 0 => format!("{running}/{desired} (max {max} per node)"),

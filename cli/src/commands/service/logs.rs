@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use clap::Args;
 use skep_common::compose::units::parse_duration;
+use skep_common::spec::ModeKind;
 use skep_common::{Node, Service, Task, Timestamp};
 use skep_proto::{ListRequest, LogRecord, ServiceLogsRequest};
 use time::OffsetDateTime;
@@ -63,12 +64,25 @@ fn parse_tail(text: &str) -> Result<Tail, String> {
 
 /// A moment, or how long ago it was.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Since {
+pub(in crate::commands) enum Since {
     At(Timestamp),
     Ago(Duration),
 }
 
-fn parse_since(text: &str) -> Result<Since, String> {
+impl Since {
+    /// The moment, counted from now.
+    pub(in crate::commands) fn at(self, now: Timestamp) -> Timestamp {
+        match self {
+            Self::At(moment) => moment,
+            Self::Ago(duration) => {
+                let nanos = i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
+                Timestamp(now.0.saturating_sub(nanos))
+            }
+        }
+    }
+}
+
+pub(in crate::commands) fn parse_since(text: &str) -> Result<Since, String> {
     if let Ok(duration) = parse_duration(text) {
         return Ok(Since::Ago(duration.duration()));
     }
@@ -93,12 +107,21 @@ struct Target {
     has_tty: bool,
 }
 
+/// The widest number among a service's slots.
+fn slot_max(service: &Service) -> u64 {
+    match service.spec.mode_kind() {
+        Some(ModeKind::Replicated(replicas)) => replicas,
+        Some(ModeKind::ReplicatedJob { total, .. }) => total.saturating_sub(1),
+        Some(ModeKind::Global | ModeKind::GlobalJob) | None => 1,
+    }
+}
+
 async fn find(client: &Client, reference: &str) -> Result<Target> {
     match client.get::<Service>("service", reference).await {
         Ok(service) => Ok(Target {
             service_ids: vec![service.id.to_string()],
             task_ids: Vec::new(),
-            slot_max: service.spec.replicas().unwrap_or(1),
+            slot_max: slot_max(&service),
             has_tty: service.spec.container().tty == Some(true),
         }),
         Err(error) if is_not_found(&error) => match client.get::<Task>("task", reference).await {
@@ -124,13 +147,7 @@ pub(super) async fn run(args: &LogsArgs, client: &Client, ui: &mut Ui) -> Result
     if target.has_tty && !args.raw {
         bail!("tty service logs only supported with --raw");
     }
-    let since = match args.since {
-        None => 0,
-        Some(Since::At(moment)) => moment.0,
-        Some(Since::Ago(duration)) => {
-            (ui.now)().0.saturating_sub(i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX))
-        }
-    };
+    let since = args.since.map_or(0, |since| since.at((ui.now)()).0);
     let mut names = Names::new(client, &target, args).await?;
     let request = ServiceLogsRequest {
         service_ids: target.service_ids,

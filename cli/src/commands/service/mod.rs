@@ -8,7 +8,9 @@ mod history;
 mod inspect;
 mod list;
 mod logs;
+mod mode;
 mod names;
+mod payloads;
 mod placement;
 mod pretty;
 mod scale;
@@ -24,6 +26,7 @@ use crate::client::Client;
 use crate::ui::Ui;
 
 pub(super) use list::{VIEW, condition_notes, rows, show_notes};
+pub(super) use logs::{Since, parse_since};
 
 /// Manage Swarm services
 #[derive(Debug, Subcommand)]
@@ -35,8 +38,7 @@ pub(crate) enum Command {
     /// Say why tasks of a service wait
     #[command(hide = true)]
     Explain(explain::ExplainArgs),
-    /// List the specs that a service had
-    #[command(hide = true)]
+    /// List the specs that a service had, which `rollback --to` goes back to
     History(history::HistoryArgs),
     /// Display detailed information on one or more services
     Inspect(inspect::InspectArgs),
@@ -63,7 +65,7 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
         Command::Create(args) => create::run(&args, client, ui).await,
         Command::Endpoints(args) => endpoints::run(&args, client, ui).await,
         Command::Explain(args) => explain::run(&args),
-        Command::History(args) => history::run(&args),
+        Command::History(args) => history::run(&args, client, ui).await,
         Command::Inspect(args) => inspect::run(&args, client, ui).await,
         Command::Logs(args) => logs::run(&args, client, ui).await,
         Command::Ls(args) => list::run(&args, client, ui).await,

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use skep_common::spec::{
-    ContainerSpec, HealthConfig, Nanos, PublishMode, Resources, ServiceSpec, UpdateConfig,
+    ContainerSpec, HealthConfig, ModeKind, Nanos, PublishMode, Resources, ServiceSpec, UpdateConfig,
 };
 use skep_common::{Service, Timestamp};
 
@@ -15,12 +15,7 @@ pub(super) fn pretty(service: &Service, now: Timestamp) -> String {
     let spec = &service.spec;
     let mut out = format!("\nID:\t\t{}\nName:\t\t{}\n", service.id, spec.name);
     write_labels(&mut out, spec);
-    match spec.replicas() {
-        Some(replicas) => {
-            out.push_str(&format!("Service Mode:\tReplicated\n Replicas:\t{replicas}\n"))
-        }
-        None => out.push_str("Service Mode:\tGlobal\n"),
-    }
+    write_mode(&mut out, service, now);
     write_status(&mut out, service, now);
     out.push_str("Placement:\n");
     if let Some(placement) = &spec.task_template.placement {
@@ -76,6 +71,25 @@ fn write_labels(out: &mut String, spec: &ServiceSpec) {
     }
 }
 
+fn write_mode(out: &mut String, service: &Service, now: Timestamp) {
+    match service.spec.mode_kind() {
+        Some(ModeKind::Replicated(replicas)) => {
+            line(out, format_args!("Service Mode:\tReplicated\n Replicas:\t{replicas}"));
+        }
+        Some(ModeKind::ReplicatedJob { total, concurrent }) => {
+            line(out, format_args!("Service Mode:\tReplicated Job"));
+            line(out, format_args!(" Total Completions:\t{total}"));
+            line(out, format_args!(" Max Concurrent:\t{concurrent}"));
+        }
+        Some(ModeKind::GlobalJob) => line(out, format_args!("Service Mode:\tGlobal Job")),
+        Some(ModeKind::Global) | None => line(out, format_args!("Service Mode:\tGlobal")),
+    }
+    if let Some(begun) = service.job_status.and_then(|status| status.last_execution) {
+        let ago = duration(now.since(begun)).to_lowercase();
+        line(out, format_args!(" Last execution:\t{} ago", ago));
+    }
+}
+
 fn write_status(out: &mut String, service: &Service, now: Timestamp) {
     let Some(status) = &service.update_status else { return };
     line(out, format_args!("UpdateStatus:\n State:\t\t{}", status.state));
@@ -102,6 +116,9 @@ fn write_update(out: &mut String, title: &str, order: &str, config: Option<&Upda
     );
     if let Some(monitor) = given(config.monitor) {
         line(out, format_args!(" Monitoring Period: {}", go_duration(monitor)));
+    }
+    if let Some(deadline) = given(config.progress_deadline) {
+        line(out, format_args!(" Progress deadline: {}", go_duration(deadline)));
     }
     line(out, format_args!(" Max failure ratio: {}", config.max_failure_ratio.unwrap_or(0.0)));
     line(out, format_args!(" {order} {}", config.order.as_deref().unwrap_or("stop-first")));

@@ -6,7 +6,8 @@ use skep_common::Service;
 use skep_proto::RemoveServiceRequest;
 
 use super::super::Failures;
-use super::flags::{WaitFlags, set_replicas};
+use super::flags::WaitFlags;
+use super::mode::set_replicas;
 use super::update::change;
 use super::{Waiting, converge};
 use crate::client::{Client, Refusal};
@@ -50,10 +51,13 @@ pub(super) async fn run(args: &ScaleArgs, client: &Client, ui: &mut Ui) -> Resul
     let mut failures = Failures::default();
     let mut scaled: Vec<(&Scale, Waiting)> = Vec::new();
     for scale in &args.scales {
-        let result = change(client, &scale.service, ui, |spec| {
-            set_replicas(spec, scale.replicas)
-                .map_err(|_| anyhow!("scale can only be used with replicated mode"))
-        });
+        let result =
+            change(client, &scale.service, ui, |spec| match set_replicas(spec, scale.replicas) {
+                true => Ok(()),
+                false => {
+                    Err(anyhow!("scale can only be used with replicated or replicated-job mode"))
+                }
+            });
         match result.await {
             Ok(waiting) => {
                 ui.line(format_args!("{} scaled to {}", scale.service, scale.replicas))?;

@@ -10,8 +10,9 @@ use clap::Args;
 use skep_common::compose::units::capability;
 use skep_common::spec::generic::parse_wanted;
 use skep_common::spec::{
-    ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels, NetworkAttachmentConfig,
-    PlacementPreference, PortConfig, Predefined, ServiceSpec, TaskSpec, Ulimit,
+    ConfigReference, ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels,
+    NetworkAttachmentConfig, PlacementPreference, PortConfig, Predefined, SecretReference,
+    ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_common::{Network, Service};
 use skep_proto::UpdateServiceRequest;
@@ -21,6 +22,7 @@ use super::flags::{
     Publish, SpecFlags, WaitFlags, Words, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, parse_words, sort_ports,
 };
+use super::payloads::{self, parse_config, parse_secret};
 use super::placement::{change_generic, change_preferences, parse_preference};
 use super::{Waiting, caller_environment, converge};
 use crate::client::{Client, Refusal};
@@ -87,6 +89,18 @@ pub(crate) struct UpdateArgs {
     /// Remove a user defined resource
     #[arg(long, value_name = "KIND")]
     generic_resource_rm: Vec<String>,
+    /// Add a secret to the service: NAME or source=NAME,target=FILE,uid=UID,gid=GID,mode=0400,version=N
+    #[arg(long, value_parser = parse_secret, value_name = "SECRET")]
+    secret_add: Vec<SecretReference>,
+    /// Remove a secret
+    #[arg(long, value_name = "SECRET")]
+    secret_rm: Vec<String>,
+    /// Add a configuration file to the service; written as secrets
+    #[arg(long, value_parser = parse_config, value_name = "CONFIG")]
+    config_add: Vec<ConfigReference>,
+    /// Remove a configuration file
+    #[arg(long, value_name = "CONFIG")]
+    config_rm: Vec<String>,
     /// Add an additional supplementary user group to the container
     #[arg(long, value_name = "GROUP")]
     group_add: Vec<String>,
@@ -152,6 +166,9 @@ pub(crate) struct UpdateArgs {
 /// `skep service rollback [OPTIONS] SERVICE`
 #[derive(Debug, Args)]
 pub(crate) struct RollbackArgs {
+    /// The revision to go back to, as `service history` numbers them (default: the previous specification)
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u64).range(1..))]
+    to: Option<u64>,
     #[command(flatten)]
     wait: WaitFlags,
     /// Name or id of the service
@@ -177,6 +194,13 @@ fn apply(
     let container = spec.task_template.container_spec.get_or_insert_default();
     change_container(args, container, caller);
     change_capabilities(args, container);
+    let payloads = payloads::Changes {
+        add_secrets: &args.secret_add,
+        remove_secrets: &args.secret_rm,
+        add_configs: &args.config_add,
+        remove_configs: &args.config_rm,
+    };
+    payloads.apply(container);
     Ok(())
 }
 
@@ -421,7 +445,7 @@ pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Resu
         if touched != blank {
             bail!("other flags may not be combined with --rollback");
         }
-        send_rollback(client, &args.service, ui).await?
+        send_rollback(client, &args.service, 0, ui).await?
     } else {
         let caller = caller_environment();
         let networks = Networks::resolve(args, client).await?;
@@ -445,21 +469,28 @@ async fn waiting_after(client: &Client, before: &Service) -> Result<Waiting> {
     Ok(Waiting::for_changed(before))
 }
 
-async fn send_rollback(client: &Client, reference: &str, ui: &mut Ui) -> Result<Waiting> {
+/// Rolls back to a revision, or to the previous spec where that is 0.
+async fn send_rollback(
+    client: &Client,
+    reference: &str,
+    rollback_to: u64,
+    ui: &mut Ui,
+) -> Result<Waiting> {
     let service: Service = client.get("service", reference).await?;
     let request = UpdateServiceRequest {
         id: service.id.to_string(),
         version: service.meta.version.index,
         spec_json: String::new(),
         rollback: true,
-        rollback_to: 0,
+        rollback_to,
     };
     send(client, request, ui).await?;
     waiting_after(client, &service).await
 }
 
 pub(super) async fn rollback(args: &RollbackArgs, client: &Client, ui: &mut Ui) -> Result<()> {
-    let waiting = send_rollback(client, &args.service, ui).await?;
+    let to = args.to.unwrap_or(0);
+    let waiting = send_rollback(client, &args.service, to, ui).await?;
     ui.line(&args.service)?;
     converge(waiting, &args.wait, client, ui).await
 }
@@ -573,6 +604,17 @@ mod tests {
         let leave = ["a", "b", "c"].map(str::to_owned).to_vec();
         Networks { add: Vec::new(), remove: leave }.change(&mut spec).unwrap();
         assert_eq!(spec, ServiceSpec::default());
+    }
+
+    #[test]
+    fn secrets_and_configs_are_added_by_name() {
+        let file = json!({"Name": "/etc/c", "UID": "0", "GID": "0", "Mode": 0o400});
+        let added = json!([{"ConfigName": "c", "File": file}]);
+        let got = changes("--config-add source=c,target=/etc/c,mode=0400").unwrap();
+        let (path, value) = got[0].split_once('=').unwrap();
+        assert_eq!(path, "/TaskTemplate/ContainerSpec/Configs");
+        assert_eq!(serde_json::from_str::<Value>(value).unwrap(), added);
+        assert_eq!(changes("--secret-rm gone").unwrap(), [""; 0]);
     }
 
     #[test]

@@ -27,6 +27,8 @@ pub(in super::super) struct Table {
     pub(in super::super) refusals: VecDeque<Status>,
     /// Output of tasks.
     pub(in super::super) logs: Vec<LogRecord>,
+    /// Events, a stream each; all but the last break.
+    pub(in super::super) events: VecDeque<Vec<skep_proto::Event>>,
     /// Specs, requests and bytes as they arrived.
     pub(in super::super) asked: Vec<Value>,
     /// Why the machine takes no part in its swarm.
@@ -214,7 +216,11 @@ impl Control for Served {
                 service["Version"]["Index"] = (request.version + 1).into();
             }
         }
-        self.ask(json!({"update": request.id, "version": request.version, "spec": spec}));
+        let mut asked = json!({"update": request.id, "version": request.version, "spec": spec});
+        if request.rollback_to > 0 {
+            asked["rollback_to"] = request.rollback_to.into();
+        }
+        self.ask(asked);
         Ok(Response::new(UpdateServiceResponse {
             warnings: vec!["watch out".into()],
             ..UpdateServiceResponse::default()
@@ -344,44 +350,62 @@ impl Control for Served {
 
     async fn create_secret(
         &self,
-        _: Request<skep_proto::CreateSecretRequest>,
+        request: Request<skep_proto::CreateSecretRequest>,
     ) -> Answer<skep_proto::CreateSecretResponse> {
-        Err(Status::unimplemented("secret create"))
+        self.ask(json!({"secret": spec(&request.into_inner().spec_json)}));
+        let id = "secret-id".to_owned();
+        Ok(Response::new(skep_proto::CreateSecretResponse { id, warnings: Vec::new() }))
     }
 
     async fn update_secret(
         &self,
-        _: Request<skep_proto::UpdateSecretRequest>,
+        request: Request<skep_proto::UpdateSecretRequest>,
     ) -> Answer<skep_proto::UpdateSecretResponse> {
-        Err(Status::unimplemented("secret update"))
+        let request = request.into_inner();
+        if let Some(refusal) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(refusal);
+        }
+        self.ask(json!({"update secret": spec(&request.spec_json), "data": request.data_changes}));
+        let services = vec!["web".to_owned()];
+        Ok(Response::new(skep_proto::UpdateSecretResponse { data_version: 2, services }))
     }
 
     async fn remove_secret(
         &self,
-        _: Request<skep_proto::RemoveSecretRequest>,
+        request: Request<skep_proto::RemoveSecretRequest>,
     ) -> Answer<skep_proto::RemoveSecretResponse> {
-        Err(Status::unimplemented("secret rm"))
+        self.ask(json!({"remove secret": request.into_inner().id}));
+        Ok(Response::new(skep_proto::RemoveSecretResponse {}))
     }
 
     async fn create_config(
         &self,
-        _: Request<skep_proto::CreateConfigRequest>,
+        request: Request<skep_proto::CreateConfigRequest>,
     ) -> Answer<skep_proto::CreateConfigResponse> {
-        Err(Status::unimplemented("config create"))
+        self.ask(json!({"config": spec(&request.into_inner().spec_json)}));
+        let id = "config-id".to_owned();
+        Ok(Response::new(skep_proto::CreateConfigResponse { id, warnings: Vec::new() }))
     }
 
     async fn update_config(
         &self,
-        _: Request<skep_proto::UpdateConfigRequest>,
+        request: Request<skep_proto::UpdateConfigRequest>,
     ) -> Answer<skep_proto::UpdateConfigResponse> {
-        Err(Status::unimplemented("config update"))
+        let request = request.into_inner();
+        if let Some(refusal) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(refusal);
+        }
+        self.ask(json!({"update config": spec(&request.spec_json), "data": request.data_changes}));
+        let services = vec!["web".to_owned()];
+        Ok(Response::new(skep_proto::UpdateConfigResponse { data_version: 2, services }))
     }
 
     async fn remove_config(
         &self,
-        _: Request<skep_proto::RemoveConfigRequest>,
+        request: Request<skep_proto::RemoveConfigRequest>,
     ) -> Answer<skep_proto::RemoveConfigResponse> {
-        Err(Status::unimplemented("config rm"))
+        self.ask(json!({"remove config": request.into_inner().id}));
+        Ok(Response::new(skep_proto::RemoveConfigResponse {}))
     }
 
     async fn update_swarm(
@@ -420,7 +444,10 @@ impl Control for Served {
         &self,
         _: Request<skep_proto::ServiceHistoryRequest>,
     ) -> Answer<skep_proto::ServiceHistoryResponse> {
-        Err(Status::unimplemented("service history"))
+        let table = self.0.lock().unwrap();
+        let revisions = table.objects.get("revision").map(Vec::as_slice).unwrap_or_default();
+        let revisions_json = revisions.iter().map(Value::to_string).collect();
+        Ok(Response::new(skep_proto::ServiceHistoryResponse { revisions_json }))
     }
 
     async fn explain(
@@ -445,8 +472,28 @@ impl Control for Served {
         Err(Status::unimplemented("swarm backup"))
     }
 
-    async fn events(&self, _: Request<skep_proto::EventsRequest>) -> Answer<Self::EventsStream> {
-        Err(Status::unimplemented("events"))
+    async fn events(
+        &self,
+        request: Request<skep_proto::EventsRequest>,
+    ) -> Answer<Self::EventsStream> {
+        let request = request.into_inner();
+        let filters = request.filters.iter();
+        let filters: Vec<String> =
+            filters.map(|filter| format!("{}={}", filter.key, filter.value)).collect();
+        self.ask(json!({
+            "since": request.since_nanos,
+            "until": request.until_nanos,
+            "follow": request.follow,
+            "behind": request.from_version,
+            "filters": filters,
+        }));
+        let mut table = self.0.lock().unwrap();
+        let events = table.events.pop_front().unwrap_or_default();
+        let mut answers: Vec<_> = events.into_iter().map(Ok).collect();
+        if !table.events.is_empty() {
+            answers.push(Err(Status::unavailable("this manager is stopping")));
+        }
+        Ok(Response::new(Box::pin(futures::stream::iter(answers))))
     }
 }
 

@@ -2,7 +2,10 @@
 
 mod daemon;
 mod endpoints;
+mod events;
+mod jobs;
 mod lists;
+mod payloads;
 mod services;
 
 use std::io::Write;

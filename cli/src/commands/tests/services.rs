@@ -247,3 +247,43 @@ async fn a_stack_is_deployed_whole_or_not_at_all() {
     assert_eq!(asked["prune"], true);
     assert_eq!(asked["deploy"]["Services"][0]["Name"], "shop_web");
 }
+
+#[tokio::test]
+async fn a_history_says_what_changed_and_is_gone_back_to() {
+    let daemon = Daemon::start();
+    let mut current = service(9, 3);
+    current["Revision"] = 3.into();
+    current["Spec"]["TaskTemplate"]["ContainerSpec"]["Env"] = json!(["A=B"]);
+    let revision = |number: u64, replicas: u64, image: &str, replaced_at: &str| {
+        let mut spec = service(number, replicas)["Spec"].clone();
+        spec["TaskTemplate"]["ContainerSpec"]["Image"] = image.into();
+        json!({
+            "ServiceID": SERVICE_ID, "Number": number, "Spec": spec,
+            "Version": {"Index": 1}, "CreatedAt": replaced_at, "UpdatedAt": replaced_at,
+            "SpecVersion": {"Index": number}, "ReplacedAt": replaced_at,
+        })
+    };
+    daemon.hold("service", [current]);
+    daemon.hold(
+        "revision",
+        [
+            revision(2, 3, "docker.io/library/web:1@sha256:ab", "2023-11-14T22:14:00Z"),
+            revision(1, 2, "docker.io/library/web:0@sha256:aa", "2023-11-14T20:14:00Z"),
+        ],
+    );
+    let format = "{{.Revision}} | {{.Replaced}} | {{.Image}} | {{.Changed}}";
+    let line = format!("service history --format '{format}' web");
+    let (code, out, err) = run(&daemon, &line).await;
+    let expect = "\
+3 | current | web:1 | Env
+2 | about a minute ago | web:1 | Replicas, Image
+1 | 2 hours ago | web:0 | 
+";
+    assert_eq!((code, out.as_str()), (0, expect), "{err}");
+    let (_, out, _) = run(&daemon, "service history web").await;
+    assert!(out.starts_with("REVISION   REPLACED "), "{out}");
+    let (_, out, _) = run(&daemon, "service history -q web").await;
+    assert_eq!(out, "3\n2\n1\n");
+    run(&daemon, "service rollback -d --to 1 web").await;
+    assert_eq!(daemon.asked().last().unwrap()["rollback_to"], 1);
+}

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use skep_common::object::NodeState;
+use skep_common::object::{self, NodeState};
 use skep_common::{ServiceId, TaskId, Version};
 
 use super::{Invariant, ensure};
@@ -16,7 +16,7 @@ use crate::world::World;
 const HEAL_WAIT: Duration = Duration::from_secs(20);
 
 /// With start-first updates there may be one of each spec.
-type Slot = (ServiceId, u64, Option<Version>);
+type Slot = (ServiceId, object::Slot, Option<Version>);
 
 pub(super) struct OnePerSlot;
 
@@ -67,7 +67,7 @@ pub(super) fn check_slots(
             let is_told_to_stop = !task.desired_state.wants_run();
             if task.standalone.is_none() && !(is_start_first && is_told_to_stop) {
                 let of_spec = is_start_first.then_some(task.spec_version);
-                let tasks = slots.entry((task.service_id, task.slot, of_spec)).or_default();
+                let tasks = slots.entry((task.service_id, task.slot_key(), of_spec)).or_default();
                 tasks.push(*task_id);
                 ensure!(
                     tasks.len() == 1,

@@ -1,11 +1,14 @@
 //! 12. When faults end, the swarm settles and serves within a bound; every task that waits has a current
 //!     reason.
 
+use std::collections::BTreeSet;
+
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::object::{NodeState, TaskStatus};
-use skep_common::{Task, TaskState};
-use skep_manager_core::{Dirty, LeaderMemory, plan};
+use skep_common::object::{NodeState, Slot, TaskStatus};
+use skep_common::spec::{Availability, ModeKind};
+use skep_common::{Node, Service, Task, TaskState};
+use skep_manager_core::{Dirty, LeaderMemory, State, constraint, plan};
 
 use super::{Invariant, ensure};
 use crate::agent::Link;
@@ -38,35 +41,7 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
         }
     }
     for service in state.services().values() {
-        let name = &service.spec.name;
-        ensure!(!service.pending_delete, "{name} is not deleted");
-        let update = service.update_status.as_ref().map_or("", |status| status.state.as_str());
-        let live: Vec<&Task> = state
-            .tasks_of_service(service.id)
-            .map(|task| &**task)
-            .filter(|task| task.desired_state.wants_run())
-            .collect();
-        let is_over = !matches!(update, "updating" | "rollback_started");
-        ensure!(is_over || is_stuck(world, service), "{name} is {update}: {}", words(&live));
-        let replicas = service.spec.replicas().unwrap_or(0);
-        ensure!(
-            live.len() as u64 == replicas,
-            "{name}, whose update is {update:?}, has {} tasks of {replicas}: {}",
-            live.len(),
-            words(&live)
-        );
-        for task in live {
-            let is_waiting = task.node_id.is_none() && !task.status.err.is_empty();
-            let is_running = task.status.state == TaskState::Running && !task.status.unhealthy;
-            ensure!(
-                is_waiting || is_running,
-                "{} ({} on {:?}) is {:?}",
-                task.name(),
-                task.id,
-                task.node_id,
-                task.status
-            );
-        }
+        service_rests(world, service)?;
     }
     for task in state.tasks().values().filter(|task| !task.desired_state.wants_run()) {
         ensure!(
@@ -86,6 +61,91 @@ pub(crate) fn unrest(world: &World) -> Result<(), String> {
     Ok(())
 }
 
+/// Whether a service is what it was asked to be.
+fn service_rests(world: &World, service: &Service) -> Result<(), String> {
+    let state = &world.ledger;
+    let name = &service.spec.name;
+    ensure!(!service.pending_delete, "{name} is not deleted");
+    let update = service.update_status.as_ref().map_or("", |status| status.state.as_str());
+    let live: Vec<&Task> = state
+        .tasks_of_service(service.id)
+        .map(|task| &**task)
+        .filter(|task| task.desired_state.wants_run())
+        .collect();
+    let is_over = !matches!(update, "updating" | "rollback_started");
+    ensure!(is_over || is_stuck(world, service), "{name} is {update}: {}", words(&live));
+    if service.spec.mode_kind().is_some_and(ModeKind::is_job) {
+        return job_is_over(state, service, &live);
+    }
+    let replicas = match service.spec.replicas() {
+        Some(replicas) => replicas,
+        None => eligible(state, service)?.count() as u64,
+    };
+    ensure!(
+        live.len() as u64 == replicas,
+        "{name}, whose update is {update:?}, has {} tasks of {replicas}: {}",
+        live.len(),
+        words(&live)
+    );
+    for task in live {
+        let is_waiting = task.node_id.is_none() && !task.status.err.is_empty();
+        let is_running = task.status.state == TaskState::Running && !task.status.unhealthy;
+        ensure!(
+            is_waiting || is_running,
+            "{} ({} on {:?}) is {:?}",
+            task.name(),
+            task.id,
+            task.node_id,
+            task.status
+        );
+    }
+    Ok(())
+}
+
+/// The nodes that a global service or job is to have a task on; paused ones, where they have one already.
+fn eligible<'s>(
+    state: &'s State,
+    service: &'s Service,
+) -> Result<impl Iterator<Item = &'s Node>, String> {
+    let placement = service.spec.task_template.placement.as_ref();
+    let words = placement.and_then(|placement| placement.constraints.clone()).unwrap_or_default();
+    let constraints = constraint::parse_all(&words).map_err(|error| error.to_string())?;
+    let has_one = |node: &Node| {
+        let mut tasks = state.tasks_of_slot(service.id, Slot::Node(node.id));
+        tasks.any(|task| task.desired_state.wants_run())
+    };
+    let may_have_one = move |node: &&Node| {
+        let is_active = node.spec.availability == Availability::Active;
+        let is_paused = node.spec.availability == Availability::Pause;
+        node.status.state != NodeState::Down
+            && ((is_active && constraint::matches_all(&constraints, node))
+                || (is_paused && has_one(node)))
+    };
+    Ok(state.nodes().values().map(|node| &**node).filter(may_have_one))
+}
+
+/// Each slot of a job is done, or failed for good, or waits for a node.
+fn job_is_over(state: &State, service: &Service, live: &[&Task]) -> Result<(), String> {
+    let is_done = |task: &Task| task.status.state == TaskState::Complete;
+    let is_waiting = |task: &Task| task.node_id.is_none() && !task.status.err.is_empty();
+    for task in live {
+        ensure!(is_done(task) || is_waiting(task), "{} goes on: {:?}", task.name(), task.status);
+    }
+    if live.iter().any(|task| is_waiting(task)) {
+        return Ok(());
+    }
+    let iteration = service.job_status.map(|status| status.job_iteration);
+    let tasks = state.tasks_of_service(service.id);
+    let ended = tasks.filter(|task| task.job_iteration == iteration).map(|task| task.slot_key());
+    let n_ended = ended.collect::<BTreeSet<Slot>>().len() as u64;
+    let total = match service.spec.mode_kind() {
+        Some(ModeKind::ReplicatedJob { total, .. }) => total,
+        _ => n_ended, // What a node has done stays done, be it paused or drained now.
+    };
+    ensure!(n_ended == total, "{n_ended} of {total} tasks of {} have ended", service.spec.name);
+    Ok(())
+}
+
 fn words(tasks: &[&Task]) -> String {
     let word = |task: &&Task| {
         let (state, desired, version) = (task.status.state, task.desired_state, task.spec_version);
@@ -96,7 +156,7 @@ fn words(tasks: &[&Task]) -> String {
 }
 
 /// An update whose next task has no place waits for its deadline.
-fn is_stuck(world: &World, service: &skep_common::Service) -> bool {
+fn is_stuck(world: &World, service: &Service) -> bool {
     let mut tasks = world.ledger.tasks_of_service(service.id);
     tasks.any(|task| task.desired_state.wants_run() && task.node_id.is_none())
 }

@@ -9,12 +9,14 @@ mod i02_one_per_slot;
 mod i03_placement;
 mod i04_held_once;
 mod i05_only_grows;
+mod i06_secrets;
 mod i07_balancer;
 mod i08_update;
 mod i09_deposed;
 mod i10_one_log;
 mod i11_plan_is_deed;
 mod i12_comes_to_rest;
+mod i13_jobs;
 #[cfg(test)]
 mod tests;
 
@@ -40,12 +42,14 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(i03_placement::Placement),
         Box::new(i04_held_once::HeldOnce),
         Box::new(i05_only_grows::OnlyGrows),
+        Box::new(i06_secrets::Secrets),
         Box::new(i07_balancer::Balancer::default()),
         Box::new(i08_update::Update::default()),
         Box::new(i09_deposed::Deposed::default()),
         Box::new(i10_one_log::OneLog::default()),
         Box::new(i11_plan_is_deed::PlanIsDeed::default()),
         Box::new(i12_comes_to_rest::ComesToRest),
+        Box::new(i13_jobs::Jobs),
     ]
 }
 

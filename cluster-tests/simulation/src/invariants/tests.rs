@@ -114,9 +114,9 @@ fn a_table_with_a_task_that_does_not_run() {
             target_port: 80,
             policy: skep_common::spec::IngressPolicy::default(),
             proxy_protocol: None,
-            backends: [(TaskId(1), std::net::Ipv4Addr::LOCALHOST)].into(),
+            backends: [(TaskId(1), std::net::Ipv4Addr::LOCALHOST)].into_iter().collect(),
         };
-        table.ports.insert((skep_common::spec::PortProtocol::default(), 80), port);
+        table.ports.insert((skep_common::spec::PortProtocol::default(), 80), Arc::new(port));
         let (table, silent) = (Arc::new(table), BTreeSet::new());
         Seen::Tabled { term: 1, version, table, state, silent }
     };

@@ -28,9 +28,9 @@ const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5
 pub(super) const STREAM_WINDOW_BYTES: u32 = 128 << 10;
 /// Streams of one peer at once, each a call or a client's connection; more wait at the peer.
 const STREAMS_MAX: u32 = 4096;
-/// Window of all streams of one peer: all may stand full, unread, and keep no other one waiting. It is also
-/// what a peer can have this process hold, 512 MiB.
-pub(super) const CONNECTION_WINDOW_BYTES: u32 = STREAMS_MAX * STREAM_WINDOW_BYTES;
+/// Window of all streams of one peer, which is what a peer can have this process hold: nothing stands in it for long,
+/// since calls are read as they come and relayed connections have windows of their own.
+pub(super) const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
 
 /// Why a socket cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -207,8 +207,12 @@ pub async fn serve_unix(
     routes: Routes,
     tasks: &TaskSet,
 ) -> Result<(), ServeError> {
-    let incoming = UnixListenerStream::new(listener)
-        .map(|stream| stream.map(|stream| Connection { stream, caller: Caller::Local }));
+    let connection = |stream: UnixStream| {
+        let peer = stream.peer_cred().ok();
+        let (uid, pid) = (peer.map(|peer| peer.uid()), peer.and_then(|peer| peer.pid()));
+        Connection { stream, caller: Caller::Local { uid, pid } }
+    };
+    let incoming = UnixListenerStream::new(listener).map(move |stream| stream.map(connection));
     let shutdown = tasks.token().cancelled_owned();
     server(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())

@@ -12,118 +12,25 @@
 //!   waited for any longer are named.
 //! - Tables differ in version exactly where they differ. A node that is told nothing of a version has it.
 
+mod ingress;
 pub mod networks;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
+use imbl::OrdMap;
+use imbl::ordmap::DiffItem;
 use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::mistakes::{self, Mistake};
 use skep_common::serving::withheld;
-use skep_common::spec::{IngressPolicy, PortProtocol, ProxyProtocol, PublishMode};
-use skep_common::wireguard::WireguardKeys;
-use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
+use skep_common::{NetworkId, NodeId, Task, TaskId, TaskState, Timestamp};
 
 use crate::store::State;
+use ingress::Ingress;
+pub use ingress::{Peer, Port, PortKey, Table, TableChanges, diff, table};
 use networks::{NetworkChanges, NetworkTable, NetworkTables};
-
-/// What a node must know to serve every published port.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Table {
-    /// All nodes, by node number.
-    pub peers: BTreeMap<u16, Peer>,
-    /// Published ports.
-    pub ports: BTreeMap<(PortProtocol, u16), Port>,
-}
-
-/// How a node is reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer {
-    /// Its underlay address.
-    pub underlay: Ipv4Addr,
-    /// Its IPv6 addresses; `None` where it serves IPv4 alone.
-    pub ipv6: Option<BTreeSet<Ipv6Addr>>,
-    /// Its keys, where it takes part in encrypted networks.
-    pub wireguard: Option<WireguardKeys>,
-    /// The node itself.
-    pub node_id: NodeId,
-    /// Where its daemon listens at the underlay address.
-    pub port: u16,
-    /// Whether its daemon balances, so that no tunnel leads to its tasks.
-    pub is_in_user_space: bool,
-}
-
-/// A port that answers on every node.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Port {
-    /// The service that publishes it.
-    pub service_id: ServiceId,
-    /// Its name.
-    pub service: String,
-    /// The port that its containers listen on.
-    pub target_port: u16,
-    /// Which of the tasks a node sends connections to.
-    pub policy: IngressPolicy,
-    /// How tasks are told of clients.
-    pub proxy_protocol: Option<ProxyProtocol>,
-    /// Addresses of the tasks behind it; none means that connections are refused.
-    pub backends: BTreeMap<TaskId, Ipv4Addr>,
-}
-
-/// Packet marks have 12 bits for the number of a node, and 4095 stays free: nodes beyond take no part in the
-/// mesh.
-const MESH_NUMBER_MAX: u16 = 4094;
-
-/// The table of a state, without the tasks of nodes in `not_in_balancer`.
-pub fn table(state: &State, not_in_balancer: &BTreeSet<NodeId>) -> Table {
-    let mut table = Table::default();
-    let numbered = state.nodes().values().filter(|node| node.number <= MESH_NUMBER_MAX);
-    for node in numbered {
-        // An address that is not IPv4 has no part in the mesh.
-        if let Ok(underlay) = node.status.addr.parse() {
-            let description = node.description.as_ref();
-            let ipv6 = description.and_then(|description| description.ipv6_addresses.clone());
-            let keys = description.and_then(|description| description.wireguard.as_ref());
-            let keys = keys.filter(|keys| !keys.public.keys.is_empty());
-            let wireguard = keys.map(|keys| keys.public.clone());
-            let is_in_user_space =
-                description.is_some_and(|description| description.is_in_user_space());
-            let (node_id, port) = (node.id, node.port());
-            let peer = Peer { underlay, ipv6, wireguard, node_id, port, is_in_user_space };
-            table.peers.insert(node.number, peer);
-        }
-    }
-    for service in state.services().values() {
-        let ports = service.endpoint.ports.iter();
-        let mut ingress = ports
-            .filter(|port| port.publish_mode.unwrap_or_default() == PublishMode::Ingress)
-            .filter_map(|port| Some((port, port.published_port.filter(|number| *number != 0)?)))
-            .peekable();
-        if ingress.peek().is_none() {
-            continue;
-        }
-        let tasks = state.tasks_of_service(service.id);
-        let serving = tasks.filter(|task| is_serving(state, not_in_balancer, task));
-        let backends: BTreeMap<TaskId, Ipv4Addr> =
-            serving.filter_map(|task| Some((task.id, task.ingress_address()?))).collect();
-        let endpoint = service.spec.endpoint_spec.as_ref();
-        for (port, published) in ingress {
-            let entry = Port {
-                service_id: service.id,
-                service: service.spec.name.clone(),
-                target_port: port.target_port,
-                policy: endpoint.and_then(|endpoint| endpoint.ingress_policy).unwrap_or_default(),
-                proxy_protocol: port.proxy_protocol,
-                backends: backends.clone(),
-            };
-            table.ports.insert((port.protocol.unwrap_or_default(), published), entry);
-        }
-    }
-    table
-}
 
 fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) -> bool {
     let is_silent = task.node_id.is_some_and(|node_id| not_in_balancer.contains(&node_id));
@@ -131,52 +38,32 @@ fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) ->
     !is_silent && withheld(task, node.map(|node| &**node)).is_none()
 }
 
-/// What makes one table of another.
+/// What an update did.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct TableChanges {
-    /// New peers, and those with other addresses or keys.
-    pub peers: BTreeMap<u16, Peer>,
-    /// Peers that are gone.
-    pub removed_peers: Vec<u16>,
-    /// New or changed ports, each whole.
-    pub ports: BTreeMap<(PortProtocol, u16), Port>,
-    /// Ports that are published no more.
-    pub removed_ports: Vec<(PortProtocol, u16)>,
+struct Update {
+    /// Whether any table changed.
+    is_changed: bool,
+    /// Tasks that served and do not any more.
+    withdrawn: BTreeSet<TaskId>,
+    /// Tasks that began to serve.
+    returned: BTreeSet<TaskId>,
 }
 
-/// What makes `new` of `old`.
-pub fn diff(old: &Table, new: &Table) -> TableChanges {
-    let peers = new.peers.iter().filter(|(number, peer)| old.peers.get(number) != Some(peer));
-    let ports = new.ports.iter().filter(|(key, port)| old.ports.get(key) != Some(port));
-    TableChanges {
-        peers: peers.map(|(number, peer)| (*number, peer.clone())).collect(),
-        removed_peers: old.peers.keys().filter(|n| !new.peers.contains_key(n)).copied().collect(),
-        ports: ports.map(|(key, port)| (*key, port.clone())).collect(),
-        removed_ports: old
-            .ports
-            .keys()
-            .filter(|key| !new.ports.contains_key(key))
-            .copied()
-            .collect(),
-    }
-}
-
-impl Table {
-    /// Makes the changes, as a node does.
-    pub fn apply(&mut self, changes: &TableChanges) {
-        for number in &changes.removed_peers {
-            self.peers.remove(number);
+/// What is new or changed, and what is gone.
+fn difference<K: Ord + Copy, V: PartialEq>(
+    old: &OrdMap<K, Arc<V>>,
+    new: &OrdMap<K, Arc<V>>,
+) -> (BTreeMap<K, Arc<V>>, Vec<K>) {
+    let (mut set, mut removed) = (BTreeMap::new(), Vec::new());
+    for item in old.diff(new) {
+        match item {
+            DiffItem::Add(key, value) | DiffItem::Update { new: (key, value), .. } => {
+                set.insert(*key, value.clone());
+            }
+            DiffItem::Remove(key, _) => removed.push(*key),
         }
-        for key in &changes.removed_ports {
-            self.ports.remove(key);
-        }
-        self.peers.extend(changes.peers.clone());
-        self.ports.extend(changes.ports.clone());
     }
-
-    fn backends(&self) -> BTreeSet<TaskId> {
-        self.ports.values().flat_map(|port| port.backends.keys().copied()).collect()
-    }
+    (set, removed)
 }
 
 /// All that one node must know.
@@ -266,11 +153,14 @@ fn is_to_stop(state: &State, task_id: TaskId) -> bool {
     state.task(task_id).is_some_and(|task| !task.desired_state.wants_run())
 }
 
+/// How many bits of a version count the tables of one leader; those above are its term.
+const VERSION_BITS: u32 = 32;
+
 /// The newest table, and the tasks that wait until nodes have it.
 #[derive(Debug)]
 pub struct Drain {
     version: u64,
-    table: Arc<Table>,
+    ingress: Ingress,
     networks: NetworkTables,
     /// What the tables were made of.
     state: State,
@@ -300,7 +190,7 @@ impl Drain {
         });
         Self {
             version: 1,
-            table: Arc::new(table(state, not_in_balancer)),
+            ingress: Ingress::new(state, not_in_balancer),
             networks: NetworkTables::new(state, not_in_balancer),
             state: state.clone(),
             not_in_balancer: not_in_balancer.clone(),
@@ -310,21 +200,32 @@ impl Drain {
         }
     }
 
-    /// The number of the newest table, from 1.
+    /// Has versions of a term that are higher than all of earlier terms, so that nodes can tell whose is newer.
+    #[must_use]
+    pub fn in_term(mut self, term: u64) -> Self {
+        let first = term << VERSION_BITS;
+        self.version += first;
+        for (version, _) in self.withdrawn.values_mut() {
+            *version += first;
+        }
+        self
+    }
+
+    /// The number of the newest table, which grows with each.
     pub fn version(&self) -> u64 {
         self.version
     }
 
     /// Published ports and peers.
-    pub fn table(&self) -> &Table {
-        &self.table
+    pub fn table(&self) -> &Arc<Table> {
+        self.ingress.table()
     }
 
     /// All that a node must know.
     pub fn of_node(&self, node_id: NodeId) -> NodeTable {
         let networks = self.networks.of_node(node_id);
         let networks = networks.map(|(id, table)| (id, table.clone())).collect();
-        NodeTable { table: self.table.clone(), networks }
+        NodeTable { table: self.ingress.table().clone(), networks }
     }
 
     /// Takes over a new state; says whether the tables changed.
@@ -337,25 +238,22 @@ impl Drain {
         if state.version() == self.state.version() && *not_in_balancer == self.not_in_balancer {
             return false;
         }
-        let old = (&self.state, &self.not_in_balancer);
-        let on_networks = self.networks.update(old, (state, not_in_balancer));
-        let new = table(state, not_in_balancer);
-        let are_ports_changed = new != *self.table;
-        let is_changed = are_ports_changed || on_networks.is_changed;
+        let (old, new) = ((&self.state, &self.not_in_balancer), (state, not_in_balancer));
+        let on_networks = self.networks.update(old, new);
+        let on_ports = self.ingress.update(old, new);
+        let is_changed = on_ports.is_changed || on_networks.is_changed;
         if is_changed {
             self.version += 1;
-            let was_serving = self.table.backends();
-            let mut serving = new.backends();
-            serving.extend(&on_networks.returned);
-            let gone = was_serving.iter().chain(&on_networks.withdrawn);
-            for task_id in gone.filter(|task_id| !serving.contains(task_id)) {
-                self.withdrawn.insert(*task_id, (self.version, now));
+            let returned: BTreeSet<&TaskId> =
+                on_ports.returned.iter().chain(&on_networks.returned).collect();
+            for task_id in on_ports.withdrawn.iter().chain(&on_networks.withdrawn) {
+                // What left a network may still answer on a port.
+                if !returned.contains(task_id) && !self.ingress.is_backend(*task_id) {
+                    self.withdrawn.insert(*task_id, (self.version, now));
+                }
             }
-            self.withdrawn.retain(|task_id, _| !serving.contains(task_id));
-            self.overdue.retain(|task_id, _| !serving.contains(task_id));
-        }
-        if are_ports_changed {
-            self.table = Arc::new(new);
+            self.withdrawn.retain(|task_id, _| !returned.contains(task_id));
+            self.overdue.retain(|task_id, _| !returned.contains(task_id));
         }
         let is_stoppable = |task_id: &TaskId| {
             state.task(*task_id).is_some_and(|task| !task.status.state.is_terminal())

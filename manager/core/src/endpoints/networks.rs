@@ -15,15 +15,14 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use imbl::OrdMap;
-use imbl::ordmap::DiffItem;
 use ipnet::IpNet;
 use skep_common::placeholder::{self, NodeFacts};
 use skep_common::spec::PortProtocol;
 use skep_common::{Network, NetworkId, Node, NodeId, Service, ServiceId, Task, TaskId};
 
-use super::is_serving;
+use super::{Update, difference, is_serving};
 use crate::network;
-use crate::store::{State, Table};
+use crate::store::{State, changed};
 
 /// What nodes must know of a network to make it.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -146,34 +145,6 @@ impl NetworkTable {
         self.endpoints.extend(changes.endpoints.clone());
         self.services.extend(changes.services.clone());
     }
-}
-
-/// What is new or changed, and what is gone.
-fn difference<K: Ord + Copy, V: PartialEq>(
-    old: &OrdMap<K, Arc<V>>,
-    new: &OrdMap<K, Arc<V>>,
-) -> (BTreeMap<K, Arc<V>>, Vec<K>) {
-    let (mut set, mut removed) = (BTreeMap::new(), Vec::new());
-    for item in old.diff(new) {
-        match item {
-            DiffItem::Add(key, value) | DiffItem::Update { new: (key, value), .. } => {
-                set.insert(*key, value.clone());
-            }
-            DiffItem::Remove(key, _) => removed.push(*key),
-        }
-    }
-    (set, removed)
-}
-
-/// What an update did.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Update {
-    /// Whether any table changed.
-    pub(super) is_changed: bool,
-    /// Tasks that served and do not any more.
-    pub(super) withdrawn: BTreeSet<TaskId>,
-    /// Tasks that began to serve.
-    pub(super) returned: BTreeSet<TaskId>,
 }
 
 /// All networks.
@@ -333,16 +304,6 @@ impl NetworkTables {
             self.on_nodes.remove(&place);
         }
     }
-}
-
-/// The ids of what differs between two tables of the store.
-fn changed<K: Ord + Copy, V: PartialEq>(old: &Table<K, V>, new: &Table<K, V>) -> Vec<K> {
-    let id = |item| match item {
-        DiffItem::Add(id, _) | DiffItem::Remove(id, _) | DiffItem::Update { new: (id, _), .. } => {
-            *id
-        }
-    };
-    old.diff(new).map(id).collect()
 }
 
 fn settings(network: &Network) -> Settings {

@@ -2,9 +2,11 @@
 
 use std::time::Duration;
 
-use skep_common::Service;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
 use skep_common::object::NodeState;
-use skep_common::spec::{EndpointSpec, PortConfig};
+use skep_common::spec::{EndpointSpec, PortConfig, PortProtocol, ProxyProtocol, PublishMode};
+use skep_common::{Object, Service, ServiceId};
 
 use super::*;
 use crate::testing::{NOW, World, parse_node, service};
@@ -71,8 +73,8 @@ fn nodes_are_told_where_daemons_listen_and_which_of_them_balance() {
     let mut moved = parse_node("1");
     moved.status.port = 2378;
     world.replace(skep_common::Object::Node(Box::new(moved)));
-    let peers = table(&world.state, &nobody()).peers.into_values();
-    let told = peers.map(|peer| (peer.node_id, peer.port, peer.is_in_user_space));
+    let table = table(&world.state, &nobody());
+    let told = table.peers.values().map(|peer| (peer.node_id, peer.port, peer.is_in_user_space));
     assert_eq!(told.collect::<Vec<_>>(), [(NodeId(1), 2378, false), (NodeId(2), 2377, true)]);
 }
 
@@ -142,6 +144,20 @@ fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
     drain.session_closed(NodeId(2));
     assert_eq!(drain.held_back(&world.state, NOW), nothing(), "the other is not there any more");
     assert_eq!(drain.deadline(), None);
+}
+
+#[test]
+fn versions_of_a_later_term_are_higher_and_go_on_by_one() {
+    let (mut world, tasks) = running();
+    let mut earlier = Drain::new(&world.state, &nobody(), NOW).in_term(3);
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    let mut later = Drain::new(&world.state, &nobody(), NOW).in_term(4);
+    assert!(earlier.update(&world.state, &nobody(), NOW));
+    assert!(later.version() > earlier.version());
+    later.session_opened(NodeId(1));
+    assert_eq!(later.held_back(&world.state, NOW), [tasks[0]].into());
+    later.acknowledge(NodeId(1), later.version());
+    assert_eq!(later.held_back(&world.state, NOW), nothing());
 }
 
 fn nothing() -> BTreeSet<TaskId> {
@@ -248,4 +264,83 @@ fn changes_make_the_new_table_of_the_old() {
             assert_eq!(&made, new);
         }
     }
+}
+
+/// One change at random, as the store would see it.
+fn change(world: &mut World, silent: &mut BTreeSet<NodeId>, rng: &mut StdRng) {
+    let tasks: Vec<Arc<Task>> = world.state.tasks().values().cloned().collect();
+    let node_id = NodeId(rng.random_range(1..4));
+    match rng.random_range(0..10) {
+        0..5 => {
+            let Some(task) = tasks.get(rng.random_range(0..tasks.len().max(1))) else { return };
+            let mut status = task.status.clone();
+            status.state = status.state.max(TaskState::Running);
+            status.unhealthy = rng.random_ratio(1, 4);
+            let patch = TaskPatch { status: Some(status), ..TaskPatch::of(task.id) };
+            world.apply(vec![Action::PatchTask(patch)]);
+        }
+        5 => {
+            let Some(task) = tasks.get(rng.random_range(0..tasks.len().max(1))) else { return };
+            desire(world, task.id, TaskState::Shutdown);
+            world.step();
+        }
+        6 => {
+            let mut node = parse_node(&node_id.0.to_string());
+            node.status.state =
+                if rng.random() { NodeState::Ready } else { NodeState::Disconnected };
+            node.status.port = rng.random_range(2377..2380);
+            world.replace(Object::Node(Box::new(node)));
+        }
+        7 if !silent.remove(&node_id) => {
+            silent.insert(node_id);
+        }
+        // Ports go from one service to the other in one step.
+        _ => {
+            let (mut web, mut other) = (world.web(), service(0));
+            other.id = ServiceId(8);
+            other.spec.name = "other".into();
+            let ports = std::mem::take(&mut web.endpoint.ports);
+            match rng.random_range(0..3) {
+                0 => web.endpoint.ports = published(0).endpoint.ports,
+                1 => other.endpoint.ports = published(0).endpoint.ports,
+                _ => other.endpoint.ports = ports,
+            }
+            let put = |service| Object::Service(Box::new(service));
+            let delete = Action::Delete { kind: skep_common::Kind::Service, id: 8 };
+            if world.state.service(ServiceId(8)).is_some() {
+                world.apply(vec![delete]);
+            }
+            world.replace(put(web));
+            world.put(vec![put(other)]);
+        }
+    }
+}
+
+#[test]
+fn a_table_fed_by_changes_is_the_one_made_anew() {
+    let (mut n_ports, mut n_backends) = (0, 0);
+    for seed in 0..20 {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut world = World::new("1 2 3", published(6), "");
+        world.step();
+        let mut silent = nobody();
+        let mut drain = Drain::new(&world.state, &silent, NOW);
+        for _ in 0..100 {
+            let before = drain.table().clone();
+            for _ in 0..rng.random_range(1..4) {
+                change(&mut world, &mut silent, &mut rng);
+            }
+            drain.update(&world.state, &silent, NOW);
+            let anew = table(&world.state, &silent);
+            assert_eq!(**drain.table(), anew, "seed {seed}");
+            assert_eq!(Arc::ptr_eq(drain.table(), &before), *before == anew, "seed {seed}");
+            let mut backends: BTreeSet<TaskId> = BTreeSet::new();
+            anew.ports.values().for_each(|port| backends.extend(port.backends.keys()));
+            for task in world.state.tasks().keys() {
+                assert_eq!(drain.ingress.is_backend(*task), backends.contains(task));
+            }
+            (n_ports, n_backends) = (n_ports + anew.ports.len(), n_backends + backends.len());
+        }
+    }
+    assert!(n_ports > 500 && n_backends > 500, "{n_ports} {n_backends}: nothing was seen");
 }

@@ -1,7 +1,8 @@
 //! Finds tasks whose node no longer meets what they need.
 //!
 //! A node's labels, role, resources or kernel may change under its tasks. Only nodes with availability
-//! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them.
+//! `active` are enforced: a drained one loses all its tasks anyway, a paused one keeps them. Tasks on overlay networks
+//! leave a paused one, too, that does not carry these any more: it cannot run them.
 //! Source: SwarmKit `manager/orchestrator/constraintenforcer`. Differs: where a node has become too
 //! small for the reservations of its tasks, or has lost
 //! generic resources that they hold, the newest ones leave, where SwarmKit's choice is random.
@@ -36,20 +37,35 @@ impl Constraints {
         }
     }
 
+    /// Whether a task may stay on whichever node it is, as far as [`allow`](Self::allow) decides.
+    pub(super) fn allow_any_node(&self, task: &Task) -> bool {
+        let has_no_constraints = || match task.spec_version == self.version || self.is_update_over {
+            true => self.current.is_empty(),
+            false => task.spec.placement.as_ref().is_none_or(|placement| {
+                placement.constraints.as_ref().is_none_or(|constraints| constraints.is_empty())
+            }),
+        };
+        !is_on_overlays(task) && has_no_constraints()
+    }
+
     /// Whether a task may stay on its node.
     pub(super) fn allow(&self, task: &Task, node: &Node) -> bool {
+        // Not a matter of what its operator wants: the node has cut it off, and cannot run it.
+        if is_on_overlays(task) && !carries_overlays(node) {
+            return false;
+        }
         if node.spec.availability != Availability::Active {
             return true;
-        }
-        let is_on_overlays = task.networks_attachments.iter().any(|one| one.network_id.is_some());
-        if is_on_overlays && !carries_overlays(node) {
-            return false;
         }
         if task.spec_version == self.version || self.is_update_over {
             return constraint::matches_all(&self.current, node);
         }
         constraint::matches_all(&parsed(&task.spec), node)
     }
+}
+
+fn is_on_overlays(task: &Task) -> bool {
+    task.networks_attachments.iter().any(|one| one.network_id.is_some())
 }
 
 /// Whether a node meets the constraints of a task template.

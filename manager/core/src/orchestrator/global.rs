@@ -19,6 +19,9 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service) {
     let now = scope.fork.now();
     let slots = scope.slots(service.id);
     for (slot, tasks) in slots.iter() {
+        if !scope.fork.has_room() {
+            return;
+        }
         let node = slot.node().and_then(|node_id| scope.fork.state().node(node_id));
         // A node's id never comes back: nothing will ask for the history either.
         let Some(node) = node else {
@@ -31,13 +34,12 @@ pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service) {
     }
     let nodes = scope.fork.state().nodes().values();
     let lacks = |node: &&Arc<Node>| {
-        let tasks = slots.get(&Slot::Node(node.id));
+        let tasks = slots.get(Slot::Node(node.id));
         takes(service, node) && !tasks.is_some_and(|tasks| replicated::is_occupied(tasks, now))
     };
     let missing: Vec<NodeId> = nodes.filter(lacks).map(|node| node.id).collect();
     for node_id in missing {
         if !scope.create_in_slot(service, Slot::Node(node_id), now) {
-            scope.wake_for_rest();
             break;
         }
     }
@@ -50,13 +52,15 @@ pub(super) fn may_fill(scope: &Scope<'_, '_>, service: &Service, slot: Slot) -> 
     })
 }
 
-fn takes(service: &Service, node: &Node) -> bool {
+/// Whether a node may get a task.
+pub(super) fn takes(service: &Service, node: &Node) -> bool {
     node.status.state != NodeState::Down
         && node.spec.availability == Availability::Active
         && enforcer::is_met(&service.spec.task_template, node)
 }
 
-fn keeps(service: &Service, node: &Node) -> bool {
+/// Whether a node may keep the task that it has.
+pub(super) fn keeps(service: &Service, node: &Node) -> bool {
     let is_paused = node.spec.availability == Availability::Pause;
     takes(service, node) || (is_paused && node.status.state != NodeState::Down)
 }

@@ -6,11 +6,14 @@
 //! replicated: count of slots ─► restart: failed, evicted ─► updater: old spec ─► restart: release
 //! global: count of nodes             −task +task                −task +task         Ready → Running
 //!         +task  −slot
+//!
+//! jobs: older iterations ─► restart: failed, evicted ─► open slots ─► restart: release
+//!             −task              −task +task              +task        Ready → Complete
 //! ```
 //!
 //! # Words
 //!
-//! A task is *live* while managers want it to run (`desired_state` ≤ `Running`), whatever happened
+//! A task is *live* while managers want it to run (`desired_state` ≤ `Complete`), whatever happened
 //! to it. A slot is *occupied* while it has a live task, or when its newest task ended and the
 //! restart policy gives it no successor.
 //!
@@ -21,19 +24,25 @@
 //! - A successor in a slot waits with desired state `Ready` until its predecessors have stopped.
 //! - A slot has at most one live task, but for a start-first update.
 //!
-//! Source: SwarmKit `manager/orchestrator/{replicated,restart,update,constraintenforcer}`.
+//! Source: SwarmKit `manager/orchestrator/{replicated,global,jobs,restart,update,constraintenforcer}`.
 
 pub(crate) mod enforcer;
 mod global;
 #[cfg(test)]
 mod global_tests;
+mod job;
+#[cfg(test)]
+mod job_tests;
 mod replicated;
 mod restart;
+mod slots;
+#[cfg(test)]
+mod start_first_tests;
 #[cfg(test)]
 mod tests;
 pub(crate) mod updater;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -45,9 +54,11 @@ use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 use crate::container;
 use crate::fork::Fork;
 use crate::plan::Options;
+use crate::scheduler::Index;
 use crate::store::State;
 
 pub use restart::MAX_ATTEMPTS_COUNTED;
+use slots::Slots;
 
 /// How long a successor waits for its predecessors at least. SwarmKit's `defaultOldTaskTimeout`.
 const OLD_TASK_WAIT: Duration = Duration::from_mins(1);
@@ -62,34 +73,42 @@ pub(crate) struct Scope<'p, 'a> {
     pub(crate) options: &'p Options,
     /// What updates remember.
     pub(crate) updates: &'p mut updater::Memory,
+    /// What is known of nodes, but for what this pass changes.
+    pub(crate) index: &'p Index,
     /// Tasks that must leave their node because it has too little for all of its tasks.
     pub(crate) evicted: &'p BTreeSet<TaskId>,
     /// The earliest moment at which time alone changes the outcome.
     pub(crate) wake: Option<(Timestamp, &'static str)>,
-    /// The slots as last read, with the fork's count of changes then.
-    slots: Option<(u64, Rc<Slots>)>,
+    /// The slots as last read, with the number of the fork's changes of tasks then.
+    slots: Option<(usize, Rc<Slots>)>,
 }
 
-/// The tasks of a service by slot, without those that are to be deleted.
-pub(crate) type Slots = BTreeMap<Slot, Vec<Arc<Task>>>;
-
-/// Brings one service as close to its spec as this moment allows.
-pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
+/// Brings one service as close to its spec as this moment and the pass's room allow; `false` where the
+/// reaper need not look at it, since all its tasks are live.
+pub(crate) fn reconcile(scope: &mut Scope<'_, '_>, service_id: ServiceId) -> bool {
     let service = scope.fork.state().service(service_id).cloned();
     let Some(service) = service.filter(|service| !service.pending_delete) else {
         remove_all(scope, service_id);
-        return;
+        return true;
     };
     match service.spec.mode_kind() {
         Some(ModeKind::Replicated(replicas)) => replicated::scale(scope, &service, replicas),
         Some(ModeKind::Global) => global::scale(scope, &service),
-        // Validation refuses them; what is stored nevertheless is left as it is.
-        Some(ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob) | None => return,
+        Some(mode @ (ModeKind::ReplicatedJob { .. } | ModeKind::GlobalJob)) => {
+            job::retire(scope, &service);
+            restart::replace_failed(scope, &service);
+            job::fill(scope, &service, mode);
+            restart::release(scope, &service);
+            return true;
+        }
+        // Validation refuses it; what is stored nevertheless is left as it is.
+        None => return true,
     }
     restart::replace_failed(scope, &service);
     updater::advance(scope, &service);
     updater::finish_start_first(scope, &service);
     restart::release(scope, &service);
+    !scope.slots(service_id).are_live()
 }
 
 /// Removes the tasks of a service that is not there. Those that no service made are nobody's to decide about.
@@ -101,6 +120,9 @@ fn remove_all(scope: &mut Scope<'_, '_>, service_id: ServiceId) {
     let tasks = scope.fork.state().tasks_of_service(service_id);
     let tasks: Vec<TaskId> = tasks.filter(is_over).map(|task| task.id).collect();
     for task_id in tasks {
+        if !scope.fork.has_room() {
+            return;
+        }
         scope.fork.desire(task_id, TaskState::Remove);
     }
 }
@@ -110,24 +132,25 @@ impl<'p, 'a> Scope<'p, 'a> {
         fork: &'p mut Fork<'a>,
         options: &'p Options,
         updates: &'p mut updater::Memory,
+        index: &'p Index,
         evicted: &'p BTreeSet<TaskId>,
     ) -> Self {
-        Self { fork, options, updates, evicted, wake: None, slots: None }
+        Self { fork, options, updates, index, evicted, wake: None, slots: None }
     }
 
     fn slots(&mut self, service_id: ServiceId) -> Rc<Slots> {
-        let n_changes = self.fork.n_changes();
-        if let Some((_, slots)) = self.slots.as_ref().filter(|(read_at, _)| *read_at == n_changes) {
-            return slots.clone();
-        }
-        let mut slots = Slots::new();
-        for task in self.fork.state().tasks_of_service(service_id) {
-            if task.desired_state < TaskState::Remove {
-                slots.entry(task.slot_key()).or_default().push(task.clone());
+        let (state, touches) = (self.fork.state(), self.fork.touches());
+        let slots = match self.slots.take() {
+            Some((read_at, mut slots)) if touches.len() - read_at <= Slots::UPDATES_MAX => {
+                let changed = touches[read_at..].iter().filter_map(|id| state.task(*id));
+                for task in changed.filter(|task| task.service_id == service_id) {
+                    Rc::make_mut(&mut slots).update(task);
+                }
+                slots
             }
-        }
-        let slots = Rc::new(slots);
-        self.slots = Some((n_changes, slots.clone()));
+            _ => Rc::new(Slots::read(state, service_id)),
+        };
+        self.slots = Some((touches.len(), slots.clone()));
         slots
     }
 
@@ -137,11 +160,6 @@ impl<'p, 'a> Scope<'p, 'a> {
         }
     }
 
-    /// Notes that the pass was full: the rest is for the next one.
-    fn wake_for_rest(&mut self) {
-        self.wake_at(self.fork.now(), "tasks still to be created");
-    }
-
     /// Makes a task that starts at `start_after` or, later, once the slot's other tasks have stopped.
     /// `false` where the pass is full.
     fn create_in_slot(&mut self, service: &Service, slot: Slot, start_after: Timestamp) -> bool {
@@ -149,9 +167,17 @@ impl<'p, 'a> Scope<'p, 'a> {
         let state = self.fork.state();
         let is_free = !state.tasks_of_slot(service.id, slot).any(|task| is_stopping(state, task));
         if is_free && start_after <= now {
-            return self.fork.create_task(service, slot, TaskState::Running, None);
+            return self.fork.create_task(service, slot, wanted_state(service), None);
         }
         self.fork.create_task(service, slot, TaskState::Ready, Some(start_after))
+    }
+}
+
+/// What managers want of a service's tasks: to run, or to run until they end by themselves.
+fn wanted_state(service: &Service) -> TaskState {
+    match service.spec.mode_kind().is_some_and(ModeKind::is_job) {
+        true => TaskState::Complete,
+        false => TaskState::Running,
     }
 }
 

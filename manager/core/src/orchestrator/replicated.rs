@@ -19,20 +19,28 @@ type Occupied<'s> = BTreeMap<Slot, &'s [Arc<Task>]>;
 pub(super) fn scale(scope: &mut Scope<'_, '_>, service: &Service, replicas: u64) {
     let now = scope.fork.now();
     let slots = scope.slots(service.id);
-    let occupied = slots.iter().filter(|(_, tasks)| is_occupied(tasks, now));
-    let occupied: Occupied<'_> = occupied.map(|(slot, tasks)| (*slot, tasks.as_slice())).collect();
+    let occupied: Vec<(Slot, &[Arc<Task>])> =
+        slots.iter().filter(|(_, tasks)| is_occupied(tasks, now)).collect();
     let n_occupied = occupied.len() as u64;
-    let free_slots = (1..).map(Slot::Replica).filter(|slot| !occupied.contains_key(slot));
-    let missing: Vec<Slot> = (n_occupied..replicas).zip(free_slots).map(|(_, slot)| slot).collect();
-    for slot in missing {
+    let mut taken = occupied.iter().map(|(slot, _)| *slot).peekable();
+    let free_slots = (1..).map(Slot::Replica).filter(|slot| {
+        while taken.next_if(|taken| taken < slot).is_some() {}
+        taken.peek() != Some(slot)
+    });
+    for (_, slot) in (n_occupied..replicas).zip(free_slots) {
         if !scope.create_in_slot(service, slot, now) {
-            scope.wake_for_rest();
             break;
         }
     }
     if n_occupied > replicas {
+        let occupied: Occupied<'_> = occupied.into_iter().collect();
         let surplus = (0..).zip(keep_order(&occupied)).filter(|(rank, _)| *rank >= replicas);
-        for (_, slot) in surplus {
+        // The last come first: where the pass is full, the next one finds the same order without them.
+        let surplus: Vec<Slot> = surplus.map(|(_, slot)| slot).collect();
+        for slot in surplus.into_iter().rev() {
+            if !scope.fork.has_room() {
+                break;
+            }
             for task in occupied[&slot] {
                 scope.fork.desire(task.id, TaskState::Remove);
             }

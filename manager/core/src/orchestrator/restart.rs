@@ -13,11 +13,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use skep_common::limits::defaults;
-use skep_common::object::NodeState;
-use skep_common::spec::{Availability, RestartCondition, RestartPolicy};
+use skep_common::spec::{RestartCondition, RestartPolicy};
 use skep_common::{Service, Task, TaskState, Timestamp};
 
-use super::{OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater};
+use super::{
+    OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater, wanted_state,
+};
+use crate::scheduler::keeps_tasks;
 
 /// The highest `MaxAttempts` that is a limit.
 pub const MAX_ATTEMPTS_COUNTED: u64 = 100;
@@ -37,43 +39,46 @@ pub(super) fn replace_failed(scope: &mut Scope<'_, '_>, service: &Service) {
     let constraints = enforcer::Constraints::of(service);
     for (slot, tasks) in scope.slots(service.id).iter() {
         let fault = |task: &Task| fault(scope, &constraints, task);
+        let mut live = tasks.iter().filter(|task| is_live(task));
+        if live.all(|task| fault(task).is_none()) {
+            continue; // As in almost all slots.
+        }
         let live = tasks.iter().filter(|task| is_live(task));
         let (failed, sound): (Vec<_>, Vec<_>) =
             live.map(|task| (task, fault(task))).partition(|(_, fault)| fault.is_some());
-        if failed.is_empty() {
-            continue;
-        }
         let is_clean = |task: &Task| updater::is_clean(scope.fork.state(), service, task);
-        let needs_none = sound.iter().any(|(task, _)| is_clean(task))
-            || !global::may_fill(scope, service, *slot);
+        let needs_none =
+            sound.iter().any(|(task, _)| is_clean(task)) || !global::may_fill(scope, service, slot);
         let mut start_after = failed
             .iter()
             .filter(|(task, _)| !needs_none && has_successor(task, tasks, now))
             .map(|(task, fault)| now.after(delay(task, *fault)));
         // Two of one slot fail together only mid-update; one successor is enough.
         let start_after = start_after.next().map(|first| start_after.fold(first, Timestamp::min));
-        if start_after.is_some() && !scope.fork.has_room() {
-            scope.wake_for_rest();
+        if !scope.fork.has_room() {
             return;
         }
         for (task, _) in failed {
             scope.fork.desire(task.id, TaskState::Shutdown);
         }
         if let Some(start_after) = start_after {
-            scope.create_in_slot(service, *slot, start_after);
+            scope.create_in_slot(service, slot, start_after);
         }
     }
 }
 
 fn fault(scope: &Scope<'_, '_>, constraints: &enforcer::Constraints, task: &Task) -> Option<Fault> {
+    if task.job_iteration.is_some() && task.status.state == TaskState::Complete {
+        return None; // It did what it was made for, wherever.
+    }
     if let Some(node_id) = task.node_id {
-        let node = scope.fork.state().node(node_id);
-        let is_fit = node.is_some_and(|node| {
-            node.status.state != NodeState::Down
-                && node.spec.availability != Availability::Drain
-                && constraints.allow(task, node)
-        });
-        if !is_fit || scope.evicted.contains(&task.id) {
+        let is_fit = || {
+            let node = scope.fork.state().node(node_id);
+            node.is_some_and(|node| keeps_tasks(node) && constraints.allow(task, node))
+        };
+        // Most tasks need nothing of their node that it could lose.
+        let is_undemanding = scope.index.keeps_tasks(node_id) && constraints.allow_any_node(task);
+        if !(is_undemanding || is_fit()) || scope.evicted.contains(&task.id) {
             return Some(Fault::Displaced);
         }
     }
@@ -117,7 +122,8 @@ pub(super) fn has_successor(task: &Task, tasks: &[Arc<Task>], now: Timestamp) ->
 /// Lets prepared successors start whose delay is over and whose predecessors have stopped.
 pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
     let now = scope.fork.now();
-    for tasks in scope.slots(service.id).values() {
+    let started = wanted_state(service);
+    for (_, tasks) in scope.slots(service.id).iter() {
         for task in tasks.iter().filter(|task| task.desired_state <= TaskState::Ready) {
             let start_after = task.start_after.unwrap_or(task.meta.created_at);
             let state = scope.fork.state();
@@ -127,7 +133,10 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
             let patience = stopping.map(|old| task.meta.created_at.after(patience(old))).max();
             let at = patience.map_or(start_after, |patience| patience.max(start_after));
             if at <= now {
-                scope.fork.desire(task.id, TaskState::Running);
+                if !scope.fork.has_room() {
+                    return;
+                }
+                scope.fork.desire(task.id, started);
             } else {
                 scope.wake_at(at, "restart delay or the stop of an older task");
             }
@@ -136,7 +145,7 @@ pub(super) fn release(scope: &mut Scope<'_, '_>, service: &Service) {
 }
 
 /// How long the successor of a task waits for it.
-fn patience(old: &Task) -> Duration {
+pub(super) fn patience(old: &Task) -> Duration {
     let grace = old.spec.container_spec.as_ref().and_then(|spec| spec.stop_grace_period);
     let grace = grace.map_or(defaults::STOP_GRACE_PERIOD, |grace| grace.duration());
     OLD_TASK_WAIT.max(grace + STOP_SLACK)

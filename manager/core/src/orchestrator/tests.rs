@@ -2,11 +2,16 @@
 
 use std::time::Duration;
 
-use skep_common::object::{NodeState, Slot, TaskStatus};
-use skep_common::spec::{Availability, Nanos, RestartCondition, RestartPolicy, UpdateConfig};
-use skep_common::{Object, Service, Task, TaskId, TaskState};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use skep_common::object::{NetworkAttachment, NodeState, Slot, TaskStatus};
+use skep_common::spec::{
+    Availability, ContainerSpec, Nanos, RestartCondition, RestartPolicy, UpdateConfig,
+};
+use skep_common::{NetworkId, NodeId, Object, Service, Task, TaskId, TaskState};
 
 use crate::command::{Action, TaskPatch};
+use crate::image;
 use crate::testing::{World, parse_node, service};
 
 fn with_policy(mut service: Service, policy: RestartPolicy) -> Service {
@@ -60,6 +65,30 @@ fn what_fails_is_replaced() {
         ("a task that stops already is let be", "1:down 2", "1@1:running>shutdown 1@2:running", ""),
     ] {
         check(name, 1, nodes, tasks, expect);
+    }
+}
+
+#[test]
+fn tasks_on_overlays_leave_a_node_that_does_not_carry_them() {
+    for (name, nodes, is_on_overlay, leaves) in [
+        ("it carries them", "1:pause 2", true, false),
+        ("it does not", "1:user-space 2", true, true),
+        ("nor does a paused one, which cannot run it", "1:user-space:pause 2", true, true),
+        ("others stay", "1:user-space 2", false, false),
+        ("also while it is paused", "1:user-space:pause 2", false, false),
+    ] {
+        let mut world = World::new(nodes, service(1), "1@1:running");
+        let mut task = Task::clone(world.state.task(TaskId(1)).unwrap());
+        task.networks_attachments = vec![NetworkAttachment {
+            ingress: !is_on_overlay,
+            address: [10, 0, 1, 2].into(),
+            prefix: 24,
+            network_id: is_on_overlay.then_some(NetworkId(1)),
+            ipv6: None,
+            aliases: Vec::new(),
+        }];
+        world.replace(Object::Task(Box::new(task)));
+        assert_eq!(world.step().starts_with("!1 "), leaves, "{name}");
     }
 }
 
@@ -446,6 +475,61 @@ fn a_task_that_never_runs_fails_the_update_with_its_reason() {
 }
 
 #[test]
+fn a_paused_update_goes_on_when_asked() {
+    let digest = format!("sha256:{}", "1".repeat(64));
+    let image = format!("i:latest@{digest}");
+    let mut web = service(2);
+    web.spec.task_template.container_spec = Some(ContainerSpec { image, ..Default::default() });
+    let mut world = World::new("1 2", web, "1@1:running 2@2:running");
+    let (names, size, created) = (vec!["i".to_owned()], 1, None);
+    let image = image::Registration { names, digest, size, created };
+    world.apply(image::register(&world.state, NodeId(1), &image, &mut StdRng::seed_from_u64(1)));
+    world.step();
+    update(&mut world, |config| {
+        config.progress_deadline = Some(Nanos::from(Duration::from_secs(30)));
+    });
+    world.step();
+    fail_first(&mut world, None);
+    assert_eq!(status(&world).0, "paused");
+    world.expect_settled("a paused update");
+    let asked = |world: &mut World| {
+        let web = world.web();
+        let spec = web.spec.clone();
+        crate::service::update(&world.state, &web, web.meta.version, spec).unwrap()
+    };
+    wait(&mut world, 60);
+    let previous = world.web().previous_spec;
+    let again = asked(&mut world).expect("the same spec lets it go on");
+    world.apply(vec![again]);
+    for _ in 0..20 {
+        world.step();
+        obey(&mut world);
+        wait(&mut world, 6);
+    }
+    assert_eq!(status(&world).0, "completed", "{}", status(&world).1);
+    assert_eq!(world.web().previous_spec, previous, "a rollback still knows where to");
+    assert!([1, 2].iter().all(|slot| live(&world, *slot).spec.force_update.is_some()));
+    assert_eq!(asked(&mut world), None, "there is nothing to go on with");
+}
+
+#[test]
+fn a_service_has_a_progress_deadline_of_its_own() {
+    let mut world = World::new("1", service(1), "1@1:running");
+    world.step();
+    update(&mut world, |config| {
+        config.progress_deadline = Some(Nanos::from(Duration::from_secs(30)));
+    });
+    world.step();
+    world.report(TaskId(1), TaskState::Shutdown);
+    world.step();
+    wait(&mut world, 31);
+    world.step();
+    let (state, message) = status(&world);
+    assert_eq!(state, "paused");
+    assert!(message.ends_with("not running within 30 s: assigned"), "{message}");
+}
+
+#[test]
 fn a_rollback_brings_the_previous_spec_back() {
     let mut world = World::new("1 2", service(2), "1@1:running 2@2:running");
     world.step();
@@ -465,6 +549,23 @@ fn a_rollback_brings_the_previous_spec_back() {
         assert_eq!(live(&world, slot).spec.force_update, None, "slot {slot}");
     }
     assert_eq!(live(&world, 2).id, TaskId(2), "a slot that was not updated is left alone");
+}
+
+#[test]
+fn an_automatic_rollback_is_a_revision_too() {
+    let mut web = service(2);
+    web.revision = 1;
+    let mut world = World::new("1 2", web, "1@1:running 2@2:running");
+    world.step();
+    update(&mut world, |config| config.failure_action = Some("rollback".to_owned()));
+    let failing = world.web().spec;
+    world.step();
+    fail_first(&mut world, None);
+    let web = world.web();
+    assert_eq!((status(&world).0.as_str(), web.revision), ("rollback_started", 3));
+    let kept: Vec<_> = world.state.revisions_of(web.id).collect();
+    assert_eq!(kept.iter().map(|revision| revision.number).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!((&kept[0].spec, &kept[1].spec), (&web.spec, &failing));
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //!
 //! A new task that ends (whatever its exit code) before or within `monitor` after it ran, or whose
 //! health check fails then, is a failure of its slot. Differs from SwarmKit: so is one that does not
-//! run within [`Options::progress_deadline`](crate::plan::Options); SwarmKit waits for ever.
+//! run within `ProgressDeadline`, or else [`Options::progress_deadline`]; SwarmKit waits for ever.
 //! Source: SwarmKit `manager/orchestrator/update/updater.go`.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,12 +16,13 @@ use std::time::Duration;
 
 use skep_common::limits::defaults;
 use skep_common::object::{Slot, UpdateStatus};
-use skep_common::spec::{ModeKind, Placement, TaskSpec, UpdateConfig};
+use skep_common::spec::{ModeKind, NetworkAttachmentConfig, Placement, TaskSpec, UpdateConfig};
 use skep_common::{Service, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::{Scope, enforcer, global, is_live, newest};
+use crate::plan::Options;
 use crate::store::State;
-use crate::{image, network, ports};
+use crate::{image, network, ports, secrets, service};
 
 /// SwarmKit's default `Monitor`.
 const MONITOR: Duration = Duration::from_secs(5);
@@ -49,6 +50,10 @@ struct Config {
     max_failure_ratio: f64,
     action: Action,
     is_start_first: bool,
+    /// What ended before is none of this update's failures.
+    started_at: Timestamp,
+    /// Within which a new task must run.
+    progress_deadline: Duration,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -59,7 +64,7 @@ enum Action {
 }
 
 impl Config {
-    fn of(given: Option<&UpdateConfig>) -> Self {
+    fn of(given: Option<&UpdateConfig>, started_at: Timestamp, options: &Options) -> Self {
         let unset = UpdateConfig::default();
         let given = given.unwrap_or(&unset);
         let delay = given.delay.map_or(Duration::ZERO, |delay| delay.duration());
@@ -80,6 +85,10 @@ impl Config {
                 _ => Action::Pause,
             },
             is_start_first: given.order.as_deref() == Some("start-first"),
+            started_at,
+            progress_deadline: given
+                .progress_deadline
+                .map_or(options.progress_deadline, |deadline| deadline.duration()),
         }
     }
 }
@@ -121,14 +130,13 @@ pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     };
     let given =
         if is_rollback { &service.spec.rollback_config } else { &service.spec.update_config };
-    let config = Config::of(given.as_ref());
-    let wake = scope.wake;
-    let survey = survey(scope, service, &config);
-    if is_new && survey.dirty.is_empty() {
-        scope.wake = wake; // There is no update that could be late.
+    let started_at = service.update_status.as_ref().and_then(|status| status.started_at);
+    let config = Config::of(given.as_ref(), started_at.unwrap_or_default(), scope.options);
+    if is_new && !has_dirty(scope, service) {
         scope.updates.services.remove(&service.id);
         return;
     }
+    let survey = survey(scope, service, &config);
     if !is_new && fail(scope, service, &config, &survey, is_rollback) {
         return;
     }
@@ -145,7 +153,6 @@ pub(super) fn advance(scope: &mut Scope<'_, '_>, service: &Service) {
     let is_last = survey.dirty.is_empty() && !survey.is_unsettled;
     for (slot, tasks) in survey.dirty.into_iter().take(room) {
         if !replace(scope, service, slot, &tasks, config.is_start_first) {
-            scope.wake_for_rest();
             break;
         }
     }
@@ -192,7 +199,8 @@ fn fail(
         Some(previous)
             if config.action == Action::Rollback
                 && !is_rollback
-                && network::are_there(scope.fork.state(), previous) =>
+                && network::are_there(scope.fork.state(), previous)
+                && secrets::are_there(scope.fork.state(), previous).is_ok() =>
         {
             status.state = "rollback_started".to_owned();
             status.message = format!("update rolled back due to {reason}");
@@ -205,6 +213,7 @@ fn fail(
             }
             let virtual_ips = network::virtual_ips(scope.fork.state(), &service);
             service.endpoint.virtual_ips = virtual_ips;
+            service::number(scope.fork.state(), &mut service);
             scope.fork.put_service(service);
         }
         _ => {
@@ -229,7 +238,11 @@ fn replace(
     if !scope.fork.has_room() {
         return false;
     }
-    if is_start_first {
+    if is_start_first && let Some(kept) = best(tasks) {
+        // Successors of specs in between, which do not run yet, are not to pile up.
+        for task in tasks.iter().filter(|task| is_live(task) && task.id != kept) {
+            scope.fork.desire(task.id, TaskState::Shutdown);
+        }
         return scope.fork.create_task(service, slot, TaskState::Running, None);
     }
     for task in tasks.iter().filter(|task| is_live(task)) {
@@ -238,11 +251,22 @@ fn replace(
     scope.create_in_slot(service, slot, scope.fork.now())
 }
 
+/// The live task of a slot that serves, or comes closest to it.
+fn best(tasks: &[Arc<Task>]) -> Option<TaskId> {
+    let live = tasks.iter().filter(|task| is_live(task) && !task.status.state.is_terminal());
+    let rank =
+        |task: &&Arc<Task>| (task.status.state, !task.status.unhealthy, task.spec_version, task.id);
+    live.max_by_key(rank).map(|task| task.id)
+}
+
 /// Gives up a slot's other tasks once one of the current spec runs.
 pub(super) fn finish_start_first(scope: &mut Scope<'_, '_>, service: &Service) {
-    for tasks in scope.slots(service.id).values() {
+    for (_, tasks) in scope.slots(service.id).iter() {
+        if tasks.len() < 2 {
+            continue;
+        }
         let live: Vec<&Arc<Task>> = tasks.iter().filter(|task| is_live(task)).collect();
-        if live.len() < 2 {
+        if live.len() < 2 || !scope.fork.has_room() {
             continue;
         }
         let runs = |task: &&&Arc<Task>| {
@@ -260,6 +284,16 @@ pub(super) fn finish_start_first(scope: &mut Scope<'_, '_>, service: &Service) {
     }
 }
 
+/// Whether a slot is to be replaced: all that is to be known where no update runs.
+fn has_dirty(scope: &mut Scope<'_, '_>, service: &Service) -> bool {
+    scope.slots(service.id).iter().any(|(slot, tasks)| {
+        let is_touched = tasks.iter().any(|task| task.spec_version == service.spec_version);
+        !is_touched
+            && is_dirty(scope.fork.state(), service, tasks)
+            && global::may_fill(scope, service, slot)
+    })
+}
+
 fn survey(scope: &mut Scope<'_, '_>, service: &Service, config: &Config) -> Survey {
     let mut survey = Survey {
         dirty: Vec::new(),
@@ -274,13 +308,13 @@ fn survey(scope: &mut Scope<'_, '_>, service: &Service, config: &Config) -> Surv
         let touched: Vec<&Arc<Task>> = tasks.iter().filter(is_new).collect();
         if touched.is_empty() {
             let is_dirty = is_dirty(scope.fork.state(), service, tasks);
-            if is_dirty && global::may_fill(scope, service, *slot) {
-                survey.dirty.push((*slot, tasks.clone()));
+            if is_dirty && global::may_fill(scope, service, slot) {
+                survey.dirty.push((slot, tasks.to_vec()));
             }
             continue;
         }
         survey.n_touched += 1;
-        let settled_at = touched.iter().filter_map(|task| settled_at(scope, task)).min();
+        let settled_at = touched.iter().filter_map(|task| settled_at(scope, config, task)).min();
         match settled_at {
             Some(at) => {
                 survey.settled_at = survey.settled_at.max(at);
@@ -313,11 +347,11 @@ fn is_dirty(state: &State, service: &Service, tasks: &[Arc<Task>]) -> bool {
 }
 
 /// When a task was last waited for: it ran, ended, or took too long.
-fn settled_at(scope: &mut Scope<'_, '_>, task: &Task) -> Option<Timestamp> {
+fn settled_at(scope: &mut Scope<'_, '_>, config: &Config, task: &Task) -> Option<Timestamp> {
     if task.status.state >= TaskState::Running {
         return Some(task.status.applied_at.unwrap_or(task.status.timestamp));
     }
-    let deadline = progress_deadline(scope, task);
+    let deadline = progress_deadline(config, task);
     if deadline <= scope.fork.now() || !is_live(task) {
         return Some(deadline.min(scope.fork.now()));
     }
@@ -325,9 +359,9 @@ fn settled_at(scope: &mut Scope<'_, '_>, task: &Task) -> Option<Timestamp> {
     None
 }
 
-fn progress_deadline(scope: &Scope<'_, '_>, task: &Task) -> Timestamp {
+fn progress_deadline(config: &Config, task: &Task) -> Timestamp {
     let start = task.start_after.map_or(task.meta.created_at, |at| at.max(task.meta.created_at));
-    start.after(scope.options.progress_deadline)
+    start.max(config.started_at).after(config.progress_deadline)
 }
 
 /// Why a new task counts against the update, if it does.
@@ -335,6 +369,9 @@ fn failure(scope: &mut Scope<'_, '_>, config: &Config, task: &Task) -> Option<St
     let now = scope.fork.now();
     let watched = scope.updates.services.entry(task.service_id).or_default();
     let written_at = task.status.applied_at.unwrap_or(task.status.timestamp);
+    if written_at < config.started_at && task.status.state.is_terminal() {
+        return None; // It was an earlier update's, which was paused for it.
+    }
     if task.status.state == TaskState::Running {
         let since = *watched.running_since.entry(task.id).or_insert(written_at);
         if task.status.unhealthy && now.since(since) <= config.monitor {
@@ -357,12 +394,12 @@ fn failure(scope: &mut Scope<'_, '_>, config: &Config, task: &Task) -> Option<St
     }
     let is_late = is_live(task)
         && task.status.state < TaskState::Running
-        && progress_deadline(scope, task) <= now;
-    is_late.then(|| late(scope, task))
+        && progress_deadline(config, task) <= now;
+    is_late.then(|| late(config, task))
 }
 
-fn late(scope: &Scope<'_, '_>, task: &Task) -> String {
-    let within = scope.options.progress_deadline.as_secs();
+fn late(config: &Config, task: &Task) -> String {
+    let within = config.progress_deadline.as_secs();
     let reason = Some(task.status.err.as_str()).filter(|err| !err.is_empty());
     let reason = reason.map_or_else(|| task.status.state.to_string(), str::to_owned);
     format!("task {} not running within {within} s: {reason}", task.id)
@@ -388,7 +425,7 @@ pub(super) fn is_clean(state: &State, service: &Service, task: &Task) -> bool {
     }
     let is_met = |node: &Arc<skep_common::Node>| enforcer::is_met(wanted, node);
     let node = task.node_id.and_then(|node_id| state.node(node_id));
-    is_same_but_constraints(wanted, made) && node.is_some_and(is_met)
+    is_same_but_choice(wanted, made) && node.is_some_and(is_met)
 }
 
 /// Whether a task on internal networks only is to be reached from outside all the same.
@@ -404,23 +441,26 @@ fn lacks_uplink(state: &State, service: &Service, task: &Task) -> bool {
         )
 }
 
+fn networks_of(spec: &TaskSpec) -> &[NetworkAttachmentConfig] {
+    spec.networks.as_deref().unwrap_or_default()
+}
+
 fn is_same_but_placement(wanted: &TaskSpec, made: &TaskSpec) -> bool {
-    let networks = |spec: &TaskSpec| spec.networks.clone().unwrap_or_default();
     wanted.resources == made.resources
         && wanted.restart_policy == made.restart_policy
         && wanted.force_update.unwrap_or(0) == made.force_update.unwrap_or(0)
         && wanted.log_driver == made.log_driver
-        && networks(wanted) == networks(made)
+        && networks_of(wanted) == networks_of(made)
         && wanted.extra == made.extra
         && image::is_same_container(wanted.container_spec.as_ref(), made.container_spec.as_ref())
 }
 
-fn is_same_but_constraints(wanted: &TaskSpec, made: &TaskSpec) -> bool {
+/// Whether two templates differ at most in which of the nodes that fit is chosen: preferences and the strategy
+/// are for tasks to come, and constraints are checked on the task's own node.
+fn is_same_but_choice(wanted: &TaskSpec, made: &TaskSpec) -> bool {
     let rest = |spec: &TaskSpec| {
-        let mut placement = spec.placement.clone().unwrap_or_default();
-        placement.constraints = None;
-        placement
+        let placement = spec.placement.clone().unwrap_or_default();
+        Placement { constraints: None, preferences: None, strategy: None, ..placement }
     };
-    let (wanted, made): (Placement, Placement) = (rest(wanted), rest(made));
-    wanted == made
+    rest(wanted) == rest(made)
 }

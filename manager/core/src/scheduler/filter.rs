@@ -10,21 +10,22 @@ use super::index::{self, Amounts, Entry, Index};
 use super::preference;
 use crate::constraint::{self, Constraint, LabelKey};
 use crate::network::{self, Wanted};
+use crate::placed::Pinned;
 use crate::store::State;
 
 /// What a task needs of its node.
 #[derive(Debug)]
 pub(super) struct Requirement {
-    amounts: Amounts,
+    pub(super) amounts: Amounts,
     /// Numbers of generic resources.
     pub(super) generic: generic::Wanted,
     constraints: Vec<Constraint>,
     platforms: Vec<Platform>,
-    ports: Vec<(PortProtocol, u16)>,
+    pub(super) ports: Vec<(PortProtocol, u16)>,
     /// 0 is unlimited.
     replicas_max: u64,
-    /// The image with its digest, where the spec's has none.
-    pub(super) pinned_image: Option<String>,
+    /// The spec with the digest of the image, where the service's has none: one for all tasks.
+    pub(super) pinned: Option<Pinned>,
     /// The networks to be on.
     pub(super) networks: Vec<Wanted>,
     /// What tasks are spread over first.
@@ -52,7 +53,7 @@ impl Requirement {
             platforms: placement.platforms.unwrap_or_default(),
             ports: index::host_ports(task),
             replicas_max: placement.max_replicas.unwrap_or(0),
-            pinned_image: None,
+            pinned: None,
             preferences,
             strategy: placement.strategy.unwrap_or_else(|| default_strategy(state)),
             has_uplink: network::wants_uplink(service, &task.spec, &networks),
@@ -113,40 +114,48 @@ pub(super) fn first_miss(
     requirement: &Requirement,
     n_replicas: u32,
 ) -> Option<Filter> {
-    let Some(node) = entry.node.as_deref().filter(|_| entry.is_ready()) else {
+    let Some(node) = entry.node.as_deref().filter(|_| entry.is_ready) else {
         return Some(Filter::Ready);
     };
     let amounts = &requirement.amounts;
     let is_short = |wanted: i64, free: i64| wanted > 0 && wanted > free;
-    let misses = [
-        (Filter::Constraint, !constraint::matches_all(&requirement.constraints, node)),
-        (Filter::Platform, !runs_platform(node, &requirement.platforms)),
-        (Filter::Overlay, !requirement.networks.is_empty() && !carries_overlays(node)),
-        (
-            Filter::Resource,
-            is_short(amounts.nano_cpus, entry.free.nano_cpus)
-                || is_short(amounts.memory_bytes, entry.free.memory_bytes),
-        ),
-        (Filter::Generic, entry.generic.lacks(&requirement.generic).is_some()),
-        (Filter::HostPort, requirement.ports.iter().any(|port| entry.ports.contains_key(port))),
-        (
-            Filter::Replicas,
-            requirement.replicas_max > 0 && u64::from(n_replicas) >= requirement.replicas_max,
-        ),
-        (Filter::Address, requirement.has_uplink && entry.n_addresses >= entry.n_addresses_max),
-    ];
-    misses.into_iter().find(|(_, is_missed)| *is_missed).map(|(filter, _)| filter)
+    let lacks_replicas =
+        requirement.replicas_max > 0 && u64::from(n_replicas) >= requirement.replicas_max;
+    // One question after the other: most nodes of a large swarm are asked for every group.
+    if !constraint::matches_all(&requirement.constraints, node) {
+        Some(Filter::Constraint)
+    } else if !runs_platform(node, &requirement.platforms) {
+        Some(Filter::Platform)
+    } else if !requirement.networks.is_empty() && !carries_overlays(node) {
+        Some(Filter::Overlay)
+    } else if is_short(amounts.nano_cpus, entry.free.nano_cpus)
+        || is_short(amounts.memory_bytes, entry.free.memory_bytes)
+    {
+        Some(Filter::Resource)
+    } else if entry.generic.lacks(&requirement.generic).is_some() {
+        Some(Filter::Generic)
+    } else if requirement.ports.iter().any(|port| entry.ports.contains_key(port)) {
+        Some(Filter::HostPort)
+    } else if lacks_replicas {
+        Some(Filter::Replicas)
+    } else if requirement.has_uplink && entry.n_addresses >= entry.n_addresses_max {
+        Some(Filter::Address)
+    } else {
+        None
+    }
 }
 
 fn runs_platform(node: &Node, platforms: &[Platform]) -> bool {
-    let Some(description) = &node.description else { return platforms.is_empty() };
+    if platforms.is_empty() {
+        return true;
+    }
+    let Some(description) = &node.description else { return false };
     let own = &description.platform;
-    platforms.is_empty()
-        || platforms.iter().any(|platform| {
-            let is_os = platform.os.is_empty() || platform.os.eq_ignore_ascii_case(&own.os);
-            let wanted = architecture(&platform.architecture);
-            is_os && (wanted.is_empty() || wanted == architecture(&own.architecture))
-        })
+    platforms.iter().any(|platform| {
+        let is_os = platform.os.is_empty() || platform.os.eq_ignore_ascii_case(&own.os);
+        let wanted = architecture(&platform.architecture);
+        is_os && (wanted.is_empty() || wanted == architecture(&own.architecture))
+    })
 }
 
 /// Whether overlay networks reach the node: by a tunnel, and rules for their virtual addresses.

@@ -73,6 +73,11 @@ impl Stock {
         }
     }
 
+    /// Whether tasks hold any of it.
+    pub(crate) fn is_held(&self) -> bool {
+        !self.held_numbers.is_empty() || !self.held_names.is_empty()
+    }
+
     /// A task holds these no more.
     pub(crate) fn give_back(&mut self, given: &[GenericResource]) {
         for resource in given {

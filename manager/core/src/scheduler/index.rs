@@ -4,7 +4,7 @@
 //! that spreading looks at, its failure. A change of a task takes the old charge back and makes the
 //! new one, so the cost of a pass depends on what changed, not on what there is.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
@@ -13,8 +13,9 @@ use skep_common::spec::{Availability, GenericResource, PortProtocol, Resources, 
 use skep_common::{Node, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use super::generic::Stock;
-use super::{FAILURE_WINDOW, GroupKey};
+use super::{FAILURE_WINDOW, GroupKey, Requirement};
 use crate::allocator;
+use crate::by_id::ById;
 use crate::network;
 use crate::orchestrator::is_live;
 use crate::store::State;
@@ -55,8 +56,15 @@ pub(crate) struct Entry {
     pub(crate) id: NodeId,
     /// Absent once the node was removed; its tasks may still be charged to it.
     pub(crate) node: Option<Arc<Node>>,
+    /// Whether it takes new tasks. Kept here, as is what follows, because a group of tasks asks every
+    /// node: to look it up in the node's object would be most of the time that takes.
+    pub(crate) is_ready: bool,
+    /// Whether it keeps the tasks that it has, as far as that is not a matter of what they need.
+    keeps_tasks: bool,
     pub(crate) total: Amounts,
     pub(crate) free: Amounts,
+    /// The share of the scarcer resource that is reserved, in percent.
+    pub(crate) reserved_percent: u32,
     pub(crate) generic: Stock,
     /// Tasks that managers want to run.
     pub(crate) n_active: u32,
@@ -68,22 +76,33 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
-    pub(crate) fn is_ready(&self) -> bool {
-        self.node.as_ref().is_some_and(|node| {
-            node.status.state == NodeState::Ready && node.spec.availability == Availability::Active
-        })
+    /// Notes that what is free, or what there is, has changed.
+    fn settle_reserved(&mut self) {
+        let cpu = percent_taken(self.free.nano_cpus, self.total.nano_cpus);
+        self.reserved_percent =
+            cpu.max(percent_taken(self.free.memory_bytes, self.total.memory_bytes));
     }
+}
 
-    /// The share of the scarcer resource that is reserved.
-    pub(crate) fn reserved_percent(&self) -> u32 {
-        let percent = |free: i64, total: i64| match total {
-            1.. => u32::try_from((i128::from(total) - i128::from(free)) * 100 / i128::from(total))
-                .unwrap_or(0),
-            _ => 0,
-        };
-        let cpu = percent(self.free.nano_cpus, self.total.nano_cpus);
-        cpu.max(percent(self.free.memory_bytes, self.total.memory_bytes))
+fn percent_taken(free: i64, total: i64) -> u32 {
+    if total <= 0 {
+        return 0;
     }
+    // 64 bits are enough for all but absurd amounts, and divide several times as fast as 128.
+    let percent = match total.checked_sub(free).and_then(|taken| taken.checked_mul(100)) {
+        Some(hundredfold) => i128::from(hundredfold / total),
+        None => (i128::from(total) - i128::from(free)) * 100 / i128::from(total),
+    };
+    u32::try_from(percent).unwrap_or(0)
+}
+
+/// Whether a node is one to have tasks, whatever they need: it is up, and not drained.
+pub(crate) fn keeps_tasks(node: &Node) -> bool {
+    node.status.state != NodeState::Down && node.spec.availability != Availability::Drain
+}
+
+fn takes_tasks(node: &Node) -> bool {
+    node.status.state == NodeState::Ready && node.spec.availability == Availability::Active
 }
 
 /// What one task adds to the index.
@@ -97,10 +116,10 @@ enum Charge {
         number: usize,
         service_id: ServiceId,
         amounts: Amounts,
-        generic: Vec<GenericResource>,
         is_active: bool,
         has_uplink: bool,
-        ports: Ports,
+        /// Absent where there are none, as with most tasks: the table of all charges stays small.
+        rare: Option<Box<Rare>>,
     },
     Failed {
         number: usize,
@@ -111,12 +130,26 @@ enum Charge {
 
 type Ports = Vec<(PortProtocol, u16)>;
 
+/// What few tasks hold of their node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Rare {
+    generic: Vec<GenericResource>,
+    ports: Ports,
+}
+
+impl Rare {
+    fn of(generic: &[GenericResource], ports: Ports) -> Option<Box<Self>> {
+        let is_nothing = generic.is_empty() && ports.is_empty();
+        (!is_nothing).then(|| Box::new(Self { generic: generic.to_vec(), ports }))
+    }
+}
+
 /// All nodes and what is charged to them.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     entries: Vec<Entry>,
-    numbers: BTreeMap<NodeId, usize>,
-    charges: HashMap<TaskId, Charge>,
+    numbers: ById<NodeId, usize>,
+    charges: ById<TaskId, Charge>,
     waiting: BTreeMap<GroupKey, BTreeSet<(Slot, TaskId)>>,
     active: BTreeMap<ServiceId, BTreeMap<usize, u32>>,
     failures: BTreeMap<GroupKey, BTreeMap<(usize, TaskId), Timestamp>>,
@@ -130,7 +163,10 @@ impl Index {
         for node_id in state.nodes().keys() {
             index.sync_node(state, *node_id);
         }
-        for task in state.tasks().values() {
+        index.charges.reserve(state.tasks().len());
+        // Of most tasks the group and the slot are behind those of the one before, which makes inserting
+        // them cheap: the table of tasks has them in the order of their random ids.
+        for task in state.tasks_by_service() {
             let is_forgotten = mistakes::is(Mistake::PlacedTwice)
                 && task.status.state == TaskState::Assigned
                 && is_live(task);
@@ -140,7 +176,7 @@ impl Index {
                 index.take(task.id, &charge);
                 index.charges.insert(task.id, charge);
             } else {
-                index.sync_task(state, task.id);
+                index.sync_task(task.id, Some(task));
             }
         }
         index
@@ -200,6 +236,9 @@ impl Index {
         entry.free.give_back(&total);
         entry.free.take(&entry.total);
         entry.total = total;
+        entry.settle_reserved();
+        entry.is_ready = node.as_deref().is_some_and(takes_tasks);
+        entry.keeps_tasks = node.as_deref().is_some_and(keeps_tasks);
         entry.generic.set_node(node.as_deref());
         entry.n_addresses_max = slice.map_or(0, |_| allocator::SLICE_TASKS_MAX);
         entry.node = node;
@@ -211,13 +250,35 @@ impl Index {
         self.numbers.get(&node_id).copied()
     }
 
+    /// Whether a node is there.
+    pub(crate) fn has_node(&self, node_id: NodeId) -> bool {
+        self.number_of(node_id).is_some_and(|number| self.entries[number].node.is_some())
+    }
+
+    /// Whether a node [keeps tasks](keeps_tasks); asked of every task, where the table of nodes would cost
+    /// several times as much.
+    pub(crate) fn keeps_tasks(&self, node_id: NodeId) -> bool {
+        self.number_of(node_id).is_some_and(|number| self.entries[number].keeps_tasks)
+    }
+
+    /// Whether all that a node has is enough for what is charged to it, as far as numbers tell: those that
+    /// hold generic resources have to be asked.
+    pub(crate) fn is_enough(&self, node_id: NodeId) -> bool {
+        let Some(number) = self.number_of(node_id) else { return false };
+        let Entry { free, generic, .. } = &self.entries[number];
+        free.nano_cpus >= 0 && free.memory_bytes >= 0 && !generic.is_held()
+    }
+
     fn number(&mut self, node_id: NodeId) -> usize {
         *self.numbers.entry(node_id).or_insert_with(|| {
             self.entries.push(Entry {
                 id: node_id,
                 node: None,
+                is_ready: false,
+                keeps_tasks: false,
                 total: Amounts::default(),
                 free: Amounts::default(),
+                reserved_percent: 0,
                 generic: Stock::default(),
                 n_active: 0,
                 n_addresses: 0,
@@ -229,8 +290,8 @@ impl Index {
     }
 
     /// Takes over a task as it is, or notes that it is gone.
-    pub(crate) fn sync_task(&mut self, state: &State, task_id: TaskId) {
-        let new = state.task(task_id).and_then(|task| self.charge_of(task));
+    pub(crate) fn sync_task(&mut self, task_id: TaskId, task: Option<&Arc<Task>>) {
+        let new = task.and_then(|task| self.charge_of(task));
         if self.charges.get(&task_id) == new.as_ref() {
             return;
         }
@@ -241,6 +302,41 @@ impl Index {
         if let Some(new) = new {
             self.take(task_id, &new);
             self.charges.insert(task_id, new);
+        }
+    }
+
+    /// Charges a waiting task to the node that it was given, as [`sync_task`](Self::sync_task) will once
+    /// that is committed. It has to be [taken out](Self::leave_waiting) of those that wait.
+    pub(super) fn place(
+        &mut self,
+        task_id: TaskId,
+        service_id: ServiceId,
+        number: usize,
+        requirement: &Requirement,
+        generic: &[GenericResource],
+    ) {
+        let charge = Charge::Placed {
+            number,
+            service_id,
+            amounts: requirement.amounts,
+            is_active: true,
+            has_uplink: requirement.has_uplink,
+            rare: Rare::of(generic, requirement.ports.clone()),
+        };
+        self.take(task_id, &charge);
+        self.charges.insert(task_id, charge);
+        self.is_changed = true;
+    }
+
+    /// Takes tasks of a group that were placed out of those that wait; together, since mostly it is all.
+    pub(super) fn leave_waiting(&mut self, key: GroupKey, placed: &[(Slot, TaskId)]) {
+        let Some(tasks) = self.waiting.get_mut(&key) else { return };
+        if tasks.len() > placed.len() {
+            for one in placed {
+                tasks.remove(one);
+            }
+        } else {
+            self.waiting.remove(&key);
         }
     }
 
@@ -261,10 +357,9 @@ impl Index {
                 number,
                 service_id: task.service_id,
                 amounts: Amounts::reserved_by(&task.spec),
-                generic: task.assigned_generic_resources.clone(),
                 is_active: is_live(task),
                 has_uplink: network::has_uplink(task),
-                ports: host_ports(task),
+                rare: Rare::of(&task.assigned_generic_resources, host_ports(task)),
             }),
         }
     }
@@ -277,21 +372,16 @@ impl Index {
             Charge::Failed { number, key, at } => {
                 self.failures.entry(*key).or_default().insert((*number, task_id), *at);
             }
-            Charge::Placed {
-                number,
-                service_id,
-                amounts,
-                generic,
-                is_active,
-                has_uplink,
-                ports,
-            } => {
+            Charge::Placed { number, service_id, amounts, is_active, has_uplink, rare } => {
                 let entry = &mut self.entries[*number];
                 entry.free.take(amounts);
-                entry.generic.take(generic);
+                entry.settle_reserved();
                 entry.n_addresses += u32::from(*has_uplink);
-                for port in ports {
-                    *entry.ports.entry(*port).or_insert(0) += 1;
+                if let Some(Rare { generic, ports }) = rare.as_deref() {
+                    entry.generic.take(generic);
+                    for port in ports {
+                        *entry.ports.entry(*port).or_insert(0) += 1;
+                    }
                 }
                 if *is_active {
                     entry.n_active += 1;
@@ -320,21 +410,16 @@ impl Index {
                     }
                 }
             }
-            Charge::Placed {
-                number,
-                service_id,
-                amounts,
-                generic,
-                is_active,
-                has_uplink,
-                ports,
-            } => {
+            Charge::Placed { number, service_id, amounts, is_active, has_uplink, rare } => {
                 let entry = &mut self.entries[*number];
                 entry.free.give_back(amounts);
-                entry.generic.give_back(generic);
+                entry.settle_reserved();
                 entry.n_addresses -= u32::from(*has_uplink);
-                for port in ports {
-                    decrement(&mut entry.ports, port);
+                if let Some(Rare { generic, ports }) = rare.as_deref() {
+                    entry.generic.give_back(generic);
+                    for port in ports {
+                        decrement(&mut entry.ports, port);
+                    }
                 }
                 if *is_active {
                     entry.n_active -= 1;

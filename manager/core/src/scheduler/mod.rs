@@ -35,25 +35,28 @@ mod generic;
 mod index;
 mod preference;
 mod preset;
+mod succession;
 #[cfg(test)]
 mod tests;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use skep_common::object::Slot;
 use skep_common::spec::PlacementStrategy;
 use skep_common::{NodeId, ServiceId, TaskId, Version};
 
-use crate::allocator::{self, Cursors};
+use crate::allocator::Cursors;
 use crate::fork::Fork;
 use crate::image;
 use crate::network;
+use crate::placed::Pinned;
 
 use filter::Requirement;
 pub(crate) use filter::carries_overlays;
 pub use filter::node_name;
 pub(crate) use generic::Stock;
-pub(crate) use index::{Amounts, Index};
+pub(crate) use index::{Amounts, Index, keeps_tasks};
 use preference::Candidates;
 pub(crate) use preference::parse_all as parse_preferences;
 
@@ -73,10 +76,10 @@ pub(crate) type GroupKey = (ServiceId, Version);
 ///    reserves nothing, 3 comes before 2. Both: 5. `NodeId`.
 type Rank = (u32, [u32; 3], NodeId, usize);
 
-/// Places what can be placed and says of the rest why it waits.
-pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cursors) {
+/// Places what can be placed and says of the rest why it waits; `false` where the pass was full before.
+pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cursors) -> bool {
     if !index.take_changed() {
-        return; // The reasons that were written are still true.
+        return true; // The reasons that were written are still true.
     }
     let keys: Vec<GroupKey> = index.waiting().keys().copied().collect();
     let mut settled: BTreeMap<GroupKey, String> = BTreeMap::new();
@@ -90,14 +93,33 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
                     Some(_) => preset::place,
                     None => place_group,
                 };
-                let reason = place(fork, index, cursors, key, &requirement).err();
+                let mut reason = place(fork, index, cursors, key, &requirement).err();
+                if reason.is_none() && succession::give_way(fork, index, key, &requirement) {
+                    reason = place(fork, index, cursors, key, &requirement).err();
+                }
                 settled.extend(reason.map(|reason| (key, reason)));
             }
             Err(reason) => {
                 settled.insert(key, reason);
             }
         }
+        if !fork.has_room() {
+            index.set_changed(); // The next pass goes on here.
+            return false;
+        }
     }
+    explain_rest(fork, index, settled);
+    let is_all = fork.has_room();
+    if is_all {
+        index.take_changed();
+    } else {
+        index.set_changed();
+    }
+    is_all
+}
+
+/// Writes why tasks still wait.
+fn explain_rest(fork: &mut Fork<'_>, index: &Index, mut settled: BTreeMap<GroupKey, String>) {
     let left: Vec<(GroupKey, Vec<TaskId>)> = index
         .waiting()
         .iter()
@@ -113,13 +135,11 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
             Some(filter::explain(fork.state(), index, key.0, &requirement, None))
         });
         for task_id in tasks {
-            if let Some(reason) = &reason {
+            if let Some(reason) = reason.as_ref().filter(|_| fork.has_room()) {
                 fork.defer(task_id, reason);
             }
-            index.sync_task(fork.state(), task_id);
         }
     }
-    index.take_changed();
 }
 
 /// What a group's tasks need; an error is their reason to wait, whatever the nodes have.
@@ -130,7 +150,7 @@ fn requirement(fork: &Fork<'_>, task_id: TaskId) -> Result<Requirement, String> 
     let name = task.spec.container_spec.as_ref().map_or("", |container| &container.image);
     if !name.is_empty() {
         let pinned = image::resolve(state, name).map_err(|missing| missing.to_string())?;
-        requirement.pinned_image = (pinned != name).then_some(pinned);
+        requirement.pinned = (pinned != name).then(|| Pinned::of(&task.spec, pinned));
     }
     Ok(requirement)
 }
@@ -144,7 +164,23 @@ fn place_group(
     key: GroupKey,
     requirement: &Requirement,
 ) -> Result<(), String> {
-    let tasks: Vec<TaskId> = index.waiting()[&key].iter().map(|(_, task_id)| *task_id).collect();
+    let tasks: Vec<(Slot, TaskId)> = index.waiting()[&key].iter().copied().collect();
+    let mut n_placed = 0;
+    let result = fill(fork, index, cursors, key, requirement, &tasks, &mut n_placed);
+    index.leave_waiting(key, &tasks[..n_placed]);
+    result
+}
+
+/// Gives nodes to the first of the tasks, as many as there are nodes for.
+fn fill(
+    fork: &mut Fork<'_>,
+    index: &mut Index,
+    cursors: &mut Cursors,
+    key: GroupKey,
+    requirement: &Requirement,
+    tasks: &[(Slot, TaskId)],
+    n_placed: &mut usize,
+) -> Result<(), String> {
     let failures = index.recent_failures(key, fork.now());
     let mut counts = index.active_of_service(key.0);
     let rank = |index: &Index, counts: &[u32], number: usize| -> Rank {
@@ -161,7 +197,10 @@ fn place_group(
             candidates.push(preferences, node, rank(index, &counts, number));
         }
     }
-    'tasks: for task_id in tasks {
+    'tasks: for (_, task_id) in tasks {
+        if !fork.has_room() {
+            break;
+        }
         let (number, uplink) = loop {
             let Some((.., number)) = candidates.pop() else { break 'tasks };
             let entry = index.entry(number);
@@ -172,7 +211,7 @@ fn place_group(
                 break (number, None);
             }
             let node = entry.node.as_deref();
-            if let Some(uplink) = node.and_then(|n| allocator::grant(fork.state(), cursors, n)) {
+            if let Some(uplink) = node.and_then(|node| fork.grant_uplink(cursors, node)) {
                 break (number, Some(uplink));
             }
         };
@@ -180,11 +219,12 @@ fn place_group(
         let networks = &requirement.networks;
         let mut attachments = network::attach(fork.state(), &mut cursors.networks, networks)?;
         attachments.extend(uplink);
-        let pinned = requirement.pinned_image.clone();
         let entry = index.entry(number);
+        let (node_id, pinned) = (entry.id, requirement.pinned.as_ref());
         let generic = entry.generic.choose(&requirement.generic);
-        fork.place(task_id, entry.id, pinned, attachments, generic);
-        index.sync_task(fork.state(), task_id);
+        index.place(*task_id, key.0, number, requirement, &generic);
+        fork.place(*task_id, node_id, pinned, attachments, generic);
+        *n_placed += 1;
         counts[number] += 1;
         if let Some(node) = index.entry(number).node.as_deref() {
             candidates.charge(preferences, node, 1);
@@ -196,7 +236,7 @@ fn place_group(
 
 /// The part of a node's rank that the strategy decides.
 fn order(entry: &index::Entry, requirement: &Requirement, n_replicas: u32) -> [u32; 3] {
-    let (reserved, n_active) = (entry.reserved_percent(), entry.n_active);
+    let (reserved, n_active) = (entry.reserved_percent, entry.n_active);
     match requirement.strategy {
         PlacementStrategy::Spread => [n_replicas, reserved, n_active],
         PlacementStrategy::Binpack if requirement.reserves() => {

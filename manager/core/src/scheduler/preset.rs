@@ -1,11 +1,12 @@
 //! Tasks whose node was decided when they were made: it takes them, or they wait for it.
 
+use skep_common::object::Slot;
 use skep_common::{NodeId, TaskId};
 
 use super::filter::{self, Requirement};
 use super::index::Index;
 use super::{GroupKey, network};
-use crate::allocator::{self, Cursors};
+use crate::allocator::Cursors;
 use crate::fork::Fork;
 
 /// The only node that a task may be on.
@@ -22,9 +23,27 @@ pub(super) fn place(
     key: GroupKey,
     requirement: &Requirement,
 ) -> Result<(), String> {
-    let tasks: Vec<TaskId> = index.waiting()[&key].iter().map(|(_, task_id)| *task_id).collect();
+    let tasks: Vec<(Slot, TaskId)> = index.waiting()[&key].iter().copied().collect();
+    let mut placed = Vec::new();
+    let result = fill(fork, index, cursors, key, requirement, &tasks, &mut placed);
+    index.leave_waiting(key, &placed);
+    result
+}
+
+fn fill(
+    fork: &mut Fork<'_>,
+    index: &mut Index,
+    cursors: &mut Cursors,
+    key: GroupKey,
+    requirement: &Requirement,
+    tasks: &[(Slot, TaskId)],
+    placed: &mut Vec<(Slot, TaskId)>,
+) -> Result<(), String> {
     let counts = index.active_of_service(key.0);
-    for task_id in tasks {
+    for (slot, task_id) in tasks.iter().copied() {
+        if !fork.has_room() {
+            break;
+        }
         let Some(number) = node_of(fork, task_id).and_then(|node_id| index.number_of(node_id))
         else {
             continue;
@@ -36,7 +55,7 @@ pub(super) fn place(
             continue;
         }
         let uplink = match (requirement.has_uplink, entry.node.as_deref()) {
-            (true, Some(node)) => match allocator::grant(fork.state(), cursors, node) {
+            (true, Some(node)) => match fork.grant_uplink(cursors, node) {
                 Some(uplink) => Some(uplink),
                 None => continue,
             },
@@ -45,10 +64,11 @@ pub(super) fn place(
         let networks = &requirement.networks;
         let mut attachments = network::attach(fork.state(), &mut cursors.networks, networks)?;
         attachments.extend(uplink);
-        let (node_id, pinned) = (entry.id, requirement.pinned_image.clone());
+        let (node_id, pinned) = (entry.id, requirement.pinned.as_ref());
         let generic = entry.generic.choose(&requirement.generic);
+        index.place(task_id, key.0, number, requirement, &generic);
         fork.place(task_id, node_id, pinned, attachments, generic);
-        index.sync_task(fork.state(), task_id);
+        placed.push((slot, task_id));
     }
     Ok(())
 }
@@ -62,6 +82,9 @@ pub(super) fn explain(
     tasks: &[TaskId],
 ) {
     for task_id in tasks {
+        if !fork.has_room() {
+            break;
+        }
         let node_id = node_of(fork, *task_id);
         let reason = filter::explain(fork.state(), index, key.0, requirement, node_id);
         fork.defer(*task_id, &reason);

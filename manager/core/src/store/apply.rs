@@ -5,7 +5,8 @@
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
-use skep_common::spec::PublishMode;
+use skep_common::object::{JobStatus, NetworkAttachment, Slot};
+use skep_common::spec::{ModeKind, PublishMode};
 use skep_common::{
     ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
     ServiceId, StackId, Task, TaskId, TaskState, Timestamp, Version,
@@ -58,6 +59,9 @@ impl State {
                 if writer.level >= level::NETWORKS {
                     self.check_networks(object)?;
                 }
+                if writer.level >= level::CONTROL {
+                    self.check_payloads(object)?;
+                }
                 changes.push(self.put(object, meta, writer.level)?);
             }
             Action::Delete { kind, id } => {
@@ -77,7 +81,7 @@ impl State {
         Ok(())
     }
 
-    fn meta_of(&self, kind: Kind, id: u128) -> Option<Meta> {
+    pub(crate) fn meta_of(&self, kind: Kind, id: u128) -> Option<Meta> {
         match kind {
             Kind::Cluster => {
                 self.cluster.as_ref().filter(|object| object.id.0 == id).map(|o| o.meta)
@@ -111,17 +115,27 @@ impl State {
             Object::Task(task) => return self.put_task((**task).clone(), meta),
             Object::Network(network) => self.put_network((**network).clone(), meta)?,
             Object::Secret(secret) => {
-                let old = self.secrets.get(&secret.id).map(|old| old.spec.name.clone());
-                self.rename(kind, id, old.as_deref(), &secret.spec.name)?;
+                let old = self.secrets.get(&secret.id).cloned();
+                let old_name = old.as_ref().map(|old| old.spec.name.as_str());
+                self.rename(kind, id, old_name, &secret.spec.name)?;
                 let mut secret = (**secret).clone();
                 secret.meta = meta;
+                if let Some(old) = old {
+                    let new = std::mem::take(&mut secret.versions);
+                    secret.versions = self.merged_versions(kind, id, &old.versions, new);
+                }
                 self.secrets.insert(secret.id, Arc::new(secret));
             }
             Object::Config(config) => {
-                let old = self.configs.get(&config.id).map(|old| old.spec.name.clone());
-                self.rename(kind, id, old.as_deref(), &config.spec.name)?;
+                let old = self.configs.get(&config.id).cloned();
+                let old_name = old.as_ref().map(|old| old.spec.name.as_str());
+                self.rename(kind, id, old_name, &config.spec.name)?;
                 let mut config = (**config).clone();
                 config.meta = meta;
+                if let Some(old) = old {
+                    let new = std::mem::take(&mut config.versions);
+                    config.versions = self.merged_versions(kind, id, &old.versions, new);
+                }
                 self.configs.insert(config.id, Arc::new(config));
             }
             Object::Stack(stack) => {
@@ -191,13 +205,19 @@ impl State {
         self.move_virtual_ips(old.as_deref(), &service)?;
         service.meta = meta;
         if let (Some(old), true) = (&old, format_level >= level::CONTROL) {
-            self.note_revision(old, &mut service);
+            self.note_revision(old, &mut service, meta);
         }
-        let spec_changed = old.as_ref().is_none_or(|old| old.spec != service.spec);
+        let spec_changed = old.as_ref().is_none_or(|old| {
+            // A job that takes the place of one on its way out runs, although that did.
+            let is_another = old.pending_delete && !service.pending_delete && is_job(&service);
+            old.spec != service.spec || is_another
+        });
+        let old_status = old.as_ref().and_then(|old| old.job_status);
         service.spec_version = match old {
             Some(old) if !spec_changed => old.spec_version,
             _ => meta.version,
         };
+        note_iteration(old_status, &mut service, meta);
         self.services.insert(service.id, Arc::new(service));
         Ok(())
     }
@@ -212,16 +232,16 @@ impl State {
             if task.status.state < old.status.state {
                 task.status = old.status.clone();
             }
-            self.unindex_task(&old);
+            return self.index_task(Some(&old), task);
         }
-        self.index_task(task)
+        self.index_task(None, task)
     }
 
-    /// Releases what the old form of a task held, before its new form is indexed.
+    /// Releases what a task held that is erased.
     pub(super) fn unindex_task(&mut self, task: &Task) {
-        self.service_tasks.remove(&(task.service_id, task.slot_key(), task.id));
+        self.service_tasks.remove(&place_of(task));
         if let Some(name) = name_on_node(task) {
-            self.names.remove(&(Kind::Task, name));
+            self.names.remove(&(Kind::Task, name.into()));
         }
         if let Some(node_id) = task.node_id {
             self.node_tasks.remove(&(node_id, task.id));
@@ -229,22 +249,45 @@ impl State {
         self.release_addresses(task);
     }
 
-    pub(super) fn index_task(&mut self, task: Task) -> Result<Change, Refusal> {
+    /// Writes a task, and in the place of what its old form held what the new one holds. What is the same
+    /// stays as it is: most writes are reports of a state, and each entry of an index that is taken out and
+    /// put back costs a copy of a part of it.
+    pub(super) fn index_task(&mut self, old: Option<&Task>, task: Task) -> Result<Change, Refusal> {
+        if let Some(name) = old.and_then(name_on_node) {
+            self.names.remove(&(Kind::Task, name.into()));
+        }
         if let Some(name) = name_on_node(&task) {
             self.rename(Kind::Task, task.id.0, None, &name)?;
         }
-        self.service_tasks.insert((task.service_id, task.slot_key(), task.id));
-        if let Some(node_id) = task.node_id {
-            self.node_tasks.insert((node_id, task.id));
+        let old_node = old.and_then(|old| old.node_id);
+        if task.node_id != old_node {
+            if let Some(node_id) = old_node {
+                self.node_tasks.remove(&(node_id, task.id));
+            }
+            self.node_tasks.extend(task.node_id.map(|node_id| (node_id, task.id)));
         }
-        let is_freed_early =
-            mistakes::is(Mistake::AddressFreedEarly) && !task.desired_state.wants_run();
-        if !task.status.state.is_terminal() && !is_freed_early {
-            self.claim_addresses(&task)?;
+        let held = old.map_or(&[][..], held_addresses);
+        if held != held_addresses(&task) {
+            if let Some(old) = old {
+                self.release_addresses(old);
+            }
+            self.claim_attachments(task.id, held_addresses(&task))?;
         }
         let change = change_of(&task);
-        self.tasks.insert(task.id, Arc::new(task));
+        if let Some(old) = old.filter(|old| place_of(old) != place_of(&task)) {
+            self.service_tasks.remove(&place_of(old));
+        }
+        let task = Arc::new(task);
+        self.service_tasks.insert(place_of(&task), Arc::clone(&task));
+        self.tasks.insert(task.id, task);
         Ok(change)
+    }
+
+    /// Changes a task where that is no matter of an index; an absent one is left alone.
+    pub(super) fn edit_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
+        let Some(task) = self.tasks.get_mut(&task_id) else { return };
+        edit(Arc::make_mut(task));
+        self.service_tasks.insert(place_of(task), Arc::clone(task));
     }
 
     fn patch_task(
@@ -279,8 +322,7 @@ impl State {
         }
         task.meta.version = writer.version;
         task.meta.updated_at = writer.at;
-        self.unindex_task(&old);
-        self.index_task(task).map(Some)
+        self.index_task(Some(&old), task).map(Some)
     }
 
     fn set_image_holder(
@@ -325,7 +367,7 @@ impl State {
                     self.ports.remove(&port);
                 }
                 self.release_virtual_ips(&service);
-                self.names.remove(&(kind, service.spec.name.clone()));
+                self.names.remove(&(kind, service.spec.name.as_str().into()));
                 self.delete_revisions(service.id);
             }
             Kind::Revision => self.delete_revisions(ServiceId(id)),
@@ -339,19 +381,19 @@ impl State {
             }
             Kind::Secret => {
                 let secret = self.secrets.remove(&SecretId(id))?;
-                self.names.remove(&(kind, secret.spec.name.clone()));
+                self.names.remove(&(kind, secret.spec.name.as_str().into()));
             }
             Kind::Config => {
                 let config = self.configs.remove(&ConfigId(id))?;
-                self.names.remove(&(kind, config.spec.name.clone()));
+                self.names.remove(&(kind, config.spec.name.as_str().into()));
             }
             Kind::Stack => {
                 let stack = self.stacks.remove(&StackId(id))?;
-                self.names.remove(&(kind, stack.spec.name.clone()));
+                self.names.remove(&(kind, stack.spec.name.as_str().into()));
             }
             Kind::Image => {
                 let image = self.images.remove(&ImageId(id))?;
-                self.names.remove(&(kind, image.name.clone()));
+                self.names.remove(&(kind, image.name.as_str().into()));
             }
         }
         Some(change)
@@ -367,15 +409,30 @@ impl State {
         if old == Some(new) {
             return Ok(());
         }
-        if self.names.contains_key(&(kind, new.to_owned())) {
+        if self.names.contains_key(&(kind, new.into())) {
             return Err(Refusal::NameTaken { kind, name: new.to_owned() });
         }
         if let Some(old) = old {
-            self.names.remove(&(kind, old.to_owned()));
+            self.names.remove(&(kind, old.into()));
         }
-        self.names.insert((kind, new.to_owned()), id);
+        self.names.insert((kind, new.into()), id);
         Ok(())
     }
+}
+
+/// Where a task is among those of its service.
+fn place_of(task: &Task) -> (ServiceId, Slot, TaskId) {
+    (task.service_id, task.slot_key(), task.id)
+}
+
+/// The addresses that nobody else can have: none once it has ended.
+fn held_addresses(task: &Task) -> &[NetworkAttachment] {
+    let is_freed_early =
+        mistakes::is(Mistake::AddressFreedEarly) && !task.desired_state.wants_run();
+    if task.status.state.is_terminal() || is_freed_early {
+        return &[];
+    }
+    &task.networks_attachments
 }
 
 fn change_of(task: &Task) -> Change {
@@ -385,6 +442,21 @@ fn change_of(task: &Task) -> Change {
         service_id: Some(task.service_id),
         node_id: task.node_id,
     }
+}
+
+fn is_job(service: &Service) -> bool {
+    service.spec.mode_kind().is_some_and(ModeKind::is_job)
+}
+
+/// Begins a job anew with each change of its spec.
+fn note_iteration(old: Option<JobStatus>, service: &mut Service, meta: Meta) {
+    let job_iteration = service.spec_version;
+    let begun = JobStatus { job_iteration, last_execution: Some(meta.updated_at) };
+    service.job_status = match old {
+        _ if !is_job(service) => None,
+        Some(old) if old.job_iteration == job_iteration => Some(old),
+        _ => Some(begun),
+    };
 }
 
 /// Nothing has the id of another object; a task that no service made has none that a service has, either.

@@ -121,8 +121,10 @@ impl State {
     /// Puts an object back with the bookkeeping it had.
     fn restore(&mut self, object: Object) -> Result<(), Outcome> {
         let meta = *object.meta();
-        let spec_version = match &object {
-            Object::Service(service) => Some((service.id, service.spec_version)),
+        let written_by_store = match &object {
+            Object::Service(service) => {
+                Some((service.id, service.spec_version, service.job_status))
+            }
             _ => None,
         };
         let put = Action::Put { object, expect: Expect::Absent };
@@ -134,10 +136,11 @@ impl State {
             return Err(outcome);
         };
         self.set_created_at(change.kind, change.id, meta.created_at);
-        if let Some((service_id, version)) = spec_version
+        if let Some((service_id, spec_version, job_status)) = written_by_store
             && let Some(service) = self.services.get_mut(&service_id)
         {
-            Arc::make_mut(service).spec_version = version;
+            let service = Arc::make_mut(service);
+            (service.spec_version, service.job_status) = (spec_version, job_status);
         }
         Ok(())
     }
@@ -159,7 +162,9 @@ impl State {
             }
             Kind::Node => set!(nodes, NodeId),
             Kind::Service => set!(services, ServiceId),
-            Kind::Task => set!(tasks, TaskId),
+            Kind::Task => {
+                self.edit_task(skep_common::TaskId(id), |task| task.meta.created_at = at);
+            }
             Kind::Network => set!(networks, NetworkId),
             Kind::Secret => set!(secrets, SecretId),
             Kind::Config => set!(configs, ConfigId),

@@ -25,6 +25,7 @@ mod tests;
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 
+use imbl::ordmap::DiffItem;
 use imbl::{OrdMap, OrdSet};
 use skep_common::object::{Config, Network, Revision, Secret, Slot};
 use skep_common::spec::PortProtocol;
@@ -38,6 +39,17 @@ pub use networks::AddressOwner;
 
 /// A table of objects by id.
 pub type Table<K, V> = OrdMap<K, Arc<V>>;
+
+/// The ids of what differs between two tables of the store. Two states share all that is equal in them, so
+/// that the cost depends on what changed.
+pub fn changed<K: Ord + Copy, V: PartialEq>(old: &Table<K, V>, new: &Table<K, V>) -> Vec<K> {
+    let id = |item| match item {
+        DiffItem::Add(id, _) | DiffItem::Remove(id, _) | DiffItem::Update { new: (id, _), .. } => {
+            *id
+        }
+    };
+    old.diff(new).map(id).collect()
+}
 
 /// One object that a command created, changed or erased.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -66,13 +78,16 @@ pub struct State {
     stacks: Table<StackId, Stack>,
     images: Table<ImageId, Image>,
     revisions: Table<(ServiceId, u64), Revision>,
-    names: OrdMap<(Kind, String), u128>,
+    /// The names are shared: a change copies the neighbours of what it changes.
+    names: OrdMap<(Kind, Arc<str>), u128>,
     ports: OrdMap<(PortProtocol, u16), ServiceId>,
     addresses: OrdMap<Ipv4Addr, TaskId>,
     vnis: OrdMap<u32, NetworkId>,
     network_addresses: OrdMap<(NetworkId, IpAddr), AddressOwner>,
     node_numbers: OrdMap<u16, NodeId>,
-    service_tasks: OrdSet<(ServiceId, Slot, TaskId)>,
+    /// With the tasks, not only their ids: a service's tasks are walked over more often than written, and
+    /// their ids are random, so that looking each up would be most of the walk.
+    service_tasks: OrdMap<(ServiceId, Slot, TaskId), Arc<Task>>,
     node_tasks: OrdSet<(NodeId, TaskId)>,
 }
 
@@ -122,7 +137,7 @@ impl State {
 
     /// The id of the object with this unique name. Nodes and tasks have none.
     pub fn id_by_name(&self, kind: Kind, name: &str) -> Option<u128> {
-        self.names.get(&(kind, name.to_owned())).copied()
+        self.names.get(&(kind, name.into())).copied()
     }
 
     /// The service with this name.
@@ -141,7 +156,31 @@ impl State {
             .range(
                 (service_id, Slot::FIRST, TaskId(0))..=(service_id, Slot::LAST, TaskId(u128::MAX)),
             )
-            .map(|(_, _, task_id)| self.indexed_task(*task_id))
+            .map(|(_, task)| task)
+    }
+
+    /// All tasks, by service, then slot, then id.
+    pub(crate) fn tasks_by_service(&self) -> impl Iterator<Item = &Arc<Task>> {
+        self.service_tasks.values()
+    }
+
+    /// The services that have tasks, whether they are there themselves or not.
+    pub(crate) fn services_with_tasks(&self) -> impl Iterator<Item = ServiceId> {
+        // One search for each service, and none of its tasks is looked at.
+        let next = |from: ServiceId| {
+            let mut following = self.service_tasks.range((from, Slot::FIRST, TaskId(0))..);
+            following.next().map(|((service_id, ..), _)| *service_id)
+        };
+        let first = next(ServiceId(0));
+        std::iter::successors(first, move |last| next(ServiceId(last.0.checked_add(1)?)))
+    }
+
+    /// The nodes that have tasks, whether they are there themselves or not.
+    pub(crate) fn nodes_with_tasks(&self) -> impl Iterator<Item = NodeId> {
+        let next = |from: NodeId| {
+            self.node_tasks.range((from, TaskId(0))..).next().map(|(node_id, _)| *node_id)
+        };
+        std::iter::successors(next(NodeId(0)), move |last| next(NodeId(last.0.checked_add(1)?)))
     }
 
     /// Tasks of one slot of a service, by id.
@@ -152,7 +191,7 @@ impl State {
     ) -> impl Iterator<Item = &Arc<Task>> {
         self.service_tasks
             .range((service_id, slot, TaskId(0))..=(service_id, slot, TaskId(u128::MAX)))
-            .map(|(_, _, task_id)| self.indexed_task(*task_id))
+            .map(|(_, task)| task)
     }
 
     /// Tasks that were ever assigned to a node and still exist, by id.

@@ -95,7 +95,7 @@ impl State {
     }
 
     fn release_network(&mut self, network: &Network) {
-        let name = (Kind::Network, network.spec.name.clone());
+        let name = (Kind::Network, network.spec.name.as_str().into());
         if self.names.get(&name) == Some(&network.id.0) {
             self.names.remove(&name);
         }
@@ -125,17 +125,21 @@ impl State {
         }
     }
 
-    pub(super) fn claim_addresses(&mut self, task: &Task) -> Result<(), Refusal> {
-        for attachment in &task.networks_attachments {
+    pub(super) fn claim_attachments(
+        &mut self,
+        task_id: TaskId,
+        attachments: &[NetworkAttachment],
+    ) -> Result<(), Refusal> {
+        for attachment in attachments {
             let Some(network_id) = attachment.network_id else {
                 let address = attachment.address;
-                if self.addresses.insert(address, task.id).is_some_and(|owner| owner != task.id) {
+                if self.addresses.insert(address, task_id).is_some_and(|owner| owner != task_id) {
                     return Err(Refusal::AddressInUse { address: address.into() });
                 }
                 continue;
             };
             for address in overlay_addresses(attachment) {
-                self.claim(network_id, address, AddressOwner::Task(task.id))?;
+                self.claim(network_id, address, AddressOwner::Task(task_id))?;
             }
         }
         Ok(())

@@ -7,6 +7,10 @@ use skep_common::{Kind, Meta, Service, ServiceId};
 
 use super::{Change, State};
 
+/// Earlier specs that a service keeps: as many as Kubernetes' `revisionHistoryLimit`. Each may name versions
+/// of secrets, which are kept for it.
+const REVISIONS_MAX: usize = 10;
+
 impl State {
     /// The specs that a service had, the oldest first.
     pub fn revisions_of(&self, service_id: ServiceId) -> impl Iterator<Item = &Arc<Revision>> {
@@ -14,8 +18,34 @@ impl State {
         self.revisions.range(whole).map(|(_, revision)| revision)
     }
 
-    /// Decides whether `old` becomes a revision as `new` takes its place. Nothing does so far.
-    pub(super) fn note_revision(&mut self, _old: &Service, _new: &mut Service) {}
+    /// Keeps what `old` was as a revision, where `new` has another spec, and numbers that of `new`. A service
+    /// that takes the place of one on its way out has no part in its history.
+    pub(super) fn note_revision(&mut self, old: &Service, new: &mut Service, meta: Meta) {
+        if old.pending_delete && !new.pending_delete {
+            self.delete_revisions(old.id);
+            return;
+        }
+        if old.spec == new.spec {
+            new.revision = old.revision;
+            return;
+        }
+        let number = old.revision.max(1); // Of a service from before there were numbers.
+        new.revision = number + 1;
+        let revision = Revision {
+            service_id: old.id,
+            number,
+            meta: Meta { created_at: meta.updated_at, ..meta },
+            spec: old.spec.clone(),
+            spec_version: old.spec_version,
+            replaced_at: meta.updated_at,
+        };
+        self.revisions.insert((old.id, number), Arc::new(revision));
+        let numbers: Vec<u64> = self.revisions_of(old.id).map(|found| found.number).collect();
+        let n_surplus = numbers.len().saturating_sub(REVISIONS_MAX);
+        for number in &numbers[..n_surplus] {
+            self.revisions.remove(&(old.id, *number));
+        }
+    }
 
     pub(super) fn put_revision(&mut self, mut revision: Revision, meta: Meta) -> Change {
         let service_id = revision.service_id;

@@ -3,8 +3,7 @@
 //! A pass tries its decisions on a clone of the state before it proposes them. What it changes here
 //! is never kept: the committed command repeats it through [`State::apply`].
 
-use std::sync::Arc;
-
+use skep_common::object::NetworkAttachment;
 use skep_common::{Task, TaskId};
 
 use super::State;
@@ -12,10 +11,9 @@ use super::State;
 impl State {
     /// Adds a task, or replaces the one with its id.
     pub(crate) fn scratch_put_task(&mut self, task: Task) {
-        if let Some(old) = self.tasks.get(&task.id).cloned() {
-            self.unindex_task(&old);
-        }
-        self.index_task(task).expect("a pass grants an address only after it looked for its owner");
+        let old = self.tasks.get(&task.id).cloned();
+        self.index_task(old.as_deref(), task)
+            .expect("a pass grants an address only after it looked for its owner");
     }
 
     /// Changes a task in place; an absent one is left alone.
@@ -23,17 +21,14 @@ impl State {
         if let Some(old) = self.tasks.get(&task_id).cloned() {
             let mut task = (*old).clone();
             edit(&mut task);
-            self.unindex_task(&old);
-            self.index_task(task)
+            self.index_task(Some(&old), task)
                 .expect("a pass grants an address only after it looked for its owner");
         }
     }
 
     /// Changes a task where neither its place in an index nor its id changes.
     pub(crate) fn scratch_touch_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
-        if let Some(task) = self.tasks.get_mut(&task_id) {
-            edit(Arc::make_mut(task));
-        }
+        self.edit_task(task_id, edit);
     }
 
     /// Erases a task.
@@ -43,14 +38,9 @@ impl State {
         }
     }
 
-    /// Places a task: its node and its addresses, which nobody else has.
-    pub(crate) fn scratch_place_task(&mut self, task_id: TaskId, edit: impl FnOnce(&mut Task)) {
-        let Some(task) = self.tasks.get_mut(&task_id) else { return };
-        let task = Arc::make_mut(task);
-        edit(task);
-        let task = task.clone();
-        self.node_tasks.extend(task.node_id.map(|node_id| (node_id, task_id)));
-        self.claim_addresses(&task)
+    /// Takes a task's addresses on networks, which nobody else has.
+    pub(crate) fn scratch_claim(&mut self, task_id: TaskId, attachments: &[NetworkAttachment]) {
+        self.claim_attachments(task_id, attachments)
             .expect("a pass grants an address only after it looked for its owner");
     }
 }

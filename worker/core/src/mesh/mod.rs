@@ -51,6 +51,8 @@ pub use flows::{Flows, lost_backends};
 pub use objects::{Endpoint, Objects, Op, PortKey, RouteKey, RouteTable, diff};
 pub use policy::prefer_local;
 pub use proxy_protocol::proxy_header;
-pub use relays::{Passage, Relay, Target, Turns, own_targets, relays, user_space_relays};
+pub use relays::{
+    Admission, Gate, Passage, Relay, Target, Turns, Verdict, in_rules, relays, user_space_relays,
+};
 pub use table::{Backend, Daemon, Error, MeshTable, Peer, Protocol, PublishedPort};
 pub use twin::{of_twin, twin, twin_net};

@@ -11,7 +11,7 @@ use std::net::SocketAddrV4;
 use skep_common::NodeId;
 use skep_common::spec::ProxyProtocol;
 
-use super::{Backend, MeshTable, PortKey, Protocol, PublishedPort, Slices};
+use super::{Backend, MeshTable, PortKey, Protocol, PublishedPort, Reason, Slices};
 
 /// What the daemon must know of a port that it relays.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct Relay {
 pub struct Target {
     /// The task's address and port.
     pub address: SocketAddrV4,
+    /// The task.
+    pub task_id: String,
     /// The way there, where packets have none.
     pub passage: Option<Passage>,
 }
@@ -113,7 +115,12 @@ fn relay(port: &PublishedPort, backends: BTreeSet<Target>) -> (PortKey, Relay) {
 
 fn direct(backend: &Backend) -> Target {
     let address = SocketAddrV4::new(backend.address, backend.target_port);
-    Target { address, passage: None }
+    Target { task_id: backend.task_id.clone(), address, passage: None }
+}
+
+/// A port as the kernel's rules balance it, by IPv4.
+pub fn in_rules(port: &PublishedPort) -> Relay {
+    relay(port, port.backends.iter().map(direct).collect()).1
 }
 
 /// `None` where the table does not say how the node's daemon is reached.
@@ -129,9 +136,68 @@ fn by_passage(table: &MeshTable, backend: &Backend) -> Option<Target> {
     Some(Target { passage: Some(passage), ..direct(backend) })
 }
 
-/// Where passages of other nodes may end on this one: at ports of its own tasks that are published, by task and
-/// port.
-pub fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
+/// What a node goes by when another one asks for a passage.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Gate {
+    /// The table that this is of.
+    pub version: u64,
+    /// The table by which ports and peers last changed: who has that one knows the same tasks.
+    pub since: u64,
+    /// The nodes of the swarm.
+    pub nodes: BTreeSet<NodeId>,
+    /// Where passages may end: at ports of the node's own tasks that are published, by task and port.
+    pub targets: BTreeMap<(String, u16), SocketAddrV4>,
+    /// All ports of tasks that are published, of which `since` says when they changed.
+    pub ways: BTreeSet<(String, u16)>,
+}
+
+/// Whether a passage is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Admission {
+    /// To that address.
+    To(SocketAddrV4),
+    /// The table does not name the caller.
+    NotOfSwarm,
+    /// The table names no such task and port.
+    NoSuchTask,
+    /// The caller knows a later table, which is waited for.
+    Later,
+}
+
+impl Gate {
+    /// The same by another table.
+    #[must_use]
+    pub fn follow(&self, table: &MeshTable) -> Self {
+        let nodes = table.daemons.values().map(|daemon| daemon.node_id).collect();
+        let backends = table.ports.iter().flat_map(|port| &port.backends);
+        let ways = backends.map(|backend| (backend.task_id.clone(), backend.target_port)).collect();
+        let next = Self {
+            version: table.version,
+            since: self.since,
+            nodes,
+            targets: own_targets(table),
+            ways,
+        };
+        let is_same = (&next.nodes, &next.ways) == (&self.nodes, &self.ways);
+        Self {
+            since: if is_same && self.since <= next.version { self.since } else { next.version },
+            ..next
+        }
+    }
+
+    /// Answers a caller that knows the task by a table of that version.
+    pub fn admit(&self, caller: NodeId, way: &(String, u16), version: u64) -> Admission {
+        let is_of_swarm = self.nodes.contains(&caller);
+        match self.targets.get(way) {
+            Some(address) if is_of_swarm => Admission::To(*address),
+            _ if self.version < version => Admission::Later,
+            _ if is_of_swarm => Admission::NoSuchTask,
+            _ => Admission::NotOfSwarm,
+        }
+    }
+}
+
+fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
     let Ok(slices) = table.slices() else { return BTreeMap::new() };
     let own = slices.slice(table.self_number);
     let streams = table.ports.iter().filter(|port| port.protocol == Protocol::Tcp);
@@ -143,34 +209,93 @@ pub fn own_targets(table: &MeshTable) -> BTreeMap<(String, u16), SocketAddrV4> {
     backends.map(target).collect()
 }
 
-/// Gives backends in exact turns, as long as they answer.
+/// Gives backends in exact turns, as long as they answer: who does not is left out until it does.
+///
+/// The port's last backends stay: where all are left out, all have their turn.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Turns {
     backends: Vec<Target>,
+    left_out: BTreeMap<Target, Reason>,
     next: usize,
 }
 
 impl Turns {
-    /// Replaces the backends; where they are the same, the turns go on.
+    /// Replaces the backends; where they are the same, the turns go on. Who is named no longer is trusted when it
+    /// comes again.
     pub fn set(&mut self, backends: &[Target]) {
         if self.backends != backends {
-            *self = Self { backends: backends.to_vec(), next: 0 };
+            self.left_out.retain(|backend, _| backends.contains(backend));
+            self.backends = backends.to_vec();
+            self.next = 0;
         }
     }
 
-    /// The next backend in turn that is not in `failed`; `None` where all are.
+    /// Whether a client whom those in `failed` failed may wait for the backend: it is one of them, and no other one
+    /// that is left to the client is better. Whoever [`Self::take`] gives may be waited for.
+    pub fn is_given(&self, backend: &Target, failed: &BTreeSet<Target>) -> bool {
+        let is_better = |other: &Target| !failed.contains(other) && !self.is_left_out(other);
+        self.backends.contains(backend)
+            && (!self.is_left_out(backend) || !self.backends.iter().any(is_better))
+    }
+
+    /// Whether there is another backend than this one, which is named.
+    pub fn has_choice(&self, backend: &Target) -> bool {
+        self.backends.len() > 1 && self.backends.contains(backend)
+    }
+
+    /// Whether the backend gets no turn while another one accepts.
+    pub fn is_left_out(&self, backend: &Target) -> bool {
+        self.left_out.contains_key(backend)
+    }
+
+    /// Leaves a backend out where there is a choice; returns what is to be said of it.
+    pub fn leave_out(&mut self, backend: &Target, reason: Reason) -> Option<Verdict> {
+        if !self.has_choice(backend) || self.is_left_out(backend) {
+            return None;
+        }
+        self.left_out.insert(backend.clone(), reason);
+        Some(if self.is_none_trusted() { Verdict::NoneAnswers } else { Verdict::LeftOut(reason) })
+    }
+
+    /// The backend has accepted; returns whether it was left out.
+    pub fn take_back(&mut self, backend: &Target) -> bool {
+        self.left_out.remove(backend).is_some()
+    }
+
+    fn is_none_trusted(&self) -> bool {
+        self.left_out.len() == self.backends.len()
+    }
+
+    /// The next backend in turn that is not in `failed`, and of those left out only when there is no other; `None`
+    /// where all have failed.
     ///
     /// One that is passed over has had its turn: its neighbour does not get the double of it.
     pub fn take(&mut self, failed: &BTreeSet<Target>) -> Option<Target> {
+        self.take_if(|turns, backend| !failed.contains(backend) && !turns.is_left_out(backend))
+            .or_else(|| self.take_if(|_, backend| !failed.contains(backend)))
+    }
+
+    fn take_if(&mut self, may_be: impl Fn(&Self, &Target) -> bool) -> Option<Target> {
         for _ in 0..self.backends.len() {
             let backend = self.backends.get(self.next)?;
+            let is_it = may_be(self, backend);
+            let backend = is_it.then(|| backend.clone());
             self.next = (self.next + 1) % self.backends.len();
-            if !failed.contains(backend) {
-                return Some(backend.clone());
+            if backend.is_some() {
+                return backend;
             }
         }
         None
     }
+}
+
+/// What is to be said of a backend that does not accept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It gets no connections of the port any more.
+    LeftOut(Reason),
+    /// None of the port's accepts, so all get their turn.
+    NoneAnswers,
 }
 
 #[cfg(test)]
@@ -180,7 +305,7 @@ mod tests {
 
     fn address(last: u8) -> Target {
         let address = SocketAddrV4::new([10, 192, 4, last].into(), 80);
-        Target { address, passage: None }
+        Target { task_id: String::new(), address, passage: None }
     }
 
     fn take(turns: &mut Turns, n: usize, dead: &[u8]) -> Vec<u8> {
@@ -210,6 +335,41 @@ mod tests {
         assert_eq!(take(&mut turns, 2, &[1, 2, 3]), [0; 0], "nobody is asked twice");
         turns.set(&[2, 3].map(address));
         assert_eq!(take(&mut turns, 3, &[]), [2, 3, 2]);
+    }
+
+    #[test]
+    fn who_does_not_accept_has_no_turn_until_it_does_and_the_last_ones_stay() {
+        let mut turns = Turns::default();
+        turns.set(&[1].map(address));
+        assert_eq!(turns.leave_out(&address(1), Reason::Silent), None, "the only one");
+        turns.set(&[1, 2, 3].map(address));
+        let out = turns.leave_out(&address(2), Reason::Refused);
+        assert_eq!(out, Some(Verdict::LeftOut(Reason::Refused)));
+        assert_eq!(turns.leave_out(&address(2), Reason::Silent), None, "known");
+        assert_eq!(turns.leave_out(&address(9), Reason::Silent), None, "a stranger");
+        let is_given = |turns: &Turns, backend: u8, failed: &[u8]| {
+            turns.is_given(&address(backend), &failed.iter().copied().map(address).collect())
+        };
+        assert!(!is_given(&turns, 2, &[]) && is_given(&turns, 3, &[]));
+        assert!(!is_given(&turns, 2, &[3]) && is_given(&turns, 2, &[1, 3]), "what is left");
+        assert_eq!(take(&mut turns, 4, &[]), [1, 3, 1, 3]);
+        assert_eq!(take(&mut turns, 2, &[1, 3]), [2, 2], "better than nobody");
+        let out = turns.leave_out(&address(1), Reason::Silent);
+        assert_eq!(out, Some(Verdict::LeftOut(Reason::Silent)));
+        assert_eq!(turns.leave_out(&address(3), Reason::Silent), Some(Verdict::NoneAnswers));
+        assert!([1, 2, 3].into_iter().all(|backend| is_given(&turns, backend, &[])));
+        let mut all = take(&mut turns, 3, &[]);
+        all.sort_unstable();
+        assert_eq!(all, [1, 2, 3]);
+        assert!(turns.take_back(&address(3)) && !turns.take_back(&address(3)));
+        assert_eq!(take(&mut turns, 2, &[]), [3, 3]);
+        turns.set(&[1, 3].map(address));
+        assert_eq!(take(&mut turns, 2, &[]), [3, 3], "nothing new is said of the first");
+        turns.set(&[1, 2, 3].map(address));
+        assert_eq!(take(&mut turns, 2, &[]), [2, 3], "it was gone and is trusted again");
+        let another = Target { task_id: "another".to_owned(), ..address(1) };
+        turns.set(&[another.clone(), address(2)]);
+        assert_eq!(turns.take(&BTreeSet::new()), Some(another), "another task has the address");
     }
 
     /// Nodes 1 to 3, of which those named have no tunnel, as node 1 is told; a port is
@@ -323,5 +483,35 @@ mod tests {
         let targets = own_targets(&table(&[], &["tcp:1,2", "udp:1", "tcp+proxy:1"]));
         let expect = [(("task1".to_owned(), 80), "10.192.4.1:80".parse().unwrap())];
         assert_eq!(targets, expect.into());
+    }
+
+    #[test]
+    fn callers_and_tasks_are_refused_at_once_unless_a_later_table_may_name_them() {
+        let told = |version: u64, ports: &[&str]| MeshTable { version, ..table(&[], ports) };
+        let gate = Gate::default().follow(&told(5, &["tcp:1,2"]));
+        let (here, there) = (("task1".to_owned(), 80), ("task2".to_owned(), 80));
+        let to = Admission::To("10.192.4.1:80".parse().unwrap());
+        for (caller, way, version, expect) in [
+            (2, &here, 5, to),
+            (2, &here, 9, to),
+            (2, &there, 5, Admission::NoSuchTask),
+            (2, &there, 6, Admission::Later),
+            (9, &here, 5, Admission::NotOfSwarm),
+            (9, &here, 6, Admission::Later),
+            (9, &there, 4, Admission::NotOfSwarm),
+        ] {
+            assert_eq!(
+                gate.admit(NodeId(caller), way, version),
+                expect,
+                "{caller} {way:?} {version}"
+            );
+        }
+        // A table with news of other things says nothing that a node of the earlier one does not know.
+        let gate = gate.follow(&told(7, &["tcp:1,2"]));
+        assert_eq!((gate.version, gate.since), (7, 5));
+        let gate = gate.follow(&told(8, &["tcp:1"]));
+        assert_eq!((gate.version, gate.since), (8, 8));
+        let gate = gate.follow(&told(2, &["tcp:1"]));
+        assert_eq!((gate.version, gate.since), (2, 2), "of another leader");
     }
 }

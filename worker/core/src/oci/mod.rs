@@ -27,6 +27,7 @@ pub mod device_filter;
 pub mod from_common;
 pub mod input;
 pub mod mounts;
+pub mod payloads;
 pub mod process;
 pub mod seccomp;
 pub mod signal;

@@ -12,6 +12,7 @@ use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
 use skep_runtime::sys::ProcessId;
+use skep_worker_core::oci::payloads::PayloadFile;
 use skep_worker_core::oci::{self, user};
 
 use super::super::cgroup::Cgroup;
@@ -19,6 +20,7 @@ use super::super::dirs::{DataDir, RunDir, write_atomically};
 use super::super::error::{Context, Error, unwrapped};
 use super::super::host;
 use super::super::logs::format::Stream;
+use super::super::payloads;
 use super::super::protocol::{Phase, ShimConfig, ShimState};
 use super::super::rootfs::{HostMounts, make_directories, mount_overlay, read_text, replace_link};
 use super::console::Console;
@@ -48,6 +50,7 @@ pub(super) fn create(
     run: &RunDir,
     data: &DataDir,
     config: &ShimConfig,
+    files: Vec<PayloadFile>,
     mut state: ShimState,
 ) -> Result<Waiting, Error> {
     let input = &config.spec;
@@ -55,6 +58,8 @@ pub(super) fn create(
         fs::read_to_string(OOM_SCORE_FILE).during(|| format!("read {OOM_SCORE_FILE}"))?;
     let host_mounts = HostMounts::leave()?;
     let root = mount_overlay(run, data, &config.layers)?;
+    payloads::write(run, &files)?;
+    drop(files);
     write_spec(run, config, &root)?;
 
     let (exec_result, exec_result_write) = pipe()?;

@@ -37,6 +37,7 @@ use skep_runtime::sys::ProcessId;
 
 use super::dirs::{DataDir, RunDir, remove_all, write_atomically};
 use super::error::{Context, Error, chain};
+use super::payloads;
 use super::protocol::{Phase, Report, ShimConfig, ShimState, read_json, send};
 use crate::sys;
 
@@ -74,8 +75,12 @@ fn run_shim(run: &RunDir) -> Result<(), Error> {
     let state =
         ShimState { shim, init: None, phase: Phase::Creating, started_at: None, kept: Vec::new() };
     write_state(run, &state)?;
+    let received = payloads::receive(&daemon, config.n_payload_bytes);
+    let received = received.during(|| "read the container's secrets".into());
+    // A daemon that ends meanwhile wants nothing of it any more.
+    let files = received.inspect_err(|_| remove_directories(run, &data))?;
 
-    match create::create(run, &data, &config, state) {
+    match create::create(run, &data, &config, files, state) {
         Ok(container) => {
             let created = Report::Created { init: container.init };
             // A daemon that is gone already is noticed by the loop, as end of file.

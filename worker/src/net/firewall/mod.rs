@@ -3,7 +3,8 @@
 //! A packet is led through each chain of its direction as the kernel would lead it: rule by rule, with
 //! jumps, sets and maps. What cannot be known of it (marks, limits, matches of iptables) leaves a rule
 //! undecided. Such a rule is taken for what it does only where it names the packet's port: a drop is named
-//! then, and what may accept the port ends the search in its chain, so that nothing innocent is named.
+//! then, and what may accept the port ends the search in its chain, so that nothing innocent is named. A target
+//! of iptables that is not known here may drop what it is given, which is said so.
 //! iptables-nft keeps its rules there, too; those of iptables-legacy cannot be read.
 //!
 //! # Reading order
@@ -54,6 +55,10 @@ enum Fate {
     Accepted,
     /// Perhaps it is accepted: what follows is not to blame for sure.
     Doubtful,
+    /// Perhaps it is dropped, as this says; what follows is not to blame for sure.
+    PerhapsDropped {
+        by: String,
+    },
     /// A rule drops it, which names its port or not.
     Dropped {
         by: String,
@@ -96,7 +101,7 @@ impl Ruleset {
                 let is_of = |chain: &&ChainRecord| chain.hook.is_some_and(|(of, _)| of == hook);
                 found.extend(table.chains.iter().filter(is_of).filter_map(|chain| {
                     match table.walk(&chain.name, packet, 0) {
-                        Fate::Dropped { by, .. } => Some(by),
+                        Fate::Dropped { by, .. } | Fate::PerhapsDropped { by } => Some(by),
                         Fate::Undecided if chain.drops_by_default => Some(format!(
                             "chain {} in table {} has the policy drop, and no rule there accepts UDP {}",
                             chain.name, table.name, packet.port
@@ -129,6 +134,13 @@ impl Table {
                     );
                     (Fate::Dropped { by, names_port }, false)
                 }
+                Effect::Decides(target) => {
+                    let by = format!(
+                        "UDP {} may be dropped by target {target} of a rule of chain {chain} in table {} (handle {})",
+                        packet.port, self.name, rule.handle
+                    );
+                    (Fate::PerhapsDropped { by }, false)
+                }
                 Effect::Jumps(to) => (self.walk(&to, packet, n_jumps + 1), false),
                 Effect::GoesTo(to) => (self.walk(&to, packet, n_jumps + 1), is_certain),
             };
@@ -141,8 +153,9 @@ impl Table {
                     return Fate::Dropped { by, names_port: true };
                 }
                 Fate::Accepted | Fate::Doubtful if names_port => return Fate::Doubtful,
+                Fate::PerhapsDropped { by } if names_port => return Fate::PerhapsDropped { by },
                 Fate::Doubtful => return Fate::Doubtful,
-                Fate::Accepted | Fate::Dropped { .. } => {}
+                Fate::PerhapsDropped { .. } | Fate::Accepted | Fate::Dropped { .. } => {}
             }
         }
         Fate::Undecided

@@ -26,7 +26,32 @@ const LOOKUP_INVERTED: u32 = 1;
 /// Matches of iptables that every packet passes.
 const ALWAYS: [&str; 1] = ["comment"];
 /// Targets of iptables after which the next rule follows.
-const GOES_ON: [&str; 6] = ["LOG", "NFLOG", "MARK", "CONNMARK", "TRACE", "CT"];
+const GOES_ON: [&str; 22] = [
+    "AUDIT",
+    "CHECKSUM",
+    "CLASSIFY",
+    "CONNMARK",
+    "CONNSECMARK",
+    "CT",
+    "DSCP",
+    "ECN",
+    "HL",
+    "HMARK",
+    "LED",
+    "LOG",
+    "MARK",
+    "NFLOG",
+    "RATEEST",
+    "SECMARK",
+    "SET",
+    "TCPMSS",
+    "TEE",
+    "TOS",
+    "TRACE",
+    "TTL",
+];
+/// Targets of iptables that translate an address and let the packet through.
+const ACCEPTS: [&str; 5] = ["DNAT", "MASQUERADE", "NETMAP", "REDIRECT", "SNAT"];
 
 /// What a rule does with a packet that it is about.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +60,8 @@ pub(super) enum Effect {
     None,
     Accepts,
     Drops,
+    /// What it hands the packet to decides: a program, or a target of iptables of which nothing is known here.
+    Decides(String),
     Returns,
     Jumps(String),
     GoesTo(String),
@@ -129,7 +156,7 @@ pub(super) fn weigh(rule: &RuleRecord, packet: &Packet, sets: &BTreeMap<String, 
             Step::Ends(effect) => {
                 // What looks the port up in what is not known may accept it, and is not said to drop it.
                 let names_port = match effect {
-                    Effect::Accepts => names_port || may_name_port,
+                    Effect::Accepts | Effect::Decides(_) => names_port || may_name_port,
                     _ => names_port && !may_name_port,
                 };
                 return Weight { is_certain, names_port, effect };
@@ -178,12 +205,14 @@ fn step(
             }
         },
         "reject" => Step::Ends(Effect::Drops),
-        "nat" | "masq" | "redir" | "queue" | "fwd" | "synproxy" => Step::Ends(Effect::Accepts),
+        "nat" | "masq" | "redir" | "fwd" | "synproxy" => Step::Ends(Effect::Accepts),
+        "queue" => Step::Ends(Effect::Decides(name.to_owned())),
         "match" => matches(data, packet.port),
         "target" => Step::Ends(match find(data, 1).and_then(text) {
             Some("REJECT" | "DROP") => Effect::Drops,
             Some(name) if GOES_ON.contains(&name) => Effect::None,
-            _ => Effect::Accepts,
+            Some(name) if ACCEPTS.contains(&name) => Effect::Accepts,
+            name => Effect::Decides(name.unwrap_or_default().to_owned()),
         }),
         "counter" | "log" | "notrack" | "last" | "objref" | "dup" | "tproxy" | "offload" => {
             Step::Passes

@@ -191,6 +191,8 @@ fn rules_of_iptables_are_read() {
     if !is_root() {
         return;
     }
+    const QUEUE: &str =
+        "UDP 4790 may be dropped by target NFQUEUE of a rule of chain INPUT in table ip filter";
     const IN: &str = "a rule of chain INPUT in table ip filter drops UDP 4790";
     for (rules, expect) in [
         ("-A INPUT -p udp --dport 4790 -j DROP", IN),
@@ -200,9 +202,59 @@ fn rules_of_iptables_are_read() {
         ("-A INPUT -p udp -m multiport --dports 53,4790 -j ACCEPT\n-A INPUT -j DROP", ""),
         ("-A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT\n-A INPUT -j DROP", IN),
         ("-A INPUT -p tcp --dport 4790 -j DROP", ""),
+        ("-A INPUT -p udp --dport 4790 -j NFQUEUE --queue-num 1", QUEUE),
+        ("-A INPUT -p udp --dport 4791 -j NFQUEUE --queue-num 1", ""),
     ] {
         let text = format!("*filter\n{rules}\nCOMMIT\n");
         let [incoming, _] = found("iptables-nft-restore", &[], &text);
         assert_eq!(incoming.join(", "), expect, "{rules}");
+    }
+}
+
+#[test]
+fn a_target_that_is_not_known_may_drop_what_it_is_given() {
+    let attribute = |value: &[u8]| {
+        let length = u16::try_from(value.len() + 4).unwrap();
+        let mut bytes = [length.to_ne_bytes(), 1_u16.to_ne_bytes()].concat();
+        bytes.extend(value);
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        bytes
+    };
+    let rule = |handle: u64, kind: &str, target: &str| {
+        let name = [target.as_bytes(), &[0]].concat();
+        RuleRecord {
+            chain: "INPUT".into(),
+            handle,
+            comment: None,
+            expressions: vec![(kind.into(), attribute(&name))],
+        }
+    };
+    const DROPS: &str = "a rule of chain INPUT in table ip filter (handle 2) drops UDP 4790";
+    for (kind, target, expect) in [
+        (
+            "queue",
+            "",
+            "UDP 4790 may be dropped by target queue of a rule of chain INPUT in table ip filter (handle 1)",
+        ),
+        (
+            "target",
+            "TARPIT",
+            "UDP 4790 may be dropped by target TARPIT of a rule of chain INPUT in table ip filter (handle 1)",
+        ),
+        ("target", "TTL", DROPS),
+        ("target", "MASQUERADE", ""),
+    ] {
+        let table = Table {
+            name: "ip filter".into(),
+            chains: vec![ChainRecord {
+                name: "INPUT".into(),
+                table: "filter".into(),
+                hook: Some((INPUT, 0)),
+                drops_by_default: true,
+            }],
+            rules: vec![rule(1, kind, target), rule(2, "target", "DROP")],
+            sets: BTreeMap::new(),
+        };
+        assert_eq!(Ruleset(vec![table]).obstacles(&packet(true)).join(", "), expect, "{target}");
     }
 }

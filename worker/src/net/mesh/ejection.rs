@@ -126,7 +126,13 @@ impl Ejector {
     pub(super) fn settle(&mut self) -> Result<(), Error> {
         let left_out = self.ejections.left_out();
         for change in self.ejections.changes(&self.left_out, &left_out) {
-            self.report(&change);
+            let task = match &change {
+                Change::LeftOut(_, backend, _) | Change::TakenBack(_, backend) => {
+                    self.ejections.task_id(backend)
+                }
+                Change::NoneAnswers(_) => "",
+            };
+            report(&change, task);
         }
         let before = std::mem::replace(&mut self.left_out, left_out);
         let added: BTreeSet<_> = self.left_out.difference(&before).copied().collect();
@@ -135,30 +141,29 @@ impl Ejector {
         }
         forget_unanswered(&mut self.connections, &added)
     }
+}
 
-    fn report(&self, change: &Change) {
-        match change {
-            Change::LeftOut(port, backend, reason) => {
-                let reason = match reason {
-                    Reason::Refused => "refuses connections",
-                    Reason::Silent => "does not answer",
-                };
-                let task = self.ejections.task_id(backend);
-                tracing::warn!(
-                    %port, task, %backend, reason,
-                    "a task gets no connections from this node until it accepts them again"
-                );
-            }
-            Change::TakenBack(port, backend) => {
-                let task = self.ejections.task_id(backend);
-                tracing::info!(%port, task, %backend, "a task accepts connections again");
-            }
-            Change::NoneAnswers(port) => {
-                tracing::warn!(
-                    %port,
-                    "no task of the port accepts connections, so all of them get some; look at its service"
-                );
-            }
+/// Says what changed of a port, and of that task.
+pub(super) fn report(change: &Change, task: &str) {
+    match change {
+        Change::LeftOut(port, backend, reason) => {
+            let reason = match reason {
+                Reason::Refused => "refuses connections",
+                Reason::Silent => "does not answer",
+            };
+            tracing::warn!(
+                %port, task, %backend, reason,
+                "a task gets no connections from this node until it accepts them again"
+            );
+        }
+        Change::TakenBack(port, backend) => {
+            tracing::info!(%port, task, %backend, "a task accepts connections again");
+        }
+        Change::NoneAnswers(port) => {
+            tracing::warn!(
+                %port,
+                "no task of the port accepts connections, so all of them get some; look at its service"
+            );
         }
     }
 }
@@ -221,19 +226,25 @@ async fn attempt(endpoint: Endpoint) -> (Endpoint, Outcome) {
     let connected = tokio::time::timeout(ATTEMPT_TIMEOUT, TcpStream::connect(address)).await;
     let outcome = match connected {
         Ok(Ok(_)) => Outcome::Accepted,
-        Ok(Err(error)) => match error.kind() {
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => {
-                Outcome::Failed(Reason::Refused)
-            }
-            io::ErrorKind::HostUnreachable
-            | io::ErrorKind::NetworkUnreachable
-            | io::ErrorKind::TimedOut => Outcome::Failed(Reason::Silent),
-            _ => {
+        Ok(Err(error)) => reason_of(&error).map_or_else(
+            || {
                 tracing::debug!(%address, %error, "failed to try a task");
                 Outcome::Unknown
-            }
-        },
+            },
+            Outcome::Failed,
+        ),
         Err(_) => Outcome::Failed(Reason::Silent),
     };
     (endpoint, outcome)
+}
+
+/// What an attempt to connect that failed says of a backend; `None` where it says something of this node alone.
+pub(super) fn reason_of(error: &io::Error) -> Option<Reason> {
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Some(Reason::Refused),
+        io::ErrorKind::HostUnreachable
+        | io::ErrorKind::NetworkUnreachable
+        | io::ErrorKind::TimedOut => Some(Reason::Silent),
+        _ => None,
+    }
 }

@@ -1,18 +1,18 @@
 //! The part of the mesh that lives on a dedicated thread and blocks on the kernel.
 
-use std::collections::BTreeSet;
 use std::fs::{self, File, TryLockError};
-use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
 use skep_worker_core::mesh::{
-    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Relay, Slices, Target, leave_out,
-    relays, twin_net,
+    Endpoint, MeshTable, Objects, Op, Outcome, PortKey, Protocol, Slices, leave_out, relays,
+    twin_net,
 };
 
 use super::ejection::{Ejector, Sample};
 use super::flows::KernelFlows;
+use super::hand_over::{HandOver, Passing};
 use super::layout::Layout;
 use super::links;
 use super::options::Options;
@@ -20,7 +20,7 @@ use super::ports::{Condition, Follow, ListenerChanges, Ports};
 use super::routes::Routes;
 use super::rules::{Rules, Wanted};
 use crate::net::rtnetlink::RouteChannel;
-use crate::net::{Error, sysctl};
+use crate::net::{Error, first_failure, sysctl};
 
 /// The file in the run directory whose lock says that a daemon drives this node's mesh.
 const LOCK_FILE: &str = "mesh.lock";
@@ -51,8 +51,7 @@ pub(super) struct Kernel {
     routes6: Option<Routes>,
     rules: Rules,
     ports: Ports,
-    /// Those that the daemon balances, or did before the rules that were last tried.
-    relayed: BTreeSet<PortKey>,
+    hand_over: HandOver,
     flows: KernelFlows,
     ejector: Ejector,
     /// What the last table wants, of IPv4 and IPv6; nothing before there was one.
@@ -82,7 +81,7 @@ impl Kernel {
             routes6: open_routes6(&options)?,
             rules,
             ports: Ports::new(links::carries_ipv6(&options, mtu)),
-            relayed: BTreeSet::new(),
+            hand_over: HandOver::default(),
             flows: KernelFlows::new([&present, &present6_or_none], slices.pool()),
             ejector: Ejector::open()?,
             wanted: None,
@@ -100,8 +99,13 @@ impl Kernel {
     }
 
     /// Routing that is added, then all rules at once, then routing that is deleted. A failure of
-    /// one peer's routing must not keep the others' ports from changing, so it is reported last.
-    fn converge(&mut self, wanted: &Objects, twin: Option<&Objects>) -> Result<(), Error> {
+    /// one peer's routing must not keep the others' ports from changing, so it is returned beside; an error means
+    /// that the rules are as they were.
+    fn converge(
+        &mut self,
+        wanted: &Objects,
+        twin: Option<&Objects>,
+    ) -> Result<Option<Error>, Error> {
         let devices = links::ensure(&mut self.channel, &self.options, &self.slices)?;
         // A table that names this node is of use only where its interfaces carry it.
         let twin = twin.filter(|_| devices.has_ipv6);
@@ -130,7 +134,7 @@ impl Kernel {
         for error in failures {
             tracing::warn!(error = &error as &dyn std::error::Error, "mesh routing is incomplete");
         }
-        first.map_or(Ok(()), Err)
+        Ok(first)
     }
 
     /// Has the kernel forget requests that backends did not answer before they were withdrawn.
@@ -165,10 +169,14 @@ impl Kernel {
         // What is removed has the same names whatever number and address the node had.
         let options = Options::new(1, Ipv4Addr::UNSPECIFIED, "", run_dir);
         let _lock = lock(&options)?;
-        let mut rules = open_rules(&options, &options.slices()?)?;
-        let (mut routes, mut routes6) = (Routes::open(&options)?, open_routes6(&options)?);
-        let routes = [Some(&mut routes), routes6.as_mut()];
-        remove_all(&mut rules, routes, &mut RouteChannel::open()?)
+        let slices = options.slices()?;
+        // A kernel without nftables has interfaces of a daemon that balanced in user space.
+        let rules = open_rules(&options, &slices).and_then(|mut rules| rules.remove());
+        let routes = Routes::open(&options).and_then(|mut routes| routes.remove_rules());
+        let routes6 = open_routes6(&options)
+            .and_then(|routes| routes.map_or(Ok(()), |mut routes| routes.remove_rules()));
+        let links = RouteChannel::open().and_then(|mut channel| links::remove(&mut channel));
+        first_failure([rules, routes, routes6, links])
     }
 }
 
@@ -193,21 +201,14 @@ impl Balancing for Kernel {
             twin.ports.retain(|key, _| wanted.ports.contains_key(key));
         }
         self.ejector.learn(table, [&wanted, twin.as_ref().unwrap_or(&Objects::default())]);
-        let relayed: BTreeSet<PortKey> = changes.balance.keys().copied().collect();
-        let to_rules = self.relayed.iter().filter(|key| wanted.ports.contains_key(key));
-        let by_rules: Vec<PortKey> = to_rules.copied().collect();
-        self.relayed.extend(&relayed);
-        // Who comes before the rules is not given to a task that the table names no more.
-        changes.balance.extend(by_rules.iter().map(|key| (*key, as_relay(&wanted.ports[key]))));
+        let passing = self.hand_over.begin(table, &wanted, &mut changes);
         // Before the rules: what they take no longer must find whoever serves it, and listeners are bound by now
         // and must be served also if something below fails.
         follow(changes);
-        self.converge(&wanted, twin.as_ref())?;
-        // After them: until now clients may have come past them.
-        self.relayed = relayed;
-        let withdraw = self.ports.keep(table);
-        follow(ListenerChanges { by_rules, withdraw, ..ListenerChanges::default() });
-        Ok(conditions)
+        let converged = self.converge(&wanted, twin.as_ref());
+        let passing = converged.is_ok().then_some(passing);
+        follow(after_rules(&mut self.ports, &mut self.hand_over, table, passing));
+        converged?.map_or(Ok(conditions), Err)
     }
 
     fn has_other_conditions(&self) -> bool {
@@ -226,15 +227,16 @@ impl Balancing for Kernel {
     }
 }
 
-/// What the rules balance, as the daemon does meanwhile.
-fn as_relay(endpoints: &[Endpoint]) -> Relay {
-    let target = |endpoint: &Endpoint| match endpoint.address {
-        IpAddr::V4(address) => {
-            Some(Target { address: SocketAddrV4::new(address, endpoint.port), passage: None })
-        }
-        IpAddr::V6(_) => None,
-    };
-    Relay { proxy_protocol: None, backends: endpoints.iter().filter_map(target).collect() }
+/// What listeners follow when the rules have changed: until then clients may have come past them. Where they could
+/// not be changed (`passing` is absent), the daemon lets go of what is not published all the same.
+fn after_rules(
+    ports: &mut Ports,
+    hand_over: &mut HandOver,
+    table: &MeshTable,
+    passing: Option<Passing>,
+) -> ListenerChanges {
+    let by_rules = passing.map_or_else(Vec::new, |passing| hand_over.end(passing));
+    ListenerChanges { by_rules, withdraw: ports.keep(table), ..ListenerChanges::default() }
 }
 
 /// Makes the rules of a published port in the calling thread's network namespace, which must be a scratch one.
@@ -276,7 +278,7 @@ fn remove_all(
     let mut removed = vec![rules.remove()];
     removed.extend(routes.into_iter().flatten().map(Routes::remove_rules));
     removed.push(links::remove(channel));
-    removed.into_iter().collect()
+    first_failure(removed)
 }
 
 pub(super) fn open_rules(options: &Options, slices: &Slices) -> Result<Rules, Error> {
@@ -307,5 +309,50 @@ pub(super) fn lock(options: &Options) -> Result<File, Error> {
         Ok(()) => Ok(file),
         Err(TryLockError::WouldBlock) => Err(Error::Locked { path }),
         Err(TryLockError::Error(e)) => Err(Error::file("lock", &path, e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use skep_worker_core::mesh::PublishedPort;
+
+    use super::*;
+
+    fn table(published: &[u16]) -> MeshTable {
+        let port = |published: &u16| PublishedPort {
+            published: *published,
+            protocol: Protocol::Tcp,
+            service_id: String::new(),
+            service: String::new(),
+            proxy_protocol: None,
+            backends: Vec::new(),
+        };
+        MeshTable {
+            version: 1,
+            self_number: 1,
+            pool: MeshTable::default_pool(),
+            slice_prefix: MeshTable::default_slice_prefix(),
+            peers: Vec::new(),
+            ipv6: BTreeMap::new(),
+            daemons: BTreeMap::new(),
+            ports: published.iter().map(port).collect(),
+        }
+    }
+
+    #[test]
+    fn a_relayed_port_is_withdrawn_also_where_the_rules_stay_as_they_were() {
+        let free = std::net::TcpListener::bind("0.0.0.0:0").unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        let key = PortKey { protocol: Protocol::Tcp, port };
+        let (mut ports, mut hand_over) = (Ports::new(false), HandOver::default());
+        let refused = ports.take(table(&[port]).ports.iter(), &mut ListenerChanges::default());
+        assert!(refused.is_empty(), "{refused:?}");
+        let changes = after_rules(&mut ports, &mut hand_over, &table(&[port]), None);
+        assert_eq!((changes.by_rules, changes.withdraw), (vec![], vec![]));
+        let changes = after_rules(&mut ports, &mut hand_over, &table(&[]), None);
+        assert_eq!((changes.by_rules, changes.withdraw), (vec![], vec![key]));
     }
 }

@@ -19,7 +19,7 @@ use skep_worker_core::mesh::{Mac, Slices, twin_net};
 
 use super::options::{BRIDGE, Options, TUNNEL, VXLAN_OVERHEAD};
 use crate::net::rtnetlink::{Link, Mode, RouteChannel};
-use crate::net::{Error, sysctl};
+use crate::net::{Error, first_failure, sysctl};
 
 /// The kernel's table of local addresses, which repeats what other tables say.
 const TABLE_LOCAL: u32 = 255;
@@ -155,10 +155,8 @@ pub(super) fn remove(channel: &mut RouteChannel) -> Result<(), Error> {
     let is_uplink = |link: &&Link| bridge.is_some() && link.controller == bridge;
     let is_own = |link: &&Link| link.name == BRIDGE || link.name == TUNNEL;
     let uplinks = links.iter().filter(is_uplink);
-    for link in uplinks.chain(links.iter().filter(is_own)) {
-        channel.delete_link(&link.name, link.index)?;
-    }
-    Ok(())
+    let doomed = uplinks.chain(links.iter().filter(is_own));
+    first_failure(doomed.map(|link| channel.delete_link(&link.name, link.index)))
 }
 
 /// Removes the tunnel alone; fine where there is none.

@@ -24,7 +24,7 @@
 //! # Reading order
 //!
 //! `kernel` (the order of things), `layout` (the rules), `rules` and `routes` (observe and
-//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `relay`, `upstream`, `passage`,
+//! change), `flows`, `ejection`, `links`, `uplink`, `ports`, `hold`, `hand_over`, `relay`, `balance`, `upstream`, `tally`, `carry`, `passage`,
 //! `datagrams`, `refusal`; and `user_space`, which stands in for `kernel` where that lacks what it takes.
 //!
 //! # Invariants
@@ -45,21 +45,26 @@
 //! A published port costs the daemon up to four file descriptors; its limit must allow for that.
 //! The operator must let the tunnel's UDP port (4789) in from the other nodes, as with Swarm.
 
+mod balance;
+pub(crate) mod carry;
 mod datagrams;
 mod ejection;
 mod flows;
+mod hand_over;
 mod hold;
 mod kernel;
 mod layout;
 pub(in crate::net) mod links;
 pub(in crate::net) mod options;
 mod passage;
+pub(crate) mod places;
 mod ports;
 mod program;
 mod refusal;
 pub(crate) mod relay;
 mod routes;
 mod rules;
+pub(crate) mod tally;
 mod uplink;
 mod upstream;
 mod user_space;
@@ -81,6 +86,7 @@ pub use super::sysctl::host_has_ipv6;
 pub(in crate::net) use self::kernel::probe_rules;
 use self::kernel::{Balancing, Kernel};
 use self::relay::Relays;
+use self::tally::Tally;
 use self::uplink::Uplinks;
 use self::user_space::UserSpace;
 use super::Error;
@@ -101,6 +107,7 @@ pub struct Mesh {
     driver: Driver,
     uplinks: Arc<KernelThread<Uplinks>>,
     relays: Arc<Mutex<Relays>>,
+    tally: Tally,
     ejection: Arc<Ejection>,
 }
 
@@ -154,7 +161,9 @@ impl Mesh {
         // Tasks of such a node are reached by IPv4 alone.
         options.ipv6 &= !options.is_in_user_space;
         let slices = options.slices()?;
-        let relays = Arc::new(Mutex::new(Relays::new(options.underlay, passages)));
+        let tally = Tally::default();
+        let relays = Relays::new(options.underlay, passages, tally.clone());
+        let relays = Arc::new(Mutex::new(relays));
         let ejection = Ejection::default();
         let of_driver = options.clone();
         let driver = if options.is_in_user_space {
@@ -171,7 +180,8 @@ impl Mesh {
         };
         let open = move || Ok((Uplinks::open(options, slices)?, ()));
         let (uplinks, ()) = KernelThread::start("skep-uplinks", open).await?;
-        Ok(Self { driver, uplinks: Arc::new(uplinks), relays, ejection: Arc::new(ejection) })
+        let (uplinks, ejection) = (Arc::new(uplinks), Arc::new(ejection));
+        Ok(Self { driver, uplinks, relays, tally, ejection })
     }
 
     /// Puts a table into effect; returns when the kernel's rules are changed.
@@ -211,6 +221,11 @@ impl Mesh {
     /// [`Mesh::apply`]: applying the table again then changes what is served or said.
     pub async fn has_other_conditions(&self) -> Result<bool, Error> {
         self.driver.run(|balancing| balancing.has_other_conditions()).await
+    }
+
+    /// What is counted of connections that the daemon relays.
+    pub(in crate::net) fn tally(&self) -> Tally {
+        self.tally.clone()
     }
 
     /// Gives the container of a task its uplink, called `interface` in there, with an address of the

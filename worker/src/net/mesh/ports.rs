@@ -100,6 +100,8 @@ pub(super) struct ListenerChanges {
     pub(super) balance: BTreeMap<PortKey, Relay>,
     /// Ports that passed from the daemon to the rules.
     pub(super) by_rules: Vec<PortKey>,
+    /// What the rules balance ports to that passed to them before.
+    pub(super) in_rules: BTreeMap<PortKey, Relay>,
     /// Ports that are not published any more.
     pub(super) withdraw: Vec<PortKey>,
 }

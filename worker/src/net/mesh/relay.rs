@@ -17,22 +17,25 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use skep_runtime::TaskSet;
 use skep_worker_core::mesh::PortKey;
-use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional, copy_bidirectional_with_sizes};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::balance::Balance;
+use super::carry;
 use super::datagrams;
 use super::hold::Listeners;
 use super::passage::Passages;
+use super::places::Places;
 use super::ports::ListenerChanges;
-use super::upstream::{Backend, Balance, Upstream};
+use super::tally::Tally;
+use super::upstream::{Backend, Found, SEARCH_MAX, Upstream};
 
 /// Connections of one port through the daemon, each two file descriptors; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 8192;
 
-/// What is read at once of a connection that goes through another daemon: each piece is a message.
-const PIECE_BYTES: usize = 32 << 10;
+/// Those of one task: half of a port's, so that one that does not read leaves room for its neighbours' clients.
+const CONNECTIONS_OF_TASK_MAX: usize = CONNECTIONS_MAX / 2;
 
 /// A client that vanished without a word is noticed after about two minutes: its place is another's.
 const PROBE_AFTER_SECONDS: u32 = 60;
@@ -48,6 +51,7 @@ pub(super) struct Relays {
     underlay: Ipv4Addr,
     tasks: TaskSet,
     passages: Option<Arc<dyn Passages>>,
+    tally: Tally,
     sessions: Arc<Semaphore>,
     served: BTreeMap<PortKey, Served>,
 }
@@ -61,11 +65,16 @@ struct Served {
 
 impl Relays {
     /// Listeners of a node with that address. What is beyond the tunnel goes by the passages.
-    pub(super) fn new(underlay: Ipv4Addr, passages: Option<Arc<dyn Passages>>) -> Self {
+    pub(super) fn new(
+        underlay: Ipv4Addr,
+        passages: Option<Arc<dyn Passages>>,
+        tally: Tally,
+    ) -> Self {
         Self {
             underlay,
             tasks: TaskSet::new(),
             passages,
+            tally,
             sessions: Arc::new(Semaphore::new(datagrams::SESSIONS_MAX)),
             served: BTreeMap::new(),
         }
@@ -82,7 +91,7 @@ impl Relays {
         // Whom its first client goes to must be known when a port is served.
         let mut balance = changes.balance;
         for (key, listeners) in changes.serve {
-            let first = Arc::<Balance>::default();
+            let first = Arc::new(Balance::new(key));
             if let Some(relay) = balance.remove(&key) {
                 first.set(&relay);
             }
@@ -96,6 +105,11 @@ impl Relays {
                 served.balance.set(relay);
             }
         }
+        for (key, relay) in &changes.in_rules {
+            if let Some(served) = self.served.get(key) {
+                served.balance.follow_rules(relay);
+            }
+        }
         for served in changes.by_rules.iter().filter_map(|key| self.served.get(key)) {
             served.balance.leave_to_rules();
         }
@@ -107,8 +121,16 @@ impl Relays {
         match listeners {
             Listeners::None => {}
             Listeners::Streams(listeners) => {
-                let (balance, passages) = (balance.clone(), self.passages.clone());
-                let upstream = Upstream { rules, balance, passages };
+                let upstream = Upstream {
+                    rules,
+                    balance: balance.clone(),
+                    passages: self.passages.clone(),
+                    trials: self.tasks.clone(),
+                    tally: self.tally.clone(),
+                    places: Places::new(CONNECTIONS_OF_TASK_MAX),
+                    refusals: Arc::default(),
+                    search_max: SEARCH_MAX,
+                };
                 self.accept_on(key, listeners, &upstream, &token);
             }
             Listeners::Datagrams(sockets) => self.relay_from(key, sockets, rules, &token),
@@ -196,35 +218,28 @@ async fn accept(
 }
 
 /// Carries what both ends send until both have ended; an end of one side alone is passed on.
-async fn forward(mut client: TcpStream, upstream: &Upstream) {
-    let Some(backend) = upstream.connect(&client).await else { return refuse(&client) };
+async fn forward(client: TcpStream, upstream: &Upstream) {
+    let Some(found) = upstream.connect(&client).await else { return refuse(&client) };
+    let Found { backend, counters, place: _place } = found;
     prepare(&client);
     match backend {
-        Backend::Stream(mut backend) => {
+        Backend::Stream(backend) => {
             prepare(&backend);
-            let copied = copy_bidirectional(&mut client, &mut backend).await;
+            let copied = carry::between(&client, &backend, counters.as_deref()).await;
             if is_broken(copied, &client) {
                 refuse(&backend);
             }
         }
         // Dropped before its end, it breaks at the other one as well.
         Backend::Carrier(mut backend) => {
-            let copied = copy(&mut client, &mut backend).await;
+            let copied = carry::through(&client, &mut *backend, counters.as_deref()).await;
             is_broken(copied, &client);
         }
     }
 }
 
-/// Carries what both ends send, where one is a way through another daemon.
-pub(crate) async fn copy(
-    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
-    carrier: &mut (impl AsyncRead + AsyncWrite + Unpin + ?Sized),
-) -> io::Result<(u64, u64)> {
-    copy_bidirectional_with_sizes(stream, carrier, PIECE_BYTES, PIECE_BYTES).await
-}
-
 /// What broke on one side must not look complete on the other.
-fn is_broken(copied: io::Result<(u64, u64)>, client: &TcpStream) -> bool {
+fn is_broken(copied: io::Result<()>, client: &TcpStream) -> bool {
     let told = |error: &io::Error| {
         tracing::debug!(%error, "a relayed connection broke");
         refuse(client);
@@ -262,11 +277,15 @@ mod tests {
     use std::net::SocketAddr;
 
     use skep_common::spec::ProxyProtocol;
-    use skep_worker_core::mesh::{Protocol, Relay, Target, proxy_header};
+    use skep_worker_core::accounting::{Counts, Key};
+    use skep_worker_core::mesh::{Protocol, Reason, Relay, Target, proxy_header};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpSocket;
 
-    use super::super::upstream::Next;
+    use super::super::balance::Next;
     use super::*;
+
+    const WAITS_MAX: Duration = Duration::from_secs(20);
 
     async fn backend() -> (TcpListener, SocketAddrV4) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -283,7 +302,7 @@ mod tests {
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let key = PortKey { protocol: Protocol::Tcp, port: address.port() };
-        let mut relays = Relays::new(Ipv4Addr::LOCALHOST, None);
+        let mut relays = Relays::new(Ipv4Addr::LOCALHOST, None, Tally::default());
         relays.follow(ListenerChanges {
             serve: vec![(key, Listeners::Streams(vec![listener]))],
             balance: [(key, relay(proxy_protocol, backends))].into(),
@@ -292,8 +311,26 @@ mod tests {
         (relays, key, address)
     }
 
+    /// With so many places for each task.
+    fn upstream(rules: SocketAddrV4, balance: &Arc<Balance>, places: usize) -> Upstream {
+        Upstream {
+            rules,
+            balance: balance.clone(),
+            passages: None,
+            trials: TaskSet::new(),
+            tally: Tally::default(),
+            places: Places::new(places),
+            refusals: Arc::default(),
+            search_max: SEARCH_MAX,
+        }
+    }
+
     fn relay(proxy_protocol: Option<ProxyProtocol>, backends: &[SocketAddrV4]) -> Relay {
-        let target = |address: &SocketAddrV4| Target { address: *address, passage: None };
+        let target = |address: &SocketAddrV4| Target {
+            address: *address,
+            task_id: address.port().to_string(),
+            passage: None,
+        };
         Relay { proxy_protocol, backends: backends.iter().map(target).collect() }
     }
 
@@ -307,7 +344,8 @@ mod tests {
         let (gone, refusing) = backend().await;
         drop(gone);
         let (task, address) = backend().await;
-        let (_relays, _, port) = serve(Some(ProxyProtocol::V2), &[refusing, address]);
+        let (relays, key, port) = serve(Some(ProxyProtocol::V2), &[refusing, address]);
+        relays.tally.start();
         for _ in 0..2 {
             let mut client = TcpStream::connect(port).await.unwrap();
             let own = client.local_addr().unwrap();
@@ -324,6 +362,22 @@ mod tests {
             client.read_to_end(&mut seen).await.unwrap();
             assert_eq!(seen, b"answer");
         }
+        let counts = relays.tally.counts();
+        let of = |endpoint| counts[&Key { endpoint, published: key.port, protocol: key.protocol }];
+        let (connections, received_bytes, sent_bytes) = (2, 2 * 8, 2 * 6);
+        assert_eq!(of(address), Counts { connections, failures: 0, received_bytes, sent_bytes });
+        let refusals = Counts { connections: 1, failures: 1, ..Counts::default() };
+        assert_eq!(of(refusing), refusals, "it is left out then");
+        relays.tally.forget(&counts.into_keys().collect::<Vec<_>>());
+        assert!(relays.tally.counts().is_empty());
+    }
+
+    /// The task's end of a client's connection that the relay knows of.
+    async fn established(client: &mut TcpStream, listener: &TcpListener) -> TcpStream {
+        client.write_all(b"?").await.unwrap();
+        let (mut task, _) = listener.accept().await.unwrap();
+        task.read_exact(&mut [0]).await.unwrap();
+        task
     }
 
     #[tokio::test]
@@ -332,10 +386,10 @@ mod tests {
         let (second, second_address) = backend().await;
         let (mut relays, key, port) = serve(None, &[first_address]);
         let mut client = TcpStream::connect(port).await.unwrap();
-        let (mut task, _) = first.accept().await.unwrap();
+        let mut task = established(&mut client, &first).await;
         balance(&mut relays, key, &[second_address]);
-        let _other = TcpStream::connect(port).await.unwrap();
-        second.accept().await.unwrap();
+        let mut other = TcpStream::connect(port).await.unwrap();
+        let _second = established(&mut other, &second).await;
         balance(&mut relays, key, &[]);
         let mut refused = TcpStream::connect(port).await.unwrap();
         let error = refused.read(&mut [0]).await.unwrap_err();
@@ -347,14 +401,121 @@ mod tests {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(20), closed)
-            .await
-            .expect("its listener is closed");
+        tokio::time::timeout(WAITS_MAX, closed).await.expect("its listener is closed");
         task.write_all(b"still here").await.unwrap();
         drop(task);
         let mut seen = Vec::new();
         client.read_to_end(&mut seen).await.unwrap();
         assert_eq!(seen, b"still here");
+    }
+
+    /// A listener whose queue is full, so that it answers nobody; and what fills it.
+    async fn silent() -> (TcpListener, SocketAddrV4, Vec<TcpStream>) {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = socket.listen(0).unwrap();
+        let SocketAddr::V4(address) = listener.local_addr().unwrap() else { panic!("not IPv4") };
+        let mut queued = Vec::new();
+        loop {
+            let connect = TcpStream::connect(address);
+            match tokio::time::timeout(Duration::from_millis(100), connect).await {
+                Ok(connected) => queued.push(connected.unwrap()),
+                Err(_) => return (listener, address, queued),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_a_task_that_a_table_withdraws_is_given_another_one() {
+        let (_silent, silent_address, _queued) = silent().await;
+        let (task, address) = backend().await;
+        let (mut relays, key, port) = serve(None, &[silent_address]);
+        let mut client = TcpStream::connect(port).await.unwrap();
+        client.write_all(b"question").await.unwrap();
+        let is_asked = async {
+            while relays.served[&key].balance.n_waiting() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, is_asked).await.expect("the silent one is asked");
+        balance(&mut relays, key, &[address]);
+        let accepted = tokio::time::timeout(Duration::from_millis(200), task.accept()).await;
+        let (mut task, _) = accepted.expect("at once").unwrap();
+        let mut seen = [0; 8];
+        task.read_exact(&mut seen).await.unwrap();
+        assert_eq!(&seen, b"question");
+    }
+
+    #[tokio::test]
+    async fn a_silent_task_is_left_out_within_300_ms_until_it_accepts() {
+        let (silent, silent_address, queued) = silent().await;
+        let (task, address) = backend().await;
+        let (_relays, _, port) = serve(None, &[silent_address, address]);
+        let mut served = Vec::new();
+        for n in 0..5 {
+            let mut client = TcpStream::connect(port).await.unwrap();
+            // Whoever waits for the silent one is sent on; nobody waits for it afterwards.
+            let patience = Duration::from_millis(if n < 2 { 300 } else { 100 });
+            let accepted = tokio::time::timeout(patience, established(&mut client, &task)).await;
+            served.push(accepted.unwrap_or_else(|_| panic!("client {n} waited too long")));
+        }
+        // What filled its queue, and the node's own attempts, end without a byte.
+        drop(queued);
+        let is_reached = async {
+            loop {
+                let (mut own, _) = silent.accept().await.unwrap();
+                if own.read(&mut [0]).await.is_ok_and(|n| n == 1) {
+                    return;
+                }
+            }
+        };
+        let clients = async {
+            loop {
+                let mut client = TcpStream::connect(port).await.unwrap();
+                client.write_all(b"?").await.unwrap();
+                let accepted = tokio::time::timeout(Duration::from_millis(20), task.accept());
+                served.extend(accepted.await.into_iter().map(|accepted| accepted.unwrap().0));
+                served.push(client);
+            }
+        };
+        let is_back = async {
+            tokio::select! {
+                () = is_reached => {}
+                never = clients => never,
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, is_back).await.expect("it is taken back");
+    }
+
+    #[tokio::test]
+    async fn whom_a_trusted_task_failed_waits_for_one_that_is_left_out() {
+        let addresses = [1, 2].map(|port| SocketAddrV4::new(Ipv4Addr::LOCALHOST, port));
+        let relay = relay(None, &addresses);
+        let [left_out, trusted] = &relay.backends[..] else { panic!("not two") };
+        let balance = Balance::new(PortKey { protocol: Protocol::Tcp, port: 80 });
+        balance.set(&relay);
+        balance.leave_out(left_out, Reason::Silent);
+        let failed = [trusted.clone()].into();
+        let next = balance.next(&failed, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::Task(target, _) if target == *left_out));
+        let given_up = balance.given_up(left_out, &failed);
+        let given_up = tokio::time::timeout(Duration::ZERO, given_up).await;
+        assert!(given_up.is_err(), "it would be given again at once, and for ever");
+    }
+
+    #[tokio::test]
+    async fn a_client_that_nobody_accepts_is_reset_in_time() {
+        let mut all = Vec::new();
+        for _ in 0..6 {
+            all.push(silent().await);
+        }
+        let addresses: Vec<SocketAddrV4> = all.iter().map(|(_, address, _)| *address).collect();
+        let (relays, key, port) = serve(None, &addresses);
+        let upstream = upstream(addresses[0], &relays.served[&key].balance, 1);
+        let upstream = Upstream { search_max: Duration::from_millis(500), ..upstream };
+        let client = TcpStream::connect(port).await.unwrap();
+        let found = tokio::time::timeout(Duration::from_secs(1), upstream.connect(&client)).await;
+        assert!(found.expect("in time").is_none(), "who finds nobody is reset");
     }
 
     #[tokio::test]
@@ -365,19 +526,94 @@ mod tests {
         task.accept().await.unwrap();
         relays.follow(ListenerChanges { by_rules: vec![key], ..ListenerChanges::default() });
         // Of two clients the rules serve that of loopback, and who came past them is still given to a task.
-        let upstream = Upstream {
-            rules: address,
-            balance: relays.served[&key].balance.clone(),
-            passages: None,
-        };
+        let upstream = upstream(address, &relays.served[&key].balance, 1);
         let other: std::net::IpAddr = [192, 0, 2, 1].into();
         let nobody = std::collections::BTreeSet::new();
         let next = upstream.balance.next(&nobody, other);
         assert!(matches!(next, Next::Task(..)), "it came before the rules");
         let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
         assert!(matches!(next, Next::ByRules), "loopback");
+        let in_rules = [(key, relay(None, &[]))].into();
+        relays.follow(ListenerChanges { in_rules, ..ListenerChanges::default() });
+        let next = upstream.balance.next(&nobody, other);
+        assert!(matches!(next, Next::Nobody), "a later table withdrew the task");
+        let next = upstream.balance.next(&nobody, Ipv4Addr::LOCALHOST.into());
+        assert!(matches!(next, Next::ByRules), "loopback goes by the rules all the same");
         balance(&mut relays, key, &[address]);
         let _second = TcpStream::connect(port).await.unwrap();
         task.accept().await.unwrap();
+    }
+
+    /// A port of these tasks, each with one place.
+    fn narrow(tasks: &[SocketAddrV4]) -> Upstream {
+        let balance = Arc::new(Balance::new(PortKey { protocol: Protocol::Tcp, port: 80 }));
+        balance.set(&relay(None, tasks));
+        upstream(SocketAddrV4::new(Ipv4Addr::LOCALHOST, 1), &balance, 1)
+    }
+
+    /// A client that is relayed.
+    async fn relayed(upstream: &Upstream, tasks: &TaskSet) -> TcpStream {
+        let entry = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(entry.local_addr().unwrap()).await.unwrap();
+        let (accepted, upstream) = (entry.accept().await.unwrap().0, upstream.clone());
+        tasks.spawn("test connection", async move { forward(accepted, &upstream).await });
+        client
+    }
+
+    #[tokio::test]
+    async fn a_client_that_resets_while_its_task_does_not_read_frees_its_place() {
+        let (task, address) = backend().await;
+        let (upstream, tasks) = (narrow(&[address]), TaskSet::new());
+        let mut client = relayed(&upstream, &tasks).await;
+        let (_task, _) = task.accept().await.unwrap();
+        let (much, pause) = (vec![0; 64 << 10], Duration::from_millis(200));
+        while let Ok(written) = tokio::time::timeout(pause, client.write_all(&much)).await {
+            written.unwrap();
+        }
+        assert!(upstream.places.take(&address).is_none(), "the client has it");
+        client.set_zero_linger().unwrap();
+        drop(client);
+        let freed = async {
+            while upstream.places.take(&address).is_none() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, freed).await.expect("the connection has ended");
+    }
+
+    #[tokio::test]
+    async fn clients_of_a_full_task_are_given_another_one_and_reset_where_all_are_full() {
+        let (first, first_address) = backend().await;
+        let (second, second_address) = backend().await;
+        let (upstream, tasks) = (narrow(&[first_address, second_address]), TaskSet::new());
+        let _of_first = (relayed(&upstream, &tasks).await, first.accept().await.unwrap());
+        let of_second = (relayed(&upstream, &tasks).await, second.accept().await.unwrap());
+        let error = relayed(&upstream, &tasks).await.read(&mut [0]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "each has its one");
+        drop(of_second);
+        let freed = async {
+            while upstream.places.take(&second_address).is_none() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(WAITS_MAX, freed).await.expect("the connection has ended");
+        // The first one has the next turn, and no place.
+        let mut client = relayed(&upstream, &tasks).await;
+        established(&mut client, &second).await;
+    }
+
+    #[tokio::test]
+    async fn what_a_task_sent_before_it_broke_arrives() {
+        let (task, address) = backend().await;
+        let (_relays, _, port) = serve(None, &[address]);
+        let mut client = TcpStream::connect(port).await.unwrap();
+        let (mut task, _) = task.accept().await.unwrap();
+        task.write_all(b"too much").await.unwrap();
+        task.set_zero_linger().unwrap();
+        let mut seen = [0; 8];
+        client.read_exact(&mut seen).await.unwrap();
+        drop(task);
+        let error = client.read(&mut [0]).await.unwrap_err();
+        assert_eq!((&seen, error.kind()), (b"too much", io::ErrorKind::ConnectionReset));
     }
 }

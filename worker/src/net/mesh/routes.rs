@@ -15,9 +15,9 @@ use skep_worker_core::mesh::{NODE_NUMBER_MAX, Objects, Op, RouteKey, RouteTable}
 
 use super::links::Devices;
 use super::options::{BRIDGE, MarkField, Options};
-use crate::net::Error;
 use crate::net::neighbour::{entries, forwarding, neighbour};
 use crate::net::rtnetlink::{Mode, ROUTE_PROTOCOL, RouteChannel};
+use crate::net::{Error, first_failure};
 
 /// Rules of ours come before those of VPN programs (from 5000) and the main table (32766): they
 /// match nothing but marked answers of tasks.
@@ -121,7 +121,7 @@ impl Routes {
 
     /// Deletes all rules of ours; routes and neighbours go with their interface.
     pub(super) fn remove_rules(&mut self) -> Result<(), Error> {
-        self.rules()?.into_iter().try_for_each(|rule| self.delete_rule(rule))
+        first_failure(self.rules()?.into_iter().map(|rule| self.delete_rule(rule)))
     }
 
     fn observe_neighbours(&mut self, on: Devices, objects: &mut Objects) -> Result<(), Error> {
