@@ -105,7 +105,7 @@ mod tests {
     async fn a_task_runs_until_it_is_stopped() {
         let executor = NoContainers::default();
         let task = task();
-        executor.prepare(&task).await.unwrap();
+        executor.prepare(&task, &TaskPayloads::new()).await.unwrap();
         executor.start(&task).await.unwrap();
         assert_eq!(executor.wait(task.id).now_or_never(), None);
         executor.stop(&task).await.unwrap();
