@@ -31,7 +31,7 @@ pub enum Error {
         /// The service's full name.
         name: String,
         /// Why.
-        error: service::Error,
+        error: Box<service::Error>,
     },
     /// One of its networks is refused, so nothing is touched.
     #[error("network {name}: {error}")]
@@ -248,7 +248,8 @@ fn deploy_service(
     rng: &mut impl Rng,
 ) -> Result<(), Error> {
     let name = spec.name.clone();
-    let refused = |error| Error::Service { name: name.clone(), error };
+    let refused =
+        |error: service::Error| Error::Service { name: name.clone(), error: Box::new(error) };
     let mut spec = spec.clone();
     spec.labels.get_or_insert_default().insert(NAMESPACE_LABEL.to_owned(), stack.to_owned());
     let old = service::of_stack(scratch, stack).find(|service| service.spec.name == name).cloned();
