@@ -108,7 +108,7 @@ pub struct Entrance {
     gate: watch::Receiver<Arc<Gate>>,
     permits: Arc<Semaphore>,
     /// Of each task and port.
-    places: Places<Way>,
+    places: Places<String>,
     windows: Windows,
     refusals: Arc<Throttle>,
     breaks: Arc<Throttle>,
@@ -139,8 +139,10 @@ impl Entrance {
             let piece = call.message().await?.unwrap_or_default();
             let first = piece.target.filter(|_| piece.data.is_empty() && !piece.end);
             let first = first.ok_or_else(|| Status::invalid_argument("no task is named"))?;
-            let held = self.hold(way.insert(way_of(&first)))?;
+            // Whoever is not let in takes nobody's room while he waits for that.
+            let way = way.insert(way_of(&first));
             let address = self.admit(caller, &first).await?;
+            let held = self.hold(&way.0)?;
             let stream = TcpStream::connect(address).await;
             let stream = stream.map_err(|error| {
                 Status::unavailable(format!("task {} did not accept: {error}", first.task_id))
@@ -172,16 +174,18 @@ impl Entrance {
     }
 
     /// Room for one more connection of the node and of the task.
-    fn hold(&self, way: &Way) -> Result<(OwnedSemaphorePermit, Place<Way>, Window), Status> {
+    fn hold(
+        &self,
+        task_id: &String,
+    ) -> Result<(OwnedSemaphorePermit, Place<String>, Window), Status> {
         let permit = self.permits.clone().try_acquire_owned().map_err(|_| {
             Status::resource_exhausted(format!(
                 "this node has {CONNECTIONS_MAX} connections of other nodes, its limit"
             ))
         })?;
-        let place = self.places.take(way).ok_or_else(|| {
+        let place = self.places.take(task_id).ok_or_else(|| {
             Status::resource_exhausted(format!(
-                "task {} has {} connections of other nodes, its limit",
-                way.0,
+                "task {task_id} has {} connections of other nodes, its limit",
                 self.places.limit(),
             ))
         })?;
@@ -491,8 +495,7 @@ mod tests {
     #[tokio::test]
     async fn a_task_has_its_limit_and_leaves_room_for_others() {
         let swarm = swarm().await;
-        let way = |task: &str| (task.to_owned(), 80);
-        let hold = |task: &str| swarm.entrance.hold(&way(task));
+        let hold = |task: &str| swarm.entrance.hold(&task.to_owned());
         let held: Vec<_> = (0..CONNECTIONS_OF_TASK_MAX).map(|_| hold("task").unwrap()).collect();
         let error = swarm.daemons.open(&swarm.passage("task", 80)).await.unwrap_err();
         assert_eq!(error.to_string(), "task task has 4096 connections of other nodes, its limit");

@@ -137,7 +137,7 @@ pub fn update(
     Ok(Some(put(new, Expect::Version(version))))
 }
 
-fn is_paused(service: &Service) -> bool {
+pub(crate) fn is_paused(service: &Service) -> bool {
     let status = service.update_status.as_ref().map(|status| status.state.as_str());
     matches!(status, Some("paused" | "rollback_paused"))
 }
@@ -145,6 +145,9 @@ fn is_paused(service: &Service) -> bool {
 /// The service whose update starts anew with what it has not replaced yet.
 fn resumed(service: &Service, version: Version) -> Action {
     let mut new = service.clone();
+    if new.update_status.as_ref().is_some_and(|status| status.state == "rollback_paused") {
+        new.previous_spec = None; // It is what the service came from: no failure leads back there.
+    }
     new.update_status = None;
     put(new, Expect::Version(version))
 }

@@ -64,7 +64,9 @@ impl Asked {
                 tracing::info!(target: "audit", caller, method, object, version, outcome = "applied");
             }
             Err(status) => {
-                let (code, error) = (status.code(), status.message());
+                // Why a request is invalid may quote it, and with it what is nobody's to read.
+                let is_quoting = status.code() == tonic::Code::InvalidArgument;
+                let (code, error) = (status.code(), if is_quoting { "" } else { status.message() });
                 tracing::info!(target: "audit", caller, method, object, version, outcome = "refused", ?code, error);
             }
         }

@@ -53,7 +53,7 @@ pub trait Balancers: Send + fmt::Debug + 'static {
 /// A table version that is in force.
 #[derive(Debug)]
 pub(super) struct Applied {
-    /// The session that it was for: versions count from 1 with every leader.
+    /// The session that it was for: what one leader told is nothing to another.
     pub(super) session: u64,
     pub(super) version: u64,
     pub(super) conditions: Vec<PortCondition>,

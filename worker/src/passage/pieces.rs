@@ -279,6 +279,8 @@ impl Drop for Pieces {
     fn drop(&mut self) {
         let mut state = self.link.state();
         state.is_left = true;
+        // Nobody reads it any more, and its room in the node's budget is somebody else's now.
+        state.received = BytesMut::new();
         wake(&mut state.sender);
     }
 }

@@ -26,8 +26,9 @@ use crate::{TaskSet, clock};
 const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
 /// Window of one stream: what may be on its way in a call, or in a client's connection that nodes relay.
 pub(super) const STREAM_WINDOW_BYTES: u32 = 128 << 10;
-/// Streams of one peer at once, each a call or a client's connection; more wait at the peer.
-const STREAMS_MAX: u32 = 4096;
+/// Streams of one peer at once, each a call or a client's connection; more wait at the peer. These are more than the
+/// connections that a node takes of others, which it refuses beyond that instead of letting them wait.
+const STREAMS_MAX: u32 = 16_384;
 /// Window of all streams of one peer, which is what a peer can have this process hold: nothing stands in it for long,
 /// since calls are read as they come and relayed connections have windows of their own.
 pub(super) const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
@@ -158,6 +159,9 @@ fn server(
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
+        // After a stall many connections may have been given up before they were accepted; a peer with a
+        // certificate means no harm by it, and all of its other connections would end with the connection.
+        .http2_max_pending_accept_reset_streams(usize::try_from(STREAMS_MAX).ok())
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
         .layer(AccessLayer)

@@ -53,7 +53,9 @@ pub(super) fn fill(scope: &mut Scope<'_, '_>, service: &Service, mode: ModeKind)
         ModeKind::ReplicatedJob { total, concurrent } => {
             let room = concurrent.saturating_sub(n_busy(scope, service));
             let open = (0..total).map(Slot::Replica).filter(is_open);
-            open.take(usize::try_from(room).unwrap_or(usize::MAX)).collect()
+            // A pass makes no more than these, and total and concurrent are whatever a user asks for.
+            open.take(usize::try_from(room).unwrap_or(usize::MAX).min(scope.options.actions_max))
+                .collect()
         }
         ModeKind::GlobalJob => {
             let nodes = scope.fork.state().nodes().values();

@@ -4,9 +4,9 @@ use skep_common::spec::{
     Placement, PlacementPreference, PlacementStrategy, PortConfig, PublishMode,
     ResourceRequirements, Resources, SpreadOver, UpdateConfig,
 };
-use skep_common::{Object, Service, Task, TaskId, TaskState};
+use skep_common::{NodeId, Object, Service, Task, TaskId, TaskState};
 
-use crate::testing::{World, service};
+use crate::testing::{World, parse_node, service};
 
 fn start_first() -> Service {
     let mut service = service(1);
@@ -116,4 +116,49 @@ fn how_nodes_are_chosen_is_for_tasks_to_come() {
         world.replace(Object::Service(Box::new(web)));
         world.expect_step(name, "");
     }
+}
+
+/// Web with a task on node 1 that serves, and one on node 2 that is to follow it.
+fn half_updated() -> (World, TaskId) {
+    let mut world = World::new("1 2", on_host_port(), "1@1:running");
+    world.step();
+    update(&mut world);
+    world.step();
+    let second = live(&world).into_iter().map(|task| task.id).find(|id| *id != TaskId(1)).unwrap();
+    world.report(second, TaskState::Starting);
+    (world, second)
+}
+
+fn serves(world: &World) -> bool {
+    live(world).iter().any(|task| task.id == TaskId(1))
+}
+
+#[test]
+fn what_serves_goes_on_while_a_place_is_about_to_be_free() {
+    let (mut world, second) = half_updated();
+    update(&mut world);
+    world.step();
+    world.expect_settled("the third waits until the second has stopped");
+    assert!(serves(&world), "{:#?}", live(&world));
+    world.report(second, TaskState::Shutdown);
+    world.step();
+    assert!(serves(&world), "the third has the second's place");
+    let newest = world.web().spec_version;
+    let third = live(&world).into_iter().find(|task| task.spec_version == newest).unwrap();
+    assert_eq!(third.node_id, Some(NodeId(2)));
+}
+
+#[test]
+fn nothing_gives_way_to_a_paused_update() {
+    let (mut world, second) = half_updated();
+    let mut web = world.web();
+    let status = web.update_status.as_mut().unwrap();
+    "paused".clone_into(&mut status.state);
+    world.replace(Object::Service(Box::new(web)));
+    world.replace(Object::Node(Box::new(parse_node("2:drain"))));
+    world.step();
+    world.report(second, TaskState::Shutdown);
+    world.step();
+    world.expect_settled("the new task waits");
+    assert!(serves(&world), "{:#?}", live(&world));
 }

@@ -94,7 +94,9 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
                     None => place_group,
                 };
                 let mut reason = place(fork, index, cursors, key, &requirement).err();
-                if reason.is_none() && succession::give_way(fork, index, key, &requirement) {
+                // A pass that is full has not tried them all.
+                let are_left_out = reason.is_none() && fork.has_room();
+                if are_left_out && succession::give_way(fork, index, key, &requirement) {
                     reason = place(fork, index, cursors, key, &requirement).err();
                 }
                 settled.extend(reason.map(|reason| (key, reason)));

@@ -14,6 +14,7 @@ use super::index::{Amounts, Entry, Index, host_ports};
 use super::{GroupKey, network};
 use crate::fork::Fork;
 use crate::orchestrator::is_live;
+use crate::service;
 
 /// Stops the predecessors that tasks of one group, which fit nowhere, wait for. `true` where there are any.
 pub(super) fn give_way(
@@ -22,6 +23,9 @@ pub(super) fn give_way(
     key: GroupKey,
     requirement: &Requirement,
 ) -> bool {
+    if fork.state().service(key.0).is_some_and(|service| service::is_paused(service)) {
+        return false; // What serves goes on until somebody says what is to become of the update.
+    }
     let waiting = index.waiting().get(&key).into_iter().flatten();
     let waiting: Vec<TaskId> = waiting.map(|(_, task_id)| *task_id).collect();
     let counts = index.active_of_service(key.0);
@@ -39,14 +43,22 @@ pub(super) fn give_way(
                     is_for_want_of(index.entry(number), requirement, old, n_replicas)
                 })
         };
-        let slot = fork.state().tasks_of_slot(task.service_id, task.slot_key());
-        predecessors.extend(slot.filter(stands_in_the_way).map(|old| old.id));
+        let slot = || fork.state().tasks_of_slot(task.service_id, task.slot_key());
+        if slot().any(|other| is_on_its_way_out(other)) {
+            continue; // Its place may be what is lacking, and is free soon.
+        }
+        predecessors.extend(slot().filter(stands_in_the_way).map(|old| old.id));
     }
     for task_id in &predecessors {
         fork.desire(*task_id, TaskState::Shutdown);
         index.sync_task(*task_id, fork.state().task(*task_id));
     }
     !predecessors.is_empty()
+}
+
+/// Whether a task was asked to end, and has not yet.
+fn is_on_its_way_out(task: &Task) -> bool {
+    !is_live(task) && !task.status.state.is_terminal() && task.node_id.is_some()
 }
 
 /// Whether a node refuses a task for a port or the replicas of `old` alone.

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 use skep_common::object::{Config, DataVersion, Secret};
-use skep_common::spec::{Base64, Driver, TaskSpec};
+use skep_common::spec::{Base64, Driver, ModeKind, TaskSpec};
 use skep_common::template::Template;
 use skep_common::{Kind, Object, SecretId, Service, Timestamp};
 
@@ -236,7 +236,9 @@ pub fn update<P: Payload>(
     update.data_version = data_version;
     let (kind, id) = (P::KIND, new.raw_id());
     update.actions.push(Action::Put { object: new.into_object(), expect });
-    let users = users(state, kind, id).filter(|service| follows(service));
+    // A job would run all of its tasks again for it: it takes the new bytes when it is run again.
+    let is_job = |service: &Service| service.spec.mode_kind().is_some_and(ModeKind::is_job);
+    let users = users(state, kind, id).filter(|service| follows(service) && !is_job(service));
     for service in users {
         if let Some(moved) = references::moved(service, kind, id, data_version) {
             update.services.push(service.spec.name.clone());

@@ -392,6 +392,17 @@ fn tasks_have_their_services_labels_only_where_a_template_may_name_them() {
 }
 
 #[test]
+fn a_job_is_not_run_again_for_a_new_version() {
+    let mut world = world();
+    let mut spec = user("migrate", &json!({}));
+    spec.mode = Some(serde_json::from_value(json!({"ReplicatedJob": {}})).unwrap());
+    add(&mut world, 1, spec);
+    add(&mut world, 2, user("shop", &json!({})));
+    assert_eq!(rotate(&mut world, "two").services, ["shop"]);
+    assert_eq!((version_of(&world, 1), version_of(&world, 2)), (1, 2));
+}
+
+#[test]
 fn too_many_users_are_not_updated_at_once() {
     let mut world = world();
     let users = (1..=USERS_MAX as u128 + 1).map(|id| {

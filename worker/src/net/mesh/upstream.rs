@@ -20,10 +20,10 @@ use super::places::{Place, Places};
 use super::tally::{Counters, Tally};
 use crate::throttle::Throttle;
 
-/// How long a client of a port waits: three of the kernel's attempts (after 1, 3 and 7 s).
+/// How long a client of a port waits, whatever number of tasks is silent.
 pub(super) const SEARCH_MAX: Duration = Duration::from_secs(8);
 
-/// How long one task may take to accept where others may be asked instead: two of the kernel's attempts.
+/// How long one task may take to accept, also the last one of a port: two of the kernel's attempts.
 const CONNECT_TIMEOUT_EACH: Duration = Duration::from_secs(2);
 
 /// How long a task may take to accept the node's own attempt, and where it goes through another daemon, which
