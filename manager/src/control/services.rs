@@ -3,7 +3,7 @@
 use skep_common::spec::ServiceSpec;
 use skep_common::{Kind, Service, ServiceId, Version};
 use skep_manager_core::service;
-use skep_manager_core::{Action, Refusal, State, image, validate};
+use skep_manager_core::{Refusal, State, image, validate};
 use skep_proto::{CreateServiceResponse, UpdateServiceRequest, UpdateServiceResponse};
 use skep_runtime::clock;
 use std::sync::Arc;
