@@ -8,7 +8,7 @@ use skep_common::spec::{Base64, ContainerSpec, NodeSpec, TaskSpec};
 use skep_common::{
     Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, TaskId, TaskState, Timestamp,
 };
-use skep_manager_core::{Action, Expect, State, TaskPatch, container, network, secrets, service};
+use skep_manager_core::{Action, Expect, State, container, network, secrets, service};
 
 use crate::message::MachineId;
 use crate::service as samples;
@@ -195,7 +195,6 @@ fn rotate_secret(
     Ok(Some((update.actions, Some((Kind::Secret, id.0)))))
 }
 
-/// Its tasks will never be heard of again: what they held is free from now on.
 fn remove_node(
     state: &State,
     node_id: NodeId,
@@ -209,13 +208,7 @@ fn remove_node(
     if node.status.state == NodeState::Ready && !is_forced {
         return Err("it is not down".into());
     }
-    let orphaned = state.tasks_of_node(node_id).map(|task| {
-        let mut status = task.status.clone();
-        (status.state, status.timestamp) = (TaskState::Orphaned, now);
-        Action::PatchTask(TaskPatch { status: Some(status), ..TaskPatch::of(task.id) })
-    });
-    let mut actions: Vec<Action> = orphaned.collect();
-    actions.push(Action::Delete { kind: Kind::Node, id: node_id.0 });
+    let actions = skep_manager_core::remove_node(state, node_id, now);
     Ok(Some((actions, Some((Kind::Node, node_id.0)))))
 }
 

@@ -49,5 +49,6 @@ pub mod testing;
 
 pub use command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
 pub use plan::{Dirty, LeaderMemory, Options, Plan, plan};
+pub use reaper::remove_node;
 pub use scheduler::node_name;
 pub use store::{Change, State};

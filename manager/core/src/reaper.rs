@@ -16,14 +16,29 @@ use std::time::Duration;
 
 use skep_common::limits::TASK_HISTORY_LIMIT;
 use skep_common::object::NodeState;
-use skep_common::{NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
+use skep_common::{Kind, NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
+use crate::command::{Action, TaskPatch};
 use crate::fork::Fork;
 use crate::orchestrator::{MAX_ATTEMPTS_COUNTED, is_live};
 use crate::store::State;
 
 /// SwarmKit's `defaultNodeDownPeriod`.
 const NODE_DOWN_MAX: Duration = Duration::from_hours(24);
+
+/// Erases a node. Its tasks will never be heard of again: what they held is free from now on.
+///
+/// Those of services that have ended stay as they are: what a job has done is not done again.
+pub fn remove_node(state: &State, node_id: NodeId, now: Timestamp) -> Vec<Action> {
+    let is_lost = |task: &&Arc<Task>| task.standalone.is_some() || !task.status.state.is_terminal();
+    let orphaned = state.tasks_of_node(node_id).filter(is_lost).map(|task| {
+        let mut status = task.status.clone();
+        (status.state, status.timestamp) = (TaskState::Orphaned, now);
+        "the node was removed".clone_into(&mut status.message);
+        Action::PatchTask(TaskPatch { status: Some(status), ..TaskPatch::of(task.id) })
+    });
+    orphaned.chain([Action::Delete { kind: Kind::Node, id: node_id.0 }]).collect()
+}
 
 /// Gives up the tasks of a node that is gone or was down for too long; says when to look again.
 pub(crate) fn orphan_tasks(fork: &mut Fork<'_>, node_id: NodeId) -> Option<Timestamp> {

@@ -3,8 +3,9 @@
 use skep_common::object::NodeState;
 use skep_common::spec::{NodeRole, NodeSpec};
 use skep_common::{Kind, NodeId, Object, Version};
-use skep_manager_core::{Action, Expect, node_name, roles};
+use skep_manager_core::{Action, Expect, node_name, remove_node, roles};
 use skep_proto::{RemoveNodeRequest, UpdateNodeRequest};
+use skep_runtime::clock;
 
 use super::error::Error;
 use super::{ControlService, parse_id, parse_json};
@@ -59,10 +60,6 @@ pub(super) async fn remove(
         );
         return Err(Error::Precondition(why));
     }
-    // Its tasks will never be heard of again: what they held is free from now on.
-    let mut actions: Vec<Action> =
-        state.tasks_of_node(node_id).map(|task| super::services::orphan(task)).collect();
-    actions.push(Action::Delete { kind: Kind::Node, id: node_id.0 });
-    control.write(actions).await?;
+    control.write(remove_node(&state, node_id, clock::now())).await?;
     Ok(())
 }

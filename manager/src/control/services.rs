@@ -1,9 +1,9 @@
 //! `service create`, `update`, `rm`. What is allowed and what follows is decided in the core.
 
 use skep_common::spec::ServiceSpec;
-use skep_common::{Kind, Service, ServiceId, Task, TaskState, Version};
+use skep_common::{Kind, Service, ServiceId, Version};
 use skep_manager_core::service;
-use skep_manager_core::{Action, Refusal, State, TaskPatch, image, validate};
+use skep_manager_core::{Refusal, State, image, validate};
 use skep_proto::{CreateServiceResponse, UpdateServiceRequest, UpdateServiceResponse};
 use skep_runtime::clock;
 use std::sync::Arc;
@@ -134,13 +134,4 @@ fn warnings(state: &State, spec: &ServiceSpec) -> Vec<String> {
         ));
     }
     warnings
-}
-
-/// The task will never be heard of again.
-pub(super) fn orphan(task: &Task) -> Action {
-    let mut status = task.status.clone();
-    status.state = TaskState::Orphaned;
-    status.timestamp = clock::now();
-    "the node was removed".clone_into(&mut status.message);
-    Action::PatchTask(TaskPatch { status: Some(status), ..TaskPatch::of(task.id) })
 }

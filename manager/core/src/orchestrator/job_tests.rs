@@ -225,3 +225,21 @@ fn a_node_that_is_up_again_ends_the_wait_of_a_global_job() {
     let live = world.state.tasks().values().filter(|task| task.desired_state.wants_run());
     assert_eq!(live.count(), 1);
 }
+
+#[test]
+fn what_a_job_has_done_on_a_node_that_is_removed_is_not_done_again() {
+    let mut world = World::new("1 2", job(2, 1), "0@1:complete 1@1:running");
+    let actions = crate::remove_node(&world.state, skep_common::NodeId(1), world.now);
+    world.apply(actions);
+    while !world.step().is_empty() {}
+    let tasks = world.state.tasks_of_service(crate::testing::WEB);
+    let states: Vec<_> = tasks.map(|task| (task.slot_key(), task.status.state)).collect();
+    let in_slot = |slot: u64| -> Vec<TaskState> {
+        let of_slot =
+            states.iter().filter(|(key, _)| *key == skep_common::object::Slot::Replica(slot));
+        of_slot.map(|(_, state)| *state).collect()
+    };
+    assert_eq!(in_slot(0), [TaskState::Complete], "{states:?}");
+    assert!(in_slot(1).contains(&TaskState::Orphaned), "{states:?}");
+    assert!(in_slot(1).contains(&TaskState::Assigned), "it is made good for: {states:?}");
+}
