@@ -134,8 +134,8 @@ impl Runner {
     }
 
     async fn prepare_and_start(&mut self) -> Result<Instant, Ending> {
-        self.report(TaskState::Accepted, "accepted").await;
-        self.report(TaskState::Preparing, "preparing").await;
+        self.reach(TaskState::Accepted, "accepted").await;
+        self.reach(TaskState::Preparing, "preparing").await;
         let task = Arc::clone(&self.assigned.borrow().task);
         let (executor, payloads) = (Arc::clone(&self.executor), self.payloads.clone());
         tokio::select! {
@@ -145,7 +145,7 @@ impl Runner {
                 prepared.map_err(|error| Ending::error(TaskState::Rejected, "preparing", error))?;
             }
         }
-        self.report(TaskState::Ready, "prepared").await;
+        self.reach(TaskState::Ready, "prepared").await;
         let may_go_on = |assigned: &Assigned| assigned.may_start() || assigned.is_ending();
         let is_ending =
             self.assigned.wait_for(may_go_on).await.is_ok_and(|assigned| assigned.is_ending());
@@ -274,6 +274,13 @@ impl Runner {
             container.oom_killed = exit.oom_killed;
         }
         self.report(ending.state, ending.message).await;
+    }
+
+    /// Reports a step, unless the daemon of before had come further: it is taken again, and managers know it.
+    async fn reach(&mut self, state: TaskState, message: &str) {
+        if state >= self.status.state {
+            self.report(state, message).await;
+        }
     }
 
     async fn report(&mut self, state: TaskState, message: &str) {

@@ -625,6 +625,30 @@ async fn a_restarted_agent_goes_on_with_the_containers_it_finds() {
 }
 
 #[tokio::test]
+async fn a_restarted_agent_prepares_again_and_reports_no_state_that_falls() {
+    let mut stage = Stage::set(Puppets::default()).await;
+    let mut session = stage.session().await;
+    session.welcome(1).await;
+    session.assign(0, &[task(1, "web", TaskState::Ready)], &[]).await;
+    session.until(TaskId(1), reached(TaskState::Ready)).await;
+    stage.tasks.shutdown().await;
+
+    let tasks = TaskSet::new();
+    let puppets = Arc::new(Puppets::default());
+    stage.start_agent(&tasks, Arc::clone(&puppets) as Arc<dyn Executor>).await;
+    let prepared = async {
+        while !puppets.calls().contains(&"prepare 1".to_owned()) {
+            tokio::task::yield_now().await;
+        }
+    };
+    soon("the second preparation", prepared).await;
+    let record = stage.directory.path().join("tasks").join(format!("{}.json", TaskId(1)));
+    let text = std::fs::read_to_string(&record).unwrap();
+    assert!(text.contains(r#""State":"ready""#), "{text}");
+    tasks.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_tasks_image_is_kept_until_its_container_is_erased() {
     let mut stage = Stage::without_agent(Puppets::default()).await;
     let store = ImageStore::open(stage.directory.path().join("images")).await.unwrap();
