@@ -5,8 +5,6 @@ use std::time::Duration;
 /// A node's heartbeat period where the swarm's settings name none. Swarm has 5 s; a third of the loss time,
 /// so that one lost beat is no news.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
-/// Silence after which a node counts as down at that period: three of them, as in Swarm.
-pub const NODE_DOWN_AFTER: Duration = Duration::from_secs(3);
 /// How long replacements wait when more than a third of the nodes fall silent at once: it is then
 /// likelier that this manager is cut off than that they all died.
 pub const MASS_SILENCE_WAIT: Duration = Duration::from_secs(15);

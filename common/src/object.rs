@@ -504,6 +504,24 @@ pub enum Kind {
     Revision,
 }
 
+impl Kind {
+    /// The word for it in messages, and for clients.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cluster => "cluster",
+            Self::Node => "node",
+            Self::Service => "service",
+            Self::Task => "task",
+            Self::Network => "network",
+            Self::Secret => "secret",
+            Self::Config => "config",
+            Self::Stack => "stack",
+            Self::Image => "image",
+            Self::Revision => "revision",
+        }
+    }
+}
+
 /// Any object of the store.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

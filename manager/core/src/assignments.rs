@@ -134,11 +134,10 @@ fn uses_payloads(task: &Task) -> bool {
 
 /// The nodes that something changed for between two states; `None` means that each is to be looked at.
 pub fn concerned(old: &State, new: &State) -> Option<BTreeSet<NodeId>> {
-    let roots = |state: &State| {
-        let cluster = state.cluster()?;
-        Some((cluster.root_ca_cert.clone(), cluster.root_rotation.clone()))
-    };
-    if !changed(old.images(), new.images()).is_empty() || roots(old) != roots(new) {
+    let roots = [old, new].map(|state| {
+        state.cluster().map(|cluster| (&cluster.root_ca_cert, &cluster.root_rotation))
+    });
+    if !changed(old.images(), new.images()).is_empty() || roots[0] != roots[1] {
         return None;
     }
     let nodes = changed(old.nodes(), new.nodes());

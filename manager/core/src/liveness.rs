@@ -401,7 +401,9 @@ fn put(node: &Node, state: NodeState, message: &str) -> Action {
 mod tests {
     use super::*;
     use crate::testing::{NOW, World, service};
-    use skep_common::limits::NODE_DOWN_AFTER;
+
+    /// At the period that a swarm has where nobody named one.
+    const NODE_DOWN_AFTER: Duration = Duration::from_secs(3);
 
     struct Play {
         world: World,

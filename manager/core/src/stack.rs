@@ -51,7 +51,7 @@ pub enum Error {
         name: String,
     },
     /// One of its secrets or configs is refused, so nothing is touched.
-    #[error("{kind} {name}: {error}", kind = word(*.kind))]
+    #[error("{kind} {name}: {error}", kind = .kind.name())]
     Payload {
         /// A secret or a config.
         kind: Kind,
@@ -71,7 +71,7 @@ pub enum Error {
         n_bytes: usize,
     },
     /// Two of its parts contradict each other.
-    #[error("{kind} {name}: {refusal}", kind = word(*.kind))]
+    #[error("{kind} {name}: {refusal}", kind = .kind.name())]
     Refused {
         /// What it is.
         kind: Kind,
@@ -81,7 +81,7 @@ pub enum Error {
         refusal: Refusal,
     },
     /// Two parts of the file have one name.
-    #[error("the stack has two {kind}s named {name}", kind = word(*.kind))]
+    #[error("the stack has two {kind}s named {name}", kind = .kind.name())]
     Twice {
         /// What they are.
         kind: Kind,
@@ -100,15 +100,6 @@ pub enum Error {
         /// The name.
         name: String,
     },
-}
-
-fn word(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Network => "network",
-        Kind::Secret => "secret",
-        Kind::Config => "config",
-        _ => "service",
-    }
 }
 
 /// What a deploy does, by the full names of services and networks.

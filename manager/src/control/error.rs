@@ -154,22 +154,6 @@ pub fn not_supported(what: &str) -> Status {
     Status::unimplemented(format!("{what} is not supported yet"))
 }
 
-/// The word for a kind in messages.
-pub fn kind_name(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Cluster => "cluster",
-        Kind::Node => "node",
-        Kind::Service => "service",
-        Kind::Task => "task",
-        Kind::Network => "network",
-        Kind::Secret => "secret",
-        Kind::Config => "config",
-        Kind::Stack => "stack",
-        Kind::Image => "image",
-        Kind::Revision => "revision",
-    }
-}
-
 /// The kind that a word names.
 pub fn kind_of(name: &str) -> Result<Kind, Error> {
     let all = [
@@ -183,6 +167,6 @@ pub fn kind_of(name: &str) -> Result<Kind, Error> {
         Kind::Stack,
         Kind::Image,
     ];
-    let found = all.into_iter().find(|kind| kind_name(*kind) == name);
+    let found = all.into_iter().find(|kind| kind.name() == name);
     found.ok_or_else(|| Error::Invalid(format!("there is no kind of object named {name:?}")))
 }

@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::ControlService;
-use super::error::{Error, kind_name};
+use super::error::Error;
 
 /// A moment that is never reached.
 const NEVER: Duration = Duration::from_secs(u32::MAX as u64);
@@ -98,7 +98,7 @@ impl Wanted {
     fn wants(&self, event: &events::Event) -> bool {
         self.since.is_none_or(|since| event.at >= since)
             && self.until.is_none_or(|until| event.at <= until)
-            && self.filter.wants(event, kind_name(event.kind))
+            && self.filter.wants(event, event.kind.name())
     }
 }
 
@@ -111,7 +111,7 @@ fn shown(event: &events::Event) -> Event {
     Event {
         version: event.version,
         time_nanos: event.at.0,
-        kind: kind_name(event.kind).into(),
+        kind: event.kind.name().into(),
         action: event.action.into(),
         id: event.id_text(),
         attributes: attributes.map(|(key, value)| ((*key).into(), value.clone())).collect(),

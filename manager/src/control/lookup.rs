@@ -5,7 +5,7 @@ use skep_common::spec::Predefined;
 use skep_common::{Kind, NodeId, Object, ServiceId, Task, TaskId};
 use skep_manager_core::{State, network};
 
-use super::error::{Error, kind_name};
+use super::error::Error;
 
 /// Finds one object: by id, then by name, then by a unique prefix of its id.
 pub fn find(state: &State, kind: Kind, reference: &str, own_id: NodeId) -> Result<Object, Error> {
@@ -19,11 +19,11 @@ pub fn find(state: &State, kind: Kind, reference: &str, own_id: NodeId) -> Resul
     let reference = if kind == Kind::Node && reference == "self" { &own } else { reference };
     let id = find_id(state, kind, reference)?;
     object(state, kind, id)
-        .ok_or_else(|| Error::NotFound { kind: kind_name(kind), reference: reference.to_owned() })
+        .ok_or_else(|| Error::NotFound { kind: kind.name(), reference: reference.to_owned() })
 }
 
 fn find_id(state: &State, kind: Kind, reference: &str) -> Result<u128, Error> {
-    let not_found = || Error::NotFound { kind: kind_name(kind), reference: reference.to_owned() };
+    let not_found = || Error::NotFound { kind: kind.name(), reference: reference.to_owned() };
     if reference.is_empty() {
         return Err(not_found());
     }
@@ -38,11 +38,8 @@ fn find_id(state: &State, kind: Kind, reference: &str) -> Result<u128, Error> {
     if let Some(id) = state.id_by_name(kind, reference) {
         return Ok(id);
     }
-    let ambiguous = |matches| Error::Ambiguous {
-        kind: kind_name(kind),
-        reference: reference.to_owned(),
-        matches,
-    };
+    let ambiguous =
+        |matches| Error::Ambiguous { kind: kind.name(), reference: reference.to_owned(), matches };
     let ids = ids(state, kind);
     let named: Vec<u128> = match kind {
         Kind::Node => {

@@ -40,7 +40,7 @@ use tonic::{Request, Response, Status};
 use crate::consensus::Consensus;
 pub use audit::Audited;
 pub use containers::ContainersService;
-use error::{Error, kind_name, kind_of, not_supported};
+use error::{Error, kind_of, not_supported};
 use lookup::{Facts, document};
 
 /// The service behind `skep.v1.Control`; clones share everything.
@@ -223,7 +223,7 @@ impl ControlService {
 }
 
 fn parse_id(kind: Kind, text: &str) -> Result<u128, Error> {
-    let not_found = || Error::NotFound { kind: kind_name(kind), reference: text.to_owned() };
+    let not_found = || Error::NotFound { kind: kind.name(), reference: text.to_owned() };
     text.parse::<ServiceId>().map(|id| id.0).map_err(|_| not_found())
 }
 

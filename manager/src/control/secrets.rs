@@ -12,7 +12,7 @@ use skep_runtime::clock;
 use std::sync::Arc;
 use tonic::Status;
 
-use super::error::{Error, kind_name};
+use super::error::Error;
 use super::{ControlService, parse_id, parse_json};
 
 pub(super) async fn create(
@@ -56,7 +56,7 @@ pub(super) async fn create_one<P: Payload>(
     control: &ControlService,
     spec_json: &str,
 ) -> Result<String, Error> {
-    let spec: P::Spec = parse_json(&format!("{} spec", kind_name(P::KIND)), spec_json)?;
+    let spec: P::Spec = parse_json(&format!("{} spec", P::KIND.name()), spec_json)?;
     let id = SecretId::random(&mut rand::rng());
     let state = control.read().await?;
     let action = secrets::create::<P>(&state, id.0, spec.clone(), clock::now())?;
@@ -75,7 +75,7 @@ pub(super) async fn update_one<P: Payload>(
     control: &ControlService,
     wanted: &Wanted,
 ) -> Result<Update, Error> {
-    let mut spec: P::Spec = parse_json(&format!("{} spec", kind_name(P::KIND)), &wanted.spec_json)?;
+    let mut spec: P::Spec = parse_json(&format!("{} spec", P::KIND.name()), &wanted.spec_json)?;
     if !wanted.data_changes {
         spec.set_data(None);
     }
@@ -119,6 +119,6 @@ pub(super) async fn remove_one<P: Payload>(
 
 fn find<P: Payload>(state: &State, id: &str) -> Result<Arc<P>, Error> {
     let kind: Kind = P::KIND;
-    let not_found = || Error::NotFound { kind: kind_name(kind), reference: id.to_owned() };
+    let not_found = || Error::NotFound { kind: kind.name(), reference: id.to_owned() };
     P::find(state, parse_id(kind, id)?).cloned().ok_or_else(not_found)
 }

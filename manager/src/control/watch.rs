@@ -13,7 +13,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::ControlService;
-use super::error::{Error, kind_name, kind_of};
+use super::error::{Error, kind_of};
 use super::lookup;
 
 /// What a watcher asked for.
@@ -179,7 +179,7 @@ async fn send_object(
 ) -> Sent {
     let event = WatchEvent {
         action: action.into(),
-        kind: kind_name(object.kind()).to_owned(),
+        kind: object.kind().name().to_owned(),
         id: skep_common::TaskId(object.raw_id()).to_string(),
         json: control.json(state, object),
         version: state.version().index,
@@ -190,7 +190,7 @@ async fn send_object(
 async fn send_removed(events: &Events, kind: Kind, id: u128, state: &State) -> Sent {
     let event = WatchEvent {
         action: EventAction::Removed.into(),
-        kind: kind_name(kind).to_owned(),
+        kind: kind.name().to_owned(),
         id: skep_common::TaskId(id).to_string(),
         json: String::new(),
         version: state.version().index,

@@ -64,7 +64,7 @@ pub enum Error {
     #[error("{0}")]
     Invalid(String),
     /// Choose another name, or update that one.
-    #[error("{} {name} already exists", word(*.kind))]
+    #[error("{} {name} already exists", .kind.name())]
     NameTaken {
         /// A secret or a config.
         kind: Kind,
@@ -74,7 +74,7 @@ pub enum Error {
     /// Remove it from the services, or the services, first.
     #[error(
         "{} '{name}' is in use by the following {}: {}",
-        word(*.kind), if .services.len() == 1 { "service" } else { "services" }, .services.join(", ")
+        .kind.name(), if .services.len() == 1 { "service" } else { "services" }, .services.join(", ")
     )]
     InUse {
         /// A secret or a config.
@@ -88,7 +88,7 @@ pub enum Error {
     #[error(
         "{} {name} has {n_users} services that would be updated at once, and {USERS_MAX} may be: pin some of them to \
          a version with version=N",
-        word(*.kind)
+        .kind.name()
     )]
     TooManyUsers {
         /// A secret or a config.
@@ -104,14 +104,9 @@ fn invalid(text: impl Into<String>) -> Error {
     Error::Invalid(text.into())
 }
 
-/// The word for one of the two kinds.
-pub(crate) fn word(kind: Kind) -> &'static str {
-    if kind == Kind::Config { "config" } else { "secret" }
-}
-
 /// Names, labels and drivers that are not allowed. Texts are SwarmKit's.
 fn check<P: Payload>(spec: &P::Spec) -> Result<(), Error> {
-    let (what, name) = (word(P::KIND), spec.name());
+    let (what, name) = (P::KIND.name(), spec.name());
     if name.is_empty() {
         return Err(invalid("meta: name must be provided"));
     }
@@ -146,7 +141,7 @@ fn check<P: Payload>(spec: &P::Spec) -> Result<(), Error> {
 
 /// The bytes of a request as a version.
 fn version<P: Payload>(spec: &P::Spec, now: Timestamp) -> Result<DataVersion, Error> {
-    let (what, name) = (word(P::KIND), spec.name());
+    let (what, name) = (P::KIND.name(), spec.name());
     let data = spec.data().map(|data| data.0.as_slice()).unwrap_or_default();
     if data.is_empty() || data.len() >= P::BYTES_MAX {
         let max = P::BYTES_MAX;
@@ -204,7 +199,7 @@ pub fn update<P: Payload>(
     follows: impl Fn(&Service) -> bool,
 ) -> Result<Update, Error> {
     check::<P>(&spec)?;
-    let (what, name) = (word(P::KIND), old.spec().name());
+    let (what, name) = (P::KIND.name(), old.spec().name());
     if spec.name() != name {
         return Err(invalid(format!("renaming a {what} is not supported")));
     }

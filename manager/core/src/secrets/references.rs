@@ -8,7 +8,7 @@ use skep_common::spec::{
 };
 use skep_common::{ConfigId, Kind, SecretId, Service};
 
-use super::{Payload, PayloadKey, PayloadSpec, word};
+use super::{Payload, PayloadKey, PayloadSpec};
 use crate::store::State;
 use crate::validate::Error;
 
@@ -113,7 +113,7 @@ pub fn resolve(state: &State, spec: &mut ServiceSpec) -> Result<(), Error> {
 }
 
 fn resolve_one<P: Payload>(state: &State, reference: &mut Reference) -> Result<(), Error> {
-    let what = word(P::KIND);
+    let what = P::KIND.name();
     let label = reference.label();
     let id = match reference.id {
         Some(id) => Some(id),
@@ -148,7 +148,7 @@ fn known<P: Payload>(payload: &P) -> String {
 pub fn are_there(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
     let missing = keys_of(&spec.task_template).find(|key| super::find(state, *key).is_none());
     let Some(key) = missing else { return Ok(()) };
-    let (what, name) = (word(key.kind), name_of(spec, key));
+    let (what, name) = (key.kind.name(), name_of(spec, key));
     Err(Error(format!("{what} not found: {name} (version {})", key.version)))
 }
 
@@ -204,7 +204,7 @@ pub fn check_targets(container: &ContainerSpec) -> Result<(), Error> {
 }
 
 fn malformed(reference: &Reference) -> Error {
-    Error(format!("malformed {} reference: {}", word(reference.kind), reference.label()))
+    Error(format!("malformed {} reference: {}", reference.kind.name(), reference.label()))
 }
 
 fn check_target(
@@ -213,7 +213,7 @@ fn check_target(
     base: &str,
     taken: &mut BTreeMap<String, String>,
 ) -> Result<(), Error> {
-    let (what, label) = (word(reference.kind), reference.label());
+    let (what, label) = (reference.kind.name(), reference.label());
     if label.is_empty() {
         return Err(malformed(reference));
     }
