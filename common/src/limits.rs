@@ -23,9 +23,11 @@ pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 pub const ANONYMOUS_MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Deadline of a unary call between nodes.
 pub const RPC_DEADLINE: Duration = Duration::from_secs(10);
-/// Deadline of a TCP connect and TLS handshake to a peer: a dead peer must not hold votes or
-/// replication.
+/// Deadline of a TCP connect to a peer: a dead peer must not hold votes or replication.
 pub const CONNECT_DEADLINE: Duration = Duration::from_millis(200);
+/// Deadline of the TLS handshake that follows: the machine is there, and its daemon may have a thousand others to
+/// greet. Each that is given up is begun again.
+pub const TLS_DEADLINE: Duration = Duration::from_secs(2);
 /// Entries of a bounded queue between two tasks of one daemon where nothing better is known.
 pub const QUEUE_LENGTH: usize = 256;
 

@@ -597,6 +597,19 @@ impl Object {
     }
 }
 
+// Numbers come from JSON, which has none that differs from itself. With this, what two states share is seen to be the
+// same by its address, and not compared in depth.
+impl Eq for Cluster {}
+impl Eq for Node {}
+impl Eq for Service {}
+impl Eq for Task {}
+impl Eq for TaskSpec {}
+impl Eq for Network {}
+impl Eq for Secret {}
+impl Eq for Config {}
+impl Eq for Stack {}
+impl Eq for Revision {}
+
 impl NodeRole {
     /// The `OU` of a certificate, and the host name that a server of this role answers to.
     pub fn organizational_unit(self) -> &'static str {

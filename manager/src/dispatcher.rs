@@ -15,7 +15,7 @@ use skep_proto::agent_message::Message;
 use skep_proto::dispatcher_server::Dispatcher;
 use skep_proto::{
     AgentMessage, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello, LEADER_METADATA,
-    RegisterImageRequest, RegisterImageResponse,
+    LOST_METADATA, RegisterImageRequest, RegisterImageResponse,
 };
 use skep_runtime::access::Caller;
 use skep_runtime::{TaskSet, clock};
@@ -24,11 +24,13 @@ use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, Leadership};
 use crate::control::error::Error;
 
 /// An agent that does not say hello is no agent.
 const HELLO_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long an agent may wait for the answer who leads: an election takes less. Agents are more patient.
+const LEADER_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What agents bring to the leader's loop.
 #[derive(Debug)]
@@ -109,6 +111,19 @@ impl DispatcherService {
         })
     }
 
+    /// The same, once it is known who leads: after a leader's end its agents come before there is another one. They
+    /// wait here, instead of asking again and again with a handshake each time.
+    async fn entrance_of_leader(
+        &self,
+        lost: Option<&str>,
+    ) -> Result<mpsc::Sender<SessionEvent>, Status> {
+        let (door, leadership) = (self.door.leading.subscribe(), self.consensus.leadership());
+        let known = until_known(door, leadership, self.consensus.raft_id(), lost);
+        // Whoever has waited in vain is told what is known.
+        let _ = tokio::time::timeout(LEADER_PATIENCE, known).await;
+        self.entrance()
+    }
+
     async fn register(&self, node_id: NodeId, request: RegisterImageRequest) -> Result<(), Error> {
         let registration = Registration {
             names: request.names,
@@ -133,6 +148,35 @@ impl DispatcherService {
     }
 }
 
+/// Returns when this manager's door is open, or another one leads than the agent has lost, or that one again.
+async fn until_known<T>(
+    mut door: watch::Receiver<Option<T>>,
+    mut leadership: watch::Receiver<Leadership>,
+    own: u64,
+    lost: Option<&str>,
+) {
+    let term = leadership.borrow().term;
+    loop {
+        let is_open = door.borrow_and_update().is_some();
+        let is_known = {
+            let now = leadership.borrow_and_update();
+            // This manager opens its door as soon as it can lead.
+            let other = now.leader.as_ref().filter(|leader| leader.raft_id != own);
+            other.is_some_and(|other| Some(&*other.addr) != lost || now.term > term)
+        };
+        if is_open || is_known {
+            return;
+        }
+        let changed = tokio::select! {
+            changed = door.changed() => changed,
+            changed = leadership.changed() => changed,
+        };
+        if changed.is_err() {
+            return; // This manager is stopping.
+        }
+    }
+}
+
 #[tonic::async_trait]
 impl Dispatcher for DispatcherService {
     type SessionStream = ReceiverStream<Result<DispatcherMessage, Status>>;
@@ -142,7 +186,8 @@ impl Dispatcher for DispatcherService {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let node_id = Caller::node_id(&request)?;
-        let entrance = self.entrance()?;
+        let lost = request.metadata().get(LOST_METADATA).and_then(|lost| lost.to_str().ok());
+        let entrance = self.entrance_of_leader(lost).await?;
         let mut stream = request.into_inner();
         let first = tokio::time::timeout(HELLO_DEADLINE, stream.next()).await;
         let hello = match first {
@@ -192,5 +237,51 @@ impl Dispatcher for DispatcherService {
         let node_id = Caller::node_id(&request)?;
         self.register(node_id, request.into_inner()).await?;
         Ok(Response::new(RegisterImageResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt as _;
+
+    use super::*;
+    use crate::consensus::Leader;
+
+    fn led_by(raft_id: u64, term: u64) -> Leadership {
+        let leader = Leader { raft_id, addr: format!("n{raft_id}") };
+        Leadership { leader: Some(leader), term, is_self: false }
+    }
+
+    /// An agent asks manager 1.
+    #[test]
+    fn agents_wait_until_it_is_known_who_leads() {
+        let nobody = |term| Leadership { term, ..Leadership::default() };
+        for (name, lost, steps, n_waits) in [
+            ("another one leads", None, vec![led_by(2, 5)], 0),
+            ("nobody does yet", None, vec![nobody(6), led_by(3, 6)], 1),
+            ("the one that is lost, as far as it knows", Some("n2"), vec![led_by(2, 5); 2], 2),
+            ("and then another", Some("n2"), vec![led_by(2, 5), nobody(6), led_by(3, 6)], 2),
+            ("it was elected again", Some("n2"), vec![led_by(2, 5), led_by(2, 6)], 1),
+            ("this one, which does not lead yet", None, vec![led_by(1, 5)], 1),
+        ] {
+            let (_door, is_open) = watch::channel(None::<()>);
+            let (leadership, known) = watch::channel(steps[0].clone());
+            let mut waiting = Box::pin(until_known(is_open, known, 1, lost));
+            let mut waited = 0;
+            for step in &steps {
+                leadership.send_replace(step.clone());
+                waited += usize::from((&mut waiting).now_or_never().is_none());
+                if waited == 0 {
+                    break;
+                }
+            }
+            assert_eq!(waited, n_waits, "{name}");
+        }
+        let (door, is_open) = watch::channel(None);
+        let (_leadership, known) = watch::channel(led_by(1, 5));
+        let mut waiting = Box::pin(until_known(is_open, known, 1, None));
+        assert_eq!((&mut waiting).now_or_never(), None);
+        door.send_replace(Some(()));
+        assert_eq!(waiting.now_or_never(), Some(()));
     }
 }

@@ -10,7 +10,9 @@
 //! 2. A closed session is probed at once, and a node that is one heartbeat short of its deadline before it is
 //!    silent; then once a second, until the node is heard, or its machine refuses or fails twice.
 //! 3. The leader doubts itself: what its own tick was late is added to every deadline.
-//! 4. A new leader gives every node a fresh full grace, whatever the store says of it.
+//! 4. A new leader gives every node a fresh full grace, whatever the store says of it; and those that it has not
+//!    heard yet another one with each node that it hears for the first time, for [`MASS_SILENCE_WAIT`] at most:
+//!    a thousand nodes that come back at once come one after the other.
 //! 5. When more than a third of the nodes (and at least two) fall silent in one window, the fault is
 //!    likelier here than there: they leave the balancers at once, but are not down, so not replaced,
 //!    before [`MASS_SILENCE_WAIT`]. To see a common cause in time, a node that is one heartbeat
@@ -222,6 +224,10 @@ pub struct Liveness {
     watches: BTreeMap<NodeId, Watch>,
     /// What nodes are told. A shorter one counts from a node's next heartbeat on: that is when it hears of it.
     period: Duration,
+    /// When it began to lead.
+    since: Timestamp,
+    /// When it last heard a node for the first time, if that is news to those that it has not heard.
+    first_heard_at: Option<Timestamp>,
 }
 
 impl Liveness {
@@ -229,7 +235,8 @@ impl Liveness {
     pub fn new(view: &State, now: Timestamp) -> Self {
         let period = swarm::heartbeat_period(view);
         let watch = |node_id: &NodeId| (*node_id, Watch::new(now, period));
-        Self { watches: view.nodes().keys().map(watch).collect(), period }
+        let watches = view.nodes().keys().map(watch).collect();
+        Self { watches, period, since: now, first_heard_at: None }
     }
 
     /// The period that nodes may be told from now on.
@@ -245,13 +252,12 @@ impl Liveness {
                 let watch = self.watch(node_id, at);
                 if at > watch.last_beat {
                     watch.last_beat = at;
-                    watch.see(at, period);
+                    self.see(node_id, at, period);
                 }
             }
             Event::SessionOpened { node_id, at } => {
-                let watch = self.watch(node_id, at);
-                watch.has_session = true;
-                watch.see(at, period);
+                self.watch(node_id, at).has_session = true;
+                self.see(node_id, at, period);
             }
             Event::SessionClosed { node_id } => {
                 if let Some(watch) = self.watches.get_mut(&node_id) {
@@ -277,6 +283,25 @@ impl Liveness {
         }
     }
 
+    fn see(&mut self, node_id: NodeId, at: Timestamp, period: Duration) {
+        let watch = self.watch(node_id, at);
+        if !watch.is_known {
+            self.first_heard_at = self.first_heard_at.max(Some(at));
+        }
+        self.watch(node_id, at).see(at, period);
+    }
+
+    /// Rule 4.
+    fn wait_for_the_rest(&mut self) {
+        let Some(at) = self.first_heard_at.take() else { return };
+        let silent_at = at.after(self.period * SILENT_PERIODS);
+        let silent_at = silent_at.min(self.since.after(MASS_SILENCE_WAIT));
+        for watch in self.watches.values_mut().filter(|watch| !watch.is_known) {
+            watch.silent_at = watch.silent_at.max(silent_at);
+            watch.hung_at = watch.hung_at.max(watch.silent_at.after(HANGING_DAEMON_WAIT));
+        }
+    }
+
     fn watch(&mut self, node_id: NodeId, at: Timestamp) -> &mut Watch {
         let period = self.period;
         self.watches.entry(node_id).or_insert_with(|| Watch::new(at, period))
@@ -289,6 +314,7 @@ impl Liveness {
         for node_id in view.nodes().keys() {
             self.watch(*node_id, now);
         }
+        self.wait_for_the_rest();
         self.silence_replaced(view, now);
         self.hold_common_silence(view, now);
         let mut verdict = Verdict::default();
@@ -650,7 +676,34 @@ mod tests {
             .into();
         assert_eq!(play.at(2999, &open), "");
         assert_eq!(play.at(2999, &[probed(2999, Answer::None)]), "probe 1");
-        assert_eq!(play.at(3000, &[]), "1=down, out 1, out 2");
+        assert_eq!(
+            play.beats(5998, &[3, 4, 5]),
+            "",
+            "whoever comes after others has as long again"
+        );
+        assert_eq!(play.at(5999, &[]), "1=down, out 1, out 2");
+    }
+
+    #[test]
+    fn nodes_that_come_back_one_after_the_other_are_waited_for() {
+        for (step, down_at, n_ready) in [(1000, 9000, 6), (2900, 15_000, 5)] {
+            let world = World::new("1 2 3 4 5 6 7", service(0), "");
+            let liveness = Liveness::new(&world.state, NOW);
+            let mut play = Play { world, liveness };
+            let down = (0..20_000).step_by(100).find(|millis| {
+                let at = NOW.after(Duration::from_millis(*millis));
+                let is_back = |n: &u64| *millis >= step * (n - 1);
+                let back = (2..8).filter(is_back).map(|n| NodeId(n.into()));
+                let back = back.map(|node_id| Event::SessionOpened { node_id, at });
+                let words = play.at(*millis, &back.collect::<Vec<_>>());
+                let refused = play.at(*millis, &[probed(*millis, Answer::None)]);
+                words.contains("1=down") || refused.contains("1=down")
+            });
+            assert_eq!(down, Some(down_at), "{step}");
+            let nodes = play.world.state.nodes().values();
+            let ready = nodes.filter(|node| node.status.state == NodeState::Ready);
+            assert_eq!(ready.count(), n_ready, "{step}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ use super::reads::{self, Round, Waiting};
 use super::runtime::RaftRuntime;
 use super::snapshot::SnapshotStore;
 use super::types::{LogId, TypeConfig};
-use super::wire::ReadIndexAnswer;
+use super::wire::{ReadIndexAnswer, WriteIndexAnswer};
 
 /// How long a stop waits for tasks that are in the middle of something.
 const STOP_PATIENCE: Duration = Duration::from_secs(5);
@@ -54,10 +54,11 @@ pub(crate) struct Inner {
     pub(crate) transport: Arc<dyn RaftTransport>,
     pub(crate) forwards: mpsc::Sender<Forward>,
     pub(super) reads: mpsc::Sender<Waiting<ReadIndexAnswer>>,
+    pub(super) views: mpsc::Sender<Waiting<WriteIndexAnswer>>,
     pub(crate) membership_change: Mutex<()>,
     hub: Arc<Hub>,
     log: std::sync::Mutex<Option<LogStore>>,
-    leadership: watch::Receiver<Leadership>,
+    pub(super) leadership: watch::Receiver<Leadership>,
     obstacle: Obstacle,
     pub(super) lost_tail: LostTail,
     tasks: TaskSet,
@@ -160,21 +161,25 @@ impl Consensus {
         let (announced, leadership) = watch::channel(Leadership::default());
         let (forwards, queue) = mpsc::channel(propose::QUEUE_LENGTH);
         let (reads, read_queue) = mpsc::channel(reads::QUEUE_LENGTH);
+        let (views, view_queue) = mpsc::channel(reads::QUEUE_LENGTH);
         let tasks = TaskSet::new();
         {
             let _on_raft_threads = runtime.handle().enter();
             let follow = leadership::follow(metrics.clone(), timing, announced, Arc::clone(&hub));
             tasks.spawn_to_end("raft leadership", follow); // Ends with openraft, and says so.
             let transport = Arc::clone(&transport);
-            let (own_metrics, to_leader) = (metrics.clone(), Arc::clone(&transport));
-            let forwarder = Forwarder { raft_id, metrics: own_metrics, transport: to_leader };
+            let (leader, to_leader) = (leadership.clone(), Arc::clone(&transport));
+            let forwarder = Forwarder { raft_id, leadership: leader, transport: to_leader };
             tasks.spawn("raft forwarder", forwarder.run(queue));
             let compacting =
                 compaction::run(raft.clone(), metrics.clone(), hub.watch(), compaction);
             tasks.spawn("raft compaction", compacting);
-            let (patience, raft) = (timing.patience, raft.clone());
-            let round = Round { raft_id, raft, metrics: metrics.clone(), transport, patience };
+            let (patience, raft, leadership) = (timing.patience, raft.clone(), leadership.clone());
+            let round = Round { raft_id, raft, leadership, transport, patience };
+            let view = round.clone();
             tasks.spawn("raft reads", reads::share(read_queue, move || round.clone().run()));
+            let views = reads::share(view_queue, move || view.clone().ask_for_view());
+            tasks.spawn("raft views", views);
         }
         let (log, membership_change) = (std::sync::Mutex::new(Some(log)), Mutex::default());
         let inner = Inner {
@@ -185,6 +190,7 @@ impl Consensus {
             transport,
             forwards,
             reads,
+            views,
             membership_change,
             hub,
             log,

@@ -39,6 +39,13 @@ pub struct Leadership {
     pub is_self: bool,
 }
 
+impl Leadership {
+    /// Whether that manager leads.
+    pub(crate) fn is_led_by(&self, raft_id: u64) -> bool {
+        self.leader.as_ref().is_some_and(|leader| leader.raft_id == raft_id)
+    }
+}
+
 /// openraft's metrics, as they change.
 #[derive(Clone)]
 pub(crate) struct Metrics(alias::WatchReceiverOf<TypeConfig, RaftMetrics<TypeConfig>>);

@@ -61,5 +61,6 @@ pub use machine::Unapplicable;
 pub use membership::{Error as MembershipError, Member, MemberRole};
 pub use network::{CallError, RaftTransport};
 pub use options::{Compaction, Options, StartError, Timing};
+pub use reads::View;
 pub use seal::DataKey;
 pub use wire::RaftRequest;

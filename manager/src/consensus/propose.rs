@@ -12,13 +12,14 @@ use openraft::errors::{ClientWriteError, ForwardReason};
 use openraft::impls::ProgressResponder;
 use openraft::{Raft, RaftTypeConfig};
 use skep_manager_core::{Command, Outcome};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Consensus;
 use super::deadline::Deadline;
-use super::leadership::Metrics;
+use super::leadership::Leadership;
 use super::machine::Machine;
 use super::network::{CallError, RaftTransport};
+use super::reads::View;
 use super::types::{Payload, Reply, TypeConfig};
 use super::wire::{self, CommandVerdict, Proposal, RaftRequest, Route, Verdict};
 
@@ -105,7 +106,7 @@ impl Consensus {
             let attempt = if self.is_raft_leader() {
                 write_here(&self.inner.raft, payload.clone(), None, &deadline).await
             } else {
-                self.forward(payload.clone(), &deadline).await
+                self.forward(payload.clone(), None, &deadline).await
             };
             match attempt {
                 Attempt::Done(outcome) => return Ok(outcome),
@@ -147,15 +148,32 @@ impl Consensus {
         }
     }
 
+    /// Proposes a command that was decided on a view, whoever leads: in the term of the view only, where it has one.
+    pub async fn propose_on(&self, view: &View, command: &Command) -> Result<Outcome, Error> {
+        let Some(term) = view.term else { return self.propose(command).await };
+        if self.is_raft_leader() {
+            return self.propose_as_leader(term, command).await;
+        }
+        let payload = encode(command)?;
+        let waited = self.inner.timing.patience;
+        let deadline = Deadline::after(waited);
+        match self.forward(payload, Some(term), &deadline).await {
+            Attempt::Done(outcome) => Ok(outcome),
+            Attempt::Lost => Err(Error::Lost),
+            Attempt::TimedOut => Err(Error::Timeout { waited }),
+            Attempt::Stopped { may_still_commit } => Err(Error::Stopped { may_still_commit }),
+            Attempt::NotTaken(_) => Err(Error::NotLeader { term }),
+        }
+    }
+
     pub(crate) fn is_raft_leader(&self) -> bool {
         self.inner.metrics.borrow().current_leader == Some(self.inner.raft_id)
     }
 
-    async fn forward(&self, payload: Bytes, deadline: &Deadline) -> Attempt {
+    async fn forward(&self, payload: Bytes, term: Option<u64>, deadline: &Deadline) -> Attempt {
         let (reply, answer) = oneshot::channel();
-        let progress = Arc::new(Progress::default());
-        let forward =
-            Forward { payload, progress: Arc::clone(&progress), reply, deadline: *deadline };
+        let (progress, deadline) = (Arc::new(Progress::default()), *deadline);
+        let forward = Forward { payload, term, progress: Arc::clone(&progress), reply, deadline };
         match deadline.bound(self.inner.forwards.send(forward)).await {
             None => return Attempt::NotTaken(None),
             Some(Err(_)) => return Attempt::Stopped { may_still_commit: false },
@@ -259,6 +277,8 @@ impl Progress {
 #[derive(Debug)]
 pub(crate) struct Forward {
     payload: Bytes,
+    /// The term to write it in, if in one alone.
+    term: Option<u64>,
     progress: Arc<Progress>,
     reply: oneshot::Sender<Attempt>,
     deadline: Deadline,
@@ -268,7 +288,7 @@ pub(crate) struct Forward {
 #[derive(Debug)]
 pub(crate) struct Forwarder {
     pub(crate) raft_id: u64,
-    pub(crate) metrics: Metrics,
+    pub(crate) leadership: watch::Receiver<Leadership>,
     pub(crate) transport: Arc<dyn RaftTransport>,
 }
 
@@ -287,13 +307,8 @@ impl Forwarder {
     }
 
     async fn forward(&mut self, batch: Vec<Forward>) {
-        let leader = {
-            let metrics = self.metrics.borrow();
-            let leader = metrics.current_leader.filter(|leader| *leader != self.raft_id);
-            let membership = metrics.membership_config.membership();
-            leader.and_then(|id| Some((id, membership.get_node(&id)?.addr.clone())))
-        };
-        let Some((leader, addr)) = leader else {
+        let leader = self.leadership.borrow().leader.clone();
+        let Some(leader) = leader.filter(|leader| leader.raft_id != self.raft_id) else {
             return answer(batch, |_| Attempt::NotTaken(None));
         };
         let batch: Vec<Forward> =
@@ -302,15 +317,24 @@ impl Forwarder {
             return;
         };
 
-        let commands = batch.iter().map(|forward| forward.payload.clone()).collect();
-        let mut body = Route { from: self.raft_id, to: leader }.start();
-        Proposal::Commands(commands).put(&mut body);
-        let call = self.transport.call(leader, &addr, RaftRequest::Propose(body.into()), time);
-        let mut metrics = self.metrics.clone();
+        let proposal = match batch.iter().any(|forward| forward.term.is_some()) {
+            true => {
+                let commands = batch.iter().map(|forward| (forward.term, forward.payload.clone()));
+                Proposal::CommandsOf(commands.collect())
+            }
+            // As every leader reads it.
+            false => {
+                Proposal::Commands(batch.iter().map(|forward| forward.payload.clone()).collect())
+            }
+        };
+        let mut body = Route { from: self.raft_id, to: leader.raft_id }.start();
+        proposal.put(&mut body);
+        let request = RaftRequest::Propose(body.into());
+        let call = self.transport.call(leader.raft_id, &leader.addr, request, time);
         let result = tokio::select! {
             result = call => result,
             // Nobody knows what the old leader did with them; whoever waits is told so at once.
-            _ = metrics.wait_for(|metrics| metrics.current_leader != Some(leader)) => {
+            _ = self.leadership.wait_for(|now| !now.is_led_by(leader.raft_id)) => {
                 return answer(batch, |_| Attempt::Lost);
             }
         };

@@ -8,18 +8,19 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use openraft::{Raft, ReadPolicy};
 use skep_manager_core::State;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Consensus;
 use super::deadline::Deadline;
 use super::handle::ReadError;
-use super::leadership::Metrics;
+use super::leadership::{Leader, Leadership};
 use super::machine::Machine;
 use super::network::RaftTransport;
 use super::types::{LogId, TypeConfig};
-use super::wire::{self, RaftRequest, ReadIndexAnswer, Route};
+use super::wire::{self, RaftRequest, ReadIndexAnswer, Route, WriteIndex, WriteIndexAnswer};
 
 /// Reads that wait for a round to begin.
 pub(super) const QUEUE_LENGTH: usize = 4096;
@@ -49,7 +50,7 @@ pub(super) async fn share<T: Clone, F: Future<Output = T>>(
 pub(super) struct Round {
     pub(super) raft_id: u64,
     pub(super) raft: Raft<TypeConfig, Machine>,
-    pub(super) metrics: Metrics,
+    pub(super) leadership: watch::Receiver<Leadership>,
     pub(super) transport: Arc<dyn RaftTransport>,
     pub(super) patience: Duration,
 }
@@ -57,30 +58,65 @@ pub(super) struct Round {
 impl Round {
     /// What a read that began before must have applied; none where no leader says so.
     pub(super) async fn run(self) -> ReadIndexAnswer {
-        let (leader, addr) = self.metrics.leader()?;
-        let deadline = Deadline::after(self.patience);
-        let asked = async {
-            match leader == self.raft_id {
-                true => {
-                    let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await;
-                    linearizer.ok().map(|linearizer| *linearizer.read_log_id().log_id())
-                }
-                false => self.ask(leader, &addr, &deadline).await,
+        let leader = self.leadership.borrow().leader.clone()?;
+        self.under(&leader, async {
+            if leader.raft_id == self.raft_id {
+                let linearizer = self.raft.get_read_linearizer(ReadPolicy::ReadIndex).await;
+                return linearizer.ok().map(|linearizer| *linearizer.read_log_id().log_id());
             }
-        };
-        let mut metrics = self.metrics.clone();
+            wire::read_json(&self.ask(&leader, |_| {}).await?).ok()?
+        })
+        .await
+    }
+
+    /// What the view of a write that begins after this must have applied, by the word of another manager that leads.
+    pub(super) async fn ask_for_view(self) -> WriteIndexAnswer {
+        let leader = self.leadership.borrow().leader.clone();
+        let leader = leader.filter(|leader| leader.raft_id != self.raft_id)?;
+        self.under(&leader, async {
+            wire::read_write_index(&self.ask(&leader, wire::put_view_request).await?).ok()?
+        })
+        .await
+    }
+
+    /// Who waits for an old leader is told at once, and asks the next.
+    async fn under<T>(&self, leader: &Leader, asked: impl Future<Output = Option<T>>) -> Option<T> {
+        let mut leadership = self.leadership.clone();
         tokio::select! {
-            answer = deadline.bound(asked) => answer.flatten(),
-            // Who waited for the old leader is told at once, and asks the next.
-            _ = metrics.wait_for(|metrics| metrics.current_leader != Some(leader)) => None,
+            answer = tokio::time::timeout(self.patience, asked) => answer.ok().flatten(),
+            _ = leadership.wait_for(|now| !now.is_led_by(leader.raft_id)) => None,
         }
     }
 
-    async fn ask(&self, leader: u64, addr: &str, deadline: &Deadline) -> ReadIndexAnswer {
-        let body = Route { from: self.raft_id, to: leader }.start();
+    async fn ask(&self, leader: &Leader, put: impl FnOnce(&mut Vec<u8>)) -> Option<Bytes> {
+        let mut body = Route { from: self.raft_id, to: leader.raft_id }.start();
+        put(&mut body);
         let request = RaftRequest::ReadIndex(body.into());
-        let answer = self.transport.call(leader, addr, request, deadline.remaining()).await.ok()?;
-        wire::read_json(&wire::read_answer(answer).ok()?.rest()).ok()?
+        let call = self.transport.call(leader.raft_id, &leader.addr, request, self.patience);
+        Some(wire::read_answer(call.await.ok()?).ok()?.rest())
+    }
+}
+
+/// What a write is decided on.
+///
+/// It holds all that was acknowledged before it was asked for, if the write is committed: that is for the write's own
+/// commit to confirm, where the view names a term. Whoever decides not to write has to [read](Consensus::read_state).
+#[derive(Debug, Clone)]
+pub struct View {
+    /// What was applied.
+    pub state: State,
+    pub(super) term: Option<u64>,
+}
+
+impl View {
+    /// One that needs no confirmation.
+    pub fn confirmed(state: State) -> Self {
+        Self { state, term: None }
+    }
+
+    /// Whether it holds all that was acknowledged, also where nothing is written.
+    pub fn is_confirmed(&self) -> bool {
+        self.term.is_none()
     }
 }
 
@@ -93,14 +129,56 @@ impl Consensus {
             if let Some(log_id) = deadline.bound(self.read_index()).await.flatten() {
                 return self.wait_applied(log_id, &deadline).await;
             }
-            if self.inner.metrics.borrow().running_state.is_err() {
-                return Err(ReadError::Stopped);
-            }
-            if deadline.has_passed() {
-                return Err(ReadError::NoLeader { waited });
-            }
-            deadline.back_off().await;
+            self.go_on_looking(&mut deadline, waited).await?;
         }
+    }
+
+    /// A view for a write to be decided on, which is then made by [`Consensus::propose_on`].
+    pub async fn view_to_write(&self) -> Result<View, ReadError> {
+        let waited = self.inner.timing.patience;
+        let mut deadline = Deadline::after(waited);
+        loop {
+            // In this order: the term may be older than the state, which the write will find.
+            let leadership = self.inner.leadership.borrow().clone();
+            if leadership.is_self {
+                return Ok(View { state: self.state(), term: Some(leadership.term) });
+            }
+            if let Some(index) = deadline.bound(self.write_index()).await.flatten() {
+                let state = self.wait_applied(index.applied, &deadline).await?;
+                return Ok(View { state, term: index.term });
+            }
+            self.go_on_looking(&mut deadline, waited).await?;
+        }
+    }
+
+    /// Waits before the next attempt, if there may be one.
+    async fn go_on_looking(
+        &self,
+        deadline: &mut Deadline,
+        waited: Duration,
+    ) -> Result<(), ReadError> {
+        if self.inner.metrics.borrow().running_state.is_err() {
+            return Err(ReadError::Stopped);
+        }
+        if deadline.has_passed() {
+            return Err(ReadError::NoLeader { waited });
+        }
+        deadline.back_off().await;
+        Ok(())
+    }
+
+    async fn write_index(&self) -> WriteIndexAnswer {
+        let (waiting, answer) = oneshot::channel();
+        self.inner.views.send(waiting).await.ok()?;
+        answer.await.ok()?
+    }
+
+    /// What the view of a write must have applied; none unless this manager leads. All that it acknowledged is
+    /// applied here, and in its term nobody else acknowledges anything.
+    pub(super) fn write_index_here(&self) -> WriteIndexAnswer {
+        let leadership = self.inner.leadership.borrow().clone();
+        let applied = self.watch_published().borrow().applied?;
+        leadership.is_self.then_some(WriteIndex { applied, term: Some(leadership.term) })
     }
 
     async fn read_index(&self) -> ReadIndexAnswer {

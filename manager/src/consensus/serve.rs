@@ -73,6 +73,11 @@ impl Consensus {
             RaftRequest::Snapshot(pieces) => self.serve_snapshot(pieces).await,
             RaftRequest::Propose(body) => match Proposal::read(&mut self.open(body)?)? {
                 Proposal::Commands(commands) => {
+                    let commands = commands.into_iter().map(|command| (None, command)).collect();
+                    let verdicts = self.write_all(commands).await;
+                    Ok(wire::ok_answer(|bytes| wire::put_json(bytes, &verdicts)))
+                }
+                Proposal::CommandsOf(commands) => {
                     let verdicts = self.write_all(commands).await;
                     Ok(wire::ok_answer(|bytes| wire::put_json(bytes, &verdicts)))
                 }
@@ -82,7 +87,10 @@ impl Consensus {
                 }
             },
             RaftRequest::ReadIndex(body) => {
-                self.open(body)?;
+                if wire::is_view_request(&mut self.open(body)?) {
+                    let answer = self.write_index_here();
+                    return Ok(wire::ok_answer(|bytes| wire::put_json(bytes, &answer)));
+                }
                 let answer = self.read_index_here().await;
                 Ok(wire::ok_answer(|bytes| wire::put_json(bytes, &answer)))
             }
@@ -119,11 +127,11 @@ impl Consensus {
     }
 
     /// Writes forwarded commands: all are handed to Raft before the first is waited for.
-    async fn write_all(&self, commands: Vec<Bytes>) -> Vec<CommandVerdict> {
+    async fn write_all(&self, commands: Vec<(Option<u64>, Bytes)>) -> Vec<CommandVerdict> {
         let deadline = Deadline::after(self.inner.timing.patience);
         let mut submitted = Vec::with_capacity(commands.len());
-        for command in commands {
-            submitted.push(submit(&self.inner.raft, command, None).await);
+        for (term, command) in commands {
+            submitted.push(submit(&self.inner.raft, command, term).await);
         }
         let mut verdicts = Vec::with_capacity(submitted.len());
         for written in submitted {

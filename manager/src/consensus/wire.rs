@@ -35,7 +35,7 @@ pub enum RaftRequest {
     Snapshot(Vec<Bytes>),
     /// Commands and membership changes for the leader.
     Propose(Bytes),
-    /// Asks the leader what a linearizable read must have applied.
+    /// Asks the leader what a linearizable read must have applied, or what the view of a write must.
     ReadIndex(Bytes),
 }
 
@@ -244,11 +244,16 @@ impl SnapshotHead {
     }
 }
 
+/// No leader has this term.
+const ANY_TERM: u64 = 0;
+
 /// What a follower asks of the leader.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Proposal {
     /// Commands, in order, each as its JSON.
     Commands(Vec<Bytes>),
+    /// Commands, in order, each with the term that it is to be written in, if in one alone.
+    CommandsOf(Vec<(Option<u64>, Bytes)>),
     /// A membership change.
     Membership(MembershipChange),
 }
@@ -277,6 +282,13 @@ impl Proposal {
                 bytes.put_u8(1);
                 put_json(bytes, change);
             }
+            Self::CommandsOf(commands) => {
+                bytes.put_u8(2);
+                for (term, command) in commands {
+                    bytes.put_u64_le(term.unwrap_or(ANY_TERM));
+                    put_block(bytes, command);
+                }
+            }
         }
     }
 
@@ -290,6 +302,14 @@ impl Proposal {
                 Ok(Self::Commands(commands))
             }
             1 => read_json(&reader.rest()).map(Self::Membership),
+            2 => {
+                let mut commands = Vec::new();
+                while !reader.is_empty() {
+                    let term = Some(reader.u64()?).filter(|term| *term != ANY_TERM);
+                    commands.push((term, reader.block()?));
+                }
+                Ok(Self::CommandsOf(commands))
+            }
             _ => Err(Malformed("a proposal")),
         }
     }
@@ -320,6 +340,38 @@ pub(crate) fn read_json<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T,
 
 /// The answer to [`RaftRequest::ReadIndex`]: what to wait for, or none: not the leader.
 pub(crate) type ReadIndexAnswer = Option<LogId>;
+
+/// Follows a [`Route`] where the view of a write is asked for. Leaders of before do not read it, and answer as to a
+/// read.
+const VIEW_TO_WRITE: u8 = 1;
+
+/// Asks for the view of a write.
+pub(crate) fn put_view_request(bytes: &mut Vec<u8>) {
+    bytes.put_u8(VIEW_TO_WRITE);
+}
+
+/// Whether that is asked for.
+pub(crate) fn is_view_request(reader: &mut Reader) -> bool {
+    reader.u8().is_ok_and(|what| what == VIEW_TO_WRITE)
+}
+
+/// What the view of a write must have applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct WriteIndex {
+    pub(crate) applied: LogId,
+    /// The only term to write in, since nobody has confirmed yet that its leader leads; none: somebody has.
+    pub(crate) term: Option<u64>,
+}
+
+/// The answer where a view is asked for; none: not the leader.
+pub(crate) type WriteIndexAnswer = Option<WriteIndex>;
+
+/// Reads it, also as a leader of before gives it.
+pub(crate) fn read_write_index(bytes: &[u8]) -> Result<WriteIndexAnswer, Malformed> {
+    let confirmed =
+        |answer: ReadIndexAnswer| answer.map(|applied| WriteIndex { applied, term: None });
+    read_json(bytes).or_else(|_| read_json(bytes).map(confirmed))
+}
 
 #[cfg(test)]
 mod tests {
@@ -378,10 +430,45 @@ mod tests {
     }
 
     #[test]
+    fn leaders_of_before_answer_for_a_view_as_for_a_read() {
+        let index = WriteIndex { applied: log_id(3, 5), term: Some(3) };
+        let bytes = |put: &dyn Fn(&mut Vec<u8>)| {
+            let mut bytes = Vec::new();
+            put(&mut bytes);
+            bytes
+        };
+        let confirmed = WriteIndex { term: None, ..index };
+        for (name, answer, expect) in [
+            ("a leader", bytes(&|bytes| put_json(bytes, &Some(index))), Some(index)),
+            (
+                "one of before",
+                bytes(&|bytes| put_json(bytes, &Some(log_id(3, 5)))),
+                Some(confirmed),
+            ),
+            ("none", bytes(&|bytes| put_json(bytes, &ReadIndexAnswer::None)), None),
+        ] {
+            assert_eq!(read_write_index(&answer).unwrap(), expect, "{name}");
+        }
+        let route = Route { from: 1, to: 2 };
+        let asks = |request: Vec<u8>| {
+            let mut reader = Reader::new(request.into(), "test");
+            assert_eq!(Route::read(&mut reader).unwrap(), route);
+            is_view_request(&mut reader)
+        };
+        let mut for_view = route.start();
+        put_view_request(&mut for_view);
+        assert_eq!((asks(for_view), asks(route.start())), (true, false));
+    }
+
+    #[test]
     fn proposals_heads_and_routes_read_back_as_written() {
         let patience = Duration::from_secs(1);
         for proposal in [
             Proposal::Commands(vec![Bytes::from_static(b"a"), Bytes::from_static(b"")]),
+            Proposal::CommandsOf(vec![
+                (Some(7), Bytes::from_static(b"a")),
+                (None, Bytes::from_static(b"")),
+            ]),
             Proposal::Membership(MembershipChange::Add {
                 raft_id: 1,
                 addr: "a:1".into(),

@@ -37,7 +37,7 @@ use skep_runtime::{TaskSet, clock};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, View};
 pub use audit::Audited;
 pub use containers::ContainersService;
 use error::{Error, kind_of, not_supported};
@@ -84,17 +84,28 @@ impl ControlService {
         Ok(self.inner.consensus.read_state().await?)
     }
 
+    /// What a write may be decided on. To refuse it, or to do nothing, takes a [confirmed](Self::confirmed) one.
+    async fn view(&self) -> Result<View, Error> {
+        Ok(self.inner.consensus.view_to_write().await?)
+    }
+
+    async fn confirmed(&self) -> Result<View, Error> {
+        Ok(View::confirmed(self.read().await?))
+    }
+
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
         let mut command = Command::new(clock::now(), actions);
         audit::sign(&mut command);
-        match self.inner.consensus.propose(&command).await? {
-            Outcome::Applied(version) => {
-                audit::note(version);
-                Ok(version)
-            }
-            Outcome::Refused(refusal) => Err(Error::Refused(refusal)),
-        }
+        outcome(self.inner.consensus.propose(&command).await?)
+    }
+
+    /// The same for one that was decided on a view. With a view that was not confirmed
+    /// [`propose::Error::NotLeader`] means that another view is to be taken.
+    async fn write_on(&self, view: &View, actions: Vec<Action>) -> Result<Version, Error> {
+        let mut command = Command::new(clock::now(), actions);
+        audit::sign(&mut command);
+        outcome(self.inner.consensus.propose_on(view, &command).await?)
     }
 
     /// Waits until this manager's own key file is sealed as asked: who restarts it then finds it so.
@@ -230,6 +241,16 @@ fn parse_id(kind: Kind, text: &str) -> Result<u128, Error> {
 fn parse_json<'a, T: serde::Deserialize<'a>>(what: &str, json: &'a str) -> Result<T, Error> {
     serde_json::from_str(json)
         .map_err(|error| Error::Invalid(format!("the {what} is not valid: {error}")))
+}
+
+fn outcome(outcome: Outcome) -> Result<Version, Error> {
+    match outcome {
+        Outcome::Applied(version) => {
+            audit::note(version);
+            Ok(version)
+        }
+        Outcome::Refused(refusal) => Err(Error::Refused(refusal)),
+    }
 }
 
 #[tonic::async_trait]

@@ -10,32 +10,43 @@ use std::sync::Arc;
 
 use super::error::Error;
 use super::{ControlService, parse_id, parse_json};
+use crate::consensus::propose;
 
 pub(super) async fn create(
     control: &ControlService,
     spec: ServiceSpec,
 ) -> Result<CreateServiceResponse, Error> {
+    let mut view = control.view().await?;
     loop {
-        let state = control.read().await?;
         let id = ServiceId::random(&mut rand::rng());
-        let (id, action) = service::create(&state, id, spec.clone())?;
-        match control.write(vec![action]).await {
-            // Two writers were given one dynamic port, one name or one address, or a network is gone: the
-            // next view decides.
-            Err(Error::Refused(
-                Refusal::PortInUse { .. }
-                | Refusal::OutOfSequence { .. }
-                | Refusal::AddressInUse { .. }
-                | Refusal::NetworkNotFound { .. }
-                | Refusal::PayloadNotFound { .. },
-            )) => {}
+        let (id, action) = match service::create(&view.state, id, spec.clone()) {
+            Ok(created) => created,
+            Err(_) if !view.is_confirmed() => {
+                view = control.confirmed().await?;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        match control.write_on(&view, vec![action]).await {
+            // Two writers were given one dynamic port, one name or one address, or a network is gone, or the
+            // leader: the next view decides.
+            Err(
+                Error::Refused(
+                    Refusal::PortInUse { .. }
+                    | Refusal::OutOfSequence { .. }
+                    | Refusal::AddressInUse { .. }
+                    | Refusal::NetworkNotFound { .. }
+                    | Refusal::PayloadNotFound { .. },
+                )
+                | Error::Propose(propose::Error::NotLeader { .. }),
+            ) => view = control.confirmed().await?,
             Err(error) => return Err(error),
             Ok(version) => {
                 let (id, version) = (id.to_string(), version.index);
                 return Ok(CreateServiceResponse {
                     id,
                     version,
-                    warnings: warnings(&state, &spec),
+                    warnings: warnings(&view.state, &spec),
                 });
             }
         }
@@ -110,13 +121,24 @@ async fn view(
 }
 
 pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Error> {
+    let mut view = control.view().await?;
     loop {
-        let state = control.read().await?;
-        let service = find(&state, id)?;
-        let Some(action) = service::remove(&service) else { return Ok(()) };
-        match control.write(vec![action]).await {
-            // Its status was just written: what was asked does not depend on it.
-            Err(Error::Refused(Refusal::OutOfSequence { .. })) => {}
+        let action = find(&view.state, id).map(|service| service::remove(&service));
+        let action = match action {
+            Ok(Some(action)) => action,
+            Err(_) | Ok(None) if !view.is_confirmed() => {
+                view = control.confirmed().await?;
+                continue;
+            }
+            Ok(None) => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        match control.write_on(&view, vec![action]).await {
+            // Its status was just written, which what was asked does not depend on, or the leader is lost.
+            Err(
+                Error::Refused(Refusal::OutOfSequence { .. })
+                | Error::Propose(propose::Error::NotLeader { .. }),
+            ) => view = control.confirmed().await?,
             Err(error) => return Err(error),
             Ok(_) => return Ok(()),
         }

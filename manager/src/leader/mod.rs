@@ -17,6 +17,7 @@
 mod payloads;
 mod role;
 mod sessions;
+mod tables;
 mod trust;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -26,13 +27,14 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::object::TaskStatus;
-use skep_common::{NodeId, TaskId, Timestamp};
+use skep_common::object::{NodeState, TaskStatus};
+use skep_common::{Node, NodeId, TaskId, Timestamp};
 use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{
-    Action, Command, Dirty, LeaderMemory, Outcome, State, image, node_name, plan, rotation, swarm,
+    Action, Command, Dirty, LeaderMemory, Outcome, State, image, node_name, plan, rotation, store,
+    swarm,
 };
 use skep_runtime::{TaskSet, clock};
 use tokio::net::TcpStream;
@@ -93,6 +95,25 @@ struct Carried {
     facts: Vec<Action>,
 }
 
+/// When nodes were last judged by their liveness. A look at all of them is more than each of a thousand sessions that
+/// open at once is worth.
+#[derive(Debug)]
+struct Judged {
+    /// Those that were judged.
+    nodes: store::Table<NodeId, Node>,
+    /// When to look again though nothing happens.
+    until: Option<Timestamp>,
+    /// What happened since may decide otherwise, or what was decided is not stored yet.
+    is_due: bool,
+}
+
+impl Judged {
+    fn is_due(&self, state: &State, now: Timestamp) -> bool {
+        let is_over = self.until.is_some_and(|until| until <= now);
+        self.is_due || is_over || !self.nodes.ptr_eq(state.nodes())
+    }
+}
+
 struct Leader {
     consensus: Consensus,
     door: Door,
@@ -113,7 +134,9 @@ struct Leader {
     in_flight: Option<(InFlight, Carried)>,
     /// An earlier command of this term may still be committed: nothing is decided before that is known.
     is_uncertain: bool,
+    /// When to plan though nothing happens.
     deadline: Option<Timestamp>,
+    judged: Judged,
     probes: mpsc::Receiver<Event>,
     probe_results: mpsc::Sender<Event>,
     next_tick: Instant,
@@ -145,6 +168,7 @@ impl Leader {
             // A loop of before, of the same term, may have left one.
             is_uncertain: true,
             deadline: None,
+            judged: Judged { nodes: store::Table::new(), until: None, is_due: true },
             probes,
             probe_results,
             next_tick: clock::monotonic() + TICK,
@@ -169,7 +193,7 @@ impl Leader {
                         self.handle(event);
                     }
                 }
-                Some(probed) = self.probes.recv() => self.liveness.observe(probed),
+                Some(probed) = self.probes.recv() => self.observe(probed),
                 () = sleep => self.tick(),
             }
             self.decide();
@@ -182,7 +206,8 @@ impl Leader {
         let until =
             |deadline: Option<Timestamp>| deadline.map(|at| clock::monotonic() + at.since(now));
         // While a command is in flight, a deadline that it may have dealt with must not make the loop spin.
-        let own = if self.is_current() { until(self.deadline) } else { None };
+        let own = [self.deadline, self.judged.until].into_iter().flatten().min();
+        let own = if self.is_current() { until(own) } else { None };
         [own, until(self.drain.deadline())].into_iter().flatten().fold(self.next_tick, Instant::min)
     }
 
@@ -204,6 +229,13 @@ impl Leader {
             self.liveness.observe(Event::Tick { late_by });
         }
         self.next_tick = now + TICK;
+        self.judged.is_due = true;
+    }
+
+    /// What liveness is to decide about at once.
+    fn observe(&mut self, event: Event) {
+        self.liveness.observe(event);
+        self.judged.is_due = true;
     }
 
     fn take(&mut self, commit: Commit) {
@@ -224,12 +256,15 @@ impl Leader {
                     self.sessions.open(&self.state, node_id, session_id, period, &hello, to_agent);
                 let Some(actions) = opened else { return };
                 self.liveness.observe(Event::SessionOpened { node_id, at: clock::now() });
+                let node = self.state.node(node_id);
+                let is_ready = node.is_some_and(|node| node.status.state == NodeState::Ready);
+                self.judged.is_due |= !is_ready || self.not_in_balancer.contains(&node_id);
                 self.drain.session_opened(node_id);
                 self.facts.extend(actions);
             }
             SessionEvent::Closed { node_id, session_id } => {
                 if self.sessions.close(node_id, session_id) {
-                    self.liveness.observe(Event::SessionClosed { node_id });
+                    self.observe(Event::SessionClosed { node_id });
                     self.drain.session_closed(node_id);
                 }
             }
@@ -291,14 +326,7 @@ impl Leader {
             self.propose(Command::new(now, Vec::new()), Carried::default());
             return;
         }
-        for entry in self.door.beats.iter() {
-            self.liveness.observe(Event::Beat { node_id: *entry.key(), at: *entry.value() });
-        }
-        let verdict = self.liveness.decide(&self.state, now);
-        self.door.tell_period(self.liveness.period());
-        self.probe(&verdict.probes);
-        self.not_in_balancer = verdict.not_in_balancer;
-        self.deadline = verdict.deadline;
+        let transitions = self.judge(now);
         let mut carried = Carried::default();
         let mut actions = self.next_facts();
         carried.facts.clone_from(&actions);
@@ -307,7 +335,7 @@ impl Leader {
             actions = self.sessions.descriptions(&self.state, now, ACTIONS_AT_ONCE);
         }
         if actions.is_empty() {
-            actions = verdict.actions;
+            actions = transitions;
             actions.truncate(ACTIONS_AT_ONCE);
             actions.iter().for_each(log_transition);
         }
@@ -332,6 +360,26 @@ impl Leader {
         }
     }
 
+    /// Nodes whose state changes by what was heard of them, or was not.
+    fn judge(&mut self, now: Timestamp) -> Vec<Action> {
+        if !self.judged.is_due(&self.state, now) {
+            return Vec::new();
+        }
+        for entry in self.door.beats.iter() {
+            self.liveness.observe(Event::Beat { node_id: *entry.key(), at: *entry.value() });
+        }
+        let verdict = self.liveness.decide(&self.state, now);
+        self.door.tell_period(self.liveness.period());
+        self.probe(&verdict.probes);
+        self.not_in_balancer = verdict.not_in_balancer;
+        self.judged = Judged {
+            nodes: self.state.nodes().clone(),
+            until: verdict.deadline,
+            is_due: !verdict.actions.is_empty(),
+        };
+        verdict.actions
+    }
+
     fn next_facts(&mut self) -> Vec<Action> {
         let n = self.facts.len().min(ACTIONS_AT_ONCE);
         self.facts.drain(..n).collect()
@@ -340,8 +388,7 @@ impl Leader {
     fn plan(&mut self, now: Timestamp, carried: &mut Carried) -> Vec<Action> {
         let dirty = std::mem::take(&mut self.dirty);
         let plan = plan(&self.state, &mut self.memory, &dirty, now, &mut self.rng);
-        let wake = plan.deadline.map(|(at, _)| at);
-        self.deadline = [self.deadline, wake].into_iter().flatten().min();
+        self.deadline = plan.deadline.map(|(at, _)| at);
         carried.is_plan = true;
         plan.actions
     }

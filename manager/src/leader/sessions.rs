@@ -4,27 +4,25 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use super::payloads;
 use super::role::role_of;
+use super::tables::Encoded;
 use super::trust::{Renewals, Trust};
 use skep_common::limits::{
     CONDITION_CHARS_MAX, DESCRIPTION_BYTES_MAX, DESCRIPTION_PERIOD, PORT_CONDITIONS_MAX,
 };
 use skep_common::object::{self, NodeDescription};
 use skep_common::spec::PortProtocol;
-use skep_common::wireguard::{WireguardKey, WireguardKeys};
-use skep_common::{NetworkId, NodeId, Object, ServiceId, TaskId, Timestamp};
+use skep_common::{NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
 use skep_manager_core::claims::Claims;
-use skep_manager_core::endpoints::networks::{
-    Endpoint, NamedPort, NetworkChanges, NetworkService, Settings,
-};
-use skep_manager_core::endpoints::{self, Drain, NodeTable, PortKey};
+use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::{Action, Expect, State, level, rotation, store};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
-    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport, MeshBackend,
-    MeshPeer, MeshPort, MeshPortKey, MeshUpdate, NetworkEndpoint, NetworkSettings, NetworkUpdate,
+    Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport,
     PortCondition, REMOVED_METADATA, Welcome,
 };
 use skep_runtime::identity::sign_grant;
@@ -64,17 +62,22 @@ pub(super) struct Sessions {
     open: BTreeMap<NodeId, Session>,
     held_back: BTreeSet<TaskId>,
     duties: CopyDuties,
+    encoded: Encoded,
+    for_all: KeptForAll,
     /// Images or nodes changed: duties are chosen anew.
     are_duties_stale: bool,
     renewals: Renewals,
     /// The newest state that was looked at for what it has for whom.
     seen: State,
-    /// The nodes, of which version, that all descriptions were compared with, and when to compare them
-    /// again.
-    described: Option<(Nodes, Option<Timestamp>)>,
+    /// What nodes have of what only one may have, as stored.
+    claims: Claims,
+    /// The level of the managers, as of the nodes that the claims are of.
+    level: u32,
+    /// What these nodes say of themselves is to be compared with the store.
+    undescribed: BTreeSet<NodeId>,
+    /// Of what these nodes say something is not accepted: compared again whenever a node changes.
+    not_accepted: BTreeSet<NodeId>,
 }
-
-type Nodes = store::Table<NodeId, object::Node>;
 
 impl Sessions {
     pub(super) fn new(term: u64) -> Self {
@@ -83,10 +86,15 @@ impl Sessions {
             open: BTreeMap::new(),
             held_back: BTreeSet::new(),
             duties: CopyDuties::new(),
+            encoded: Encoded::default(),
+            for_all: KeptForAll::default(),
             are_duties_stale: true,
             renewals: Renewals::default(),
             seen: State::default(),
-            described: None,
+            claims: Claims::default(),
+            level: 0,
+            undescribed: BTreeSet::new(),
+            not_accepted: BTreeSet::new(),
         }
     }
 
@@ -144,9 +152,9 @@ impl Sessions {
                 return refuse(Status::invalid_argument(format!("the node's address: {error}")));
             }
         };
-        let told_managers = manager_addresses(state);
+        let for_all = self.for_all.of(state);
+        let (told_managers, told_trust) = (for_all.managers.clone(), for_all.trust.clone());
         let told_role = role_of(node);
-        let told_trust = Trust::of(state);
         let welcome = Welcome {
             session_id: format!("{session_id:016x}"),
             heartbeat_millis: u64::try_from(period.as_millis()).unwrap_or(u64::MAX),
@@ -178,7 +186,7 @@ impl Sessions {
             address,
         };
         self.open.insert(node_id, session);
-        self.described = None;
+        self.undescribed.insert(node_id);
         Some(holdings(state, node_id, &hello.image_digests))
     }
 
@@ -188,7 +196,7 @@ impl Sessions {
         match description(json) {
             Ok(description) => {
                 session.description = description;
-                self.described = None;
+                self.undescribed.insert(node_id);
             }
             Err(error) => {
                 tracing::warn!(node.id = %node_id, %error, "an unreadable description is ignored");
@@ -205,49 +213,60 @@ impl Sessions {
         now: Timestamp,
         n_max: usize,
     ) -> Vec<Action> {
-        let is_current = self.described.as_ref().is_some_and(|(nodes, again_at)| {
-            nodes.ptr_eq(state.nodes()) && again_at.is_none_or(|at| now < at)
-        });
-        if is_current {
-            return Vec::new(); // The claims of all nodes are worth collecting only for news.
-        }
-        let mut claims = Claims::of(state);
-        let level = level::of_managers(state);
-        let is_known = level >= level::FACTS;
-        let (mut actions, mut again_at) = (Vec::new(), None);
-        for (node_id, session) in &mut self.open {
-            let Some(node) = state.node(*node_id) else { continue };
-            let due_at = session.described_at.map(|at| at.after(DESCRIPTION_PERIOD));
-            let wait = due_at.filter(|at| now < *at);
-            if wait.is_some() || actions.len() == n_max {
-                again_at = [again_at, wait.or(Some(now))].into_iter().flatten().min();
+        self.look_at_nodes(state);
+        let (level, mut actions) = (self.level, Vec::new());
+        for node_id in std::mem::take(&mut self.undescribed) {
+            let (Some(session), Some(node)) = (self.open.get_mut(&node_id), state.node(node_id))
+            else {
+                self.not_accepted.remove(&node_id);
                 continue;
-            }
-            let mut changed = (**node).clone();
-            let mut description = claims.accept(*node_id, &session.description);
+            };
+            let mut description = self.claims.accept(node_id, &session.description);
+            match description == session.description {
+                true => self.not_accepted.remove(&node_id),
+                false => self.not_accepted.insert(node_id),
+            };
             if level < level::CONTROL {
                 // A manager that has not said its level yet is no reason to forget what is stored.
                 let stored = node.description.as_ref();
                 description.tls_info = stored.and_then(|stored| stored.tls_info.clone());
             }
+            let mut changed = (**node).clone();
             changed.description = Some(description);
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
             let conditions = session.conditions.as_ref();
+            let is_known = level >= level::FACTS;
             if let Some(conditions) = conditions.filter(|said| is_known || said.is_empty()) {
                 changed.status.port_conditions.clone_from(conditions);
             }
-            if changed != **node {
+            if changed == **node {
+                continue;
+            }
+            // Also if it is written now: it may be refused, or be out of date by then.
+            self.undescribed.insert(node_id);
+            let is_due = session.described_at.is_none_or(|at| now >= at.after(DESCRIPTION_PERIOD));
+            if is_due && actions.len() < n_max {
                 session.described_at = Some(now);
                 let expect = Expect::Version(node.meta.version);
                 actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
-                // If it is refused it is decided anew.
-                let due_at = now.after(DESCRIPTION_PERIOD);
-                again_at = Some(again_at.map_or(due_at, |at: Timestamp| at.min(due_at)));
             }
         }
-        self.described = Some((state.nodes().clone(), again_at));
         actions
+    }
+
+    /// Has those compared with the store for which another state of the nodes may decide otherwise.
+    fn look_at_nodes(&mut self, state: &State) {
+        let concerned = self.claims.update(state.nodes());
+        if concerned.is_empty() {
+            return;
+        }
+        let level = level::of_managers(state);
+        match level == self.level {
+            true => self.undescribed.extend(concerned.iter().chain(&self.not_accepted)),
+            false => self.undescribed.extend(self.open.keys()),
+        }
+        self.level = level;
     }
 
     /// Whether that was the node's current session.
@@ -293,7 +312,7 @@ impl Sessions {
             conditions.iter().take(PORT_CONDITIONS_MAX).filter_map(port_condition).collect();
         read.sort();
         let known = session.conditions.replace(read.clone()).unwrap_or_default();
-        self.described = None;
+        self.undescribed.insert(node_id);
         for condition in read.iter().filter(|condition| !known.contains(condition)) {
             let (port, protocol) = (condition.published_port, condition.protocol.name());
             let message = &condition.message;
@@ -330,6 +349,7 @@ impl Sessions {
         held_back: BTreeSet<TaskId>,
         now: Timestamp,
     ) {
+        let are_nodes_same = state.nodes().ptr_eq(self.seen.nodes());
         self.look_at(state);
         for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>()
         {
@@ -349,13 +369,13 @@ impl Sessions {
             self.duties = assignments::copy_duties(state);
         }
         self.open.retain(|node_id, _| {
-            let is_member = state.node(*node_id).is_some();
+            let is_member = are_nodes_same || state.node(*node_id).is_some();
             if !is_member {
                 drain.session_closed(*node_id); // Nobody waits for a node that was removed.
             }
             is_member
         });
-        let for_all = ForAll { managers: manager_addresses(state), trust: Trust::of(state) };
+        let for_all = self.for_all.of(state);
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
             if !session.is_dirty && !is_stale(session) {
@@ -378,7 +398,12 @@ impl Sessions {
             );
             session.is_dirty = false;
             let is_news = is_stale(session);
-            let table = is_news.then(|| (version, drain.of_node(*node_id)));
+            let table = is_news.then(|| {
+                let told = session.told_table.as_ref().map(|(_, told)| told);
+                let table = drain.of_node(*node_id);
+                let encoded = self.encoded.update(told, version, &table);
+                ((version, table), encoded)
+            });
             let message = news(session, state, *node_id, set, table, &for_all, now);
             if is_news {
                 drain.sent(*node_id);
@@ -438,9 +463,34 @@ fn holdings(state: &State, node_id: NodeId, held: &[String]) -> Vec<Action> {
 }
 
 /// What every node is told alike.
+#[derive(Debug, Clone, Default)]
 struct ForAll {
     managers: Vec<String>,
     trust: Trust,
+}
+
+/// The same, with what of a state it is of.
+#[derive(Debug, Default)]
+struct KeptForAll {
+    nodes: store::Table<NodeId, object::Node>,
+    cluster: Option<Arc<object::Cluster>>,
+    for_all: Arc<ForAll>,
+}
+
+impl KeptForAll {
+    fn of(&mut self, state: &State) -> Arc<ForAll> {
+        let is_cluster_same = match (&self.cluster, state.cluster()) {
+            (Some(known), Some(cluster)) => Arc::ptr_eq(known, cluster),
+            (None, None) => true,
+            _ => false,
+        };
+        if !is_cluster_same || !self.nodes.ptr_eq(state.nodes()) {
+            let for_all = ForAll { managers: manager_addresses(state), trust: Trust::of(state) };
+            let (nodes, cluster) = (state.nodes().clone(), state.cluster().cloned());
+            *self = Self { nodes, cluster, for_all: Arc::new(for_all) };
+        }
+        Arc::clone(&self.for_all)
+    }
 }
 
 fn news(
@@ -448,13 +498,11 @@ fn news(
     state: &State,
     node_id: NodeId,
     set: assignments::AssignmentSet,
-    table: Option<(u64, NodeTable)>,
+    table: Option<((u64, NodeTable), Bytes)>,
     for_all: &ForAll,
     now: Timestamp,
 ) -> Option<Assignments> {
     let ForAll { managers, trust } = for_all;
-    let told = session.told_table.as_ref().map(|(_, told)| told);
-    let mesh = table.as_ref().map(|(version, table)| mesh_update(told, *version, table));
     let role = state.node(node_id).map(|node| role_of(node)).unwrap_or_default();
     let is_role_new = role != session.told_role;
     let is_management_new = *managers != session.told_managers;
@@ -478,7 +526,7 @@ fn news(
             removed_secrets: texts(&message.changes.removed_payloads),
             ..Assignments::default()
         },
-        None if mesh.is_some()
+        None if table.is_some()
             || is_management_new
             || is_role_new
             || is_trust_new
@@ -494,9 +542,9 @@ fn news(
         }
         None => return None,
     };
-    if table.is_some() {
-        session.told_table = table;
-        message.mesh = mesh;
+    if let Some((table, encoded)) = table {
+        session.told_table = Some(table);
+        message.mesh = encoded;
     }
     if is_management_new {
         session.told_managers.clone_from(managers);
@@ -560,122 +608,6 @@ fn images(
         }
     });
     assigned.collect()
-}
-
-/// What makes the table that the node was told the newest one.
-fn mesh_update(told: Option<&NodeTable>, version: u64, table: &NodeTable) -> MeshUpdate {
-    let empty = NodeTable::default();
-    let node_changes = told.unwrap_or(&empty).diff(table);
-    let changes = &node_changes.table;
-    let key = |(protocol, published): &PortKey| MeshPortKey {
-        protocol: protocol.name().to_owned(),
-        published: (*published).into(),
-    };
-    let peer = |(number, peer): (&u16, &Arc<endpoints::Peer>)| MeshPeer {
-        number: (*number).into(),
-        underlay: peer.underlay.to_string(),
-        has_ipv6: peer.ipv6.is_some(),
-        ipv6: peer.ipv6.iter().flatten().map(ToString::to_string).collect(),
-        wireguard: peer.wireguard.as_ref().map(wireguard_keys),
-        node_id: peer.node_id.to_string(),
-        port: peer.port.into(),
-        user_space: peer.is_in_user_space,
-    };
-    MeshUpdate {
-        version,
-        whole: told.is_none(),
-        peers: changes.peers.iter().map(peer).collect(),
-        removed_peers: changes.removed_peers.iter().map(|number| u32::from(*number)).collect(),
-        ports: changes.ports.iter().map(mesh_port).collect(),
-        removed_ports: changes.removed_ports.iter().map(key).collect(),
-        networks: node_changes.networks.iter().map(network_update).collect(),
-        removed_networks: node_changes.removed_networks.iter().map(ToString::to_string).collect(),
-    }
-}
-
-fn wireguard_keys(keys: &WireguardKeys) -> skep_proto::WireguardKeys {
-    let key = |key: &WireguardKey| skep_proto::WireguardKey {
-        slot: key.slot.into(),
-        public_key: key.public_key.0.to_vec().into(),
-        port: key.port.into(),
-    };
-    skep_proto::WireguardKeys {
-        current: keys.current.into(),
-        keys: keys.keys.iter().map(key).collect(),
-    }
-}
-
-fn mesh_port((id, port): (&PortKey, &Arc<endpoints::Port>)) -> MeshPort {
-    let backend = |(task_id, address): (&TaskId, &std::net::Ipv4Addr)| MeshBackend {
-        task_id: task_id.to_string(),
-        address: address.to_string(),
-        target_port: port.target_port.into(),
-    };
-    MeshPort {
-        protocol: id.0.name().to_owned(),
-        published: id.1.into(),
-        service_id: port.service_id.to_string(),
-        service: port.service.clone(),
-        policy: port.policy.name().to_owned(),
-        proxy_protocol: port
-            .proxy_protocol
-            .map(|version| version.name().to_owned())
-            .unwrap_or_default(),
-        backends: port.backends.iter().map(backend).collect(),
-    }
-}
-
-fn network_update((network_id, changes): (&NetworkId, &NetworkChanges)) -> NetworkUpdate {
-    NetworkUpdate {
-        id: network_id.to_string(),
-        whole: changes.is_whole,
-        settings: changes.settings.as_ref().map(network_settings),
-        endpoints: changes.endpoints.iter().map(|(id, place)| endpoint(*id, place)).collect(),
-        removed_endpoints: changes.removed_endpoints.iter().map(ToString::to_string).collect(),
-        services: changes.services.iter().map(|(id, entry)| network_service(*id, entry)).collect(),
-        removed_services: changes.removed_services.iter().map(ToString::to_string).collect(),
-    }
-}
-
-fn network_settings(settings: &Settings) -> NetworkSettings {
-    NetworkSettings {
-        name: settings.name.clone(),
-        vni: settings.vni,
-        subnets: settings.subnets.iter().map(ToString::to_string).collect(),
-        mtu: settings.mtu,
-        internal: settings.internal,
-        encrypted: settings.encrypted,
-    }
-}
-
-fn endpoint(task_id: TaskId, endpoint: &Endpoint) -> NetworkEndpoint {
-    NetworkEndpoint {
-        task_id: task_id.to_string(),
-        service_id: endpoint.service_id.to_string(),
-        name: endpoint.name.clone(),
-        addresses: endpoint.addresses.iter().map(ToString::to_string).collect(),
-        node_number: endpoint.node_number.into(),
-        serving: endpoint.serving,
-        hostname: endpoint.hostname.clone().unwrap_or_default(),
-    }
-}
-
-fn network_service(service_id: ServiceId, entry: &NetworkService) -> skep_proto::NetworkService {
-    skep_proto::NetworkService {
-        service_id: service_id.to_string(),
-        name: entry.name.clone(),
-        aliases: entry.aliases.clone(),
-        virtual_ips: entry.virtual_ips.iter().map(ToString::to_string).collect(),
-        ports: entry.ports.iter().map(named_port).collect(),
-    }
-}
-
-fn named_port(port: &NamedPort) -> skep_proto::NamedPort {
-    skep_proto::NamedPort {
-        name: port.name.clone(),
-        protocol: port.protocol.name().to_owned(),
-        target_port: port.target_port.into(),
-    }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@
 //! The agent is one loop that owns its state. It goes on alone when no manager answers: containers run
 //! on, health checks and balancing go on.
 //!
-//! Reading order: [`Agent`], `runner`, `session`, `mesh`, `networks`, `host_ports`, `images`, `payloads`, `task_store`.
+//! Reading order: [`Agent`], `runner`, `session`, `search`, `mesh`, `networks`, `host_ports`, `images`, `payloads`, `task_store`.
 //!
 //! # Invariants
 //!
@@ -25,6 +25,7 @@ mod mesh;
 mod networks;
 mod payloads;
 mod runner;
+mod search;
 mod session;
 mod task_store;
 #[cfg(test)]
@@ -35,13 +36,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use ipnet::Ipv4Net;
+use prost::Message as _;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_common::object::{NodeDescription, TaskStatus};
 use skep_common::spec::PortProtocol;
 use skep_common::{Task, TaskId};
 use skep_proto::agent_message::Message;
 use skep_proto::{
-    AgentMessage, Assignments, DescriptionReport, Hello, TaskReport, TaskStatusReport, Welcome,
+    AgentMessage, Assignments, DescriptionReport, Hello, MeshUpdate, TaskReport, TaskStatusReport,
+    Welcome,
 };
 use skep_runtime::TaskSet;
 use skep_runtime::transport::ChannelPool;
@@ -310,8 +313,11 @@ impl Agent {
             .iter()
             .map(|id| id.parse().map_err(|error| format!("an unreadable task id: {error}")))
             .collect::<Result<_, _>>()?;
+        let update = Some(assignments.mesh).filter(|encoded| !encoded.is_empty());
+        let update = update.map(MeshUpdate::decode).transpose();
+        let update = update.map_err(|error| format!("an unreadable table: {error}"))?;
         self.sequence = assignments.results_in;
-        if let Some(update) = assignments.mesh {
+        if let Some(update) = update {
             self.mesh.update(update);
             self.settle_host_ports(&[]);
             self.apply_tables();

@@ -13,8 +13,8 @@ use skep_common::limits::QUEUE_LENGTH;
 use skep_proto::dispatcher_client::DispatcherClient;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
-    AgentMessage, Assignments, HeartbeatRequest, Hello, LEADER_METADATA, REMOVED_METADATA, Welcome,
-    agent_message,
+    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, Hello, LEADER_METADATA,
+    LOST_METADATA, REMOVED_METADATA, Welcome, agent_message,
 };
 use skep_runtime::TaskSet;
 use skep_runtime::transport::{ChannelPool, Peer};
@@ -22,7 +22,9 @@ use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::Status;
+use tonic::{Status, Streaming};
+
+use super::search::{Asked, Search};
 
 /// First wait after a failed attempt. SwarmKit's agent begins with it as well.
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
@@ -30,8 +32,6 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BEAT_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest wait between attempts. SwarmKit waits up to 8 s; an idle attempt costs little.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// A leader answers a Hello at once; one that does not is not the leader any more.
-const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 
 /// What sends an agent's heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -185,32 +185,33 @@ pub(super) async fn run(
     hello: impl Fn() -> Hello + Send,
     events: mpsc::Sender<FromSession>,
 ) {
-    let mut leader: Option<String> = None;
+    let mut search = Search::default();
     let mut backoff = BACKOFF_MIN;
     loop {
         let candidates = options.managers.all();
-        let address = leader.take().or_else(|| pick(&candidates));
-        if let Some(address) = address {
-            match attempt(&options, &address, hello(), &events).await {
-                Ended::Redirected(to) if to != address => leader = Some(to),
-                Ended::Redirected(_) | Ended::Failed => {}
-                Ended::WasOpen => backoff = BACKOFF_MIN,
+        let asked = search.next(&candidates, &mut rand::rng());
+        let Some(asked) = asked else {
+            // All of them, in vain.
+            pause(backoff).await;
+            backoff = (backoff * 2).min(BACKOFF_MAX);
+            continue;
+        };
+        match attempt(&options, &asked, hello(), &events).await {
+            Ended::Redirected(to) => search.redirected(asked, to),
+            Ended::Failed => search.failed(asked),
+            Ended::WasOpen => {
+                search = Search::after(asked.address);
+                backoff = BACKOFF_MIN;
+                pause(backoff).await;
             }
         }
-        if leader.is_some() {
-            continue; // A redirection costs no wait; the leader it names does, if it is none.
-        }
-        let jitter = rand::rng().random_range(0.5..1.0);
-        tokio::time::sleep(backoff.mul_f64(jitter)).await;
-        backoff = (backoff * 2).min(BACKOFF_MAX);
     }
 }
 
-fn pick(candidates: &[String]) -> Option<String> {
-    if candidates.is_empty() {
-        return None;
-    }
-    Some(candidates[rand::rng().random_range(0..candidates.len())].clone())
+/// Many agents lose their session at once, and do not all come back at once.
+async fn pause(time: Duration) {
+    let jitter = rand::rng().random_range(0.5..1.0);
+    tokio::time::sleep(time.mul_f64(jitter)).await;
 }
 
 enum Ended {
@@ -219,28 +220,41 @@ enum Ended {
     WasOpen,
 }
 
-async fn attempt(
+/// Says hello and waits for the welcome.
+async fn open(
     options: &SessionOptions,
-    address: &str,
+    asked: &Asked,
     hello: Hello,
-    events: &mpsc::Sender<FromSession>,
-) -> Ended {
+) -> Result<(Welcome, mpsc::Sender<AgentMessage>, Streaming<DispatcherMessage>), Status> {
     let (to_leader, outgoing) = mpsc::channel(QUEUE_LENGTH);
     let first = AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
     to_leader.try_send(first).expect("an empty queue has room");
-    let mut client = DispatcherClient::new(options.pool.fresh(address, Peer::Manager))
+    let mut client = DispatcherClient::new(options.pool.fresh(&asked.address, Peer::Manager))
         .max_decoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX);
-    let opening = async {
-        let mut stream = client.session(ReceiverStream::new(outgoing)).await?.into_inner();
-        match stream.next().await {
-            Some(Ok(skep_proto::DispatcherMessage {
-                message: Some(Message::Welcome(welcome)),
-            })) => Ok((welcome, stream)),
-            Some(Err(status)) => Err(status),
-            _ => Err(Status::internal("the dispatcher did not begin with a welcome")),
+    let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
+    if let Some(lost) = asked.lost.as_ref().and_then(|lost| lost.parse().ok()) {
+        request.metadata_mut().insert(LOST_METADATA, lost);
+    }
+    let mut stream = client.session(request).await?.into_inner();
+    match stream.next().await {
+        Some(Ok(DispatcherMessage { message: Some(Message::Welcome(welcome)) })) => {
+            Ok((welcome, to_leader, stream))
         }
-    };
-    let (welcome, mut stream) = match tokio::time::timeout(WELCOME_DEADLINE, opening).await {
+        Some(Err(status)) => Err(status),
+        _ => Err(Status::internal("the dispatcher did not begin with a welcome")),
+    }
+}
+
+async fn attempt(
+    options: &SessionOptions,
+    asked: &Asked,
+    hello: Hello,
+    events: &mpsc::Sender<FromSession>,
+) -> Ended {
+    let address = asked.address.as_str();
+    let opening = open(options, asked, hello);
+    let (welcome, to_leader, mut stream) = match tokio::time::timeout(asked.deadline, opening).await
+    {
         Ok(Ok(opened)) => opened,
         Ok(Err(status)) => {
             tracing::debug!(manager = address, error = status.message(), "no session");
@@ -248,8 +262,8 @@ async fn attempt(
                 let _ = events.send(FromSession::Removed).await; // The agent is ending when this fails.
                 return Ended::Failed;
             }
-            let named =
-                status.metadata().get(LEADER_METADATA).and_then(|value| value.to_str().ok());
+            let named = status.metadata().get(LEADER_METADATA);
+            let named = named.and_then(|value| value.to_str().ok());
             return named.map_or(Ended::Failed, |leader| Ended::Redirected(leader.to_owned()));
         }
         Err(_) => return Ended::Failed,

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use prost::Message as _;
 use skep_common::object::{ContainerStatus, NetworkAttachment, NodeDescription, TaskStatus};
 use skep_common::spec::{
     NodeRole, PortConfig, PortProtocol, PublishMode, RestartCondition, RestartPolicy, TaskSpec,
@@ -692,7 +693,8 @@ async fn host_mode_ports_lead_to_a_task_from_its_start_until_before_its_stop() {
     let mut session = stage.session().await;
     session.welcome(1).await;
     let mesh = MeshUpdate { version: 1, whole: true, ..MeshUpdate::default() };
-    let assignments = Assignments { results_in: 1, mesh: Some(mesh), ..Assignments::default() };
+    let mesh = mesh.encode_to_vec().into();
+    let assignments = Assignments { results_in: 1, mesh, ..Assignments::default() };
     session.send(Message::Assignments(assignments)).await;
 
     let mut web = task(1, "web", TaskState::Running);

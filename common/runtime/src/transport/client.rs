@@ -10,7 +10,7 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme, version};
 use skep_common::NodeId;
-use skep_common::limits::{CONNECT_DEADLINE, RPC_DEADLINE};
+use skep_common::limits::{CONNECT_DEADLINE, RPC_DEADLINE, TLS_DEADLINE};
 use skep_common::spec::NodeRole;
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -165,18 +165,20 @@ fn connect_lazily(
     endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
         let (address, config, name) = (address.clone(), config(), name.clone());
         async move {
-            let connect = async {
-                let stream = TcpStream::connect(&address).await?;
-                stream.set_nodelay(true)?;
-                TlsConnector::from(config).connect(name, stream).await
+            let late = |what: &str, deadline: Duration| {
+                let within = deadline.as_millis();
+                let message = format!("no {what} {address} within {within} ms");
+                io::Error::new(io::ErrorKind::TimedOut, message)
             };
-            match tokio::time::timeout(deadline, connect).await {
-                Ok(stream) => stream.map(TokioIo::new),
-                Err(_) => Err(io::Error::new(
-                    io::ErrorKind::TimedOut,
-                    format!("no connection to {address} within {} ms", deadline.as_millis()),
-                )),
-            }
+            let connect = TcpStream::connect(&address);
+            let stream = tokio::time::timeout(deadline, connect).await;
+            let stream = stream.map_err(|_| late("connection to", deadline))??;
+            stream.set_nodelay(true)?;
+            let handshake = TlsConnector::from(config).connect(name, stream);
+            let stream = tokio::time::timeout(deadline.max(TLS_DEADLINE), handshake).await;
+            let stream =
+                stream.map_err(|_| late("handshake with", deadline.max(TLS_DEADLINE)))??;
+            Ok::<_, io::Error>(TokioIo::new(stream))
         }
     }))
 }

@@ -98,11 +98,16 @@ impl NodeTable {
 
     /// What makes `new` of it.
     pub fn diff(&self, new: &Self) -> NodeChanges {
-        let is_same = Arc::ptr_eq(&self.table, &new.table);
-        let mut changes = NodeChanges {
-            table: if is_same { TableChanges::default() } else { diff(&self.table, &new.table) },
-            ..NodeChanges::default()
-        };
+        let mut changes = self.diff_networks(new);
+        if !Arc::ptr_eq(&self.table, &new.table) {
+            changes.table = diff(&self.table, &new.table);
+        }
+        changes
+    }
+
+    /// The same of networks alone.
+    pub fn diff_networks(&self, new: &Self) -> NodeChanges {
+        let mut changes = NodeChanges::default();
         for (network_id, table) in &new.networks {
             match self.networks.get(network_id) {
                 Some(old) if Arc::ptr_eq(old, table) => {}

@@ -108,6 +108,42 @@ async fn a_command_planned_in_another_term_or_place_is_not_taken() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_write_is_decided_on_all_that_was_acknowledged_or_not_made() {
+    let swarm = Swarm::of(3).await;
+    let old = swarm.leader(None).await;
+    let followers: Vec<u64> = swarm.ids().into_iter().filter(|id| *id != old).collect();
+    let view = async |raft_id| within("a view", swarm.get(raft_id).view_to_write()).await.unwrap();
+    let views = [(old, view(old).await), (followers[0], view(followers[0]).await)];
+    swarm.net.cut_off(old);
+    let new = swarm.leader(Some(old)).await;
+    within("a write", swarm.get(new).propose(&put_config(1, 10))).await.unwrap();
+    swarm.net.heal();
+    swarm.converge().await;
+    // Theirs hold nothing of it, whoever is asked to write what was decided on them.
+    for ((viewer, view), writer) in
+        views.iter().flat_map(|view| swarm.ids().into_iter().map(move |id| (view, id)))
+    {
+        assert!(!has_config(&view.state, 1));
+        let command = put_config(2, 10);
+        let written = swarm.get(writer).propose_on(view, &command);
+        let error = within("a refusal", written).await.unwrap_err();
+        let is_old = matches!(error, propose::Error::NotLeader { .. });
+        assert!(is_old && !error.may_still_commit(), "{viewer}, {writer}: {error}");
+    }
+    for (number, raft_id) in (3..).zip(swarm.ids()) {
+        let view = view(raft_id).await;
+        assert!((1..number).filter(|n| *n != 2).all(|n| has_config(&view.state, n)), "{raft_id}");
+        assert!(!view.is_confirmed(), "the write confirms it");
+        let command = put_config(number, 10);
+        let written = swarm.get(raft_id).propose_on(&view, &command);
+        let written = within("a write", written).await.unwrap();
+        assert!(matches!(written, Outcome::Applied(_)), "{written:?}");
+    }
+    assert!(!has_config(&swarm.converge().await, 2));
+    swarm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_leader_that_is_cut_off_stops_leading_and_says_what_it_does_not_know() {
     let mut swarm = Swarm::of(3).await;
     let old = swarm.leader(None).await;

@@ -2,7 +2,7 @@
 
 use skep_common::object::Image;
 use skep_common::spec::{NodeRole, NodeSpec};
-use skep_common::{ImageId, Meta};
+use skep_common::{ImageId, Meta, ServiceId};
 use skep_manager_core::{Command, TaskPatch};
 
 use super::*;
