@@ -132,10 +132,16 @@ impl Lab {
     /// Compiles and packs whoami, and stores the image through n1.
     #[track_caller]
     pub fn import_whoami(&self) {
+        self.import_whoami_through("n1");
+    }
+
+    /// The same through another node.
+    #[track_caller]
+    pub fn import_whoami_through(&self, via: &str) {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let archive = whoami_archive(dir.path());
         let change = "ENTRYPOINT [\"/whoami\"]";
-        self.node("n1").skep(&["image", "import", "--change", change, &archive, WHOAMI]).ok();
+        self.node(via).skep(&["image", "import", "--change", change, &archive, WHOAMI]).ok();
     }
 
     /// Every whoami that runs as a container's first process, on whichever node.

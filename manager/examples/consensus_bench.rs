@@ -36,7 +36,13 @@ impl RaftTransport for Local {
                 Some(manager) => Ok(manager.handle(request).await),
                 None => {
                     let reason = "not started".to_owned();
-                    Err(CallError { target, addr, reason, may_have_arrived: false })
+                    Err(CallError {
+                        target,
+                        addr,
+                        reason,
+                        may_have_arrived: false,
+                        is_removed: false,
+                    })
                 }
             }
         }

@@ -79,6 +79,18 @@ impl CaService {
     }
 }
 
+/// A certificate of the swarm's authority, and the roots that its bearer trusts.
+pub fn certify(
+    state: &State,
+    csr_pem: &str,
+    node_id: NodeId,
+    role: NodeRole,
+) -> Result<(String, String), Status> {
+    let (certificate_pem, _) = CaService::sign(state, csr_pem, node_id, role)?;
+    let cluster = state.cluster().ok_or_else(|| Status::internal("the state has no swarm"))?;
+    Ok((certificate_pem, rotation::told_to_joiners(cluster)))
+}
+
 /// Compares secrets in time that does not tell where they differ.
 fn equal(left: &[u8], right: &[u8]) -> bool {
     left.len() == right.len() && left.iter().zip(right).fold(0, |acc, (l, r)| acc | (l ^ r)) == 0

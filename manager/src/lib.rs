@@ -2,7 +2,8 @@
 //!
 //! Reading order: [`manager`] (how the parts are put together), [`consensus`], [`control`] (what clients
 //! ask), [`join`] (certificates and membership), [`dispatcher`] (the agents' sessions), [`leader`] (the
-//! one loop that drives the pure core while this manager leads), [`raft_rpc`].
+//! one loop that drives the pure core while this manager leads), [`raft_rpc`], [`recovery`] (a manager that goes
+//! on alone).
 
 pub mod consensus;
 pub mod control;
@@ -12,8 +13,10 @@ pub mod leader;
 mod lock;
 pub mod manager;
 pub mod raft_rpc;
+pub mod recovery;
 mod roles;
+pub mod space;
 
 pub use manager::{Manager, ManagerOptions, NewSwarm};
 pub use skep_manager_core::command::FORMAT_LEVEL;
-pub use skep_manager_core::swarm;
+pub use skep_manager_core::{State, swarm};

@@ -8,7 +8,7 @@ use skep_common::limits::{ANONYMOUS_MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX};
 use skep_common::object::{Cluster, JoinTokens, ManagerStatus, Network};
 use skep_common::spec::{Availability, Base64, NetworkSpec, NodeRole, SwarmSpec};
 use skep_common::{ClusterId, Meta, NetworkId, NodeId, Object};
-use skep_manager_core::{Action, Command, Expect, Outcome};
+use skep_manager_core::{Action, Command, Expect, Outcome, State};
 use skep_proto::ca_server::CaServer;
 use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
@@ -21,13 +21,14 @@ use tokio::sync::watch;
 use tonic::Status;
 use tonic::service::Routes;
 
-use crate::consensus::{self, Consensus, DataKey, StopReason};
+use crate::consensus::{self, Consensus, DataKey, MemberRole, ReadError, StopReason};
 use crate::control::{Audited, ContainersService, ControlService};
 use crate::dispatcher::{DispatcherService, Door};
 use crate::join::{self, CaService};
 use crate::leader;
 use crate::lock;
 use crate::raft_rpc::{GrpcTransport, RaftService, ask_to_add};
+use crate::space::{self, Full};
 
 /// What a manager needs.
 #[derive(Debug)]
@@ -78,6 +79,7 @@ pub struct Manager {
     consensus: Consensus,
     control: ControlService,
     door: Door,
+    space: watch::Receiver<Option<Full>>,
     tasks: TaskSet,
 }
 
@@ -92,6 +94,7 @@ impl Manager {
         let tasks = TaskSet::new();
         let (kept, lock_version) = watch::channel(options.files.lock_version());
         tasks.spawn("lock", lock::follow(consensus.clone(), options.files.clone(), kept));
+        let space = space::watch(options.raft_dir.clone(), consensus.clone(), &tasks);
         let control = ControlService::new(
             consensus.clone(),
             options.node_id,
@@ -99,10 +102,11 @@ impl Manager {
             options.address.clone(),
             tasks.clone(),
             lock_version,
+            space.clone(),
         );
         let door = Door::new();
         tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));
-        Ok(Self { options, consensus, control, door, tasks })
+        Ok(Self { options, consensus, control, door, space, tasks })
     }
 
     /// Founds a new swarm with this manager as its only one, and returns the worker token's secret.
@@ -177,6 +181,17 @@ impl Manager {
         Audited::new(self.control.clone())
     }
 
+    /// The swarm as a majority of the managers has it; an error where there is none.
+    pub async fn read_state(&self) -> Result<State, ReadError> {
+        self.consensus.read_state().await
+    }
+
+    /// How many managers vote.
+    pub fn n_voters(&self) -> usize {
+        let members = self.consensus.members();
+        members.iter().filter(|member| member.role == MemberRole::Voter).count()
+    }
+
     /// Adds this manager's services to those of the one port.
     pub fn add_routes(&self, routes: Routes) -> Routes {
         let consensus = || self.consensus.clone();
@@ -210,6 +225,11 @@ impl Manager {
     /// Waits until consensus takes no part any more, and says why.
     pub async fn stopped(&self) -> StopReason {
         self.consensus.stopped().await
+    }
+
+    /// Whether its disk is full, as that changes.
+    pub fn space(&self) -> watch::Receiver<Option<Full>> {
+        self.space.clone()
     }
 
     /// Hands the lead over, and stops. What was acknowledged is on disk.

@@ -5,6 +5,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use skep_common::NodeId;
 use skep_common::limits::{MESSAGE_BYTES_MAX, RPC_DEADLINE};
+use skep_proto::REMOVED_METADATA;
 use skep_proto::raft_client::RaftClient;
 use skep_proto::raft_server::Raft;
 use skep_proto::{
@@ -56,12 +57,15 @@ impl RaftTransport for GrpcTransport {
                 addr,
                 reason,
                 may_have_arrived,
+                is_removed: false,
             };
             match tokio::time::timeout(deadline, send(channel, request)).await {
                 Ok(Ok(message)) => Ok(message.into_inner().payload),
                 Ok(Err(status)) => {
                     let arrived = may_have_arrived(&status);
-                    Err(failed(status.message().to_owned(), arrived))
+                    let is_removed = status.metadata().contains_key(REMOVED_METADATA);
+                    let error = failed(status.message().to_owned(), arrived);
+                    Err(CallError { is_removed, ..error })
                 }
                 Err(_) => {
                     Err(failed(format!("no answer within {} ms", deadline.as_millis()), true))

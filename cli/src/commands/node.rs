@@ -203,6 +203,13 @@ async fn ls(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     Ok(ui.data(render(&VIEW, &rows, args.format.as_deref(), args.quiet)?)?)
 }
 
+/// Whether it is there, and what is wrong with it all the same.
+fn status(node: &Node) -> String {
+    let state = capitalize(node.status.state.name());
+    let is_full = node.description.as_ref().is_some_and(|said| said.disk_full.is_some());
+    if is_full { format!("{state}, disk full") } else { state }
+}
+
 fn row(node: &Node, is_self: bool) -> Value {
     let manager = node.manager_status.as_ref();
     let manager =
@@ -212,7 +219,7 @@ fn row(node: &Node, is_self: bool) -> Value {
         "ID": node.id,
         "Self": is_self,
         "Hostname": description.map(|description| description.hostname.as_str()).unwrap_or_default(),
-        "Status": capitalize(node.status.state.name()),
+        "Status": status(node),
         "Availability": capitalize(node.spec.availability.name()),
         "ManagerStatus": capitalize(manager.unwrap_or_default()),
         "EngineVersion": description

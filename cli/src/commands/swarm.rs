@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use skep_proto::{InitSwarmRequest, JoinSwarmRequest, JoinTokenRequest, LeaveSwarmRequest};
+use skep_proto::{
+    InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest, JoinTokenRequest, LeaveSwarmRequest,
+};
 
 use super::swarm_update::SettingsArgs;
 use crate::client::{Client, Refusal};
@@ -20,10 +22,8 @@ pub(crate) enum Command {
     /// Leave the swarm
     Leave(LeaveArgs),
     /// Write the swarm into a file
-    #[command(hide = true)]
     Backup(super::swarm_backup::BackupArgs),
-    /// Make a swarm of such a file
-    #[command(hide = true)]
+    /// Make this machine the only manager of the swarm in such a file
     Restore(super::swarm_backup::RestoreArgs),
     /// Display and rotate the root CA
     Ca(super::swarm_ca::CaArgs),
@@ -35,6 +35,9 @@ pub(crate) enum Command {
     Update(super::swarm_update::UpdateArgs),
 }
 
+/// Where a node listens unless told otherwise: Docker's default.
+const DEFAULT_LISTEN: &str = "0.0.0.0:2377";
+
 /// Where a node listens and how others reach it.
 #[derive(Debug, Args)]
 pub(crate) struct AddressArgs {
@@ -45,13 +48,13 @@ pub(crate) struct AddressArgs {
         default_value = "",
         hide_default_value = true
     )]
-    advertise_addr: String,
+    pub(super) advertise_addr: String,
     /// Listen address
-    #[arg(long, help = "Listen address (format: \"<ip>[:port]\")", default_value = "0.0.0.0:2377")]
-    listen_addr: String,
+    #[arg(long, help = "Listen address (format: \"<ip>[:port]\")", default_value = DEFAULT_LISTEN)]
+    pub(super) listen_addr: String,
     /// Availability of the node
     #[arg(long, default_value = "active", value_parser = ["active", "pause", "drain"])]
-    availability: String,
+    pub(super) availability: String,
 }
 
 /// `skep swarm init`
@@ -70,6 +73,12 @@ pub(crate) struct InitArgs {
     default_addr_pool_mask_length: Option<u32>,
     #[command(flatten)]
     settings: SettingsArgs,
+    /// Force create a new cluster from current state
+    #[arg(
+        long,
+        help = "Go on with this manager alone, with the state that it has, where the others are lost for good"
+    )]
+    force_new_cluster: bool,
 }
 
 /// `skep swarm join`
@@ -121,8 +130,8 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
             client.machine().leave_swarm(request).await.map_err(Refusal)?;
             Ok(ui.line("Node left the swarm.")?)
         }
-        Command::Backup(args) => super::swarm_backup::backup(&args),
-        Command::Restore(args) => super::swarm_backup::restore(&args),
+        Command::Backup(args) => super::swarm_backup::backup(&args, client, ui).await,
+        Command::Restore(args) => super::swarm_backup::restore(args, client, ui).await,
         Command::Ca(args) => super::swarm_ca::run(&args, client, ui).await,
         Command::Unlock(args) => super::swarm_lock::unlock(&args, client, ui).await,
         Command::UnlockKey(args) => super::swarm_lock::unlock_key(&args, client, ui).await,
@@ -132,9 +141,12 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
 
 async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let spec_json = args.settings.of_new_swarm()?;
+    // A former manager goes on listening where it did.
+    let is_default = args.force_new_cluster && args.address.listen_addr == DEFAULT_LISTEN;
     let request = InitSwarmRequest {
         advertise_addr: args.address.advertise_addr,
-        listen_addr: args.address.listen_addr,
+        listen_addr: if is_default { String::new() } else { args.address.listen_addr },
+        force_new_cluster: args.force_new_cluster,
         availability: args.address.availability,
         spec_json,
         ingress_pool: args.ingress_addr_pool,
@@ -143,18 +155,27 @@ async fn init(args: InitArgs, client: &Client, ui: &mut Ui) -> Result<()> {
         ..InitSwarmRequest::default()
     };
     let made = client.machine().init_swarm(request).await.map_err(Refusal)?.into_inner();
-    ui.line(format_args!(
-        "Swarm initialized: current node ({}) is now a manager.\n",
-        made.node_id
-    ))?;
-    ui.line(join_command("worker", &made.worker_token, &made.address))?;
-    ui.line(
-        "To add a manager to this swarm, run 'skep swarm join-token manager' and follow the instructions.",
-    )?;
+    tell_begun(&made, ui)?;
     if !made.unlock_key.is_empty() {
         ui.line("")?;
         super::swarm_lock::tell(&made.unlock_key, ui)?;
     }
+    Ok(())
+}
+
+/// Says that a swarm has begun, and how others come to it.
+pub(super) fn tell_begun(made: &InitSwarmResponse, ui: &mut Ui) -> Result<()> {
+    ui.line(format_args!(
+        "Swarm initialized: current node ({}) is now a manager.\n",
+        made.node_id
+    ))?;
+    for note in &made.notes {
+        ui.line(format_args!("{note}\n"))?;
+    }
+    ui.line(join_command("worker", &made.worker_token, &made.address))?;
+    ui.line(
+        "To add a manager to this swarm, run 'skep swarm join-token manager' and follow the instructions.",
+    )?;
     Ok(())
 }
 

@@ -33,7 +33,7 @@ pub(super) async fn unlock(_: &UnlockArgs, client: &Client, ui: &mut Ui) -> Resu
 }
 
 /// A line of standard input; on a terminal it is asked for, and not shown.
-fn read_key(ui: &mut Ui) -> Result<String> {
+pub(super) fn read_key(ui: &mut Ui) -> Result<String> {
     let stdin = std::io::stdin();
     let mut key = String::new();
     if !stdin.is_terminal() {

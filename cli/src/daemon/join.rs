@@ -26,19 +26,19 @@ use super::address;
 use super::machine::{Machine, Membership};
 use super::node::{Node, Parts};
 use super::record::{NodeRecord, RecordFile};
-use super::unlock;
+use super::{recovery, unlock};
 
 const DEFAULT_INGRESS_POOL: &str = "10.192.0.0/10";
 
-fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
+pub(super) fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
     Status::internal(Chain(error).to_string())
 }
 
-fn failed(error: &anyhow::Error) -> Status {
+pub(super) fn failed(error: &anyhow::Error) -> Status {
     Status::internal(format!("{error:#}"))
 }
 
-fn refuse_member(machine: &Machine) -> Result<(), Status> {
+pub(super) fn refuse_member(machine: &Machine) -> Result<(), Status> {
     match machine.membership() {
         Membership::Outside => Ok(()),
         Membership::Failed(obstacle) => Err(obstacle.status()),
@@ -54,7 +54,9 @@ pub(super) async fn init(
     machine: &Machine,
     request: InitSwarmRequest,
 ) -> Result<InitSwarmResponse, Status> {
-    refuse_unsupported(&request)?;
+    if request.force_new_cluster {
+        return recovery::force_new_cluster(machine, request).await;
+    }
     let _changing = machine.changing().await?;
     refuse_member(machine)?;
     let options = &machine.inner.options;
@@ -91,7 +93,7 @@ pub(super) async fn init(
         is_voter: true,
         ..NodeRecord::at(advertise, listen)
     };
-    let entering = Entering { machine, credentials, record };
+    let entering = Entering { machine, credentials, raft_key: RaftKey::generate(), record };
     let secret = entering
         .enter(async |node: &Node| {
             let manager = node.manager.as_ref().expect("a node with a Raft id is a manager");
@@ -115,6 +117,7 @@ pub(super) async fn init(
         worker_token: JoinToken { root_digest, secret }.to_string(),
         address: advertise.to_string(),
         unlock_key: unlock_text,
+        notes: Vec::new(),
     })
 }
 
@@ -133,15 +136,7 @@ fn settings(request: &InitSwarmRequest) -> Result<SwarmSpec, Status> {
     Ok(spec)
 }
 
-/// Refuses what clients can ask of `init` and nothing acts on.
-fn refuse_unsupported(request: &InitSwarmRequest) -> Result<(), Status> {
-    if request.force_new_cluster {
-        return Err(Status::unimplemented("swarm init --force-new-cluster is not supported yet"));
-    }
-    Ok(())
-}
-
-fn or_configured<'a>(asked: &'a str, configured: Option<&'a str>) -> &'a str {
+pub(super) fn or_configured<'a>(asked: &'a str, configured: Option<&'a str>) -> &'a str {
     if asked.is_empty() { configured.unwrap_or_default() } else { asked }
 }
 
@@ -179,7 +174,8 @@ pub(super) async fn join(
     let credentials =
         Credentials { certificate_pem: issued.certificate_pem, key_pem: csr.key_pem, root_pem };
     let managers = issued.managers;
-    Entering { machine, credentials, record }
+    let raft_key = RaftKey::generate();
+    Entering { machine, credentials, raft_key, record }
         .enter(async |node: &Node| match &node.manager {
             Some(manager) => manager.join(&managers).await,
             None => Ok(()),
@@ -232,20 +228,20 @@ async fn ask(
 }
 
 /// A machine on its way into a swarm. What fails leaves it outside, with nothing on disk.
-struct Entering<'a> {
-    machine: &'a Machine,
-    credentials: Credentials,
-    record: NodeRecord,
+pub(super) struct Entering<'a> {
+    pub(super) machine: &'a Machine,
+    pub(super) credentials: Credentials,
+    pub(super) raft_key: RaftKey,
+    pub(super) record: NodeRecord,
 }
 
 impl Entering<'_> {
-    async fn enter<T>(
+    pub(super) async fn enter<T>(
         self,
         become_member: impl AsyncFnOnce(&Node) -> Result<T, Status>,
     ) -> Result<T, Status> {
-        let Self { machine, credentials, record } = self;
+        let Self { machine, credentials, raft_key, record } = self;
         let options = &machine.inner.options;
-        let raft_key = RaftKey::generate();
         let file = RecordFile::in_data_dir(&options.data_dir);
         file.store(&record).map_err(|error| failed(&error))?;
         let image_store = machine.inner.image_store.clone();
@@ -284,7 +280,7 @@ impl Entering<'_> {
 }
 
 /// Removes everything that makes this machine a member; images stay.
-fn forget(machine: &Machine) {
+pub(super) fn forget(machine: &Machine) {
     let options = &machine.inner.options;
     let mut failures = Vec::new();
     if let Err(error) = machine.inner.files.remove() {
@@ -296,7 +292,7 @@ fn forget(machine: &Machine) {
     if let Err(error) = Keyring::remove(&options.data_dir) {
         failures.push(Chain(&error).to_string());
     }
-    for directory in ["raft", "tasks"] {
+    for directory in ["raft", "raft.new", "raft.old", "tasks"] {
         let path = options.data_dir.join(directory);
         match std::fs::remove_dir_all(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -368,7 +364,7 @@ async fn leave_unseen(machine: &Machine, force: bool) -> Result<(), Status> {
 }
 
 /// Ends every container of this machine: its swarm is no more.
-async fn remove_containers(machine: &Machine) -> Result<(), Status> {
+pub(super) async fn remove_containers(machine: &Machine) -> Result<(), Status> {
     use skep_worker::container::ContainerRuntime;
     let runtime = ContainerRuntime::open(machine.inner.options.containers());
     let runtime = runtime.map_err(|error| internal(&error))?;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use skep_common::NodeId;
+use skep_manager::space::Full;
 use skep_proto::machine_server::Machine as MachineApi;
 use skep_proto::{
     InfoRequest, InfoResponse, InitSwarmRequest, InitSwarmResponse, JoinSwarmRequest,
@@ -162,6 +163,9 @@ impl MachineApi for Machine {
                 info.advertise_addr.clone_from(&node.record.advertise_addr);
                 info.managers = node.managers.all();
                 info.payloads = node.payloads.names();
+                let space = node.manager.as_ref().map(|manager| manager.space());
+                let full = space.and_then(|space| space.borrow().as_ref().map(Full::to_string));
+                info.warnings.extend(full);
             }
         }
         Ok(Response::new(info))
@@ -223,7 +227,10 @@ impl MachineApi for Machine {
         &self,
         request: Request<Streaming<RestoreRequest>>,
     ) -> Result<Response<InitSwarmResponse>, Status> {
-        Ok(Response::new(restore::restore(self, request.into_inner()).await?))
+        let (header, bytes) = restore::receive(request.into_inner()).await?;
+        let machine = self.clone();
+        let work = async move { restore::restore(&machine, header, bytes).await };
+        Ok(Response::new(self.run_to_end("swarm restore", work).await?))
     }
 }
 

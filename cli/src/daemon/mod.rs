@@ -21,6 +21,7 @@ mod metrics;
 mod node;
 mod options;
 mod record;
+mod recovery;
 mod renewal;
 mod restore;
 mod resume;

@@ -13,6 +13,7 @@ use skep_common::placeholder::NodeFacts;
 use skep_common::spec::{NodeRole, Platform, Resources};
 use skep_common::wireguard::WireguardDescription;
 use skep_manager::control::Audited;
+use skep_manager::space::Full;
 use skep_manager::{Manager, ManagerOptions};
 use skep_proto::peer_server::PeerServer;
 use skep_proto::{LogRecord, TaskLogsRequest};
@@ -222,7 +223,13 @@ impl Node {
         let mut described = description(options, self.uplink.interface());
         let tls = self.tls.clone();
         let mut credentials = tls.watch();
+        let mut space = match &self.manager {
+            Some(manager) => manager.space(),
+            None => watch::channel(None).1,
+        };
+        let seen = space.clone();
         let mut describe = move |pairs: &Pairs, failure: &Option<String>| {
+            described.disk_full = seen.borrow().as_ref().map(Full::to_string);
             described.wireguard = Some(match &implementation {
                 Ok(name) => WireguardDescription {
                     implementation: failure.clone().unwrap_or_else(|| name.clone()),
@@ -250,6 +257,7 @@ impl Node {
                     changed = pairs.changed() => changed,
                     changed = failure.changed() => changed,
                     changed = credentials.changed() => changed,
+                    Ok(()) = space.changed() => Ok(()), // A worker has none to watch.
                 };
                 if changed.is_err() {
                     return;

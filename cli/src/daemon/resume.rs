@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use skep_manager::consensus::StopReason;
+use skep_manager::recovery::switch;
 use skep_runtime::clock;
 use skep_runtime::identity::Stored;
 use skep_runtime::telemetry::Chain;
@@ -24,7 +25,7 @@ use tonic::{Code, Status};
 use super::machine::{Machine, Membership};
 use super::node::{Node, Parts, Passing};
 use super::record::RecordFile;
-use super::role;
+use super::{join, role};
 
 /// An address that comes up while the machine boots is there within seconds.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -55,6 +56,14 @@ impl Obstacle {
             "this node cannot take part in its swarm: {why}; {remedy}, or give the swarm up with `skep swarm leave --force`"
         );
         Self { sentence, may_pass }
+    }
+
+    /// Of a manager that the swarm went on without.
+    fn superseded(why: &str) -> Self {
+        let sentence = format!(
+            "this manager is not in its swarm any more: {why}; its containers were stopped, `skep swarm leave --force` here and join again"
+        );
+        Self { sentence, may_pass: false }
     }
 
     /// What a request gets that needs the swarm.
@@ -103,6 +112,10 @@ async fn start(machine: &Machine) -> Result<Membership> {
     let file = RecordFile::in_data_dir(&options.data_dir);
     let record = file.load()?;
     let (is_voter, managers) = (record.is_voter, record.managers.clone());
+    if let Some(raft_id) = record.raft_id {
+        let switched = switch(&options.data_dir.join("raft"), raft_id);
+        switched.context("failed to put this manager's data into its place")?;
+    }
     let image_store = machine.inner.image_store.clone();
     let parts = Parts { credentials, raft_key, files, record, image_store };
     let node = Node::start(options, parts).await?;
@@ -185,6 +198,10 @@ async fn next_step(membership: &Membership, pause: Duration) -> Step {
             };
             tokio::select! {
                 reason = stopped => {
+                    if let (StopReason::Storage(_), Some(manager)) = (&reason, &node.manager) {
+                        // What it knew is shown until there is room.
+                        let _ = manager.space().wait_for(Option::is_none).await;
+                    }
                     // A shutdown is the work of whoever changes the membership next.
                     if !matches!(reason, StopReason::Shutdown) {
                         return Step::TakeOut(Arc::clone(node), reason);
@@ -206,9 +223,19 @@ impl Step {
             Self::TakeOut(node, reason) => {
                 node.stop().await;
                 node.release().await;
-                // A disk may be freed; what cannot be applied stays so with this version.
-                let may_pass = matches!(reason, StopReason::Storage(_));
-                let obstacle = Obstacle::new(&Chain(&reason).to_string(), may_pass);
+                let why = Chain(&reason).to_string();
+                let obstacle = match reason {
+                    StopReason::Superseded(_) => {
+                        // The swarm runs them elsewhere.
+                        if let Err(status) = join::remove_containers(machine).await {
+                            let why = status.message();
+                            tracing::error!(why, "a container of this machine was not removed");
+                        }
+                        Obstacle::superseded(&why)
+                    }
+                    // A disk may be freed; what cannot be applied stays so with this version.
+                    reason => Obstacle::new(&why, matches!(reason, StopReason::Storage(_))),
+                };
                 tracing::error!(why = %obstacle.sentence, "this machine is not in its swarm any more");
                 machine.set_membership(Membership::Failed(Arc::new(obstacle)));
             }

@@ -86,6 +86,9 @@ pub struct NodeDescription {
     /// What balances published ports there; absent of nodes of versions that know the kernel alone.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ingress: Option<IngressDescription>,
+    /// Why its manager takes no writes, where its disk is full.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_full: Option<String>,
     /// Kept and not acted on: CSIInfo, ….
     #[serde(flatten)]
     pub extra: Extra,

@@ -1,17 +1,19 @@
 //! Format levels: which version of the program understands a command, and a state.
 //!
 //! A command and a snapshot have the lowest level that they are understood at, so that managers of an
-//! earlier version go on in a swarm that does not use what is new. What users ask for is their decision;
-//! what the leader writes by itself waits until [`of_managers`] says that all managers understand it.
+//! earlier version go on in a swarm that does not use what is new. What users ask for is refused while a
+//! manager would not understand it ([`check`]); what the leader writes by itself waits until [`of_managers`]
+//! says that all do.
 
 use skep_common::object::{Cluster, NetworkAttachment, Node, Service, Task, TaskStatus};
 use skep_common::spec::{
     ModeKind, NetworkAttachmentConfig, NodeRole, PublishMode, ServiceSpec, TaskSpec, predefined,
 };
-use skep_common::{Kind, Object, TaskState};
+use skep_common::{Kind, NodeId, Object, TaskState};
 
 use crate::command::Action;
 use crate::network::is_encrypted;
+use crate::scheduler::node_name;
 use crate::store::State;
 
 /// The highest format level that this program knows. A manager that meets a higher one in its log stops
@@ -35,15 +37,62 @@ pub const CONTROL: u32 = 4;
 /// The level that every manager of the swarm understands, as far as their nodes said; the first, where
 /// one has not said anything yet.
 pub fn of_managers(state: &State) -> u32 {
-    let managers = state
-        .nodes()
-        .values()
-        .filter(|node| node.manager_status.is_some() || node.spec.role == NodeRole::Manager);
+    let managers = state.nodes().values().filter(|node| is_manager(node));
     let known = managers.map(|node| {
         let description = node.description.as_ref();
         description.map_or(FIRST, |description| description.format_level.max(FIRST))
     });
     known.min().unwrap_or(FIRST)
+}
+
+/// Why what a user asks for is not written: a manager that met it in its log would stop.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Unmet {
+    /// Remedy: upgrade it.
+    #[error(
+        "this needs format level {level}, and manager {manager} ({version}) knows {known}: upgrade it first, or remove it with `skep node rm --force {manager}` if it is gone"
+    )]
+    TooOld {
+        /// The level of what is asked.
+        level: u32,
+        /// Its name.
+        manager: String,
+        /// The version of the program that it runs.
+        version: String,
+        /// The level that it knows.
+        known: u32,
+    },
+    /// It has just joined, or never came that far. Remedy: ask again in a moment.
+    #[error(
+        "this needs format level {level}, and manager {manager} has not said yet what it knows: ask again in a moment, or remove it with `skep node rm --force {manager}` if it is gone"
+    )]
+    NotSaid {
+        /// The level of what is asked.
+        level: u32,
+        /// Its name.
+        manager: String,
+    },
+}
+
+/// Whether every manager understands a level. The one that asks, `own`, is this program.
+pub fn check(state: &State, level: u32, own: NodeId) -> Result<(), Unmet> {
+    if level <= FIRST {
+        return Ok(());
+    }
+    let others = state.nodes().values().filter(|node| node.id != own && is_manager(node));
+    let unmet = others.filter_map(|node| {
+        let manager = node_name(node);
+        let Some(said) = &node.description else { return Some(Unmet::NotSaid { level, manager }) };
+        let known = said.format_level.max(FIRST);
+        let version = said.engine.engine_version.clone();
+        (known < level).then_some(Unmet::TooOld { level, manager, version, known })
+    });
+    // One that is too old stays so; one that has not said anything may say that it is not.
+    unmet.min_by_key(|unmet| matches!(unmet, Unmet::NotSaid { .. })).map_or(Ok(()), Err)
+}
+
+fn is_manager(node: &Node) -> bool {
+    node.manager_status.is_some() || node.spec.role == NodeRole::Manager
 }
 
 /// The level that a transaction is understood at.
@@ -322,7 +371,28 @@ mod tests {
         let mut promoted = node(2);
         promoted.spec.role = NodeRole::Manager;
         let worker = node(3);
-        assert_eq!(level(vec![manager(1, 3), manager(2, 3), worker]), 3, "workers do not count");
+        assert_eq!(
+            level(vec![manager(1, 3), manager(2, 3), worker.clone()]),
+            3,
+            "workers do not count"
+        );
+        let unmet = |asked: u32, nodes: Vec<skep_common::Node>| {
+            let mut world = World::new("", service(0), "");
+            world.put(nodes.into_iter().map(|node| Object::Node(Box::new(node))).collect());
+            check(&world.state, asked, node(1).id).map_err(|unmet| unmet.to_string())
+        };
+        let mut old = manager(2, 3);
+        old.description.as_mut().unwrap().engine.engine_version = "0.1.0".into();
+        let mut other = manager(5, 0);
+        other.description = None;
+        let told = unmet(4, vec![manager(1, 4), old.clone(), other, worker.clone()]);
+        let words = "this needs format level 4, and manager n2 (0.1.0) knows 3: upgrade it first, or remove it with `skep node rm --force n2` if it is gone";
+        assert_eq!(told, Err(words.to_owned()));
+        assert_eq!(unmet(3, vec![manager(1, 4), old.clone(), worker.clone()]), Ok(()));
+        assert_eq!(unmet(1, vec![unknown.clone()]), Ok(()), "all understand the first");
+        let told = unmet(4, vec![manager(1, 0), unknown.clone()]).unwrap_err();
+        assert!(told.contains("has not said yet what it knows"), "{told}");
+        assert_eq!(unmet(4, vec![manager(1, 0), manager(2, 4)]), Ok(()), "who asks knows itself");
         assert_eq!(level(vec![manager(1, 3), manager(2, 0)]), 1, "one that does not say so");
         assert_eq!(level(vec![manager(1, 3), unknown]), 1, "one that has said nothing yet");
         assert_eq!(level(vec![manager(1, 3), promoted]), 1, "one that is about to be a manager");

@@ -32,6 +32,7 @@ pub mod orchestrator;
 mod placed;
 pub mod ports;
 mod reaper;
+pub mod recovery;
 pub mod reports;
 pub mod roles;
 pub mod rotation;

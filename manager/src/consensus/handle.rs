@@ -21,7 +21,7 @@ use super::log::{LogOptions, LogStore};
 use super::lost_tail::LostTail;
 use super::machine::{Machine, Obstacle, Unapplicable};
 use super::membership::{Member, members_of};
-use super::network::{Network, RaftTransport};
+use super::network::{Network, RaftTransport, Superseded};
 use super::options::{Options, StartError, Timing};
 use super::propose::{self, Forward, Forwarder};
 use super::reads::{self, Round, Waiting};
@@ -60,6 +60,7 @@ pub(crate) struct Inner {
     log: std::sync::Mutex<Option<LogStore>>,
     pub(super) leadership: watch::Receiver<Leadership>,
     obstacle: Obstacle,
+    superseded: watch::Receiver<Option<Superseded>>,
     pub(super) lost_tail: LostTail,
     tasks: TaskSet,
     /// Declared last: its tasks outlive none of what they use.
@@ -79,6 +80,9 @@ pub enum StopReason {
     /// acknowledged is on other managers.
     #[error("this manager's Raft storage failed: {0}")]
     Storage(String),
+    /// It was a manager before the swarm began anew. Remedy: leave, and join again.
+    #[error(transparent)]
+    Superseded(#[from] Superseded),
 }
 
 /// Why a read was not served.
@@ -152,7 +156,10 @@ impl Consensus {
         let runtime = RaftRuntime::new().map_err(StartError::Threads)?;
         let hub = Arc::new(Hub::new());
         let obstacle = Obstacle::default();
-        let start = open_raft(options.clone(), Arc::clone(&hub), Arc::clone(&obstacle));
+        let (tell_superseded, superseded) = watch::channel(None);
+        let below =
+            Below { hub: Arc::clone(&hub), obstacle: Arc::clone(&obstacle), tell_superseded };
+        let start = open_raft(options.clone(), below);
         let started = runtime.handle().spawn(start).await;
         let (raft, log) = started.map_err(|error| StartError::Raft(error.to_string()))??;
 
@@ -196,6 +203,7 @@ impl Consensus {
             log,
             leadership,
             obstacle,
+            superseded,
             lost_tail: LostTail::read(&dir),
             tasks,
             runtime,
@@ -320,7 +328,14 @@ impl Consensus {
     /// Waits until this manager takes no part any more, and says why.
     pub async fn stopped(&self) -> StopReason {
         let mut metrics = self.inner.metrics.clone();
-        let stopped = metrics.wait_for(|metrics| metrics.running_state.is_err()).await;
+        let mut superseded = self.inner.superseded.clone();
+        let stopped = tokio::select! {
+            stopped = metrics.wait_for(|metrics| metrics.running_state.is_err()) => stopped,
+            Ok(told) = superseded.wait_for(Option::is_some) => {
+                let told = told.clone().expect("it was waited for");
+                return StopReason::Superseded(told);
+            }
+        };
         let fatal = stopped.and_then(|metrics| metrics.running_state.err());
         match (self.inner.obstacle.get(), fatal) {
             (Some(obstacle), _) => StopReason::Unapplicable(obstacle.clone()),
@@ -394,11 +409,18 @@ impl Consensus {
     }
 }
 
-async fn open_raft(
-    options: Options,
+/// What tells from below openraft.
+struct Below {
     hub: Arc<Hub>,
     obstacle: Obstacle,
+    tell_superseded: watch::Sender<Option<Superseded>>,
+}
+
+async fn open_raft(
+    options: Options,
+    below: Below,
 ) -> Result<(Raft<TypeConfig, Machine>, LogStore), StartError> {
+    let Below { hub, obstacle, tell_superseded } = below;
     let mut config = options.raft_config()?;
     let opening = options.clone();
     let opened = tokio::task::spawn_blocking(move || open_storage(&opening)).await;
@@ -411,6 +433,7 @@ async fn open_raft(
         membership: Arc::clone(&membership),
         transport: options.transport,
         append_time_min: options.timing.election_max,
+        superseded: tell_superseded,
     };
     let raft = Raft::new(options.raft_id, Arc::new(config), network, log.clone(), machine).await;
     match (raft, obstacle.get()) {

@@ -136,7 +136,7 @@ impl Machine {
 }
 
 /// Reads a command, unless it is of a level that this program does not know.
-fn decode(index: u64, bytes: &Bytes) -> Result<Command, Unapplicable> {
+pub(super) fn decode(index: u64, bytes: &Bytes) -> Result<Command, Unapplicable> {
     #[derive(Deserialize)]
     struct Level {
         level: u32,

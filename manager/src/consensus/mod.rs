@@ -12,7 +12,7 @@
 //! # Reading order
 //!
 //! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `feed` (what callers use); `serve`,
-//! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `codec`,
+//! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `anew` (a swarm with one manager) and `backup`; `codec`,
 //! `frame`, `seal`, `disk` (bytes).
 //!
 //! # Invariants
@@ -28,6 +28,8 @@
 //! Ongaro, "Consensus: Bridging Theory and Practice" (leader transfer 3.10, read index 6.4, pre-vote
 //! 9.6); openraft 0.10 `docs`; SwarmKit `manager/state/raft`.
 
+pub mod anew;
+pub mod backup;
 mod codec;
 mod compaction;
 mod deadline;
@@ -59,7 +61,7 @@ pub use handle::{BootstrapError, Consensus, ReadError, Status, StopReason};
 pub use leadership::{Leader, Leadership};
 pub use machine::Unapplicable;
 pub use membership::{Error as MembershipError, Member, MemberRole};
-pub use network::{CallError, RaftTransport};
+pub use network::{CallError, RaftTransport, Superseded};
 pub use options::{Compaction, Options, StartError, Timing};
 pub use reads::View;
 pub use seal::DataKey;

@@ -14,12 +14,14 @@ use openraft::raft::{
     TransferLeaderResponse, VoteRequest, VoteResponse,
 };
 use openraft::{BasicNode, OptionalSend, RaftNetworkFactory, RaftNetworkV2, alias};
+use skep_common::Timestamp;
+use tokio::sync::watch;
 
 use super::codec::{Malformed, Reader};
 use super::leadership::Metrics;
 use super::snapshot::SnapshotData;
 use super::types::{TypeConfig, Vote};
-use super::wire::{self, RaftRequest, Route, SnapshotHead};
+use super::wire::{self, NotServed, RaftRequest, Route, SnapshotHead};
 
 /// Time that entries get beyond the fixed part, for each MiB: a line of 10 Mbit/s.
 const TIME_PER_MIB: Duration = Duration::from_millis(800);
@@ -47,6 +49,8 @@ pub struct CallError {
     pub reason: String,
     /// The request may have arrived and be acted upon. False only where it surely was not.
     pub may_have_arrived: bool,
+    /// The other one says that this node was removed from the swarm.
+    pub is_removed: bool,
 }
 
 /// Carries requests to other managers. The other end hands them to [`Consensus::handle`].
@@ -77,6 +81,30 @@ pub(crate) struct Network {
     pub(crate) membership: Arc<OnceLock<Metrics>>,
     /// What entries get at least: a follower may just be waiting for its disk.
     pub(crate) append_time_min: Duration,
+    /// Is told where another manager is of a later epoch.
+    pub(crate) superseded: watch::Sender<Option<Superseded>>,
+}
+
+/// The swarm goes on without this manager.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Superseded {
+    /// When it began anew, in seconds since 1970; none where this node was removed.
+    epoch: Option<u64>,
+    /// Who says so.
+    addr: String,
+}
+
+impl std::error::Error for Superseded {}
+
+impl fmt::Display for Superseded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let addr = &self.addr;
+        let Some(epoch) = self.epoch else {
+            return write!(f, "it was removed, as the manager at {addr} says");
+        };
+        let at = Timestamp::from_secs(epoch.try_into().unwrap_or(i64::MAX / 1_000_000_000));
+        write!(f, "the swarm began anew at {at} without it, as the manager at {addr} says")
+    }
 }
 
 impl RaftNetworkFactory<TypeConfig> for Network {
@@ -112,16 +140,34 @@ impl Peer {
                 addr: addr.clone(),
                 reason: format!("no answer within {} ms", time.as_millis()),
                 may_have_arrived: true,
+                is_removed: false,
             }),
         };
-        let bytes = answer.map_err(|error| unreachable_peer(&error))?;
+        let bytes = answer.map_err(|error| {
+            if error.is_removed {
+                self.tell_superseded(None, &addr);
+            }
+            unreachable_peer(&error)
+        })?;
         wire::read_answer(bytes).map_err(|reason| {
+            if let NotServed::Superseded(epoch) = reason {
+                self.tell_superseded(Some(epoch), &addr);
+            }
             // It answers, but not as Raft: it is starting, stopping or not the one we mean.
             RPCError::Unreachable(Unreachable::from_string(format!(
                 "manager {:x} at {addr} refused: {reason}",
                 self.route.to
             )))
         })
+    }
+
+    fn tell_superseded(&self, epoch: Option<u64>, addr: &str) {
+        let told = Superseded { epoch, addr: addr.to_owned() };
+        self.network.superseded.send_if_modified(|known| {
+            let is_news = known.is_none();
+            known.get_or_insert(told);
+            is_news
+        });
     }
 
     fn addr(&self) -> String {

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use super::Consensus;
+use super::anew::epoch;
 use super::codec::{Malformed, Reader};
 use super::deadline::Deadline;
 use super::propose::{submit, verdict_of, wait_written};
@@ -20,6 +21,9 @@ enum Refusal {
     LostTail,
     #[error("Raft does not run here: {0}")]
     Stopped(String),
+    /// The sender was a manager before the swarm began anew.
+    #[error("the swarm began anew, in epoch {0}")]
+    Superseded(u64),
 }
 
 impl Refusal {
@@ -35,6 +39,7 @@ impl Consensus {
     pub async fn handle(&self, request: RaftRequest) -> Bytes {
         match self.serve(request).await {
             Ok(answer) => answer,
+            Err(Refusal::Superseded(epoch)) => wire::superseded_answer(epoch),
             Err(refusal) => wire::refused_answer(&refusal.to_string()),
         }
     }
@@ -48,6 +53,7 @@ impl Consensus {
         if is_of_election && self.inner.lost_tail.is_set() {
             return Err(Refusal::LostTail);
         }
+        self.check_epoch(&request)?;
         match request {
             RaftRequest::Append(body) => {
                 let request = wire::read_append(&mut self.open(body)?)?;
@@ -95,6 +101,21 @@ impl Consensus {
                 Ok(wire::ok_answer(|bytes| wire::put_json(bytes, &answer)))
             }
         }
+    }
+
+    /// Refuses who was a manager before the swarm began anew, whomever it means: of those that tell their term,
+    /// so all that lead or want to.
+    fn check_epoch(&self, request: &RaftRequest) -> Result<(), Refusal> {
+        let (RaftRequest::Append(body) | RaftRequest::Vote(body) | RaftRequest::PreVote(body)) =
+            request
+        else {
+            return Ok(());
+        };
+        let mut reader = Reader::new(body.clone(), "a request");
+        Route::read(&mut reader)?;
+        let theirs = epoch(reader.vote()?.leader_id.term);
+        let own = epoch(self.inner.metrics.borrow().current_term);
+        if theirs < own { Err(Refusal::Superseded(own)) } else { Ok(()) }
     }
 
     /// Checks whom a request is meant for.

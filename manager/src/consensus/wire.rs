@@ -19,6 +19,8 @@ use super::types::{Entry, LogId, SnapshotMeta, TypeConfig, Vote};
 const WIRE_VERSION: u8 = 1;
 const STATUS_OK: u8 = 0;
 const STATUS_REFUSED: u8 = 1;
+/// The sender is of an earlier epoch; the receiver's follows.
+const STATUS_SUPERSEDED: u8 = 2;
 
 /// A message for another manager. The bytes are opaque to the transport.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,13 +80,29 @@ impl Route {
     }
 }
 
+/// Why a request was not served.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotServed {
+    /// As the receiver says.
+    #[error("{0}")]
+    Refused(String),
+    /// The swarm began anew without the sender.
+    #[error("the swarm began anew, in epoch {0}")]
+    Superseded(u64),
+    #[error(transparent)]
+    Malformed(#[from] Malformed),
+}
+
 /// An answer without its status.
-pub(crate) fn read_answer(bytes: Bytes) -> Result<Reader, String> {
+pub(crate) fn read_answer(bytes: Bytes) -> Result<Reader, NotServed> {
     let mut reader = Reader::new(bytes, "an answer");
-    match reader.u8() {
-        Ok(STATUS_OK) => Ok(reader),
-        Ok(STATUS_REFUSED) => Err(String::from_utf8_lossy(&reader.rest()).into_owned()),
-        _ => Err(Malformed("an answer").to_string()),
+    match reader.u8()? {
+        STATUS_OK => Ok(reader),
+        STATUS_REFUSED => {
+            Err(NotServed::Refused(String::from_utf8_lossy(&reader.rest()).into_owned()))
+        }
+        STATUS_SUPERSEDED => Err(NotServed::Superseded(reader.u64()?)),
+        _ => Err(Malformed("an answer").into()),
     }
 }
 
@@ -97,6 +115,12 @@ pub(crate) fn ok_answer(put: impl FnOnce(&mut Vec<u8>)) -> Bytes {
 pub(crate) fn refused_answer(reason: &str) -> Bytes {
     let mut bytes = vec![STATUS_REFUSED];
     bytes.extend_from_slice(reason.as_bytes());
+    bytes.into()
+}
+
+pub(crate) fn superseded_answer(epoch: u64) -> Bytes {
+    let mut bytes = vec![STATUS_SUPERSEDED];
+    bytes.put_u64_le(epoch);
     bytes.into()
 }
 

@@ -5,6 +5,7 @@ use skep_manager_core::{Refusal, container, network, secrets, service, stack};
 use tonic::{Code, Status};
 
 use crate::consensus::{ReadError, propose};
+use crate::space::Full;
 
 /// A refused request. Each message is one sentence that says what, where and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -33,6 +34,9 @@ pub enum Error {
     /// Right, but not now.
     #[error("{0}")]
     Precondition(String),
+    /// Remedy: in the message.
+    #[error("{0}")]
+    DiskFull(Full),
     /// The core refused the request about a service.
     #[error(transparent)]
     Service(#[from] service::Error),
@@ -64,7 +68,7 @@ impl Error {
         match self {
             Self::NotFound { .. } => Code::NotFound,
             Self::Ambiguous { .. } | Self::Invalid(_) => Code::InvalidArgument,
-            Self::Precondition(_) => Code::FailedPrecondition,
+            Self::Precondition(_) | Self::DiskFull(_) => Code::FailedPrecondition,
             Self::Service(error) => service_code(error),
             Self::Network(error) => network_code(error),
             Self::Secret(error) | Self::Stack(stack::Error::Payload { error, .. }) => {

@@ -27,17 +27,19 @@ mod watch;
 use std::sync::Arc;
 
 use skep_common::{Kind, NodeId, Object, ServiceId, Version};
-use skep_manager_core::conditions;
 use skep_manager_core::{Action, Command, Outcome, State};
+use skep_manager_core::{conditions, level};
 use skep_proto::control_server::Control;
 use skep_proto::*;
 use skep_runtime::identity::JoinToken;
 use skep_runtime::transport::ChannelPool;
 use skep_runtime::{TaskSet, clock};
+use tokio::sync::watch as tokio_watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::consensus::{Consensus, View};
+use crate::consensus::{Consensus, ReadError, View};
+use crate::space::Full;
 pub use audit::Audited;
 pub use containers::ContainersService;
 use error::{Error, kind_of, not_supported};
@@ -58,11 +60,16 @@ pub(crate) struct Inner {
     /// `ip:port` at which this manager is joined.
     pub(crate) address: String,
     /// Version of the unlock key that this manager's key file has.
-    pub(crate) lock_version: tokio::sync::watch::Receiver<u64>,
+    pub(crate) lock_version: tokio_watch::Receiver<u64>,
+    /// Whether this manager's disk is full.
+    pub(crate) space: tokio_watch::Receiver<Option<Full>>,
 }
 
 /// How long a request waits for the key file of the manager that answers it; a disk that fails is in its log.
 const LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// How long a request waits for a manager that has not said yet what it knows: its first session tells.
+const LEVEL_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 type Answer<T> = Result<Response<T>, Status>;
 
@@ -74,9 +81,10 @@ impl ControlService {
         pool: ChannelPool,
         address: String,
         tasks: TaskSet,
-        lock_version: tokio::sync::watch::Receiver<u64>,
+        lock_version: tokio_watch::Receiver<u64>,
+        space: tokio_watch::Receiver<Option<Full>>,
     ) -> Self {
-        let inner = Inner { consensus, node_id, pool, tasks, address, lock_version };
+        let inner = Inner { consensus, node_id, pool, tasks, address, lock_version, space };
         Self { inner: Arc::new(inner) }
     }
 
@@ -93,19 +101,57 @@ impl ControlService {
         Ok(View::confirmed(self.read().await?))
     }
 
+    /// A current state; or the last one that this manager knew, and why, where its disk is full and ended Raft.
+    async fn read_for_looking(&self) -> Result<(State, String), Error> {
+        let consensus = &self.inner.consensus;
+        match self.read().await {
+            Err(Error::Read(ReadError::Stopped)) => {
+                let full = self.inner.space.borrow().clone().ok_or(ReadError::Stopped)?;
+                let stale = format!("this is what this manager last knew, and may be old: {full}");
+                Ok((consensus.state(), stale))
+            }
+            read => Ok((read?, String::new())),
+        }
+    }
+
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
-        let mut command = Command::new(clock::now(), actions);
-        audit::sign(&mut command);
+        let command = self.command(actions).await?;
         outcome(self.inner.consensus.propose(&command).await?)
     }
 
     /// The same for one that was decided on a view. With a view that was not confirmed
     /// [`propose::Error::NotLeader`] means that another view is to be taken.
     async fn write_on(&self, view: &View, actions: Vec<Action>) -> Result<Version, Error> {
-        let mut command = Command::new(clock::now(), actions);
-        audit::sign(&mut command);
+        let command = self.command(actions).await?;
         outcome(self.inner.consensus.propose_on(view, &command).await?)
+    }
+
+    /// A signed transaction, if this manager has room for it and all managers understand it.
+    async fn command(&self, actions: Vec<Action>) -> Result<Command, Error> {
+        if let Some(full) = &*self.inner.space.borrow() {
+            return Err(Error::DiskFull(full.clone()));
+        }
+        let mut command = Command::new(clock::now(), actions);
+        self.check_level(command.level).await?;
+        audit::sign(&mut command);
+        Ok(command)
+    }
+
+    /// Refuses what a manager would stop at. One that has just joined says within moments what it knows.
+    async fn check_level(&self, level: u32) -> Result<(), Error> {
+        let consensus = &self.inner.consensus;
+        let mut feed = consensus.subscribe();
+        let check = || level::check(&consensus.state(), level, self.inner.node_id);
+        let said = async {
+            while let Err(level::Unmet::NotSaid { .. }) = check() {
+                if feed.next().await.is_none() {
+                    return; // This manager ends, and the write will say so.
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LEVEL_WAIT, said).await; // It is looked at once more.
+        check().map_err(|unmet| Error::Precondition(unmet.to_string()))
     }
 
     /// Waits until this manager's own key file is sealed as asked: who restarts it then finds it so.
@@ -159,8 +205,8 @@ impl ControlService {
         Ok(JoinTokenResponse { token, address: self.inner.address.clone() })
     }
 
-    async fn list(&self, request: ListRequest) -> Result<Vec<String>, Error> {
-        let state = self.read().await?;
+    async fn list(&self, request: ListRequest) -> Result<ListResponse, Error> {
+        let (state, stale) = self.read_for_looking().await?;
         let kind = kind_of(&request.kind)?;
         let mut objects: Vec<(String, Object)> = Vec::new();
         let stack_label = |labels: Option<&skep_common::spec::Labels>| {
@@ -199,7 +245,8 @@ impl ControlService {
             }
         }
         objects.sort_by(|(left, _), (right, _)| left.cmp(right));
-        Ok(objects.into_iter().map(|(_, object)| self.json(&state, object)).collect())
+        let json = objects.into_iter().map(|(_, object)| self.json(&state, object)).collect();
+        Ok(ListResponse { json, stale })
     }
 
     async fn digests(&self) -> Result<Vec<ManagerDigest>, Error> {
@@ -263,7 +310,7 @@ impl Control for ControlService {
     async fn get(&self, request: Request<GetRequest>) -> Answer<Document> {
         let request = request.into_inner();
         let kind = kind_of(&request.kind)?;
-        let state = self.read().await?;
+        let (state, stale) = self.read_for_looking().await?;
         let mut object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
         if let Object::Config(config) = &mut object {
             // Anybody may read it, as in Docker. Lists are without: a config may be large.
@@ -271,12 +318,11 @@ impl Control for ControlService {
             config.spec.data = newest.and_then(|version| version.data.clone());
         }
         let json = self.json(&state, object);
-        Ok(Response::new(Document { kind: request.kind, json, ..Document::default() }))
+        Ok(Response::new(Document { kind: request.kind, json, stale }))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {
-        let json = Self::list(self, request.into_inner()).await?;
-        Ok(Response::new(ListResponse { json, ..ListResponse::default() }))
+        Ok(Response::new(Self::list(self, request.into_inner()).await?))
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
@@ -451,7 +497,7 @@ impl Control for ControlService {
     }
 
     async fn backup(&self, request: Request<BackupRequest>) -> Answer<Self::BackupStream> {
-        Ok(Response::new(swarm::backup(self, request.into_inner())?))
+        Ok(Response::new(swarm::backup(self, request.into_inner()).await?))
     }
 
     async fn events(&self, request: Request<EventsRequest>) -> Answer<Self::EventsStream> {

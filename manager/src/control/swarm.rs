@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use skep_common::object::Cluster;
 use skep_common::spec::SwarmSpec;
 use skep_common::{Object, Version};
@@ -16,11 +17,18 @@ use skep_runtime::identity::{
     Authority, Error as IdentityError, UnlockKey, new_secret, public_key_of,
 };
 use skep_runtime::telemetry::Chain;
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::error::{Error, not_supported};
+use super::error::Error;
 use super::{ControlService, parse_json};
+use crate::consensus::backup;
+
+/// Bytes of a backup in one message, far below the largest.
+const BACKUP_CHUNK_BYTES: usize = 1 << 20;
+/// Of them between the disk and the client.
+const BACKUP_CHUNKS_MAX: usize = 4;
 
 fn cluster(state: &State) -> Result<&Arc<Cluster>, Error> {
     let not_found = || Error::NotFound { kind: "cluster", reference: "default".into() };
@@ -108,9 +116,25 @@ pub(super) async fn unlock_key(
     Ok(UnlockKeyResponse { key: key.to_text() })
 }
 
-pub(super) fn backup(
-    _control: &ControlService,
+/// The whole swarm as a majority has it, sealed.
+pub(super) async fn backup(
+    control: &ControlService,
     _request: BackupRequest,
-) -> Result<ReceiverStream<Result<BackupChunk, Status>>, Status> {
-    Err(not_supported("swarm backup"))
+) -> Result<ReceiverStream<Result<BackupChunk, Status>>, Error> {
+    let state = control.inner.consensus.read_state().await?;
+    let term = control.inner.consensus.leadership().borrow().term;
+    let write = move || backup::write(&state, term, clock::now());
+    let written = tokio::task::spawn_blocking(write).await;
+    let written = written.map_err(|error| Error::Precondition(error.to_string()))?;
+    let mut bytes: Bytes = written.map_err(|error| Error::Precondition(error.to_string()))?.into();
+    let (sender, chunks) = mpsc::channel(BACKUP_CHUNKS_MAX);
+    control.inner.tasks.spawn("backup", async move {
+        while !bytes.is_empty() {
+            let data = bytes.split_to(bytes.len().min(BACKUP_CHUNK_BYTES));
+            if sender.send(Ok(BackupChunk { data })).await.is_err() {
+                return; // The client has gone.
+            }
+        }
+    });
+    Ok(ReceiverStream::new(chunks))
 }

@@ -67,6 +67,12 @@ impl State {
         bytes
     }
 
+    /// The format level that the whole of it is understood at.
+    pub fn level(&self) -> u32 {
+        let levels = self.objects().map(|object| level::of_object(&object));
+        levels.fold(UNCHECKED_LEVEL, u32::max)
+    }
+
     /// Reads what [`State::encode`] wrote.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let mut lines =

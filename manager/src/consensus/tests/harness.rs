@@ -53,6 +53,11 @@ impl Net {
         self.0.lock().unwrap().moved.insert(raft_id, addr.to_owned());
     }
 
+    /// Gives a manager the address of another one.
+    pub(super) fn stand_in(&self, raft_id: u64, manager: &Consensus) {
+        self.0.lock().unwrap().managers.insert(raft_id, manager.clone());
+    }
+
     pub(super) fn heal(&self) {
         self.0.lock().unwrap().cut_off.clear();
     }
@@ -94,6 +99,7 @@ impl RaftTransport for Transport {
             addr: called.clone(),
             reason: "test".to_owned(),
             may_have_arrived,
+            is_removed: false,
         };
         async move {
             if this.net.is_cut(this.from, target) {

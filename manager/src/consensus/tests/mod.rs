@@ -2,6 +2,7 @@
 //!
 //! Nothing sleeps as a barrier: a test waits for what it needs, with one generous limit.
 
+mod anew;
 mod durability;
 mod harness;
 mod members;
