@@ -26,6 +26,7 @@ pub(crate) mod node;
 mod node_pretty;
 mod node_what_if;
 mod payload;
+mod plan;
 mod progress;
 mod progress_job;
 pub(crate) mod secret;

@@ -39,8 +39,7 @@ pub(crate) enum Command {
     Rm(RmArgs),
     /// Update a node
     Update(UpdateArgs),
-    /// Say what would become of tasks, were nodes down
-    #[command(hide = true)]
+    /// Say what would become of tasks, images and the managers' majority, were nodes down
     WhatIf(super::node_what_if::WhatIfArgs),
 }
 
@@ -150,7 +149,7 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
         Command::Promote(args) => set_role(&args, NodeRole::Manager, client, ui).await,
         Command::Ps(args) => ps(&args, client, ui).await,
         Command::Rm(args) => rm(&args, client, ui).await,
-        Command::WhatIf(args) => super::node_what_if::run(&args),
+        Command::WhatIf(args) => super::node_what_if::run(&args, client, ui).await,
         Command::Update(args) => {
             change(client, &args.node, |spec| apply(&args, spec)).await?;
             Ok(ui.line(&args.node)?)

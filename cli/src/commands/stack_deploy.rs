@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use anyhow::{Result, anyhow};
 use clap::Args;
 use skep_common::Service;
-use skep_proto::{DeployStackRequest, DeployStackResponse};
+use skep_proto::{DeployStackRequest, DeployStackResponse, PlanRequest};
 
-use super::Failures;
 use super::progress::{self, Waiting};
 use super::stack::{list_services, load, read};
+use super::{Failures, plan};
 use crate::client::{Client, Refusal};
 use crate::ui::Ui;
 
@@ -26,6 +26,10 @@ pub(crate) struct DeployArgs {
     /// Exit immediately instead of waiting for the stack services to converge (default true)
     #[arg(long, short, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
     detach: Option<bool>,
+    /// Show what would be done, and write nothing: which tasks would be created, moved and stopped, and where;
+    /// exit code 2 where one would fit nowhere. `--plan=json` and `--plan=TEMPLATE` format it
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "table", value_name = "FORMAT")]
+    plan: Option<String>,
     /// Suppress progress output
     #[arg(long, short)]
     quiet: bool,
@@ -38,11 +42,16 @@ pub(super) async fn run(args: &DeployArgs, client: &Client, ui: &mut Ui) -> Resu
     for warning in &loaded.warnings {
         ui.note(warning)?;
     }
+    let request =
+        DeployStackRequest { spec_json: serde_json::to_string(&loaded.spec)?, prune: args.prune };
+    if let Some(format) = &args.plan {
+        let request = PlanRequest { stack: Some(request), ..PlanRequest::default() };
+        let answer = client.control().plan(request).await.map_err(Refusal)?;
+        return plan::show(&answer.into_inner(), Some(format), ui);
+    }
     let before = list_services(client, &args.stack).await?;
     let before: BTreeMap<String, Service> =
         before.into_iter().map(|service| (service.spec.name.clone(), service)).collect();
-    let request =
-        DeployStackRequest { spec_json: serde_json::to_string(&loaded.spec)?, prune: args.prune };
     let answer = client.control().deploy_stack(request).await.map_err(Refusal)?.into_inner();
     report(args, &answer, &before, ui)?;
     if args.detach != Some(false) {

@@ -105,6 +105,11 @@ impl<'a> Fork<'a> {
         self.placed.iter().map(|placed| placed.task_id)
     }
 
+    /// The decisions to place tasks.
+    pub(crate) fn placed(&self) -> &[Placed] {
+        &self.placed
+    }
+
     /// The same as [`touched_tasks`](Self::touched_tasks), one for each change, in their order.
     pub(crate) fn touches(&self) -> &[TaskId] {
         &self.touches

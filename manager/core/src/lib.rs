@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`command`] (what can be asked of the store), [`store`] (the replicated tables and
 //! the one function that changes them), [`plan`](mod@plan) (one pass of all control loops) and what
-//! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`liveness`] (which
+//! it drives: `orchestrator`, [`scheduler`], [`allocator`], `reaper`. Beside it: [`explain`] (why tasks wait), [`whatif`] (what a change would do), [`liveness`] (which
 //! nodes are alive), [`assignments`] and [`endpoints`] (what nodes are told), [`service`], [`stack`],
 //! [`container`], [`secrets`], [`swarm`], [`rotation`], [`validate`] and [`ports`] (what becomes of requests), [`image`]
 //! (what names mean).
@@ -23,6 +23,7 @@ pub mod constraint;
 pub mod container;
 pub mod endpoints;
 pub mod events;
+pub mod explain;
 mod fork;
 pub mod image;
 pub mod level;
@@ -42,6 +43,7 @@ pub mod service;
 pub mod stack;
 pub mod swarm;
 pub mod validate;
+pub mod whatif;
 
 #[cfg(test)]
 mod simulation;
@@ -51,5 +53,5 @@ pub mod testing;
 pub use command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
 pub use plan::{Dirty, LeaderMemory, Options, Plan, plan};
 pub use reaper::remove_node;
-pub use scheduler::node_name;
+pub use scheduler::{RuledOut, node_name};
 pub use store::{Change, State};

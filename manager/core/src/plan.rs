@@ -104,6 +104,8 @@ pub struct Options {
     /// A task of an update that does not run within this time is a failure of the update. Swarm has
     /// none and waits for ever; 10 minutes is Kubernetes' `progressDeadlineSeconds`.
     pub progress_deadline: Duration,
+    /// Whether updates wait for their tasks without end, as where one only asks what would happen.
+    pub is_patient: bool,
     /// Actions of each of a pass's three steps: what services need, placing, reaping. Bounds how long a
     /// pass and its commit take. The rest follows at once.
     pub actions_max: usize,
@@ -114,7 +116,12 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { progress_deadline: Duration::from_mins(10), actions_max: 4096, bytes_max: 3 << 20 }
+        Self {
+            progress_deadline: Duration::from_mins(10),
+            is_patient: false,
+            actions_max: 4096,
+            bytes_max: 3 << 20,
+        }
     }
 }
 
@@ -323,8 +330,9 @@ impl LeaderMemory {
             let unfinished = tasks.filter(|task| !task.status.state.is_terminal());
             work.services.extend(unfinished.map(|task| task.service_id));
         }
-        // An image or a network may be what tasks wait for, and a service may have freed an address.
-        if dirty.images || !dirty.networks.is_empty() || !dirty.services.is_empty() {
+        // An image, a secret or a network may be what tasks wait for, and a service may have freed an address.
+        let is_new = dirty.images || dirty.payloads || !dirty.networks.is_empty();
+        if is_new || !dirty.services.is_empty() {
             self.index.set_changed();
         }
         work

@@ -1,7 +1,7 @@
 //! Why a control request was refused. Messages and codes follow SwarmKit's control API.
 
 use skep_common::Kind;
-use skep_manager_core::{Refusal, container, network, secrets, service, stack};
+use skep_manager_core::{Refusal, container, network, secrets, service, stack, whatif};
 use tonic::{Code, Status};
 
 use crate::consensus::{ReadError, propose};
@@ -52,6 +52,9 @@ pub enum Error {
     /// The core refused the request about a stack.
     #[error(transparent)]
     Stack(#[from] stack::Error),
+    /// A question has no answer.
+    #[error(transparent)]
+    WhatIf(#[from] whatif::Error),
     /// The store refused the write.
     #[error("{0}")]
     Refused(Refusal),
@@ -79,23 +82,28 @@ impl Error {
             Self::Stack(stack::Error::NotFound { .. }) => Code::NotFound,
             Self::Stack(stack::Error::Service { error, .. }) => service_code(error),
             Self::Stack(_) => Code::InvalidArgument,
-            Self::Refused(Refusal::OutOfSequence { .. }) => Code::Aborted,
-            Self::Refused(Refusal::NotFound { .. }) => Code::NotFound,
-            Self::Refused(Refusal::NameTaken { .. }) => Code::AlreadyExists,
-            Self::Refused(Refusal::PortInUse { .. }) => Code::InvalidArgument, // As SwarmKit.
-            Self::Refused(Refusal::AddressInUse { .. } | Refusal::VniInUse { .. }) => Code::Aborted,
-            Self::Refused(
-                Refusal::NetworkInUse { .. }
-                | Refusal::SecretInUse { .. }
-                | Refusal::ConfigInUse { .. }
-                | Refusal::LevelTooHigh { .. },
-            ) => Code::FailedPrecondition,
-            Self::Refused(Refusal::NetworkNotFound { .. } | Refusal::PayloadNotFound { .. }) => {
-                Code::NotFound
+            Self::Refused(refusal) | Self::WhatIf(whatif::Error::Refused(refusal)) => {
+                refusal_code(refusal)
             }
-            Self::Refused(Refusal::NodeNumbersExhausted) => Code::ResourceExhausted,
+            Self::WhatIf(whatif::Error::TooLarge { .. }) => Code::ResourceExhausted,
             Self::Propose(_) | Self::Read(_) => Code::Unavailable,
         }
+    }
+}
+
+fn refusal_code(refusal: &Refusal) -> Code {
+    match refusal {
+        Refusal::OutOfSequence { .. } => Code::Aborted,
+        Refusal::NotFound { .. } => Code::NotFound,
+        Refusal::NameTaken { .. } => Code::AlreadyExists,
+        Refusal::PortInUse { .. } => Code::InvalidArgument, // As SwarmKit.
+        Refusal::AddressInUse { .. } | Refusal::VniInUse { .. } => Code::Aborted,
+        Refusal::NetworkInUse { .. }
+        | Refusal::SecretInUse { .. }
+        | Refusal::ConfigInUse { .. }
+        | Refusal::LevelTooHigh { .. } => Code::FailedPrecondition,
+        Refusal::NetworkNotFound { .. } | Refusal::PayloadNotFound { .. } => Code::NotFound,
+        Refusal::NodeNumbersExhausted => Code::ResourceExhausted,
     }
 }
 

@@ -153,7 +153,7 @@ pub(super) fn find(state: &State, id: &str) -> Result<Arc<Service>, Error> {
 }
 
 /// What users should know of an accepted spec.
-fn warnings(state: &State, spec: &ServiceSpec) -> Vec<String> {
+pub(super) fn warnings(state: &State, spec: &ServiceSpec) -> Vec<String> {
     let mut warnings = validate::warnings(spec);
     let name = &spec.container().image;
     if image::pin(state, name).is_none() {

@@ -10,8 +10,9 @@ use skep_common::spec::{
     ConfigReference, ContainerSpec, DnsConfig, EndpointSpec, GenericResource, Labels,
     NetworkAttachmentConfig, PlacementPreference, SecretReference, ServiceSpec, TaskSpec, Ulimit,
 };
-use skep_proto::CreateServiceRequest;
+use skep_proto::{CreateServiceRequest, PlanRequest};
 
+use super::super::plan;
 use super::flags::{
     Publish, SpecFlags, WaitFlags, environment_entry, parse_environment, parse_label,
     parse_network, parse_publish, sort_ports,
@@ -95,6 +96,10 @@ pub(crate) struct CreateArgs {
     /// Drop Linux capabilities
     #[arg(long)]
     cap_drop: Vec<String>,
+    /// Show what would be done, and write nothing: which tasks would be created, moved and stopped, and where;
+    /// exit code 2 where one would fit nowhere. `--plan=json` and `--plan=TEMPLATE` format it
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "table", value_name = "FORMAT")]
+    plan: Option<String>,
     #[command(flatten)]
     flags: SpecFlags,
     #[command(flatten)]
@@ -236,6 +241,15 @@ fn environment_files(paths: &[std::path::PathBuf]) -> Result<Vec<String>> {
 
 pub(super) async fn run(args: &CreateArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let mut spec = spec(args, &environment_files(&args.env_file)?, &caller_environment())?;
+    if let Some(format) = &args.plan {
+        if args.name.is_none() {
+            spec.name = names::random(&mut rand::rng());
+        }
+        let spec_json = serde_json::to_string(&spec)?;
+        let request = PlanRequest { spec_json, ..PlanRequest::default() };
+        let answer = client.control().plan(request).await.map_err(Refusal)?;
+        return plan::show(&answer.into_inner(), Some(format), ui);
+    }
     let mut attempt = 1;
     let made = loop {
         if args.name.is_none() {

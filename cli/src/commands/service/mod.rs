@@ -35,8 +35,7 @@ pub(crate) enum Command {
     Create(Box<create::CreateArgs>),
     /// List where the tasks of a service are reached, and whether connections go there
     Endpoints(endpoints::EndpointsArgs),
-    /// Say why tasks of a service wait
-    #[command(hide = true)]
+    /// Say why tasks wait: what ruled nodes out, and which came closest
     Explain(explain::ExplainArgs),
     /// List the specs that a service had, which `rollback --to` goes back to
     History(history::HistoryArgs),
@@ -64,7 +63,7 @@ pub(super) async fn run(command: Command, client: &Client, ui: &mut Ui) -> Resul
     match command {
         Command::Create(args) => create::run(&args, client, ui).await,
         Command::Endpoints(args) => endpoints::run(&args, client, ui).await,
-        Command::Explain(args) => explain::run(&args),
+        Command::Explain(args) => explain::run(&args, client, ui).await,
         Command::History(args) => history::run(&args, client, ui).await,
         Command::Inspect(args) => inspect::run(&args, client, ui).await,
         Command::Logs(args) => logs::run(&args, client, ui).await,

@@ -15,8 +15,9 @@ use skep_common::spec::{
     ServiceSpec, TaskSpec, Ulimit,
 };
 use skep_common::{Network, Service};
-use skep_proto::UpdateServiceRequest;
+use skep_proto::{PlanRequest, UpdateServiceRequest};
 
+use super::super::plan;
 use super::create::{parse_host, parse_ulimit, set_environment};
 use super::flags::{
     Publish, SpecFlags, WaitFlags, Words, environment_entry, parse_environment, parse_label,
@@ -155,6 +156,10 @@ pub(crate) struct UpdateArgs {
     /// Rollback to previous specification
     #[arg(long)]
     rollback: bool,
+    /// Show what would be done, and write nothing: which tasks would be created, moved and stopped, and where;
+    /// exit code 2 where one would fit nowhere. `--plan=json` and `--plan=TEMPLATE` format it
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "table", value_name = "FORMAT", conflicts_with = "rollback")]
+    plan: Option<String>,
     #[command(flatten)]
     flags: SpecFlags,
     #[command(flatten)]
@@ -431,7 +436,33 @@ fn is_outdated(error: &anyhow::Error) -> bool {
     refusal.is_some_and(|refusal| refusal.0.code() == tonic::Code::Aborted)
 }
 
+/// Shows what an update would do.
+async fn show_plan(args: &UpdateArgs, format: &str, client: &Client, ui: &mut Ui) -> Result<()> {
+    let networks = Networks::resolve(args, client).await?;
+    for attempt in 1.. {
+        let service: Service = client.get("service", &args.service).await?;
+        let mut spec = service.spec.clone();
+        networks.change(&mut spec)?;
+        apply(args, &mut spec, &caller_environment())?;
+        let request = PlanRequest {
+            spec_json: serde_json::to_string(&spec)?,
+            id: service.id.to_string(),
+            version: service.meta.version.index,
+            stack: None,
+        };
+        match client.control().plan(request).await {
+            Ok(answer) => return plan::show(&answer.into_inner(), Some(format), ui),
+            Err(status) if attempt < ATTEMPTS_MAX && status.code() == tonic::Code::Aborted => {}
+            Err(status) => return Err(Refusal(status).into()),
+        }
+    }
+    unreachable!("the last attempt returns")
+}
+
 pub(super) async fn run(args: &UpdateArgs, client: &Client, ui: &mut Ui) -> Result<()> {
+    if let Some(format) = &args.plan {
+        return show_plan(args, format, client, ui).await;
+    }
     let waiting = if args.rollback {
         let blank = ServiceSpec {
             task_template: TaskSpec {

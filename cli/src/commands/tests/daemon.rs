@@ -29,6 +29,10 @@ pub(in super::super) struct Table {
     pub(in super::super) logs: Vec<LogRecord>,
     /// Events, a stream each; all but the last break.
     pub(in super::super) events: VecDeque<Vec<skep_proto::Event>>,
+    /// What a change would do.
+    pub(in super::super) planned: PlanResponse,
+    /// Why tasks wait.
+    pub(in super::super) explained: ExplainResponse,
     /// Specs, requests and bytes as they arrived.
     pub(in super::super) asked: Vec<Value>,
     /// Why the machine takes no part in its swarm.
@@ -452,20 +456,34 @@ impl Control for Served {
 
     async fn explain(
         &self,
-        _: Request<skep_proto::ExplainRequest>,
+        request: Request<skep_proto::ExplainRequest>,
     ) -> Answer<skep_proto::ExplainResponse> {
-        Err(Status::unimplemented("service explain"))
+        let request = request.into_inner();
+        self.ask(json!({"explain": [request.service_id, request.task_id]}));
+        Ok(Response::new(self.0.lock().unwrap().explained.clone()))
     }
 
-    async fn plan(&self, _: Request<skep_proto::PlanRequest>) -> Answer<skep_proto::PlanResponse> {
-        Err(Status::unimplemented("--plan"))
+    async fn plan(
+        &self,
+        request: Request<skep_proto::PlanRequest>,
+    ) -> Answer<skep_proto::PlanResponse> {
+        let PlanRequest { spec_json, id, version, stack } = request.into_inner();
+        if let Some(refusal) = self.0.lock().unwrap().refusals.pop_front() {
+            return Err(refusal);
+        }
+        self.ask(match stack {
+            Some(deploy) => json!({"plan": spec(&deploy.spec_json)["Name"], "prune": deploy.prune}),
+            None => json!({"plan": spec(&spec_json)["Name"], "id": id, "version": version}),
+        });
+        Ok(Response::new(self.0.lock().unwrap().planned.clone()))
     }
 
     async fn what_if(
         &self,
-        _: Request<skep_proto::WhatIfRequest>,
+        request: Request<skep_proto::WhatIfRequest>,
     ) -> Answer<skep_proto::PlanResponse> {
-        Err(Status::unimplemented("node what-if"))
+        self.ask(json!({"down": request.into_inner().down_node_ids}));
+        Ok(Response::new(self.0.lock().unwrap().planned.clone()))
     }
 
     async fn backup(&self, _: Request<skep_proto::BackupRequest>) -> Answer<Self::BackupStream> {

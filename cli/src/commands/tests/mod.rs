@@ -6,6 +6,7 @@ mod events;
 mod jobs;
 mod lists;
 mod payloads;
+mod plans;
 mod services;
 
 use std::io::Write;

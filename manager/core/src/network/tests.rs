@@ -390,7 +390,8 @@ fn tasks_on_networks_keep_to_nodes_that_networks_reach() {
     assert_eq!(waiting.len(), 2, "a node that networks no longer reach gives its tasks up");
     world.step();
     for task in tasks(&world, api.id).into_iter().filter(|task| task.node_id.is_none()) {
-        let expect = "no suitable node (2 nodes cannot carry overlay networks)";
+        let expect =
+            "no suitable node (2 nodes cannot carry overlay networks): n1 balances in user space";
         assert_eq!(task.status.err, expect);
     }
     in_user_space(&mut world, 1, false);

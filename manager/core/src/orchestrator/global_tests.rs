@@ -85,7 +85,7 @@ fn a_tasks_node_is_waited_for_and_named() {
     let task = world.state.tasks().values().find(waiting).unwrap();
     assert_eq!(
         task.status.err,
-        "no suitable node (insufficient resources on 1 node): most free memory: 64 MiB on n1, 512 MiB wanted"
+        "no suitable node (insufficient resources on 1 node): n1 lacks 448 MiB of memory"
     );
     let waits = task.id;
     world.replace(Object::Node(Box::new(parse_node("1:mem=1024"))));

@@ -180,13 +180,18 @@ fn wanted_state(service: &Service) -> TaskState {
     }
 }
 
+/// Whether an update of the service replaces the task.
+pub(crate) fn is_outdated(state: &State, service: &Service, task: &Task) -> bool {
+    !updater::is_clean(state, service, task)
+}
+
 /// Whether managers want the task to run.
 pub(crate) fn is_live(task: &Task) -> bool {
     task.desired_state.wants_run()
 }
 
 /// Whether a task's container may run although it shall not, and its node can be asked to stop it.
-fn is_stopping(state: &State, task: &Task) -> bool {
+pub(crate) fn is_stopping(state: &State, task: &Task) -> bool {
     let is_reachable = task
         .node_id
         .and_then(|id| state.node(id))

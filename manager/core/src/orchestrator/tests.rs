@@ -484,7 +484,7 @@ fn a_task_that_never_runs_fails_the_update_with_its_reason() {
         status(&world).1,
         format!(
             "update paused due to task {} not running within 600 s: no suitable node (insufficient \
-             resources on 1 node): most free memory: 2 GiB on n1, 4 GiB wanted",
+             resources on 1 node): n1 lacks 2 GiB of memory",
             live(&world, 1).id
         )
     );

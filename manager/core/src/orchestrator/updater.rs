@@ -86,9 +86,11 @@ impl Config {
             },
             is_start_first: given.order.as_deref() == Some("start-first"),
             started_at,
-            progress_deadline: given
-                .progress_deadline
-                .map_or(options.progress_deadline, |deadline| deadline.duration()),
+            progress_deadline: match given.progress_deadline {
+                _ if options.is_patient => Duration::MAX,
+                Some(deadline) => deadline.duration(),
+                None => options.progress_deadline,
+            },
         }
     }
 }

@@ -11,7 +11,8 @@
 //!
 //! # Reading order
 //!
-//! [`schedule`], [`filter`] (requirements, filters and the words for people), [`preference`], then [`index`].
+//! [`schedule`], [`filter`] (requirements and filters), [`explain`](mod@explain) (the words for people), [`preference`],
+//! then [`index`].
 //!
 //! # Invariants
 //!
@@ -30,6 +31,9 @@
 //! Differs: reservations count in the ranking; the text names the nearest miss; services and swarms can ask for
 //! [`PlacementStrategy::Binpack`].
 
+mod explain;
+#[cfg(test)]
+mod explain_tests;
 mod filter;
 mod generic;
 mod index;
@@ -51,10 +55,14 @@ use crate::fork::Fork;
 use crate::image;
 use crate::network;
 use crate::placed::Pinned;
+use crate::secrets;
+use crate::store::State;
 
+use explain::Case;
+pub(crate) use explain::explain;
+pub use explain::{Explanation, RuledOut, node_name};
 use filter::Requirement;
 pub(crate) use filter::carries_overlays;
-pub use filter::node_name;
 pub(crate) use generic::Stock;
 pub(crate) use index::{Amounts, Index, keeps_tasks};
 use preference::Candidates;
@@ -87,7 +95,7 @@ pub(crate) fn schedule(fork: &mut Fork<'_>, index: &mut Index, cursors: &mut Cur
         let Some(first) = index.waiting()[&key].first().map(|(_, task_id)| *task_id) else {
             continue;
         };
-        match requirement(fork, first) {
+        match requirement(fork.state(), first) {
             Ok(requirement) => {
                 let place = match preset::node_of(fork, first) {
                     Some(_) => preset::place,
@@ -129,13 +137,14 @@ fn explain_rest(fork: &mut Fork<'_>, index: &Index, mut settled: BTreeMap<GroupK
         .collect();
     for (key, tasks) in left {
         let reason = settled.remove(&key).or_else(|| {
-            let requirement = requirement(fork, *tasks.first()?).ok()?;
+            let requirement = requirement(fork.state(), *tasks.first()?).ok()?;
             if preset::node_of(fork, *tasks.first()?).is_some() {
                 preset::explain(fork, index, key, &requirement, &tasks);
                 return None;
             }
-            Some(filter::explain(fork.state(), index, key.0, &requirement, None))
+            Some(case(fork, index, key.0).reason(&requirement, None))
         });
+        let reason = reason.map(explain::bounded);
         for task_id in tasks {
             if let Some(reason) = reason.as_ref().filter(|_| fork.has_room()) {
                 fork.defer(task_id, reason);
@@ -144,11 +153,17 @@ fn explain_rest(fork: &mut Fork<'_>, index: &Index, mut settled: BTreeMap<GroupK
     }
 }
 
+fn case<'f>(fork: &'f Fork<'_>, index: &'f Index, service_id: ServiceId) -> Case<'f> {
+    Case { state: fork.state(), placed: fork.placed(), index, service_id }
+}
+
 /// What a group's tasks need; an error is their reason to wait, whatever the nodes have.
-fn requirement(fork: &Fork<'_>, task_id: TaskId) -> Result<Requirement, String> {
-    let state = fork.state();
+fn requirement(state: &State, task_id: TaskId) -> Result<Requirement, String> {
     let task = state.task(task_id).ok_or_else(String::new)?;
     let mut requirement = Requirement::of(state, task)?;
+    if let Some(missing) = secrets::missing(state, &task.spec) {
+        return Err(missing);
+    }
     let name = task.spec.container_spec.as_ref().map_or("", |container| &container.image);
     if !name.is_empty() {
         let pinned = image::resolve(state, name).map_err(|missing| missing.to_string())?;

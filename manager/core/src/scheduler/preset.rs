@@ -86,7 +86,7 @@ pub(super) fn explain(
             break;
         }
         let node_id = node_of(fork, *task_id);
-        let reason = filter::explain(fork.state(), index, key.0, requirement, node_id);
+        let reason = super::case(fork, index, key.0).reason(requirement, node_id);
         fork.defer(*task_id, &reason);
     }
 }

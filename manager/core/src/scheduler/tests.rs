@@ -274,7 +274,7 @@ fn a_generic_resource_is_free_once_its_task_has_ended() {
     let (holder, waiting) = (by_slot(&world, 1), by_slot(&world, 2));
     assert_eq!(
         waiting.status.err,
-        "no suitable node (insufficient generic resources on 1 node): most free GPU: 0 on n1, 1 wanted"
+        "no suitable node (insufficient generic resources on 1 node): n1 lacks 1 GPU"
     );
     world.report(holder.id, TaskState::Failed);
     world.step();
@@ -342,6 +342,16 @@ fn a_node_where_a_service_keeps_failing_comes_last() {
     world.expect_step("they are forgotten", "+1@1 +2@2 +3@1");
 }
 
+/// What the only task of a service waits for.
+#[track_caller]
+fn expect_reason(name: &str, nodes: &str, needs: &str, expect: &str) {
+    let mut world = World::new(nodes, service_with(1, needs), "");
+    world.expect_step(name, "+1@-");
+    let task = world.state.tasks().values().next().unwrap().clone();
+    assert_eq!(task.status.err, expect, "{name}");
+    assert_eq!(task.status.state, TaskState::Pending, "{name}");
+}
+
 #[test]
 fn who_waits_says_why() {
     for (name, nodes, needs, expect) in [
@@ -351,22 +361,67 @@ fn who_waits_says_why() {
             "1:mem=512 2:mem=256 3:zone=b 4:zone=b:down 5:drain 6:zone=c",
             "mem=1024 node.labels.zone!=b node.labels.zone!=c",
             "no suitable node (2 nodes not available for new tasks; scheduling constraints not satisfied \
-             on 2 nodes; insufficient resources on 2 nodes): most free memory: 512 MiB on n1, 1 GiB wanted",
+             on 2 nodes; insufficient resources on 2 nodes): n1 lacks 512 MiB of memory",
         ),
         (
             "CPU, too",
             "1:cpu=1",
             "cpu=2",
-            "no suitable node (insufficient resources on 1 node): most free CPU: 1 on n1, 2 wanted",
+            "no suitable node (insufficient resources on 1 node): n1 lacks 1 CPU",
         ),
         (
             "a constraint that nobody meets",
             "1 2:disk=hdd",
             "node.labels.disk!=x node.labels.disk==ssd",
-            "no suitable node (scheduling constraints not satisfied on 2 nodes): none of them has \
-             node.labels.disk == ssd",
+            "no suitable node (scheduling constraints not satisfied on 2 nodes): n1 does not meet \
+             node.labels.disk == ssd, nor does any other node",
         ),
-        ("platform", "1", "arch=arm64", "no suitable node (unsupported platform on 1 node)"),
+        (
+            "the node that misses the fewest constraints",
+            "1 2:disk=ssd",
+            "node.labels.disk==ssd node.labels.zone==a node.labels.rack!=7",
+            "no suitable node (scheduling constraints not satisfied on 2 nodes): n2 does not meet \
+             node.labels.zone == a, nor does any other node",
+        ),
+        (
+            "a constraint that another node meets",
+            "1:disk=ssd:pause 2",
+            "node.labels.disk==ssd node.labels.zone==a",
+            "no suitable node (1 node not available for new tasks; scheduling constraints not satisfied \
+             on 1 node): n2 does not meet node.labels.disk == ssd and 1 more constraint",
+        ),
+    ] {
+        expect_reason(name, nodes, needs, expect);
+    }
+}
+
+#[test]
+fn the_nearest_miss_is_named() {
+    for (name, nodes, needs, expect) in [
+        (
+            "platform",
+            "1",
+            "arch=arm64",
+            "no suitable node (unsupported platform on 1 node): n1 is linux/x86_64, and linux/arm64 is wanted",
+        ),
+        (
+            "memory and CPU of one node, rounded up",
+            "1:cpu=1:mem=1000 2:cpu=1:mem=10",
+            "cpu=3 mem=1001",
+            "no suitable node (insufficient resources on 2 nodes): n1 lacks 1 MiB of memory and 2 CPUs",
+        ),
+        (
+            "the node that is closest to be there",
+            "1:down 2:drain 3:pause 4:unknown 5:disconnected",
+            "",
+            "no suitable node (5 nodes not available for new tasks): n3 is paused",
+        ),
+        (
+            "generic resources",
+            "1:has-GPU=a 2:has-GPU=a:has-GPU=b 3",
+            "needs-GPU=4",
+            "no suitable node (insufficient generic resources on 3 nodes): n2 lacks 2 GPU",
+        ),
         (
             "a constraint that cannot be read",
             "1",
@@ -374,11 +429,7 @@ fn who_waits_says_why() {
             "constraint expected one operator from ==, !=: \"node.labels.a=b\"",
         ),
     ] {
-        let mut world = World::new(nodes, service_with(1, needs), "");
-        world.expect_step(name, "+1@-");
-        let task = world.state.tasks().values().next().unwrap().clone();
-        assert_eq!(task.status.err, expect, "{name}");
-        assert_eq!(task.status.state, TaskState::Pending, "{name}");
+        expect_reason(name, nodes, needs, expect);
     }
 }
 
@@ -437,7 +488,9 @@ fn a_slice_that_is_full_is_a_reason() {
         .filter(|task| task.node_id.is_none())
         .map(|task| task.status.err.clone())
         .collect();
-    assert_eq!(waiting, ["no suitable node (no free ingress address on 1 node)"]);
+    let reason =
+        "no suitable node (no free ingress address on 1 node): all 1021 addresses of n1 are in use";
+    assert_eq!(waiting, [reason]);
     world.expect_settled("a full slice");
     let (first, address) = world
         .state

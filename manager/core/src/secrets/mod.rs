@@ -31,7 +31,7 @@ use crate::store::State;
 pub use payload::{Payload, PayloadSpec};
 pub(crate) use reap::{Memory, reap, without_versions};
 pub use references::{are_there, check_targets, keys_of, resolve};
-pub(crate) use references::{is_same_container, name_of};
+pub(crate) use references::{is_same_container, missing, name_of};
 
 /// Services that one update of a secret may change: their specs are one entry of the log.
 pub const USERS_MAX: usize = 1000;

@@ -146,15 +146,19 @@ fn known<P: Payload>(payload: &P) -> String {
 
 /// Refuses a spec of before that names what is not there any more. Its versions stay as they are.
 pub fn are_there(state: &State, spec: &ServiceSpec) -> Result<(), Error> {
-    let missing = keys_of(&spec.task_template).find(|key| super::find(state, *key).is_none());
-    let Some(key) = missing else { return Ok(()) };
+    missing(state, &spec.task_template).map_or(Ok(()), |text| Err(Error(text)))
+}
+
+/// What tasks of this spec lack: the reason for them to wait.
+pub(crate) fn missing(state: &State, spec: &TaskSpec) -> Option<String> {
+    let key = keys_of(spec).find(|key| super::find(state, *key).is_none())?;
     let (what, name) = (key.kind.name(), name_of(spec, key));
-    Err(Error(format!("{what} not found: {name} (version {})", key.version)))
+    Some(format!("{what} not found: {name} (version {})", key.version))
 }
 
 /// The name by which a spec refers to a secret or a config.
-pub(crate) fn name_of(spec: &ServiceSpec, key: PayloadKey) -> String {
-    let container = spec.task_template.container_spec.as_ref();
+pub(crate) fn name_of(spec: &TaskSpec, key: PayloadKey) -> String {
+    let container = spec.container_spec.as_ref();
     let secrets = container.into_iter().flat_map(|container| container.secrets.iter().flatten());
     let configs = container.into_iter().flat_map(|container| container.configs.iter().flatten());
     let references = secrets.map(Reference::of_secret).chain(configs.map(Reference::of_config));

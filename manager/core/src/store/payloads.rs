@@ -102,7 +102,7 @@ impl State {
         let mut new = secrets::keys_of(&service.spec.task_template).filter(|key| !is_old(key));
         match new.find(|key| secrets::find(self, *key).is_none()) {
             Some(key) => {
-                let name = secrets::name_of(&service.spec, key);
+                let name = secrets::name_of(&service.spec.task_template, key);
                 Err(Refusal::PayloadNotFound { kind: key.kind, name, version: key.version })
             }
             None => Ok(()),
