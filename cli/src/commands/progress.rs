@@ -338,7 +338,6 @@ pub(super) async fn wait(
     let request = WatchRequest {
         kinds: ["service", "task", "node"].map(str::to_owned).to_vec(),
         service_ids: vec![service_id.clone()],
-        from_version: 0,
     };
     let mut feed = client.control().watch(request).await.map_err(Refusal)?.into_inner();
     let mut state = State::new(waiting);
@@ -452,7 +451,6 @@ pub(super) async fn wait_removed(client: &Client, service_ids: BTreeSet<String>)
     let request = WatchRequest {
         kinds: ["service", "task"].map(str::to_owned).to_vec(),
         service_ids: service_ids.into_iter().collect(),
-        from_version: 0,
     };
     let mut feed = client.control().watch(request).await.map_err(Refusal)?.into_inner();
     let mut left: BTreeSet<String> = BTreeSet::new();

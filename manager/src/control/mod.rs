@@ -326,11 +326,7 @@ impl Control for ControlService {
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
-        let request = request.into_inner();
-        if request.from_version > 0 {
-            return Err(not_supported("a watch that goes on at a version"));
-        }
-        Ok(Response::new(watch::start(self, request)?))
+        Ok(Response::new(watch::start(self, request.into_inner())?))
     }
 
     async fn create_service(
