@@ -132,6 +132,18 @@ fn lost_quorum() {
 
     page.run(&lab, "A daemon that is not in its swarm");
     wait_for_state(&lab, "n2", "inactive");
+
+    // Of two managers one is lost, and comes back after the other one went on alone.
+    lab.kill(&["n4"]);
+    let shown = page.run(&lab, "A majority that is lost for good");
+    assert!(shown[0].stdout.contains("Removed from the swarm: n4 ("), "{}", shown[0]);
+    lab.start_nodes(&["n4"]);
+    wait_for_state(&lab, "n4", "error");
+    let token = lab.node("n1").skep(&["swarm", "join-token", "--quiet", "manager"]).ok();
+    page.set("TOKEN", token.text());
+    page.set("HOST", &lab.node("n1").address().to_string());
+    page.run(&lab, "Managers that run again");
+    wait_for_manager(&lab, "n4", true);
     page.finish();
     lab.down();
 }
