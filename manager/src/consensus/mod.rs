@@ -13,7 +13,7 @@
 //!
 //! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `feed` (what callers use); `serve`,
 //! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `codec`,
-//! `frame`, `seal`, `disk` (bytes).
+//! `frame`, `seal`, `disk` (bytes); `chance`.
 //!
 //! # Invariants
 //!
@@ -28,6 +28,7 @@
 //! Ongaro, "Consensus: Bridging Theory and Practice" (leader transfer 3.10, read index 6.4, pre-vote
 //! 9.6); openraft 0.10 `docs`; SwarmKit `manager/state/raft`.
 
+mod chance;
 mod codec;
 mod compaction;
 mod deadline;
@@ -53,7 +54,7 @@ mod tests;
 mod types;
 mod wire;
 
-pub use disk::Error as StorageError;
+pub use disk::{Disk, Error as StorageError};
 pub use feed::{Commit, Feed};
 pub use handle::{BootstrapError, Consensus, ReadError, Status, StopReason};
 pub use leadership::{Leader, Leadership};
@@ -61,5 +62,6 @@ pub use machine::Unapplicable;
 pub use membership::{Error as MembershipError, Member, MemberRole};
 pub use network::{CallError, RaftTransport};
 pub use options::{Compaction, Options, StartError, Timing};
+pub use runtime::Threads;
 pub use seal::DataKey;
 pub use wire::RaftRequest;
