@@ -23,10 +23,17 @@ test-vm: $(if $(SKEP_BINARY),,release)
 	SKEP_BINARY="$${SKEP_BINARY:-$(CURDIR)/target/skep}" deploy/test-vm.sh
 
 # The whole control plane under faults, in virtual time: SEEDS of them (200 unless told otherwise), or one SEED;
-# STEPS bounds the phase with faults. PRINT=1 prints each event of one seed.
+# STEPS bounds the phase with faults. PRINT=1 prints each event of one seed. RING=turmoil runs the managers
+# themselves, log and gRPC included; there SECONDS is how long things fail.
+ifeq ($(RING),turmoil)
+sim:
+	deploy/with-rust.sh cargo run --quiet --release --package skep-turmoil --bin skep-turmoil -- \
+	  $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(PRINT),--print)
+else
 sim:
 	deploy/with-rust.sh cargo run --quiet --release --package skep-simulation --bin skep-sim -- \
 	  $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) $(if $(PRINT),--print)
+endif
 
 # What a change must pass; writes nothing.
 verify:

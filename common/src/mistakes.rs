@@ -18,17 +18,26 @@ pub enum Mistake {
     SecretToRefused,
     /// A task is stopped before the nodes balance to it no more.
     DrainWithoutWait,
+    /// A manager says that a write is durable before it is.
+    AcknowledgedEarly,
+    /// A manager answers a read with what it has, and asks no majority.
+    StaleRead,
+    /// A leader whose term is over still writes.
+    DeposedWrite,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::StateFalls,
         Self::DeposedAssignment,
         Self::AddressFreedEarly,
         Self::PlacedTwice,
         Self::SecretToRefused,
         Self::DrainWithoutWait,
+        Self::AcknowledgedEarly,
+        Self::StaleRead,
+        Self::DeposedWrite,
     ];
 }
 

@@ -90,6 +90,14 @@ impl Manager {
         // Raft has a runtime of its own, and its channels end with it.
         let transport = Arc::new(GrpcTransport::new(options.pool.separate()));
         let raft = consensus::Options::new(options.raft_id, &options.raft_dir, key, transport);
+        Self::start_with(options, raft).await
+    }
+
+    /// The same with other settings of consensus than the usual.
+    pub async fn start_with(
+        options: ManagerOptions,
+        raft: consensus::Options,
+    ) -> Result<Self, consensus::StartError> {
         let consensus = Consensus::start(raft).await?;
         let tasks = TaskSet::new();
         let (kept, lock_version) = watch::channel(options.files.lock_version());
@@ -220,6 +228,11 @@ impl Manager {
                     .max_decoding_message_size(MESSAGE_BYTES_MAX)
                     .max_encoding_message_size(MESSAGE_BYTES_MAX),
             )
+    }
+
+    /// What it stands on.
+    pub fn consensus(&self) -> &Consensus {
+        &self.consensus
     }
 
     /// Waits until consensus takes no part any more, and says why.

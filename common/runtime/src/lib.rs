@@ -7,6 +7,8 @@
 pub mod access;
 pub mod clock;
 pub mod identity;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 pub mod sys;
 pub mod task_set;
 pub mod telemetry;

@@ -12,6 +12,7 @@ use std::os::unix::fs::{
     DirBuilderExt as _, FileExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, Flock, FlockArg, fallocate};
@@ -95,55 +96,90 @@ impl Error {
     }
 }
 
-/// Writing and syncing: the place where tests make a disk fail.
-pub(crate) trait Disk: fmt::Debug + Send + Sync {
+/// Whatever changes files and names: the place where tests make a disk slow, full or forgetful. Reads go to the
+/// kernel, which shows what was written whether it is durable or not.
+pub trait Disk: fmt::Debug + Send + Sync {
     /// Writes all of `bytes` at `offset`.
-    fn write(&self, file: &File, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    fn write(&self, file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        file.write_all_at(bytes, offset)
+    }
+
     /// Makes what was written durable.
-    fn sync(&self, file: &File) -> io::Result<()>;
+    fn sync(&self, file: &File) -> io::Result<()> {
+        file.sync_data()
+    }
+
+    /// Makes all of a new file durable, its length too.
+    fn sync_all(&self, file: &File) -> io::Result<()> {
+        file.sync_all()
+    }
+
+    /// Creates a file that must not exist, for its owner alone.
+    fn create(&self, path: &Path) -> io::Result<File> {
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create_new(true).mode(0o600).open(path)
+    }
+
+    /// Reserves space without writing it. A file system that cannot do that gives a sparse file.
+    fn reserve(&self, file: &File, length: u64) -> io::Result<()> {
+        let bytes = i64::try_from(length).unwrap_or(i64::MAX);
+        match fallocate(file, FallocateFlags::empty(), 0, bytes) {
+            Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => file.set_len(length),
+            other => other.map_err(io::Error::from),
+        }
+    }
+
+    /// Gives back what lies behind `length`.
+    fn trim(&self, file: &File, length: u64) -> io::Result<()> {
+        file.set_len(length)
+    }
+
+    /// Gives a file another name, in the place of what had it.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    /// Gives a file a second name.
+    fn link(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::hard_link(from, to)
+    }
+
+    /// Takes a name away.
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        fs::remove_file(path)
+    }
+
+    /// Makes the names in a directory durable.
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        File::open(path).and_then(|dir| dir.sync_all())
+    }
+
+    /// How long the next write waits, where Raft runs on its caller's runtime: there no thread may stand still.
+    fn delay(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// The kernel's files.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct RealDisk;
 
-impl Disk for RealDisk {
-    fn write(&self, file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        file.write_all_at(bytes, offset)
-    }
+impl Disk for RealDisk {}
 
-    fn sync(&self, file: &File) -> io::Result<()> {
-        file.sync_data()
-    }
-}
-
-/// Makes a directory that only its owner may enter, with its parents.
+/// Makes a directory that only its owner may enter, with its parents, and its name durable.
 pub(crate) fn create_private_dir(path: &Path) -> Result<(), Error> {
     let io = |action| Error::io(action, path);
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(io("create"))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(io("protect"))
-}
-
-/// Creates a file that must not exist.
-pub(crate) fn create_private_file(path: &Path) -> Result<File, Error> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(true).mode(0o600);
-    options.open(path).map_err(Error::io("create", path))
+    fs::set_permissions(path, fs::Permissions::from_mode(0o700)).map_err(io("protect"))?;
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync_dir(parent),
+        _ => Ok(()),
+    }
 }
 
 /// Makes the names in a directory durable.
 pub(crate) fn sync_dir(path: &Path) -> Result<(), Error> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(Error::io("sync", path))
-}
-
-/// Reserves space without writing it. A file system that cannot do that gets a sparse file.
-pub(crate) fn reserve(file: &File, path: &Path, length: u64) -> Result<(), Error> {
-    let bytes = i64::try_from(length).unwrap_or(i64::MAX);
-    let reserved = match fallocate(file, FallocateFlags::empty(), 0, bytes) {
-        Err(Errno::EOPNOTSUPP | Errno::ENOSYS) => file.set_len(length),
-        other => other.map_err(io::Error::from),
-    };
-    reserved.map_err(Error::io("reserve space for", path))
+    RealDisk.sync_dir(path).map_err(Error::io("sync", path))
 }
 
 /// Keeps every other process out of a data directory until dropped.

@@ -25,7 +25,7 @@ use super::network::{Network, RaftTransport, Superseded};
 use super::options::{Options, StartError, Timing};
 use super::propose::{self, Forward, Forwarder};
 use super::reads::{self, Round, Waiting};
-use super::runtime::RaftRuntime;
+use super::runtime::{RaftRuntime, aside};
 use super::snapshot::SnapshotStore;
 use super::types::{LogId, TypeConfig};
 use super::wire::{ReadIndexAnswer, WriteIndexAnswer};
@@ -153,7 +153,7 @@ impl Consensus {
     /// Opens the data directory and takes part. A manager without data waits to be added, or for
     /// [`Consensus::bootstrap`].
     pub async fn start(options: Options) -> Result<Self, StartError> {
-        let runtime = RaftRuntime::new().map_err(StartError::Threads)?;
+        let runtime = RaftRuntime::new(&options.threads).map_err(StartError::Threads)?;
         let hub = Arc::new(Hub::new());
         let obstacle = Obstacle::default();
         let (tell_superseded, superseded) = watch::channel(None);
@@ -351,7 +351,7 @@ impl Consensus {
     pub async fn status(&self) -> Status {
         let state = self.state();
         let version = state.version().index;
-        let digest = tokio::task::spawn_blocking(move || state.digest()).await;
+        let digest = aside(move || state.digest()).await;
         let metrics = self.inner.metrics.borrow().clone();
         let index = |log_id: Option<LogId>| log_id.map(|log_id| log_id.index);
         let matched = metrics.replication.into_iter().flatten();
@@ -423,7 +423,7 @@ async fn open_raft(
     let Below { hub, obstacle, tell_superseded } = below;
     let mut config = options.raft_config()?;
     let opening = options.clone();
-    let opened = tokio::task::spawn_blocking(move || open_storage(&opening)).await;
+    let opened = aside(move || open_storage(&opening)).await;
     let (log, snapshots) = opened.map_err(|error| StartError::Raft(error.to_string()))??;
     config.enable_elect = !LostTail::read(&options.dir).is_set();
     let machine = Machine::new(hub, snapshots, Arc::clone(&obstacle));
@@ -450,8 +450,10 @@ fn open_storage(options: &Options) -> Result<(LogStore, SnapshotStore), disk::Er
     disk::create_private_dir(&options.dir)?;
     let lock = Arc::new(DirLock::take(&options.dir)?);
     let (dir, key, disk) = (options.dir.clone(), options.key.clone(), Arc::clone(&options.disk));
-    let mut log_options = LogOptions::new(options.raft_id, dir.clone(), key.clone(), disk);
+    let mut log_options =
+        LogOptions::new(options.raft_id, dir.clone(), key.clone(), Arc::clone(&disk));
+    log_options.threads = options.threads.clone();
     log_options.cached_bytes_max = options.cached_bytes_max.unwrap_or(log_options.cached_bytes_max);
-    let snapshots = SnapshotStore::open(dir, key)?;
+    let snapshots = SnapshotStore::open_on(dir, key, disk)?;
     Ok((LogStore::open(&log_options, lock)?, snapshots))
 }

@@ -21,6 +21,7 @@ use tokio::runtime::RuntimeFlavor;
 
 use super::codec::entry_size;
 use super::feed::{Hub, Published, Steps};
+use super::runtime::aside;
 use super::snapshot::{SnapshotData, SnapshotStore};
 use super::types::{LogId, Payload, Reply, SnapshotMeta, StoredMembership, TypeConfig};
 
@@ -204,7 +205,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
             snapshots.write(&stored_meta, &data, n_old).map_err(io::Error::other)?;
             Ok::<State, io::Error>(state)
         };
-        let state = tokio::task::spawn_blocking(install).await.map_err(io::Error::other)??;
+        let state = aside(install).await??;
         let index = meta.last_log_id.map_or(0, |log_id| log_id.index);
         if state.version().index != index {
             let found = state.version().index;
@@ -223,8 +224,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         &mut self,
     ) -> Result<Option<alias::SnapshotOf<TypeConfig, SnapshotData>>, io::Error> {
         let snapshots = self.snapshots.clone();
-        let read = tokio::task::spawn_blocking(move || snapshots.read()).await;
-        let found = read.map_err(io::Error::other)?.map_err(io::Error::other)?;
+        let found = aside(move || snapshots.read()).await?.map_err(io::Error::other)?;
         Ok(found.map(|(meta, snapshot)| openraft::Snapshot { meta, snapshot }))
     }
 }
@@ -251,6 +251,6 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
             snapshots.write(&meta, &snapshot, n_old).map_err(io::Error::other)?;
             Ok::<_, io::Error>(openraft::Snapshot { meta, snapshot })
         };
-        tokio::task::spawn_blocking(build).await.map_err(io::Error::other)?
+        aside(build).await?
     }
 }

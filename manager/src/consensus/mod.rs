@@ -13,7 +13,7 @@
 //!
 //! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `feed` (what callers use); `serve`,
 //! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `anew` (a swarm with one manager) and `backup`; `codec`,
-//! `frame`, `seal`, `disk` (bytes).
+//! `frame`, `seal`, `disk` (bytes); `chance`.
 //!
 //! # Invariants
 //!
@@ -30,6 +30,7 @@
 
 pub mod anew;
 pub mod backup;
+mod chance;
 mod codec;
 mod compaction;
 mod deadline;
@@ -55,7 +56,7 @@ mod tests;
 mod types;
 mod wire;
 
-pub use disk::Error as StorageError;
+pub use disk::{Disk, Error as StorageError};
 pub use feed::{Commit, Feed};
 pub use handle::{BootstrapError, Consensus, ReadError, Status, StopReason};
 pub use leadership::{Leader, Leadership};
@@ -64,5 +65,6 @@ pub use membership::{Error as MembershipError, Member, MemberRole};
 pub use network::{CallError, RaftTransport, Superseded};
 pub use options::{Compaction, Options, StartError, Timing};
 pub use reads::View;
+pub use runtime::Threads;
 pub use seal::DataKey;
 pub use wire::RaftRequest;

@@ -9,6 +9,7 @@ use openraft::{Config, SnapshotPolicy};
 use super::disk::{self, Disk, RealDisk};
 use super::machine::Unapplicable;
 use super::network::RaftTransport;
+use super::runtime::Threads;
 use super::seal::DataKey;
 
 /// Entries for one peer at once; the log's reader bounds their bytes.
@@ -81,7 +82,10 @@ pub struct Options {
     pub timing: Timing,
     /// When to make snapshots.
     pub compaction: Compaction,
-    pub(crate) disk: Arc<dyn Disk>,
+    /// Carries out what changes files.
+    pub disk: Arc<dyn Disk>,
+    /// Where Raft runs.
+    pub threads: Threads,
     /// Overrides the bound of the log's memory.
     pub(crate) cached_bytes_max: Option<usize>,
 }
@@ -102,6 +106,7 @@ impl Options {
             timing: Timing::default(),
             compaction: Compaction::default(),
             disk: Arc::new(RealDisk),
+            threads: Threads::Own,
             cached_bytes_max: None,
         }
     }

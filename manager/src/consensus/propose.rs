@@ -11,6 +11,7 @@ use bytes::Bytes;
 use openraft::errors::{ClientWriteError, ForwardReason};
 use openraft::impls::ProgressResponder;
 use openraft::{Raft, RaftTypeConfig};
+use skep_common::mistakes::{self, Mistake};
 use skep_manager_core::{Command, Outcome};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -128,6 +129,9 @@ impl Consensus {
         let payload = encode(command)?;
         let waited = self.inner.timing.patience;
         let mut deadline = Deadline::after(waited);
+        if mistakes::is(Mistake::DeposedWrite) {
+            return self.propose(command).await;
+        }
         loop {
             if !self.is_raft_leader() {
                 return Err(Error::NotLeader { term });

@@ -6,12 +6,33 @@ use std::io;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Handle, Runtime};
+use skep_runtime::TaskSet;
+use tokio::runtime::{Builder, Handle, Runtime, RuntimeFlavor};
 
 /// Raft's tasks are short; what takes long runs aside (`block_in_place`, `spawn_blocking`).
 const THREADS: usize = 2;
 
 const UNPOISONED: &str = "nothing panics while it holds the runtime";
+
+/// Where Raft runs.
+#[derive(Debug, Clone)]
+pub enum Threads {
+    /// On threads of its own, and so does the writer of its log.
+    Own,
+    /// Where its caller runs, for tests in virtual time: all of a manager stands still with it. The log's writer is
+    /// one of these tasks.
+    OfCaller(TaskSet),
+}
+
+/// Runs what takes long where it holds up nobody. A runtime with one thread has none to spare: it waits.
+pub(crate) async fn aside<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<T> {
+    match Handle::current().runtime_flavor() {
+        RuntimeFlavor::CurrentThread => Ok(work()),
+        _ => tokio::task::spawn_blocking(work).await.map_err(io::Error::other),
+    }
+}
 
 /// Ends with its owner: all tasks on it stop at their next await.
 #[derive(Debug)]
@@ -21,7 +42,10 @@ pub(crate) struct RaftRuntime {
 }
 
 impl RaftRuntime {
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(threads: &Threads) -> io::Result<Self> {
+        if let Threads::OfCaller(_) = threads {
+            return Ok(Self { handle: Handle::current(), runtime: Mutex::new(None) });
+        }
         let mut builder = Builder::new_multi_thread();
         let runtime =
             builder.worker_threads(THREADS).thread_name("skep-raft").enable_all().build()?;

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use skep_manager_core::State;
 
-use super::disk::{self, Error};
+use super::disk::{Disk, Error};
 use super::frame::{
     FIRST_COUNTER, FileKind, HEADER_LENGTH, new_header, parse_frame, put_frame, read_header,
 };
@@ -57,22 +57,31 @@ struct Head {
 pub(crate) struct SnapshotStore {
     dir: PathBuf,
     key: DataKey,
+    disk: Arc<dyn Disk>,
     /// What is in the file; the lock keeps writers apart.
     current: Arc<Mutex<Option<SnapshotMeta>>>,
 }
 
 impl SnapshotStore {
     /// Opens the snapshot of a data directory, and checks it if there is one.
+    #[cfg(test)]
     pub(crate) fn open(dir: PathBuf, key: DataKey) -> Result<Self, Error> {
+        Self::open_on(dir, key, Arc::new(super::disk::RealDisk))
+    }
+
+    /// The same on a disk that tests may have made.
+    pub(crate) fn open_on(dir: PathBuf, key: DataKey, disk: Arc<dyn Disk>) -> Result<Self, Error> {
         let temporary = dir.join(TEMPORARY_FILE);
-        match fs::remove_file(&temporary) {
+        match disk.remove(&temporary) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io("remove", &temporary)(error));
             }
             _ => {}
         }
-        let store = Self { dir, key, current: Arc::default() };
+        let store = Self { dir, key, disk, current: Arc::default() };
         let current = store.read()?.map(|(meta, _)| meta);
+        // Its name may be in the kernel's memory alone, and the log is purged because of it.
+        store.disk.sync_dir(&store.dir).map_err(Error::io("sync", &store.dir))?;
         *store.current.lock().expect(UNPOISONED) = current;
         Ok(store)
     }
@@ -90,29 +99,28 @@ impl SnapshotStore {
         }
         let temporary = self.dir.join(TEMPORARY_FILE);
         let bytes = self.seal(meta, data);
-        match fs::remove_file(&temporary) {
+        match self.disk.remove(&temporary) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(Error::io("remove", &temporary)(error));
             }
             _ => {}
         }
-        let file = disk::create_private_file(&temporary)?;
-        let written = std::io::Write::write_all(&mut &file, &bytes);
-        written.map_err(Error::io("write", &temporary))?;
-        file.sync_all().map_err(Error::io("sync", &temporary))?;
+        let file = self.disk.create(&temporary).map_err(Error::io("create", &temporary))?;
+        self.disk.write(&file, 0, &bytes).map_err(Error::io("write", &temporary))?;
+        self.disk.sync_all(&file).map_err(Error::io("sync", &temporary))?;
         if let Some(before) = current.as_ref().filter(|_| n_old > 0) {
             let index = before.last_log_id.map_or(0, |log_id| log_id.index);
             let kept = self.dir.join(format!("{OLD_PREFIX}{index:020}"));
-            match fs::hard_link(self.path(), &kept) {
+            match self.disk.link(&self.path(), &kept) {
                 Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
                     return Err(Error::io("link", &kept)(error));
                 }
                 _ => {}
             }
         }
-        fs::rename(&temporary, self.path()).map_err(Error::io("rename", &temporary))?;
+        self.disk.rename(&temporary, &self.path()).map_err(Error::io("rename", &temporary))?;
         self.remove_old(n_old)?;
-        disk::sync_dir(&self.dir)?;
+        self.disk.sync_dir(&self.dir).map_err(Error::io("sync", &self.dir))?;
         *current = Some(meta.clone());
         Ok(())
     }
@@ -130,7 +138,7 @@ impl SnapshotStore {
         old.sort();
         let n_surplus = old.len().saturating_sub(n_kept);
         for path in old.drain(..n_surplus) {
-            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            self.disk.remove(&path).map_err(Error::io("remove", &path))?;
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ openraft::declare_raft_types!(
         NodeId = u64,
         Node = openraft::BasicNode,
         LeaderId = openraft::impls::leader_id_std::LeaderId<u64, u64>,
+        AsyncRuntime = super::chance::Runtime,
 );
 
 pub(crate) type LogId = alias::LogIdOf<TypeConfig>;

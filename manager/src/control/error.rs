@@ -161,11 +161,6 @@ impl From<Error> for Status {
     }
 }
 
-/// The answer to what clients can ask for and nothing acts on.
-pub fn not_supported(what: &str) -> Status {
-    Status::unimplemented(format!("{what} is not supported yet"))
-}
-
 /// The kind that a word names.
 pub fn kind_of(name: &str) -> Result<Kind, Error> {
     let all = [

@@ -42,7 +42,7 @@ use crate::consensus::{Consensus, ReadError, View};
 use crate::space::Full;
 pub use audit::Audited;
 pub use containers::ContainersService;
-use error::{Error, kind_of, not_supported};
+use error::{Error, kind_of};
 use lookup::{Facts, document};
 
 /// The service behind `skep.v1.Control`; clones share everything.

@@ -36,8 +36,7 @@ use skep_manager_core::{
     Action, Command, Dirty, LeaderMemory, Outcome, State, image, node_name, plan, rotation, store,
     swarm,
 };
-use skep_runtime::{TaskSet, clock};
-use tokio::net::TcpStream;
+use skep_runtime::{TaskSet, clock, transport};
 use tokio::sync::mpsc;
 
 use crate::consensus::{Commit, Consensus, Feed, propose};
@@ -48,6 +47,9 @@ use sessions::Sessions;
 const TICK: Duration = Duration::from_millis(200);
 /// A machine that does not even refuse a connection within this time counts as a failed probe.
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
+/// Between a command that was not taken and the next: whether this manager still leads may take a moment to show, and
+/// a loop that asked again at once would keep its processor from finding out.
+const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Events taken in one go: bounds how long a commit waits behind reports.
 const EVENTS_AT_ONCE: usize = 512;
 /// Facts and nodes written by one command: bounds its size, and what one refusal throws back.
@@ -395,7 +397,13 @@ impl Leader {
 
     fn propose(&mut self, command: Command, carried: Carried) {
         let (consensus, term) = (self.consensus.clone(), self.term);
-        let proposal = async move { consensus.propose_as_leader(term, &command).await };
+        let proposal = async move {
+            let outcome = consensus.propose_as_leader(term, &command).await;
+            if outcome.is_err() {
+                tokio::time::sleep(RETRY_DELAY).await;
+            }
+            outcome
+        };
         self.in_flight = Some((proposal.boxed(), carried));
     }
 
@@ -434,9 +442,9 @@ impl Leader {
             let (node_id, address) = (*node_id, node.address());
             let results = self.probe_results.clone();
             self.tasks.spawn("probe", async move {
-                let connect = TcpStream::connect(&address);
+                let connect = transport::knock(&address);
                 let answer = match tokio::time::timeout(PROBE_DEADLINE, connect).await {
-                    Ok(Ok(_)) => Answer::Accepted,
+                    Ok(Ok(())) => Answer::Accepted,
                     Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
                         Answer::Refused
                     }

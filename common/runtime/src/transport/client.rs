@@ -102,6 +102,10 @@ impl ChannelPool {
                 .keep_alive_timeout(RELAYED_KEEP_ALIVE_DEADLINE),
         };
         let endpoint = endpoint.keep_alive_while_idle(true);
+        #[cfg(feature = "simulation")]
+        if let Some(machine) = crate::simulation::machine() {
+            return crate::simulation::channel(&endpoint, machine, address);
+        }
         // Asked at each connect: certificates and roots change while the channel lives.
         let tls = self.tls.clone();
         let config = move || tls.client();
@@ -113,6 +117,15 @@ impl ChannelPool {
         let mut channels = self.channels.lock().expect("nothing panics while it holds the pool");
         channels.retain(|(known, _), _| known != address);
     }
+}
+
+/// Opens a connection to a machine and closes it again: its kernel answers for it, whether its daemon does or not.
+pub async fn knock(address: &str) -> io::Result<()> {
+    #[cfg(feature = "simulation")]
+    if let Some(machine) = crate::simulation::machine() {
+        return (machine.dial)(address).await.map(drop);
+    }
+    TcpStream::connect(address).await.map(drop)
 }
 
 /// A channel for a node without a certificate that knows the root: to hand in its join token.

@@ -10,6 +10,8 @@ mod server;
 mod tests;
 mod tls;
 
-pub use client::{ChannelPool, Peer, connect_unverified, connect_with_root};
+pub use client::{ChannelPool, Peer, connect_unverified, connect_with_root, knock};
+#[cfg(feature = "simulation")]
+pub(crate) use server::{Connection, server};
 pub use server::{ServeError, bind_unix, serve_tls, serve_unix};
 pub use tls::Tls;

@@ -54,9 +54,9 @@ pub enum ServeError {
 }
 
 /// A connection with its caller.
-struct Connection<S> {
-    stream: S,
-    caller: Caller,
+pub(crate) struct Connection<S> {
+    pub(crate) stream: S,
+    pub(crate) caller: Caller,
 }
 
 impl<S> Connected for Connection<S> {
@@ -150,7 +150,7 @@ pub async fn serve_tls(
     Ok(())
 }
 
-fn server(
+pub(crate) fn server(
     routes: Routes,
 ) -> tonic::transport::server::Router<
     tower::layer::util::Stack<AccessLayer, tower::layer::util::Identity>,

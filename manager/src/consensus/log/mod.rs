@@ -40,6 +40,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 use tokio::sync::{mpsc, oneshot};
 
 use super::disk::{DirLock, Disk, Error};
+use super::runtime::{Threads, aside};
 use super::seal::DataKey;
 use super::types::{Entry, LogId, TypeConfig, Vote};
 use index::{Found, Index};
@@ -68,6 +69,7 @@ pub(crate) struct LogOptions {
     pub(crate) dir: PathBuf,
     pub(crate) key: DataKey,
     pub(crate) disk: Arc<dyn Disk>,
+    pub(crate) threads: Threads,
     pub(crate) cached_bytes_max: usize,
     pub(crate) segment_bytes_first: u64,
     pub(crate) segment_bytes_max: u64,
@@ -80,6 +82,7 @@ impl LogOptions {
             dir,
             key,
             disk,
+            threads: Threads::Own,
             cached_bytes_max: CACHED_BYTES_MAX,
             segment_bytes_first: SEGMENT_BYTES_FIRST,
             segment_bytes_max: SEGMENT_BYTES_MAX,
@@ -110,10 +113,18 @@ impl LogStore {
     pub(crate) fn open(options: &LogOptions, lock: Arc<DirLock>) -> Result<Self, Error> {
         let (writer, index) = Writer::new(options, open::open(options)?, lock);
         let (jobs, queue) = mpsc::channel(QUEUE_LENGTH);
-        let thread = std::thread::Builder::new().name("skep-raft-log".to_owned());
-        let thread = thread.spawn(move || writer.run(queue));
-        let thread = thread.map_err(Error::io("start the writer of", &dir_of(options)))?;
-        let thread = Arc::new(Mutex::new(Some(thread)));
+        let thread = match &options.threads {
+            Threads::Own => {
+                let thread = std::thread::Builder::new().name("skep-raft-log".to_owned());
+                let thread = thread.spawn(move || writer.run(queue));
+                Some(thread.map_err(Error::io("start the writer of", &dir_of(options)))?)
+            }
+            Threads::OfCaller(tasks) => {
+                tasks.spawn_to_end("raft log", writer.run_as_task(queue));
+                None
+            }
+        };
+        let thread = Arc::new(Mutex::new(thread));
         Ok(Self { reader: LogReader { index }, jobs, thread })
     }
 
@@ -219,8 +230,7 @@ impl LogReader {
         if is_at_hand {
             return read_found(found).map_err(io::Error::other);
         }
-        let read = tokio::task::spawn_blocking(move || read_found(found)).await;
-        read.map_err(io::Error::other)?.map_err(io::Error::other)
+        aside(move || read_found(found)).await?.map_err(io::Error::other)
     }
 }
 

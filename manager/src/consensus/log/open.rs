@@ -2,6 +2,7 @@
 //!
 //! # What may be wrong
 //!
+//! - The last frame may be whole, and only in the kernel's memory: it is made durable before anything counts on it.
 //! - The last segment may end in a torn frame, the trace of a crash during a write: nothing valid
 //!   follows it. It was never acknowledged and is cut, with a warning.
 //! - The file of the last segment may be shorter than the space that was reserved for it, which no
@@ -60,7 +61,7 @@ struct Replay {
 pub(super) fn open(options: &LogOptions) -> Result<Opened, Error> {
     let dir = dir_of(options);
     disk::create_private_dir(&dir)?;
-    let numbers = segment::list(&dir)?;
+    let numbers = segment::list(&dir, &*options.disk)?;
     check_numbers(&dir, &numbers)?;
 
     let mut replay = Replay {
@@ -191,6 +192,7 @@ impl Replay {
 
         let limit = length.unwrap_or(bytes.len());
         let mut at = start;
+        let mut last = start;
         let mut counter = FIRST_COUNTER + 1;
         while at < limit && !(length.is_none() && bytes[at..].iter().all(|byte| *byte == 0)) {
             let (path, offset) = (&segment.path, at as u64);
@@ -201,6 +203,7 @@ impl Replay {
                 }
                 Err(reason) => {
                     check_torn_tail(options, &segment, &bytes, at, reason)?;
+                    settle(options, &segment, last, &bytes[last..at])?;
                     return Ok((at, is_incomplete(&bytes[at..])));
                 }
             };
@@ -208,8 +211,12 @@ impl Replay {
             let place =
                 FramePlace { segment: Arc::clone(&segment), offset, length: frame.length, counter };
             self.frame(Arc::new(place), content)?;
+            last = at;
             at += frame.length;
             counter += 1;
+        }
+        if length.is_none() {
+            settle(options, &segment, last, &bytes[last..at])?;
         }
         Ok((at, false))
     }
@@ -274,6 +281,23 @@ impl Replay {
         );
         Err(Error::damaged(dir, 0, reason))
     }
+}
+
+/// Makes the last frame durable, of which only the kernel may know: whoever wrote it was killed before its sync, or
+/// the sync failed. It is written again, since a kernel whose sync failed believes that there is nothing to write.
+fn settle(
+    options: &LogOptions,
+    segment: &Segment,
+    offset: usize,
+    frame: &[u8],
+) -> Result<(), Error> {
+    if frame.is_empty() {
+        return Ok(());
+    }
+    let Segment { path, file, .. } = segment;
+    let written = options.disk.write(file, offset as u64, frame);
+    written.map_err(Error::io("write", path))?;
+    options.disk.sync(file).map_err(Error::io("sync", path))
 }
 
 /// Whether what was lost is all that a crash left half written. The next segment remembers where

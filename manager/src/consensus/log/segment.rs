@@ -8,7 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::consensus::codec::Reader;
-use crate::consensus::disk::{self, Disk, Error};
+use crate::consensus::disk::{Disk, Error};
 use crate::consensus::frame::{
     FIRST_COUNTER, FRAME_OVERHEAD, FileKind, HEADER_LENGTH, new_header, parse_frame, put_frame,
 };
@@ -97,8 +97,8 @@ pub(super) fn create(
 ) -> Result<NewSegment, Error> {
     let path = path_of(dir, number);
     let temporary = path.with_extension(TEMPORARY_EXTENSION);
-    let file = disk::create_private_file(&temporary)?;
-    disk::reserve(&file, &temporary, capacity)?;
+    let file = disk.create(&temporary).map_err(Error::io("create", &temporary))?;
+    disk.reserve(&file, capacity).map_err(Error::io("reserve space for", &temporary))?;
 
     let (mut bytes, file_key) = new_header(SEGMENT, data_key, number);
     let mut content = RecordWriter::default();
@@ -106,9 +106,9 @@ pub(super) fn create(
     put_frame(&mut bytes, &file_key, data_key.id(), FIRST_COUNTER, &content.bytes);
     disk.write(&file, 0, &bytes).map_err(Error::io("write", &temporary))?;
     // All of it, with the reserved size: later syncs need not touch the inode.
-    file.sync_all().map_err(Error::io("sync", &temporary))?;
-    fs::rename(&temporary, &path).map_err(Error::io("rename", &temporary))?;
-    disk::sync_dir(dir)?;
+    disk.sync_all(&file).map_err(Error::io("sync", &temporary))?;
+    disk.rename(&temporary, &path).map_err(Error::io("rename", &temporary))?;
+    disk.sync_dir(dir).map_err(Error::io("sync", dir))?;
 
     debug_assert_eq!(bytes.len(), HEADER_LENGTH + FRAME_OVERHEAD + content.bytes.len());
     let segment = Segment { number, path, file, file_key, data_key: data_key.clone() };
@@ -121,13 +121,13 @@ pub(super) fn create(
 }
 
 /// Numbers of the segments in a directory, ascending. Unfinished ones are removed.
-pub(super) fn list(dir: &Path) -> Result<Vec<u64>, Error> {
+pub(super) fn list(dir: &Path, disk: &dyn Disk) -> Result<Vec<u64>, Error> {
     let mut numbers = Vec::new();
     let entries = fs::read_dir(dir).map_err(Error::io("list", dir))?;
     for entry in entries {
         let path = entry.map_err(Error::io("list", dir))?.path();
         if path.extension().is_some_and(|extension| extension == TEMPORARY_EXTENSION) {
-            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+            disk.remove(&path).map_err(Error::io("remove", &path))?;
         } else if path.extension().is_some_and(|extension| extension == EXTENSION) {
             let stem = path.file_stem().and_then(|stem| stem.to_str());
             let number = stem.and_then(|stem| stem.parse().ok());

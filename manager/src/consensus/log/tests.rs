@@ -388,6 +388,38 @@ fn gate() -> Gate {
     Gate { disk: Arc::new(disk), entered, go }
 }
 
+/// A process that was killed between a write and its sync leaves a frame that only the kernel has.
+#[test]
+fn a_frame_that_was_never_synced_is_made_durable_before_anything_counts_on_it() {
+    let runtime = runtime();
+    let dir = tempfile::tempdir().unwrap();
+    let n_syncs_of_opening = |expected: usize| {
+        let Gate { disk, .. } = gate();
+        let gated = LogOptions { disk: disk.clone(), ..options(dir.path()) };
+        let log = open(&gated).unwrap();
+        assert_eq!(disk.n_syncs.load(Ordering::SeqCst), expected);
+        (log, disk)
+    };
+    runtime.block_on(async {
+        let (mut log, disk) = n_syncs_of_opening(0);
+        log.blocking_append([entry(1, 1, 100)]).await.unwrap();
+        disk.is_broken.store(true, Ordering::SeqCst);
+        log.blocking_append([entry(1, 2, 100)]).await.unwrap_err();
+        crash(log);
+
+        let (log, _) = n_syncs_of_opening(1);
+        assert_eq!(
+            all(&log).await.len(),
+            2,
+            "it may be kept: nobody was told that it is not there"
+        );
+        crash(log);
+        let (log, _) = n_syncs_of_opening(0);
+        assert_eq!(all(&log).await.len(), 2);
+        crash(log);
+    });
+}
+
 type Flushed = oneshot::Receiver<io::Result<()>>;
 
 /// Appends without waiting for the disk.

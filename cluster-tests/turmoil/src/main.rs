@@ -1,0 +1,108 @@
+//! `skep-turmoil`: runs seeds of managers in virtual time.
+
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use skep_turmoil::run::FAULTS;
+use skep_turmoil::{Options, Report, run};
+
+const USAGE: &str = "usage: skep-turmoil [--seed N] [--seeds N] [--first N] [--seconds N] [--print]
+
+  --seed N     run this seed alone, and say what came of it
+  --seeds N    run so many seeds, on all processors (default 20)
+  --first N    the first of them (default 0)
+  --seconds N  how long things fail, in virtual time (default 20)
+  --print      print each event
+";
+
+struct Arguments {
+    seed: Option<u64>,
+    n_seeds: u64,
+    first: u64,
+    faults: Duration,
+    is_printed: bool,
+}
+
+fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
+    let mut arguments =
+        Arguments { seed: None, n_seeds: 20, first: 0, faults: FAULTS, is_printed: false };
+    while let Some(word) = words.next() {
+        if word == "--print" {
+            arguments.is_printed = true;
+            continue;
+        }
+        let number = words.next().and_then(|text| text.parse::<u64>().ok());
+        let number = number.ok_or_else(|| format!("{word} needs a number"))?;
+        match word.as_str() {
+            "--seed" => arguments.seed = Some(number),
+            "--seeds" => arguments.n_seeds = number,
+            "--first" => arguments.first = number,
+            "--seconds" => arguments.faults = Duration::from_secs(number),
+            _ => return Err(format!("{word} is not known")),
+        }
+    }
+    Ok(arguments)
+}
+
+fn main() -> ExitCode {
+    let arguments = match parse(std::env::args().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(why) => {
+            eprintln!("{why}\n\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    let Arguments { faults, is_printed, .. } = arguments;
+    if let Some(seed) = arguments.seed {
+        let report = run(Options { seed, faults, is_printed });
+        println!("{report}");
+        return ExitCode::from(u8::from(report.violation.is_some()));
+    }
+    let (reports, time) = run_all(&arguments);
+    let failed: Vec<&Report> = reports.iter().filter(|report| report.violation.is_some()).collect();
+    for report in &failed {
+        println!("{report}");
+    }
+    let hours = reports.iter().map(|report| report.time.as_secs_f64()).sum::<f64>() / 3600.0;
+    let sum = |of: fn(&Report) -> u64| reports.iter().map(of).sum::<u64>();
+    println!(
+        "{} seeds, {} with a violation; {hours:.2} simulated hours, {} crashes, {} writes acknowledged, {} syncs, {:.1} s",
+        reports.len(),
+        failed.len(),
+        sum(|report| report.counts.n_crashes),
+        sum(|report| report.counts.n_acknowledged),
+        sum(|report| report.n_syncs),
+        time.as_secs_f64()
+    );
+    ExitCode::from(u8::from(!failed.is_empty()))
+}
+
+/// One seed a thread, on all processors.
+#[expect(clippy::disallowed_methods, reason = "how long it took is not part of what is simulated")]
+fn run_all(arguments: &Arguments) -> (Vec<Report>, Duration) {
+    let began = std::time::Instant::now();
+    let next = AtomicU64::new(arguments.first);
+    let end = arguments.first + arguments.n_seeds;
+    let reports = Mutex::new(Vec::new());
+    let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..n_threads {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end {
+                        return;
+                    }
+                    let (faults, is_printed) = (arguments.faults, arguments.is_printed);
+                    let report = run(Options { seed, faults, is_printed });
+                    reports.lock().expect("no thread panics with it").push(report);
+                }
+            });
+        }
+    });
+    let mut reports = reports.into_inner().expect("no thread panics with it");
+    reports.sort_by_key(|report: &Report| report.seed);
+    (reports, began.elapsed())
+}
