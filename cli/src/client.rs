@@ -1,7 +1,7 @@
 //! The way to the daemon: gRPC over its unix socket.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use hyper_util::rt::TokioIo;
@@ -33,6 +33,8 @@ impl From<tonic::Status> for Refusal {
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
     channel: Channel,
+    /// Why what the daemon answered may be old.
+    stale: Arc<Mutex<String>>,
 }
 
 impl Client {
@@ -54,7 +56,7 @@ impl Client {
                 ),
             }
         })?;
-        Ok(Self { channel })
+        Ok(Self { channel, stale: Arc::default() })
     }
 
     /// The product's API.
@@ -83,13 +85,17 @@ impl Client {
     /// The same as JSON text.
     pub(crate) async fn get_json(&self, kind: &str, reference: &str) -> Result<String, Refusal> {
         let request = GetRequest { kind: kind.into(), reference: reference.into() };
-        Ok(self.control().get(request).await?.into_inner().json)
+        let document = self.control().get(request).await?.into_inner();
+        self.note_stale(document.stale);
+        Ok(document.json)
     }
 
     /// The objects that `request` selects.
     pub(crate) async fn list<T: DeserializeOwned>(&self, request: ListRequest) -> Result<Vec<T>> {
         let kind = request.kind.clone();
-        let documents = self.control().list(request).await.map_err(Refusal)?.into_inner().json;
+        let answer = self.control().list(request).await.map_err(Refusal)?.into_inner();
+        self.note_stale(answer.stale);
+        let documents = answer.json;
         documents
             .iter()
             .map(|json| serde_json::from_str(json))
@@ -97,11 +103,25 @@ impl Client {
             .with_context(|| format!("the daemon sent a broken {kind}"))
     }
 
+    fn note_stale(&self, why: String) {
+        if !why.is_empty() {
+            *self.stale.lock().expect(NOT_POISONED) = why;
+        }
+    }
+
+    /// Why what this client was told may be old, where it may.
+    pub(crate) fn stale(&self) -> Option<String> {
+        let why = self.stale.lock().expect(NOT_POISONED).clone();
+        (!why.is_empty()).then_some(why)
+    }
+
     /// All objects of a kind.
     pub(crate) async fn list_all<T: DeserializeOwned>(&self, kind: &str) -> Result<Vec<T>> {
         self.list(ListRequest { kind: kind.into(), ..Default::default() }).await
     }
 }
+
+const NOT_POISONED: &str = "nothing panics while it holds the sentence";
 
 /// The cause in the operating system, if there is one.
 fn io_error<'e>(error: &'e (dyn std::error::Error + 'static)) -> Option<&'e std::io::Error> {

@@ -27,6 +27,7 @@
 //! - A test that needs root is skipped with a printed reason, but fails where `CI=true`.
 
 mod archives;
+mod call;
 mod command;
 mod follow;
 mod lab;
@@ -38,6 +39,7 @@ mod swarm;
 mod wait;
 
 pub use archives::{BUSYBOX, busybox_root, docker_archive, pack, sha256};
+pub use call::{Answer, CERTIFICATES, Caller, Message, call};
 pub use command::{Output, skep_binary};
 pub use follow::Running;
 pub use lab::{Lab, LabOptions, Node};

@@ -14,6 +14,7 @@ use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
 use skep_proto::dispatcher_server::DispatcherServer;
 use skep_proto::raft_server::RaftServer;
+use skep_runtime::gate::Gate;
 use skep_runtime::identity::{Authority, Files, RaftKey, UnlockKey, new_secret};
 use skep_runtime::transport::ChannelPool;
 use skep_runtime::{TaskSet, clock};
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use tonic::Status;
 use tonic::service::Routes;
 
+use crate::address;
 use crate::consensus::{self, Consensus, DataKey, StopReason};
 use crate::control::{Audited, ContainersService, ControlService};
 use crate::dispatcher::{DispatcherService, Door};
@@ -28,6 +30,8 @@ use crate::join::{self, CaService};
 use crate::leader;
 use crate::lock;
 use crate::raft_rpc::{GrpcTransport, RaftService, ask_to_add};
+use crate::reach::Reach;
+use crate::register::Members;
 
 /// What a manager needs.
 #[derive(Debug)]
@@ -78,6 +82,8 @@ pub struct Manager {
     consensus: Consensus,
     control: ControlService,
     door: Door,
+    members: Members,
+    reach: Reach,
     tasks: TaskSet,
 }
 
@@ -92,8 +98,11 @@ impl Manager {
         let tasks = TaskSet::new();
         let (kept, lock_version) = watch::channel(options.files.lock_version());
         tasks.spawn("lock", lock::follow(consensus.clone(), options.files.clone(), kept));
+        let reach = Reach::new(consensus.clone(), options.pool.clone());
+        tasks.spawn("reach", reach.clone().run());
         let control = ControlService::new(
             consensus.clone(),
+            reach.clone(),
             options.node_id,
             options.pool.clone(),
             options.address.clone(),
@@ -102,7 +111,16 @@ impl Manager {
         );
         let door = Door::new();
         tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));
-        Ok(Self { options, consensus, control, door, tasks })
+        let announcing = address::announce(
+            consensus.clone(),
+            options.pool.clone(),
+            options.node_id,
+            options.address.clone(),
+        );
+        tasks.spawn("address", announcing);
+        let members = Members::new(consensus.clone());
+        tasks.spawn("members", members.clone().follow());
+        Ok(Self { options, consensus, control, door, members, reach, tasks })
     }
 
     /// Founds a new swarm with this manager as its only one, and returns the worker token's secret.
@@ -175,6 +193,16 @@ impl Manager {
     /// What clients ask.
     pub fn control(&self) -> Audited {
         Audited::new(self.control.clone())
+    }
+
+    /// Why nothing can be changed, where too few managers answer.
+    pub fn without_quorum(&self) -> Option<String> {
+        self.reach.is_quorum_lost().then(|| self.reach.explain())
+    }
+
+    /// Who is let in at the one port.
+    pub fn gate(&self) -> Gate {
+        Gate::of(self.members.clone())
     }
 
     /// Adds this manager's services to those of the one port.

@@ -76,22 +76,30 @@ async fn run(cli: Cli, ui: &mut Ui) -> Result<()> {
         command => command,
     };
     let client = Client::connect(&cli.host).await?;
+    let result = ask(command, &client, ui).await;
+    if let (Ok(()), Some(why)) = (&result, client.stale()) {
+        ui.note(format_args!("WARNING: {why}"))?;
+    }
+    result
+}
+
+async fn ask(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
     match command {
-        Command::Run(args) => container::run(&args, &client, ui).await,
-        Command::Ps(args) => container::ps(&args, &client, ui).await,
-        Command::Stop(args) => container::stop(&args, &client, ui).await,
-        Command::Rm(args) => container::rm(&args, &client, ui).await,
-        Command::Swarm(command) => swarm::run(command, &client, ui).await,
-        Command::Network(command) => network::run(command, &client, ui).await,
-        Command::Node(command) => node::run(command, &client, ui).await,
-        Command::Service(command) => service::run(command, &client, ui).await,
-        Command::Stack(command) => stack::run(command, &client, ui).await,
-        Command::Image(command) => image::run(command, &client, ui).await,
-        Command::Debug(command) => debug::run(command, &client, ui).await,
-        Command::Info(args) => info::info(&args, &client, ui).await,
-        Command::Secret(args) => secret::run(args, &client, ui).await,
-        Command::Config(args) => config::run(args, &client, ui).await,
-        Command::Events(args) => events::run(&args, &client, ui).await,
+        Command::Run(args) => container::run(&args, client, ui).await,
+        Command::Ps(args) => container::ps(&args, client, ui).await,
+        Command::Stop(args) => container::stop(&args, client, ui).await,
+        Command::Rm(args) => container::rm(&args, client, ui).await,
+        Command::Swarm(command) => swarm::run(command, client, ui).await,
+        Command::Network(command) => network::run(command, client, ui).await,
+        Command::Node(command) => node::run(command, client, ui).await,
+        Command::Service(command) => service::run(command, client, ui).await,
+        Command::Stack(command) => stack::run(command, client, ui).await,
+        Command::Image(command) => image::run(command, client, ui).await,
+        Command::Debug(command) => debug::run(command, client, ui).await,
+        Command::Info(args) => info::info(&args, client, ui).await,
+        Command::Secret(args) => secret::run(args, client, ui).await,
+        Command::Config(args) => config::run(args, client, ui).await,
+        Command::Events(args) => events::run(&args, client, ui).await,
         Command::Completion(_) | Command::Version(_) => unreachable!("handled above"),
         Command::Daemon(_) | Command::Lab(_) | Command::Shim(_) | Command::ExecIn(_) => {
             unreachable!("main runs what is no client")

@@ -155,13 +155,17 @@ impl MachineApi for Machine {
                 info.error.clone_from(&obstacle.sentence);
             }
             Membership::Member(node) => {
-                "active".clone_into(&mut info.state);
+                let removed = node.refusal();
+                info.state = if removed.is_some() { "error" } else { "active" }.to_owned();
+                info.error = removed.unwrap_or_default().to_owned();
                 info.node_id = node.node_id.to_string();
                 info.cluster_id = node.cluster_id.to_string();
                 info.role = node.role.name().to_owned();
                 info.advertise_addr.clone_from(&node.record.advertise_addr);
                 info.managers = node.managers.all();
                 info.payloads = node.payloads.names();
+                let manager = node.manager.as_ref().filter(|_| removed.is_none());
+                info.warnings.extend(manager.and_then(|manager| manager.without_quorum()));
             }
         }
         Ok(Response::new(info))

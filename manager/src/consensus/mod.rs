@@ -11,7 +11,7 @@
 //!
 //! # Reading order
 //!
-//! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `feed` (what callers use); `serve`,
+//! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `heard`, `feed` (what callers use); `serve`,
 //! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `codec`,
 //! `frame`, `seal`, `disk` (bytes).
 //!
@@ -35,6 +35,7 @@ mod disk;
 mod feed;
 mod frame;
 mod handle;
+mod heard;
 mod leadership;
 mod log;
 mod lost_tail;

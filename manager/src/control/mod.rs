@@ -24,6 +24,7 @@ mod stacks;
 mod swarm;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use skep_common::{Kind, NodeId, Object, ServiceId, Version};
@@ -37,7 +38,8 @@ use skep_runtime::{TaskSet, clock};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::consensus::Consensus;
+use crate::consensus::{Consensus, ReadError, propose};
+use crate::reach::Reach;
 pub use audit::Audited;
 pub use containers::ContainersService;
 use error::{Error, kind_of, not_supported};
@@ -52,6 +54,7 @@ pub struct ControlService {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) consensus: Consensus,
+    pub(crate) reach: Reach,
     pub(crate) node_id: NodeId,
     pub(crate) pool: ChannelPool,
     pub(crate) tasks: TaskSet,
@@ -64,31 +67,66 @@ pub(crate) struct Inner {
 /// How long a request waits for the key file of the manager that answers it; a disk that fails is in its log.
 const LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
 
+/// How long a request is tried where too few managers were heard of before: one may have just come back.
+const LOST_PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
+
 type Answer<T> = Result<Response<T>, Status>;
 
 impl ControlService {
     /// Serves the store behind `consensus`.
-    pub fn new(
+    pub(crate) fn new(
         consensus: Consensus,
+        reach: Reach,
         node_id: NodeId,
         pool: ChannelPool,
         address: String,
         tasks: TaskSet,
         lock_version: tokio::sync::watch::Receiver<u64>,
     ) -> Self {
-        let inner = Inner { consensus, node_id, pool, tasks, address, lock_version };
+        let inner = Inner { consensus, reach, node_id, pool, tasks, address, lock_version };
         Self { inner: Arc::new(inner) }
     }
 
     async fn read(&self) -> Result<State, Error> {
-        Ok(self.inner.consensus.read_state().await?)
+        let Inner { consensus, reach, .. } = &*self.inner;
+        let read = match reach.is_quorum_lost() {
+            false => consensus.read_state().await,
+            true => consensus.read_state_within(LOST_PATIENCE).await,
+        };
+        read.map_err(|error| match error {
+            ReadError::NoLeader { .. } => Error::NoQuorum(reach.explain()),
+            error => Error::Read(error),
+        })
+    }
+
+    /// The state of the swarm; where too few managers answer, the one that this manager last knew, and why.
+    async fn read_for_looking(&self) -> Result<(State, String), Error> {
+        match self.read().await {
+            Ok(state) => Ok((state, String::new())),
+            Err(Error::NoQuorum(why)) => {
+                let stale = format!("this is what this manager last knew, and may be old: {why}");
+                Ok((self.inner.consensus.state(), stale))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
         let mut command = Command::new(clock::now(), actions);
         audit::sign(&mut command);
-        match self.inner.consensus.propose(&command).await? {
+        let Inner { consensus, reach, .. } = &*self.inner;
+        if reach.is_quorum_lost() {
+            self.read().await?; // It says so at once, and after a wait that is worth it only otherwise.
+        }
+        let outcome = consensus.propose(&command).await.map_err(|error| match error {
+            propose::Error::NoLeader { .. } => Error::NoQuorum(reach.explain()),
+            propose::Error::Timeout { .. } | propose::Error::Lost if reach.is_quorum_lost() => {
+                Error::Unsure(reach.explain())
+            }
+            error => Error::Propose(error),
+        });
+        match outcome? {
             Outcome::Applied(version) => {
                 audit::note(version);
                 Ok(version)
@@ -106,16 +144,25 @@ impl ControlService {
         }
     }
 
-    fn facts(&self) -> Facts {
-        let leadership = self.inner.consensus.leadership().borrow().clone();
-        Facts { leader: leadership.leader.map(|leader| leader.raft_id) }
+    fn facts(&self, state: &State) -> Facts {
+        let Inner { consensus, reach, .. } = &*self.inner;
+        let leader = consensus.leadership().borrow().leader.as_ref().map(|leader| leader.raft_id);
+        let voters = reach.voters(state);
+        let silent = voters.into_iter().filter(|(_, voter)| voter.is_silent());
+        let silent: BTreeSet<u64> = silent.map(|(raft_id, _)| raft_id).collect();
+        Facts { leader: leader.filter(|leader| !silent.contains(leader)), silent }
     }
 
     fn json(&self, state: &State, mut object: Object) -> String {
-        if let Object::Service(service) = &mut object {
-            service.conditions = conditions::of_service(state, service.id);
-        }
-        document(object, self.facts()).to_string()
+        let facts = match &mut object {
+            Object::Service(service) => {
+                service.conditions = conditions::of_service(state, service.id);
+                Facts::default()
+            }
+            Object::Node(node) if node.manager_status.is_some() => self.facts(state),
+            _ => Facts::default(),
+        };
+        document(object, state, &facts).to_string()
     }
 
     async fn join_token(&self, request: JoinTokenRequest) -> Result<JoinTokenResponse, Error> {
@@ -148,8 +195,8 @@ impl ControlService {
         Ok(JoinTokenResponse { token, address: self.inner.address.clone() })
     }
 
-    async fn list(&self, request: ListRequest) -> Result<Vec<String>, Error> {
-        let state = self.read().await?;
+    async fn list(&self, request: ListRequest) -> Result<ListResponse, Error> {
+        let (state, stale) = self.read_for_looking().await?;
         let kind = kind_of(&request.kind)?;
         let mut objects: Vec<(String, Object)> = Vec::new();
         let stack_label = |labels: Option<&skep_common::spec::Labels>| {
@@ -188,7 +235,8 @@ impl ControlService {
             }
         }
         objects.sort_by(|(left, _), (right, _)| left.cmp(right));
-        Ok(objects.into_iter().map(|(_, object)| self.json(&state, object)).collect())
+        let json = objects.into_iter().map(|(_, object)| self.json(&state, object)).collect();
+        Ok(ListResponse { json, stale })
     }
 
     async fn digests(&self) -> Result<Vec<ManagerDigest>, Error> {
@@ -215,7 +263,7 @@ impl ControlService {
 
     async fn remote_digest(&self, node_id: NodeId, addr: &str) -> Result<(u64, String), Status> {
         let channel = self.inner.pool.channel(addr, skep_runtime::transport::Peer::Node(node_id));
-        let mut request = Request::new(RaftStatusRequest {});
+        let mut request = Request::new(RaftStatusRequest::default());
         request.set_timeout(skep_common::limits::RPC_DEADLINE);
         let answer = raft_client::RaftClient::new(channel).status(request).await?.into_inner();
         Ok((answer.version, answer.digest))
@@ -242,7 +290,7 @@ impl Control for ControlService {
     async fn get(&self, request: Request<GetRequest>) -> Answer<Document> {
         let request = request.into_inner();
         let kind = kind_of(&request.kind)?;
-        let state = self.read().await?;
+        let (state, stale) = self.read_for_looking().await?;
         let mut object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
         if let Object::Config(config) = &mut object {
             // Anybody may read it, as in Docker. Lists are without: a config may be large.
@@ -250,12 +298,11 @@ impl Control for ControlService {
             config.spec.data = newest.and_then(|version| version.data.clone());
         }
         let json = self.json(&state, object);
-        Ok(Response::new(Document { kind: request.kind, json, ..Document::default() }))
+        Ok(Response::new(Document { kind: request.kind, json, stale }))
     }
 
     async fn list(&self, request: Request<ListRequest>) -> Answer<ListResponse> {
-        let json = Self::list(self, request.into_inner()).await?;
-        Ok(Response::new(ListResponse { json, ..ListResponse::default() }))
+        Ok(Response::new(Self::list(self, request.into_inner()).await?))
     }
 
     async fn watch(&self, request: Request<WatchRequest>) -> Answer<Self::WatchStream> {
