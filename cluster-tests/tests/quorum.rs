@@ -1,6 +1,6 @@
 //! Managers that do not answer: who is shown as such, what is said without a majority, and what goes on all the same.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use skep_cluster_tests::{
     Lab, LabOptions, LoadOptions, Output, SETTLES_WITHIN, is_root_or_skip, wait_until,
@@ -50,7 +50,7 @@ fn wait_until_warned(lab: &Lab, via: &str, missing: &[&str]) {
 #[track_caller]
 fn check_without_majority(lab: &Lab, via: &str, missing: &[&str]) {
     wait_until_warned(lab, via, missing);
-    let begun = Instant::now();
+    let begun = clock::monotonic();
     let label = ["node", "update", "--label-add", "a=1", via];
     let refused = lab.node(via).skep(&label).err();
     assert!(begun.elapsed() < REFUSED_WITHIN, "{:?}", begun.elapsed());
