@@ -6,8 +6,8 @@
 use clap::{Parser, Subcommand};
 
 use crate::commands::{
-    completion, config, container, debug, events, image, info, network, node, secret, service,
-    stack, swarm,
+    completion, config, container, debug, events, image, info, inspect_any, network, node, secret,
+    service, stack, swarm,
 };
 
 /// A Docker Swarm successor in one program.
@@ -65,6 +65,8 @@ pub(crate) enum Command {
     Secret(secret::SecretArgs),
     /// Manage configs
     Config(config::ConfigArgs),
+    /// Show services, tasks, nodes, networks, secrets and configs whole
+    Inspect(inspect_any::InspectArgs),
     /// Get events from the swarm
     Events(events::EventsArgs),
     /// Look inside

@@ -27,24 +27,33 @@
 //! - A test that needs root is skipped with a printed reason, but fails where `CI=true`.
 
 mod archives;
+mod busy;
 mod call;
 mod command;
+mod direct;
 mod follow;
+mod history;
 mod lab;
 mod leaks;
+pub mod linear;
 mod load;
 mod machine;
 mod metrics;
+mod page;
 mod swarm;
 mod wait;
 
 pub use archives::{BUSYBOX, busybox_root, docker_archive, pack, sha256};
+pub use busy::Busy;
 pub use call::{Answer, CERTIFICATES, Caller, Message, call};
 pub use command::{Output, skep_binary};
+pub use direct::{Direct, NoAnswer};
 pub use follow::Running;
+pub use history::{Clients, History};
 pub use lab::{Lab, LabOptions, Node};
 pub use leaks::{LabTraces, NodeTraces};
 pub use load::{HeldConnection, Load, LoadOptions, Record, Report, Summary};
 pub use metrics::daemon_with_metrics;
+pub use page::Page;
 pub use swarm::{SETTLES_WITHIN, TaskRow, Tasks, WHOAMI, Whoami, whoami_archive};
 pub use wait::{has_docker_or_skip, is_long, is_root_or_skip, step, wait_until};

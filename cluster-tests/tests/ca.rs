@@ -3,10 +3,11 @@
 use std::collections::BTreeSet;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, LoadOptions, SETTLES_WITHIN, is_root_or_skip, wait_until,
+    Lab, LabOptions, LoadOptions, Page, SETTLES_WITHIN, is_root_or_skip, wait_until,
 };
+use skep_runtime::clock;
+use skep_runtime::identity::Authority;
 
-const PAGE: &str = include_str!("../../docs/operations/ca.md");
 const NODES: [&str; 5] = ["n1", "n2", "n3", "n4", "n5"];
 
 fn n_sessions(lab: &Lab, node: &str) -> usize {
@@ -124,11 +125,16 @@ fn the_pages_commands_do_what_it_says() {
         return;
     }
     let lab = Lab::start(LabOptions { managers: 1, workers: 1, ..LabOptions::default() });
-    let mut n_run = 0;
-    for block in PAGE.split("\n```sh lab\n").skip(1) {
-        let commands = block.split("\n```").next().expect("a block ends");
-        lab.node("n1").exec(&["sh", "-ec", commands]).ok();
-        n_run += 1;
+    let root = Authority::generate(clock::now()).expect("a root of its own");
+    let files = [("root.pem", root.root_pem()), ("root-key.pem", root.key_pem())];
+    let n1 = lab.node("n1");
+    for (name, text) in files {
+        n1.exec(&["sh", "-ec", &format!("umask 077; cat > /root/{name} <<'END'\n{text}\nEND")])
+            .ok();
     }
-    assert_eq!(n_run, 4);
+    Page::read("ca.md").run_all(&lab);
+    n1.exec(&["rm", "/root/root.pem", "/root/root-key.pem"]).ok();
+    let now = n1.skep(&["swarm", "ca"]).ok();
+    assert_eq!(now.text(), root.root_pem().trim());
+    lab.down();
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use skep_cluster_tests::{
     Lab, LabOptions, LoadOptions, Output, SETTLES_WITHIN, is_root_or_skip, wait_until,
 };
+use skep_runtime::clock;
 
 /// A request that is refused in words does not take as long as one that hopes for a leader.
 const REFUSED_WITHIN: Duration = Duration::from_secs(8);

@@ -15,6 +15,8 @@ pub const HANGING_DAEMON_WAIT: Duration = Duration::from_secs(15);
 pub const DRAIN_ACK_WAIT: Duration = Duration::from_secs(2);
 /// Finished tasks kept per slot. SwarmKit's `TaskHistoryRetentionLimit`.
 pub const TASK_HISTORY_LIMIT: i64 = 5;
+/// The highest `MaxAttempts` of a restart policy that is a limit.
+pub const MAX_ATTEMPTS_COUNTED: u64 = 100;
 /// Largest gRPC message: a full assignment set or a list of some ten thousand tasks.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 20;
 /// Largest certificate request, token or other message of a peer without a certificate.

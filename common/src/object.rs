@@ -373,12 +373,20 @@ pub struct TaskStatus {
 impl TaskStatus {
     /// What people should know of it beside the state; empty where there is nothing.
     pub fn remark(&self) -> String {
-        if self.unacknowledged.is_empty() {
-            return self.err.clone();
+        let mut remarks = Vec::new();
+        if !self.err.is_empty() {
+            remarks.push(self.err.clone());
         }
-        let nodes = self.unacknowledged.join(", ");
-        let stopped = format!("stopped without the acknowledgement of {nodes}");
-        if self.err.is_empty() { stopped } else { format!("{}; {stopped}", self.err) }
+        if !self.unacknowledged.is_empty() {
+            let nodes = self.unacknowledged.join(", ");
+            remarks.push(format!("stopped without the acknowledgement of {nodes}"));
+        }
+        if self.n_attempts > 0 {
+            let times = if self.n_attempts == 1 { "time" } else { "times" };
+            let n_attempts = self.n_attempts;
+            remarks.push(format!("started again {n_attempts} {times} while no manager led"));
+        }
+        remarks.join("; ")
     }
 }
 

@@ -83,7 +83,8 @@ pub enum Found {
     NotStarted,
 }
 
-/// Makes, starts, watches and ends the containers of tasks. One container a task.
+/// Makes, starts, watches and ends the containers of tasks. One container a task at a time: one that is
+/// prepared after another one of the same task ended follows it, and its output that one's.
 ///
 /// Every call names the task; calls for different tasks run beside each other. Futures may be dropped
 /// at any await: `remove` cleans up after whatever was begun.

@@ -18,6 +18,7 @@ mod filter;
 pub(crate) mod image;
 pub(crate) mod info;
 mod inspect;
+pub(crate) mod inspect_any;
 pub(crate) mod network;
 mod network_check;
 mod network_inspect;
@@ -99,6 +100,7 @@ async fn ask(command: Command, client: &Client, ui: &mut Ui) -> Result<()> {
         Command::Info(args) => info::info(&args, client, ui).await,
         Command::Secret(args) => secret::run(args, client, ui).await,
         Command::Config(args) => config::run(args, client, ui).await,
+        Command::Inspect(args) => inspect_any::run(&args, client, ui).await,
         Command::Events(args) => events::run(&args, client, ui).await,
         Command::Completion(_) | Command::Version(_) => unreachable!("handled above"),
         Command::Daemon(_) | Command::Lab(_) | Command::Shim(_) | Command::ExecIn(_) => {

@@ -1,21 +1,16 @@
 //! Every core has twice as much to do as it can, at normal priority, and the leader must stay.
 
-use std::hint::spin_loop;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use skep_cluster_tests::Lab;
+use skep_cluster_tests::{Busy, Lab};
 use skep_runtime::clock::monotonic;
 
 use super::figures::{Samples, Unit, load_average};
-use super::{n_cores, start_lab};
+use super::start_lab;
 
 const MANAGERS: [&str; 3] = ["n1", "n2", "n3"];
 /// What the daemons log, each once, for every election that changed something.
 const ELECTION: &str = "the leader of the swarm changed";
-const N_THREADS_PER_CORE: usize = 2;
 /// Between two writes; they show what the saturation does to a client.
 const WRITE_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -28,8 +23,8 @@ pub(crate) fn run(is_quick: bool) {
     let leader = lab.wait_for_leader("n1");
     lab.wait_until_alike("n1", MANAGERS.len());
     let before = MANAGERS.map(|node| n_elections(&lab, node));
-    let n_threads = N_THREADS_PER_CORE * n_cores();
-    let busy = Busy::start(n_threads);
+    let busy = Busy::start();
+    let n_threads = busy.n_threads();
     let mut writes = Samples::new(Unit::Seconds);
     let started = monotonic();
     for number in 0.. {
@@ -59,36 +54,4 @@ pub(crate) fn run(is_quick: bool) {
 
 fn n_elections(lab: &Lab, node: &str) -> usize {
     lab.node(node).log().lines().filter(|line| line.contains(ELECTION)).count()
-}
-
-/// Threads that do nothing but work, until this is dropped.
-struct Busy {
-    is_over: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Busy {
-    fn start(n_threads: usize) -> Self {
-        let is_over = Arc::new(AtomicBool::new(false));
-        let start = |_| {
-            let is_over = Arc::clone(&is_over);
-            std::thread::spawn(move || {
-                while !is_over.load(Ordering::Relaxed) {
-                    spin_loop();
-                }
-            })
-        };
-        let threads = (0..n_threads).map(start).collect();
-        Self { is_over, threads }
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.is_over.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            // It cannot panic; and a panic here would hide another.
-            let _ = thread.join();
-        }
-    }
 }

@@ -14,14 +14,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use skep_common::limits::TASK_HISTORY_LIMIT;
+use skep_common::limits::{MAX_ATTEMPTS_COUNTED, TASK_HISTORY_LIMIT};
 use skep_common::object::NodeState;
 use skep_common::{Kind, NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, Timestamp};
 
 use crate::command::{Action, TaskPatch};
 use crate::fork::Fork;
 use crate::kept_out;
-use crate::orchestrator::{MAX_ATTEMPTS_COUNTED, is_live};
+use crate::orchestrator::is_live;
 use crate::store::State;
 
 /// SwarmKit's `defaultNodeDownPeriod`.

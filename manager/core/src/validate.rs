@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use skep_common::limits::MAX_ATTEMPTS_COUNTED;
 use skep_common::spec::generic::is_kind;
 use skep_common::spec::{
     ContainerSpec, DnsConfig, EndpointSpec, Extra, GenericResource, HealthConfig, ModeKind, Nanos,
@@ -15,7 +16,6 @@ use skep_common::spec::{
 };
 
 use crate::constraint;
-use crate::orchestrator::MAX_ATTEMPTS_COUNTED;
 use crate::scheduler::parse_preferences;
 
 /// A thousandth of a core.

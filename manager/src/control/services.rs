@@ -52,7 +52,7 @@ pub(super) async fn update(
         true => None,
         false => Some(parse_json("service spec", &request.spec_json)?),
     };
-    let (mut state, mut service) = view(control, &request.id, version).await?;
+    let (mut state, mut service, mut is_current) = view(control, &request.id, version).await?;
     loop {
         let action = match &spec {
             None if request.rollback_to > 0 => {
@@ -64,7 +64,13 @@ pub(super) async fn update(
         };
         let written = match action {
             Some(action) => control.write(vec![action]).await,
-            None => Ok(version),
+            None if is_current => Ok(version),
+            // No write is refused where the version is not the newest any more: a current view must say so.
+            None => {
+                (state, is_current) = (control.read().await?, true);
+                service = find(&state, &request.id)?;
+                continue;
+            }
         };
         match written {
             // Another writer was given the same address, or removed the network: the next view decides.
@@ -85,22 +91,22 @@ pub(super) async fn update(
     }
 }
 
-/// A view with the service at the version that the caller names. This manager's own will do where it
-/// has that version: the write is refused if there is a newer one.
+/// A view with the service at the version that the caller names, and whether it is current. This manager's
+/// own will do where it has that version: the write is refused if there is a newer one.
 async fn view(
     control: &ControlService,
     id: &str,
     version: Version,
-) -> Result<(State, Arc<Service>), Error> {
+) -> Result<(State, Arc<Service>, bool), Error> {
     let own = control.inner.consensus.state();
     if let Ok(service) = find(&own, id)
         && service.meta.version == version
     {
-        return Ok((own, service));
+        return Ok((own, service, false));
     }
     let state = control.read().await?;
     let service = find(&state, id)?;
-    Ok((state, service))
+    Ok((state, service, true))
 }
 
 pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Error> {

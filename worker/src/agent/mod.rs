@@ -100,6 +100,8 @@ pub struct Agent {
     sequence: u64,
     /// Counts sessions.
     session: u64,
+    /// Whether the leader of an open session has said what this node is to run.
+    is_led: watch::Sender<bool>,
     to_leader: Option<mpsc::Sender<AgentMessage>>,
     end_session: CancellationToken,
     /// Changed since their records were written.
@@ -152,6 +154,7 @@ impl Agent {
             reports,
             sequence: 0,
             session: 0,
+            is_led: watch::channel(false).0,
             to_leader: None,
             end_session: CancellationToken::new(),
             unwritten: BTreeSet::new(),
@@ -248,11 +251,11 @@ impl Agent {
             FromSession::Assignments(assignments) => {
                 if let Err(why) = self.apply(*assignments) {
                     tracing::warn!(why, "asking the leader for everything again");
-                    self.to_leader = None;
+                    self.lose_leader();
                     self.end_session.cancel();
                 }
             }
-            FromSession::Closed => self.to_leader = None,
+            FromSession::Closed => self.lose_leader(),
             FromSession::Removed => {
                 tracing::error!(
                     "this node was removed from the swarm: its tasks are stopped; let it leave and join again"
@@ -263,6 +266,11 @@ impl Agent {
                 }
             }
         }
+    }
+
+    fn lose_leader(&mut self) {
+        self.to_leader = None;
+        self.is_led.send_replace(false);
     }
 
     fn open_session(&mut self, welcome: &Welcome, to_leader: mpsc::Sender<AgentMessage>) {
@@ -327,6 +335,8 @@ impl Agent {
             for task_id in unnamed {
                 self.remove(task_id);
             }
+            // What is not wanted any more has been told so before a runner hears that managers decide again.
+            self.is_led.send_replace(true);
         }
         Ok(())
     }
@@ -433,7 +443,7 @@ impl Agent {
             assigned,
             (Arc::clone(&self.executor), self.payloads.clone()),
             self.reports.clone(),
-            self.balancers.in_force(),
+            (self.balancers.in_force(), self.is_led.subscribe()),
             record.status.clone(),
         );
         let status = record.status.clone();

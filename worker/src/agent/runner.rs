@@ -8,7 +8,9 @@
 //!
 //! # Invariants
 //!
-//! - States reported only grow; a task is run once.
+//! - States reported only grow; a task is run once under managers. While none leads a container that ended is
+//!   followed by another one of the same task, as the restart policy says: the state stays what it was, and
+//!   managers hear of the attempt. From the moment that they have said what they want, they decide.
 //! - A running task whose checks fail is reported as unhealthy and goes on until managers have taken it
 //!   from the balancers and want it ended: nothing is killed under a connection.
 //! - Whatever happens, the runner ends by erasing the container once managers have forgotten the task.
@@ -17,9 +19,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use skep_common::limits::DRAIN_ACK_WAIT;
-use skep_common::object::TaskStatus;
-use skep_common::{Task, TaskId, TaskState};
+use skep_common::object::{Attempt, ContainerStatus, TaskStatus};
+use skep_common::{Task, TaskId, TaskState, Timestamp};
 use skep_runtime::clock;
+use skep_worker_core::attempts;
 use skep_worker_core::health::{Counter, Health, HealthCheck};
 use tokio::sync::{mpsc, watch};
 
@@ -64,9 +67,21 @@ pub(super) struct Runner {
     reports: mpsc::Sender<Report>,
     /// The number of the table that the kernel has.
     in_force: watch::Receiver<u64>,
+    /// Whether managers have said what this node is to run, and are in reach.
+    is_led: watch::Receiver<bool>,
     task_id: TaskId,
     status: TaskStatus,
+    /// When the container began, by this node's clock.
+    began: Timestamp,
     was_unhealthy: bool,
+}
+
+/// What came of trying a task again.
+enum Again {
+    Started(ContainerStatus, Instant),
+    Failed(Error),
+    /// Managers are back, or want it ended.
+    Over,
 }
 
 /// How a task ended.
@@ -92,18 +107,31 @@ impl Runner {
         assigned: watch::Receiver<Assigned>,
         (executor, payloads): (Arc<dyn Executor>, Payloads),
         reports: mpsc::Sender<Report>,
-        in_force: watch::Receiver<u64>,
+        (in_force, is_led): (watch::Receiver<u64>, watch::Receiver<bool>),
         status: TaskStatus,
     ) -> Self {
         let task_id = assigned.borrow().task.id;
         let was_unhealthy = status.unhealthy;
-        Self { assigned, executor, payloads, reports, in_force, task_id, status, was_unhealthy }
+        let began = status.attempts.last().map_or(status.timestamp, |attempt| attempt.ended_at);
+        Self {
+            assigned,
+            executor,
+            payloads,
+            reports,
+            in_force,
+            is_led,
+            task_id,
+            status,
+            began,
+            was_unhealthy,
+        }
     }
 
     /// Runs the task. `found` is its container, where one outlived the last daemon.
     pub(super) async fn run(mut self, found: Option<Found>) {
         if !self.status.state.is_terminal() {
             let ending = self.live(found).await;
+            let ending = self.go_on_alone(ending).await;
             self.report_end(ending).await;
         }
         // An error means that the agent has ended: the next daemon takes over.
@@ -133,6 +161,96 @@ impl Runner {
         self.supervise(since_start).await
     }
 
+    /// While no manager leads, what ends is tried again as the restart policy says.
+    async fn go_on_alone(&mut self, mut ending: Ending) -> Ending {
+        while self.is_to_be_tried_again(&ending).await {
+            match self.try_again().await {
+                Again::Started(container, started) => {
+                    self.note_attempt(ending);
+                    self.status.container_status = Some(container);
+                    self.report(self.status.state, "started again while no manager led").await;
+                    ending = self.supervise(Some(started)).await;
+                }
+                Again::Failed(error) => {
+                    self.note_attempt(ending);
+                    ending = Ending::error(TaskState::Failed, "starting", error);
+                }
+                Again::Over => break,
+            }
+        }
+        ending
+    }
+
+    /// Returns when it is clear whether the node is to follow an ended container by another one.
+    async fn is_to_be_tried_again(&mut self, ending: &Ending) -> bool {
+        let pause = {
+            let assigned = self.assigned.borrow();
+            let pause = attempts::pause(&assigned.task, &self.status, ending.state, clock::now());
+            pause.filter(|_| !assigned.is_ending())
+        };
+        // Managers in reach: they decide.
+        let Some(pause) = pause.filter(|_| !*self.is_led.borrow()) else { return false };
+        self.note_exit(ending.exit.as_ref());
+        self.report(self.status.state, "ended while no manager led").await;
+        tokio::select! {
+            biased;
+            () = self.over() => false,
+            () = tokio::time::sleep(pause) => true,
+        }
+    }
+
+    /// Makes and starts another container of the task.
+    async fn try_again(&mut self) -> Again {
+        let task = Arc::clone(&self.assigned.borrow().task);
+        let (executor, payloads) = (Arc::clone(&self.executor), self.payloads.clone());
+        tracing::info!(task.id = %self.task_id, "no manager leads: trying an ended task again");
+        let again = async {
+            prepare(executor.as_ref(), &payloads, &task).await?;
+            let container = executor.start(&task).await?;
+            Ok((container, clock::monotonic()))
+        };
+        let result = tokio::select! {
+            biased;
+            () = self.over() => None,
+            result = again => Some(result),
+        };
+        match result {
+            Some(Ok((container, started))) => Again::Started(container, started),
+            Some(Err(error)) => Again::Failed(error),
+            None => {
+                // It may have been started, a moment before.
+                if let Err(error) = self.executor.stop(&task).await {
+                    tracing::warn!(task.id = %self.task_id, %error, "failed to stop a container");
+                }
+                Again::Over
+            }
+        }
+    }
+
+    /// Returns when managers decide again: they are back, or want the task ended.
+    async fn over(&mut self) {
+        let (assigned, is_led) = (&mut self.assigned, &mut self.is_led);
+        // The agent has ended where one fails: the next daemon takes over.
+        tokio::select! {
+            _ = assigned.wait_for(Assigned::is_ending) => {}
+            _ = is_led.wait_for(|is_led| *is_led) => {}
+        }
+    }
+
+    /// Adds the container that ended to what managers are told.
+    fn note_attempt(&mut self, ending: Ending) {
+        let now = clock::now();
+        self.status.note_attempt(Attempt {
+            container_id: self.task_id.to_string(),
+            exit_code: ending.exit.map_or(0, |exit| exit.code),
+            started_at: std::mem::replace(&mut self.began, now),
+            ended_at: now,
+            err: ending.err,
+        });
+        self.status.unhealthy = false;
+        self.was_unhealthy = false;
+    }
+
     async fn prepare_and_start(&mut self) -> Result<Instant, Ending> {
         self.reach(TaskState::Accepted, "accepted").await;
         self.reach(TaskState::Preparing, "preparing").await;
@@ -157,6 +275,7 @@ impl Runner {
         let container =
             container.map_err(|error| Ending::error(TaskState::Failed, "starting", error))?;
         let started = clock::monotonic();
+        self.began = clock::now();
         self.status.container_status = Some(container);
         if !task.host_ports.is_empty() {
             // It is published from here on, also while its first check has not passed.
@@ -176,7 +295,9 @@ impl Runner {
                 None
             }
         };
-        let mut monitor = Monitor::new(check, started, self.status.state == TaskState::Running);
+        let is_found = started.is_none();
+        let mut monitor =
+            Monitor::new(check, started, is_found && self.status.state == TaskState::Running);
         if monitor.check.is_none() && self.status.state < TaskState::Running {
             self.report(TaskState::Running, "started").await;
         }
@@ -264,15 +385,19 @@ impl Runner {
         }
     }
 
-    async fn report_end(&mut self, ending: Ending) {
-        self.status.err = ending.err;
-        self.status.unhealthy = false;
-        if let Some(exit) = ending.exit {
+    fn note_exit(&mut self, exit: Option<&Exit>) {
+        if let Some(exit) = exit {
             let container = self.status.container_status.get_or_insert_default();
             container.pid = 0;
             container.exit_code = exit.code;
             container.oom_killed = exit.oom_killed;
         }
+    }
+
+    async fn report_end(&mut self, ending: Ending) {
+        self.status.err = ending.err;
+        self.status.unhealthy = false;
+        self.note_exit(ending.exit.as_ref());
         self.report(ending.state, ending.message).await;
     }
 
@@ -322,6 +447,7 @@ struct Monitor {
 }
 
 impl Monitor {
+    /// `is_running`: it was found with its checks passed.
     fn new(check: Option<HealthCheck>, started: Option<Instant>, is_running: bool) -> Self {
         let counter = if is_running { Counter::of_healthy() } else { Counter::default() };
         Self { check, counter, started, next_at: None }

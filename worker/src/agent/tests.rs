@@ -1,11 +1,15 @@
 //! The agent against a dispatcher of the test's own and an executor that runs nothing.
 
+mod attempts;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use skep_common::object::{ContainerStatus, NetworkAttachment, NodeDescription, TaskStatus};
-use skep_common::spec::{NodeRole, PortConfig, PortProtocol, PublishMode, TaskSpec};
+use skep_common::spec::{
+    NodeRole, PortConfig, PortProtocol, PublishMode, RestartCondition, RestartPolicy, TaskSpec,
+};
 use skep_common::{ClusterId, Meta, NodeId, ServiceId, Task, TaskId, TaskState, Version};
 use skep_proto::agent_message::Message as FromAgent;
 use skep_proto::dispatcher_message::Message;
@@ -73,6 +77,7 @@ impl Puppets {
 impl Executor for Puppets {
     async fn prepare(&self, task: &Task, payloads: &TaskPayloads) -> Result<(), Error> {
         self.note("prepare", task.id);
+        self.exit_of(task.id).send_replace(None);
         for payload in payloads.values() {
             self.calls.lock().unwrap().push(format!("{payload:?}"));
         }
@@ -589,7 +594,11 @@ async fn a_restarted_agent_goes_on_with_the_containers_it_finds() {
     let mut stage = Stage::set(Puppets::default()).await;
     let mut session = stage.session().await;
     session.welcome(1).await;
-    let tasks = [task(1, "web", TaskState::Running), task(2, "web", TaskState::Running)];
+    let mut tasks = [task(1, "web", TaskState::Running), task(2, "web", TaskState::Running)];
+    Arc::make_mut(&mut tasks[0].spec).restart_policy = Some(RestartPolicy {
+        condition: Some(RestartCondition::None), // Nobody leads when it ends.
+        ..RestartPolicy::default()
+    });
     session.assign(0, &tasks, &[]).await;
     session.until(TaskId(1), reached(TaskState::Running)).await;
     stage.tasks.shutdown().await;

@@ -4,6 +4,7 @@
 //! directory* is on disk and holds what containers write and say.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -102,15 +103,36 @@ impl DataDir {
 
     /// The numbers of the files of the container's output that are there, oldest first.
     pub(super) fn log_numbers(&self) -> io::Result<BTreeSet<u64>> {
-        let number = |name: &str| match name.strip_prefix("log")? {
-            "" => Some(0),
-            rest => rest.strip_prefix('.')?.parse().ok(),
-        };
         let mut numbers = BTreeSet::new();
         for entry in std::fs::read_dir(&self.0)? {
-            numbers.extend(entry?.file_name().to_str().and_then(number));
+            numbers.extend(log_number(&entry?.file_name()));
         }
         Ok(numbers)
+    }
+
+    /// Whether anything but the container's output is there.
+    pub(super) fn has_more_than_log(&self) -> io::Result<bool> {
+        Ok(self.all_but_log()?.is_some_and(|paths| !paths.is_empty()))
+    }
+
+    /// Removes everything but the container's output, and the directory where there is none.
+    pub(super) fn remove_all_but_log(&self) -> io::Result<()> {
+        let Some(paths) = self.all_but_log()? else { return Ok(()) };
+        for path in paths {
+            remove_all(&path)?;
+        }
+        if self.log_numbers()?.is_empty() { remove_all(&self.0) } else { Ok(()) }
+    }
+
+    /// `None` where there is no directory.
+    fn all_but_log(&self) -> io::Result<Option<Vec<PathBuf>>> {
+        let entries = match std::fs::read_dir(&self.0) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            entries => entries?,
+        };
+        let entries = entries.collect::<io::Result<Vec<_>>>()?;
+        let others = entries.iter().filter(|entry| log_number(&entry.file_name()).is_none());
+        Ok(Some(others.map(std::fs::DirEntry::path).collect()))
     }
 
     pub(super) fn hosts(&self) -> PathBuf {
@@ -123,6 +145,14 @@ impl DataDir {
 
     pub(super) fn resolv_conf(&self) -> PathBuf {
         self.0.join("resolv.conf")
+    }
+}
+
+/// The number of a file of a container's output.
+fn log_number(name: &OsStr) -> Option<u64> {
+    match name.to_str()?.strip_prefix("log")? {
+        "" => Some(0),
+        rest => rest.strip_prefix('.')?.parse().ok(),
     }
 }
 

@@ -88,6 +88,13 @@ pub struct ContainerConfig {
     pub payloads: Vec<PayloadFile>,
 }
 
+/// What becomes of a container's log when the container is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Log {
+    Removed,
+    Kept,
+}
+
 /// A container that waits for its start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Created {
@@ -191,7 +198,7 @@ impl ContainerRuntime {
             shim.kill().during(|| format!("kill shim {shim_pid}"))?;
             shim.ended().await.during(|| format!("wait for shim {shim_pid}"))?;
         }
-        self.delete(id).await?;
+        self.delete(id, Log::Kept).await?;
         Err(Error::Create { id: id.clone(), reason })
     }
 
@@ -278,6 +285,18 @@ impl ContainerRuntime {
 
     /// Removes a container with its log; one that still runs is killed first.
     pub async fn remove(&self, id: &str) -> Result<(), Error> {
+        self.end(id).await?;
+        self.delete(id, Log::Removed).await
+    }
+
+    /// The same, but that the log is kept: a container that is made of this id goes on with it.
+    pub async fn clear(&self, id: &str) -> Result<(), Error> {
+        self.end(id).await?;
+        self.delete(id, Log::Kept).await
+    }
+
+    /// Kills what still runs of a container.
+    async fn end(&self, id: &str) -> Result<(), Error> {
         check_id(id)?;
         if let Ok(handle) = self.inner.handle(id) {
             handle.control.lock().await.take();
@@ -286,7 +305,7 @@ impl ContainerRuntime {
         }
         self.inner.lock_handles().remove(id);
         self.inner.reaper.sweep();
-        self.delete(id).await
+        Ok(())
     }
 
     /// Opens a container's log, which lives until [`ContainerRuntime::remove`].
@@ -309,7 +328,7 @@ impl ContainerRuntime {
     }
 
     /// Removes what is left of a container whose shim has ended.
-    async fn delete(&self, id: &str) -> Result<(), Error> {
+    async fn delete(&self, id: &str, log: Log) -> Result<(), Error> {
         let (inner, own_id) = (self.inner.clone(), id.to_owned());
         blocking(move || {
             let (run, data) = inner.dirs(&own_id);
@@ -319,10 +338,13 @@ impl ContainerRuntime {
             }
             inner.remove_cgroup(&own_id)?;
             // The run directory last: while it exists, a daemon that comes back tries again.
-            for directory in [data.path(), run.path()] {
-                remove_all(directory).during(|| format!("remove {}", directory.display()))?;
+            let context = || format!("remove {}", data.path().display());
+            match log {
+                Log::Removed => remove_all(data.path()),
+                Log::Kept => data.remove_all_but_log(),
             }
-            Ok(())
+            .during(context)?;
+            remove_all(run.path()).during(|| format!("remove {}", run.path().display()))
         })
         .await
     }
@@ -390,7 +412,8 @@ impl Inner {
     fn spawn_shim(&self, config: &ContainerConfig) -> Result<(Process, i32, StdUnixStream), Error> {
         let id = &config.id;
         let (run, data) = self.dirs(id);
-        if run.path().exists() || data.path().exists() {
+        let has_data = || data.has_more_than_log().during(|| format!("look for container {id}"));
+        if run.path().exists() || has_data()? {
             return Err(Error::Exists(id.clone()));
         }
         let payloads = match config.payloads.is_empty() {
@@ -420,10 +443,9 @@ impl Inner {
             Ok((Process::new(&pidfd, self.reaper.clone()).during(context)?, pid, ours))
         });
         spawned.inspect_err(|_| {
-            for directory in [data.path(), run.path()] {
-                // The error at hand says more than this one would.
-                let _ = remove_all(directory);
-            }
+            // The error at hand says more than these would.
+            let _ = data.remove_all_but_log();
+            let _ = remove_all(run.path());
         })
     }
 
@@ -434,9 +456,9 @@ impl Inner {
         run: &RunDir,
         data: &DataDir,
     ) -> Result<(), Error> {
-        for directory in [run.path(), data.path()] {
-            fs::create_dir(directory).during(|| format!("create {}", directory.display()))?;
-        }
+        fs::create_dir(run.path()).during(|| format!("create {}", run.path().display()))?;
+        // It is there where an earlier container of the same task left its log.
+        fs::create_dir_all(data.path()).during(|| format!("create {}", data.path().display()))?;
         let hostname = process::hostname(&config.id, &config.container);
         for (path, text) in [
             (data.hosts(), &config.etc_hosts),

@@ -95,6 +95,13 @@ impl Embedded {
         self.inner.names.serve(task_id, scope, sockets)
     }
 
+    /// Takes a container out of what reaches it.
+    async fn disconnect(&self, task_id: TaskId) -> Result<(), Error> {
+        self.created().remove(&task_id);
+        self.inner.names.stop(task_id);
+        self.inner.uplink.detach(task_id).await
+    }
+
     async fn image_config(&self, task: &Task) -> Result<(Digest, ImageConfig), Error> {
         let digest = config::image_digest(task)?;
         let image = self.inner.images.store().config(digest).await;
@@ -108,8 +115,10 @@ impl Executor for Embedded {
         let digest = config::image_digest(task)?;
         let layers = self.inner.images.ensure(digest).await.map_err(|error| Error::of(&error))?;
         let (_, image) = self.image_config(task).await?;
-        // Left over from a daemon that was killed in the middle.
-        self.remove(task.id).await?;
+        // Left over from a daemon that was killed in the middle, or an earlier attempt, whose output stays.
+        self.disconnect(task.id).await?;
+        let cleared = self.inner.containers.clear(&task.id.to_string()).await;
+        cleared.map_err(|error| Error::of(&error))?;
         let mut config = config::container(task, &image, layers, &self.inner.facts)?;
         config.payloads = payloads::files(task, payloads, &self.inner.facts)?;
         let created =
@@ -183,9 +192,7 @@ impl Executor for Embedded {
     }
 
     async fn remove(&self, task_id: TaskId) -> Result<(), Error> {
-        self.created().remove(&task_id);
-        self.inner.names.stop(task_id);
-        self.inner.uplink.detach(task_id).await?;
+        self.disconnect(task_id).await?;
         self.inner.containers.remove(&task_id.to_string()).await.map_err(|error| Error::of(&error))
     }
 

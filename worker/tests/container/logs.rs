@@ -13,6 +13,7 @@ pub(crate) const TESTS: &[Test] = &[
     ("followers_see_every_line_and_the_end", || block_on(follow)),
     ("a_rotated_log_is_one_log", || block_on(rotated)),
     ("followers_lose_no_line_of_a_log_that_is_rotated", || block_on(follow_rotated)),
+    ("a_container_that_follows_another_one_goes_on_with_its_log", || block_on(followed)),
 ];
 
 async fn many_lines(env: Environment) {
@@ -154,4 +155,16 @@ async fn follow_rotated(env: Environment) {
     assert_eq!(again.next().await.unwrap(), None, "the end of the container ends it");
     assert_eq!(reader.next().await.unwrap(), None);
     next.remove("c").await.unwrap();
+}
+
+async fn followed(env: Environment) {
+    env.start(&config("again", shell("echo one; touch /left"))).await;
+    env.runtime.wait("again").await.unwrap();
+    env.runtime.clear("again").await.unwrap();
+    assert!(!env.run_dir("again").exists() && !env.cgroup("again").exists());
+    let wrong = ContainerConfig { layers: vec!["/nowhere".into()], ..config("again", shell("")) };
+    env.runtime.create(&wrong).await.unwrap_err();
+    env.start(&config("again", shell("ls /left; echo two"))).await;
+    let outcome = env.outcome("again").await;
+    assert_eq!(outcome.stdout(), "one\ntwo\n", "with a file system of its own");
 }

@@ -516,3 +516,24 @@ async fn global_services_are_counted_and_named_by_nodes() {
     expect.sort_unstable();
     assert_eq!(names, expect);
 }
+
+#[tokio::test]
+async fn an_object_of_any_kind_is_inspected_by_what_names_it() {
+    let daemon = cluster();
+    let missing = "Error: No such object: nothing\n";
+    let no_node = "Error: No such node: web\n";
+    for (command, code, ids, err) in [
+        ("inspect web", 0, vec!["asv0000000000000000000000"], ""),
+        ("inspect a1bbbbbbbbbbbbbbbbbbbbbbb n1", 0, vec!["a1bbbbbbbbbbbbbbbbbbbbbbb", N1], ""),
+        ("inspect nothing n2", 1, vec![N2], missing),
+        ("inspect --type node web", 1, vec![], no_node),
+    ] {
+        let (exit, out, told) = run(&daemon, command).await;
+        let documents: Vec<Value> = serde_json::from_str(&out).unwrap();
+        let found: Vec<&str> =
+            documents.iter().map(|document| document["ID"].as_str().unwrap()).collect();
+        assert_eq!((exit, found, told.as_str()), (code, ids, err), "{command}");
+    }
+    let (_, out, _) = run(&daemon, "inspect --format {{.Spec.Name}} web").await;
+    assert_eq!(out, "web\n");
+}

@@ -57,7 +57,6 @@ use crate::plan::Options;
 use crate::scheduler::Index;
 use crate::store::State;
 
-pub use restart::MAX_ATTEMPTS_COUNTED;
 use slots::Slots;
 
 /// How long a successor waits for its predecessors at least. SwarmKit's `defaultOldTaskTimeout`.

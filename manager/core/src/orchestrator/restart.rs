@@ -12,7 +12,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use skep_common::limits::defaults;
+use skep_common::limits::{MAX_ATTEMPTS_COUNTED, defaults};
 use skep_common::spec::{RestartCondition, RestartPolicy};
 use skep_common::{Service, Task, TaskState, Timestamp};
 
@@ -20,9 +20,6 @@ use super::{
     OLD_TASK_WAIT, STOP_SLACK, Scope, enforcer, global, is_live, is_stopping, updater, wanted_state,
 };
 use crate::scheduler::keeps_tasks;
-
-/// The highest `MaxAttempts` that is a limit.
-pub const MAX_ATTEMPTS_COUNTED: u64 = 100;
 
 /// Why a live task needs a successor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,15 +105,18 @@ pub(super) fn has_successor(task: &Task, tasks: &[Arc<Task>], now: Timestamp) ->
     if !is_wanted || max_attempts == 0 || max_attempts > MAX_ATTEMPTS_COUNTED {
         return is_wanted;
     }
-    // Every task of this spec version but the first one is an attempt, made when it was created.
+    // Every task of this spec version but the first one is an attempt, made when it was created; so is each
+    // container by which a node followed another one of the same task.
     let window = policy.window.map(|window| window.duration()).filter(|window| !window.is_zero());
     let ended_at = task.status.applied_at.unwrap_or(now);
     let same_spec = tasks.iter().filter(|other| other.spec_version == task.spec_version);
-    let mut made_at: Vec<Timestamp> = same_spec.map(|other| other.meta.created_at).collect();
+    let mut made_at: Vec<Timestamp> =
+        same_spec.clone().map(|other| other.meta.created_at).collect();
     made_at.sort_unstable();
     let counts = |at: &&Timestamp| window.is_none_or(|window| at.after(window) >= ended_at);
     let attempts = made_at.iter().skip(1).filter(counts).count() as u64;
-    attempts < max_attempts
+    let of_nodes = same_spec.map(|other| other.status.attempts_within(window, ended_at));
+    attempts + of_nodes.sum::<u64>() < max_attempts
 }
 
 /// Lets prepared successors start whose delay is over and whose predecessors have stopped.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use skep_common::object::{NetworkAttachment, NodeState, Slot, TaskStatus};
+use skep_common::object::{Attempt, NetworkAttachment, NodeState, Slot, TaskStatus};
 use skep_common::spec::{
     Availability, ContainerSpec, Nanos, RestartCondition, RestartPolicy, UpdateConfig,
 };
@@ -140,6 +140,22 @@ fn attempts_count_within_the_window() {
     assert_eq!(fail(&mut world, 30), 0, "the second was not");
     world.now = world.now.after(Duration::from_secs(1000));
     world.expect_settled("a slot that has used its attempts stays as it is");
+}
+
+#[test]
+fn attempts_that_a_node_made_without_managers_count() {
+    for (max_attempts, n_attempts, expect) in
+        [(2, 1, "!1 +1@1>ready"), (2, 2, "!1"), (0, 9, "!1 +1@1>ready")]
+    {
+        let policy = RestartPolicy { max_attempts: Some(max_attempts), ..RestartPolicy::default() };
+        let mut world = World::new("1", with_policy(service(1), policy), "1@1:failed");
+        let mut task = (**world.state.tasks().values().next().unwrap()).clone();
+        for _ in 0..n_attempts {
+            task.status.note_attempt(Attempt::default());
+        }
+        world.replace(Object::Task(Box::new(task)));
+        world.expect_step(&format!("{n_attempts} of {max_attempts}"), expect);
+    }
 }
 
 #[test]
