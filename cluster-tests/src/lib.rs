@@ -28,6 +28,7 @@
 
 mod archives;
 mod busy;
+mod call;
 mod command;
 mod direct;
 mod follow;
@@ -44,6 +45,7 @@ mod wait;
 
 pub use archives::{BUSYBOX, busybox_root, docker_archive, pack, sha256};
 pub use busy::Busy;
+pub use call::{Answer, CERTIFICATES, Caller, Message, call};
 pub use command::{Output, skep_binary};
 pub use direct::{Direct, NoAnswer};
 pub use follow::Running;

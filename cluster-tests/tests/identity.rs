@@ -3,7 +3,7 @@
 //! Two swarms live on one network here, so that nothing but their identities keeps them apart. Which
 //! caller may use which method is a table of its own, tested where it stands.
 
-use skep_cluster_tests::{Lab, LabOptions, is_root_or_skip};
+use skep_cluster_tests::{CERTIFICATES, Caller, Lab, LabOptions, Message, call, is_root_or_skip};
 
 const NO_MANAGER: &str = "Error response from daemon: This node is not a swarm manager. Worker \
                           nodes can't be used to view or modify cluster state. Please run this \
@@ -95,50 +95,6 @@ fn only_the_swarms_own_present_token_lets_a_node_in() {
     lab.down();
 }
 
-/// What `printf` prints, and how curl sends it.
-type Message = (&'static str, &'static str);
-/// gRPC's form of a message without fields.
-const EMPTY: Message = ("\\0\\0\\0\\0\\0", "--data-binary @-");
-/// No message at all: who may not call gets the same answer, and curl 7.88 takes it for an error
-/// when a server answers before it has read what was sent.
-const NONE: Message = ("", "");
-
-/// The gRPC status, or what curl said.
-type Answer = Result<String, String>;
-
-/// Who calls: a node with its own certificate, or without one.
-#[derive(Debug, Clone, Copy)]
-enum Caller<'a> {
-    Certified(&'a str),
-    Anonymous(&'a str),
-}
-
-/// Calls a method at a manager's port.
-///
-/// Gives the gRPC status, or what curl said where the connection itself was refused.
-#[track_caller]
-fn call(lab: &Lab, caller: Caller, to: &str, method: &str, message: Message) -> Answer {
-    let url = format!("https://{}:2377/skep.v1.{method}", lab.node(to).address());
-    let certificates = "/var/lib/skep/certificates/swarm-node";
-    let (from, identity) = match caller {
-        Caller::Certified(node) => {
-            (node, format!("--cert {certificates}.crt --key {certificates}.key"))
-        }
-        Caller::Anonymous(node) => (node, String::new()),
-    };
-    // The server's certificate is not what is tested here.
-    let script = format!(
-        "printf '{}' | curl -sS --insecure --http2 --max-time 20 {identity} --request POST \
-         -H 'content-type: application/grpc' -H 'te: trailers' {} \
-         --dump-header - --output /dev/null {url}",
-        message.0, message.1
-    );
-    let output = lab.node(from).exec(&["sh", "-c", &script]);
-    let status = output.stdout.lines().find_map(|line| line.strip_prefix("grpc-status: "));
-    assert_eq!(status.is_some(), output.status.success(), "refused, or answered: {output}");
-    status.map(|code| code.trim().to_owned()).ok_or_else(|| output.to_string())
-}
-
 #[test]
 fn a_certificate_counts_in_its_own_swarm_and_role_only() {
     const OK: &str = "0";
@@ -155,24 +111,27 @@ fn a_certificate_counts_in_its_own_swarm_and_role_only() {
 
     let check = |caller, method, message, expect: &str| {
         let answer = call(&lab, caller, "n1", method, message);
-        assert_eq!(answer.as_deref(), Ok(expect), "{method} from {caller:?}");
+        let code = answer.map(|answer| answer.code);
+        assert_eq!(code.as_deref(), Ok(expect), "{method} from {caller:?}");
     };
-    let (own, worker) = (Caller::Certified("n1"), Caller::Certified("n3"));
-    check(own, "Control/Digest", EMPTY, OK);
-    check(Caller::Anonymous("n4"), "Ca/Root", EMPTY, OK);
+    let certified = |node| Caller { node, identity: Some(CERTIFICATES) };
+    let anonymous = |node| Caller { node, identity: None };
+    let (own, worker) = (certified("n1"), certified("n3"));
+    check(own, "Control/Digest", Message::EMPTY, OK);
+    check(anonymous("n4"), "Ca/Root", Message::EMPTY, OK);
     for method in ["Control/Digest", "Control/List", "Raft/Status", "Dispatcher/Heartbeat"] {
-        check(Caller::Anonymous("n3"), method, NONE, UNAUTHENTICATED);
+        check(anonymous("n3"), method, Message::NONE, UNAUTHENTICATED);
         // Managers of another swarm are no better than anybody, or not let in at all.
         for foreign in ["n2", "n4"] {
-            let answer = call(&lab, Caller::Certified(foreign), "n1", method, NONE);
-            let is_refused = answer.as_ref().ok().is_none_or(|code| code == UNAUTHENTICATED);
+            let answer = call(&lab, certified(foreign), "n1", method, Message::NONE);
+            let is_refused = answer.as_ref().ok().is_none_or(|it| it.code == UNAUTHENTICATED);
             assert!(is_refused, "{method} from {foreign}: {answer:?}");
         }
     }
     for method in ["Control/Digest", "Control/List", "Control/CreateService", "Raft/Status"] {
-        check(worker, method, NONE, PERMISSION_DENIED);
+        check(worker, method, Message::NONE, PERMISSION_DENIED);
     }
-    check(own, "Machine/Info", NONE, PERMISSION_DENIED);
+    check(own, "Machine/Info", Message::NONE, PERMISSION_DENIED);
 
     let worker = lab.node("n3");
     for args in [

@@ -1,10 +1,11 @@
 //! The replicated control plane: what a manager runs beside its worker.
 //!
 //! Reading order: [`manager`] (how the parts are put together), [`consensus`], [`control`] (what clients
-//! ask), [`join`] (certificates and membership), [`dispatcher`] (the agents' sessions), [`leader`] (the
-//! one loop that drives the pure core while this manager leads), [`raft_rpc`], [`recovery`] (a manager that goes
-//! on alone).
+//! ask), [`join`] (certificates and membership), `register` (who is refused), `reach` (which managers answer),
+//! [`dispatcher`] (the agents' sessions), [`leader`] (the one loop that drives the pure core while this manager
+//! leads), [`raft_rpc`], [`recovery`] (a manager that goes on alone).
 
+mod address;
 pub mod consensus;
 pub mod control;
 pub mod dispatcher;
@@ -13,7 +14,9 @@ pub mod leader;
 mod lock;
 pub mod manager;
 pub mod raft_rpc;
+mod reach;
 pub mod recovery;
+mod register;
 mod roles;
 pub mod space;
 

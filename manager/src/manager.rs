@@ -14,6 +14,7 @@ use skep_proto::containers_server::ContainersServer;
 use skep_proto::control_server::ControlServer;
 use skep_proto::dispatcher_server::DispatcherServer;
 use skep_proto::raft_server::RaftServer;
+use skep_runtime::gate::Gate;
 use skep_runtime::identity::{Authority, Files, RaftKey, UnlockKey, new_secret};
 use skep_runtime::transport::ChannelPool;
 use skep_runtime::{TaskSet, clock};
@@ -21,13 +22,16 @@ use tokio::sync::watch;
 use tonic::Status;
 use tonic::service::Routes;
 
+use crate::address;
 use crate::consensus::{self, Consensus, DataKey, MemberRole, ReadError, StopReason};
-use crate::control::{Audited, ContainersService, ControlService};
+use crate::control::{self, Audited, ContainersService, ControlService};
 use crate::dispatcher::{DispatcherService, Door};
 use crate::join::{self, CaService};
 use crate::leader;
 use crate::lock;
 use crate::raft_rpc::{GrpcTransport, RaftService, ask_to_add};
+use crate::reach::Reach;
+use crate::register::Members;
 use crate::space::{self, Full};
 
 /// What a manager needs.
@@ -80,6 +84,8 @@ pub struct Manager {
     control: ControlService,
     door: Door,
     space: watch::Receiver<Option<Full>>,
+    members: Members,
+    reach: Reach,
     tasks: TaskSet,
 }
 
@@ -103,18 +109,30 @@ impl Manager {
         let (kept, lock_version) = watch::channel(options.files.lock_version());
         tasks.spawn("lock", lock::follow(consensus.clone(), options.files.clone(), kept));
         let space = space::watch(options.raft_dir.clone(), consensus.clone(), &tasks);
-        let control = ControlService::new(
-            consensus.clone(),
-            options.node_id,
-            options.pool.clone(),
-            options.address.clone(),
-            tasks.clone(),
+        let reach = Reach::new(consensus.clone(), options.pool.clone());
+        tasks.spawn("reach", reach.clone().run());
+        let control = ControlService::new(control::Inner {
+            consensus: consensus.clone(),
+            reach: reach.clone(),
+            node_id: options.node_id,
+            pool: options.pool.clone(),
+            tasks: tasks.clone(),
+            address: options.address.clone(),
             lock_version,
-            space.clone(),
-        );
+            space: space.clone(),
+        });
         let door = Door::new();
         tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));
-        Ok(Self { options, consensus, control, door, space, tasks })
+        let announcing = address::announce(
+            consensus.clone(),
+            options.pool.clone(),
+            options.node_id,
+            options.address.clone(),
+        );
+        tasks.spawn("address", announcing);
+        let members = Members::new(consensus.clone());
+        tasks.spawn("members", members.clone().follow());
+        Ok(Self { options, consensus, control, door, space, members, reach, tasks })
     }
 
     /// Founds a new swarm with this manager as its only one, and returns the worker token's secret.
@@ -198,6 +216,16 @@ impl Manager {
     pub fn n_voters(&self) -> usize {
         let members = self.consensus.members();
         members.iter().filter(|member| member.role == MemberRole::Voter).count()
+    }
+
+    /// Why nothing can be changed, where too few managers answer.
+    pub fn without_quorum(&self) -> Option<String> {
+        self.reach.is_quorum_lost().then(|| self.reach.explain())
+    }
+
+    /// Who is let in at the one port.
+    pub fn gate(&self) -> Gate {
+        Gate::of(self.members.clone())
     }
 
     /// Adds this manager's services to those of the one port.

@@ -9,10 +9,11 @@ use skep_proto::REMOVED_METADATA;
 use skep_proto::raft_client::RaftClient;
 use skep_proto::raft_server::Raft;
 use skep_proto::{
-    AddManagerRequest, AddManagerResponse, RaftMessage, RaftStatusRequest, RaftStatusResponse,
-    RemoveManagerRequest, RemoveManagerResponse,
+    AddManagerRequest, AddManagerResponse, PeerHeard, RaftMessage, RaftStatusRequest,
+    RaftStatusResponse, RemoveManagerRequest, RemoveManagerResponse,
 };
 use skep_runtime::transport::{ChannelPool, Peer};
+use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio_stream::StreamExt as _;
 use tonic::transport::Channel;
@@ -202,16 +203,27 @@ impl Raft for RaftService {
 
     async fn status(
         &self,
-        _: Request<RaftStatusRequest>,
+        request: Request<RaftStatusRequest>,
     ) -> Result<Response<RaftStatusResponse>, Status> {
-        let status = self.consensus.status().await;
-        Ok(Response::new(RaftStatusResponse {
-            version: status.version,
-            digest: status.digest,
+        let addresses = self.consensus.members().into_iter();
+        let mut addresses: BTreeMap<u64, String> =
+            addresses.map(|member| (member.raft_id, member.addr)).collect();
+        let heard = self.consensus.heard_of_others().into_iter().map(|(raft_id, ago)| PeerHeard {
+            raft_id,
+            addr: addresses.remove(&raft_id).unwrap_or_default(),
+            millis_ago: u64::try_from(ago.as_millis()).unwrap_or(u64::MAX),
+        });
+        let mut response = RaftStatusResponse {
             node_id: self.node_id.to_string(),
             hostname: self.hostname.clone(),
+            heard: heard.collect(),
             ..RaftStatusResponse::default()
-        }))
+        };
+        if !request.get_ref().brief {
+            let status = self.consensus.status().await;
+            (response.version, response.digest) = (status.version, status.digest);
+        }
+        Ok(Response::new(response))
     }
 }
 

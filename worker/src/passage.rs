@@ -265,6 +265,7 @@ mod tests {
     use skep_proto::{
         BlobChunk, BlobRequest, CheckPathRequest, LogRecord, PathReport, TaskLogsRequest,
     };
+    use skep_runtime::gate::Gate as Open;
     use skep_runtime::identity::{Authority, Credentials, Csr};
     use skep_runtime::transport::{Tls, serve_tls};
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -363,7 +364,9 @@ mod tests {
         let other = PeerServer::new(Other(entrance.clone(), tasks.clone()));
         let (serving, server) = (tasks.clone(), tls(OTHER));
         tasks.spawn("test server", async move {
-            serve_tls(listener, server, Routes::new(other), &serving).await.unwrap();
+            serve_tls(listener, server, Open::default(), Routes::new(other), &serving)
+                .await
+                .unwrap();
         });
         let pool = ChannelPool::new(tls(NodeId(1)));
         let daemons = Daemons::new(&pool, receiver, Windows::default(), tasks.clone());

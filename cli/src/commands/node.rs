@@ -2,6 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{Node, Task};
@@ -184,8 +185,8 @@ fn table_cell(field: &str, row: &Value) -> String {
 async fn ls(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
     let known = ["id", "label", "node.label", "membership", "name", "role"];
     let filters = Filters::new(&args.filter, &known)?;
-    let mut nodes: Vec<Node> = client.list_all("node").await?;
-    nodes.retain(|node| {
+    let mut nodes: Vec<Listed> = client.list_all("node").await?;
+    nodes.retain(|Listed { node, .. }| {
         filters.is_match("id", |id| node.id.to_string().starts_with(id))
             && filters.is_match("name", |name| hostname(node).starts_with(name))
             && filters.is_match("role", |role| node.spec.role.name() == role)
@@ -196,9 +197,11 @@ async fn ls(args: &LsArgs, client: &Client, ui: &mut Ui) -> Result<()> {
                 node.description.as_ref().map(|description| &description.engine.labels),
             )
     });
-    nodes.sort_by(|a, b| natural_order(&hostname(a), &hostname(b)).then(a.id.cmp(&b.id)));
+    nodes.sort_by(|Listed { node: a, .. }, Listed { node: b, .. }| {
+        natural_order(&hostname(a), &hostname(b)).then(a.id.cmp(&b.id))
+    });
     let this: Node = client.get("node", "self").await?;
-    let rows: Vec<Value> = nodes.iter().map(|node| row(node, node.id == this.id)).collect();
+    let rows: Vec<Value> = nodes.iter().map(|one| row(one, one.node.id == this.id)).collect();
     Ok(ui.data(render(&VIEW, &rows, args.format.as_deref(), args.quiet)?)?)
 }
 
@@ -209,7 +212,16 @@ fn status(node: &Node) -> String {
     if is_full { format!("{state}, disk full") } else { state }
 }
 
-fn row(node: &Node, is_self: bool) -> Value {
+/// A node, with what the manager that answers adds to it.
+#[derive(Debug, Deserialize)]
+struct Listed {
+    #[serde(flatten)]
+    node: Node,
+    #[serde(rename = "TLSStatus", default)]
+    tls_status: String,
+}
+
+fn row(Listed { node, tls_status }: &Listed, is_self: bool) -> Value {
     let manager = node.manager_status.as_ref();
     let manager =
         manager.map(|manager| if manager.leader { "leader" } else { &manager.reachability });
@@ -224,8 +236,7 @@ fn row(node: &Node, is_self: bool) -> Value {
         "EngineVersion": description
             .map(|description| description.engine.engine_version.as_str())
             .unwrap_or_default(),
-        // A node has a session only with a certificate of this swarm's one root.
-        "TLSStatus": if description.is_some() { "Ready" } else { "Unknown" },
+        "TLSStatus": tls_status,
     })
 }
 

@@ -58,5 +58,13 @@ pub(super) fn pretty(node: &Node) -> String {
     if !description.engine.labels.is_empty() {
         line(format_args!("Engine Labels:\n{}", labels(&description.engine.labels).trim_end()));
     }
+    if let Some(tls) = &description.tls_info {
+        let mut line = |text: std::fmt::Arguments<'_>| {
+            let _ = writeln!(out, "{text}");
+        };
+        line(format_args!("TLS Info:\n TrustRoot:\n{}", tls.trust_root.trim_end()));
+        line(format_args!(" Issuer Subject:\t{}", tls.cert_issuer_subject));
+        line(format_args!(" Issuer Public Key:\t{}", tls.cert_issuer_public_key));
+    }
     out
 }

@@ -29,7 +29,10 @@ impl LocalContainers {
         F: Future<Output = Result<T, Status>>,
     {
         let node = match self.machine.membership() {
-            Membership::Member(node) => node,
+            Membership::Member(node) => match node.refusal() {
+                Some(removed) => return Err(Status::failed_precondition(removed)),
+                None => node,
+            },
             Membership::Failed(obstacle) => return Err(obstacle.status()),
             Membership::Locked(_) => return Err(super::unlock::locked()),
             Membership::Outside => {

@@ -43,6 +43,9 @@ pub(super) fn refuse_member(machine: &Machine) -> Result<(), Status> {
         Membership::Outside => Ok(()),
         Membership::Failed(obstacle) => Err(obstacle.status()),
         Membership::Locked(_) => Err(unlock::locked()),
+        Membership::Member(node) if node.refusal().is_some() => {
+            Err(Status::failed_precondition(node.refusal().unwrap_or_default()))
+        }
         Membership::Member(_) => Err(Status::failed_precondition(
             "This node is already part of a swarm. Use \"skep swarm leave\" to leave this swarm and join another one.",
         )),
@@ -91,6 +94,8 @@ pub(super) async fn init(
         managers: vec![advertise.to_string()],
         raft_id: Some(rand::random()),
         is_voter: true,
+        written: written.to_owned(),
+        option: options.advertise_addr.clone(),
         ..NodeRecord::at(advertise, listen)
     };
     let entering = Entering { machine, credentials, raft_key: RaftKey::generate(), record };
@@ -169,6 +174,8 @@ pub(super) async fn join(
     let record = NodeRecord {
         managers: issued.managers.clone(),
         raft_id: is_manager.then(rand::random),
+        written: written.to_owned(),
+        option: options.advertise_addr.clone(),
         ..NodeRecord::at(advertise, listen)
     };
     let credentials =
@@ -322,7 +329,8 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
             return Err(Status::failed_precondition("This node is not part of a swarm"));
         }
     };
-    if let Some(manager) = &node.manager {
+    // The others do not count a removed one.
+    if let Some(manager) = node.manager.as_ref().filter(|_| node.refusal().is_none()) {
         resign(manager, force).await?;
     }
     node.stop().await;

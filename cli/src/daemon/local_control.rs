@@ -23,9 +23,10 @@ impl LocalControl {
         let why = match self.machine.membership() {
             Membership::Failed(obstacle) => return Err(obstacle.status()),
             Membership::Locked(_) => return Err(unlock::locked()),
-            Membership::Member(node) => match node.control() {
-                Some(control) => return Ok(control),
-                None => {
+            Membership::Member(node) => match (node.refusal(), node.control()) {
+                (Some(removed), _) => removed,
+                (None, Some(control)) => return Ok(control),
+                (None, None) => {
                     "This node is not a swarm manager. Worker nodes can't be used to view or modify cluster state. Please run this command on a manager node."
                 }
             },

@@ -156,7 +156,9 @@ impl MachineApi for Machine {
                 info.error.clone_from(&obstacle.sentence);
             }
             Membership::Member(node) => {
-                "active".clone_into(&mut info.state);
+                let removed = node.refusal();
+                info.state = if removed.is_some() { "error" } else { "active" }.to_owned();
+                info.error = removed.unwrap_or_default().to_owned();
                 info.node_id = node.node_id.to_string();
                 info.cluster_id = node.cluster_id.to_string();
                 info.role = node.role.name().to_owned();
@@ -166,6 +168,8 @@ impl MachineApi for Machine {
                 let space = node.manager.as_ref().map(|manager| manager.space());
                 let full = space.and_then(|space| space.borrow().as_ref().map(Full::to_string));
                 info.warnings.extend(full);
+                let manager = node.manager.as_ref().filter(|_| removed.is_none());
+                info.warnings.extend(manager.and_then(|manager| manager.without_quorum()));
             }
         }
         Ok(Response::new(info))

@@ -41,6 +41,9 @@ use super::options::{Options, RuntimeChoice};
 use super::record::{NodeRecord, RecordFile};
 use super::renewal::{self, Identity};
 
+/// What a user of a removed node is told.
+const REMOVED: &str = "this node was removed from its swarm, and its containers were stopped: run `skep swarm leave` on it, then let it join again with `skep swarm join`";
+
 /// A machine that is in a swarm.
 pub(super) struct Node {
     pub(super) node_id: NodeId,
@@ -184,11 +187,12 @@ impl Node {
         if let Some(manager) = &self.manager {
             routes = manager.add_routes(routes);
         }
+        let gate = self.manager.as_ref().map(|manager| manager.gate()).unwrap_or_default();
         let listener = self.listener.lock().expect("nothing panics while it holds this").take();
         let listener = listener.context("a node serves its port once")?;
         let (tls, serving) = (self.tls.clone(), self.tasks.clone());
         self.tasks.spawn_to_end("node port", async move {
-            if let Err(error) = serve_tls(listener, tls, routes, &serving).await {
+            if let Err(error) = serve_tls(listener, tls, gate, routes, &serving).await {
                 tracing::error!(error = %Chain(&error), "the node port is not served any more");
             }
         });
@@ -267,6 +271,11 @@ impl Node {
             }
         });
         receiver
+    }
+
+    /// Why it takes no part in its swarm though it would: managers say that it was removed.
+    pub(super) fn refusal(&self) -> Option<&'static str> {
+        self.managers.is_removed().then_some(REMOVED)
     }
 
     pub(super) fn control(&self) -> Option<Audited> {

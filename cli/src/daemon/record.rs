@@ -1,5 +1,6 @@
 //! What a daemon must know to resume its part in the swarm, beside its certificate: `node.json`.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
@@ -13,6 +14,12 @@ use skep_worker::agent::TermKeeper;
 pub(super) struct NodeRecord {
     /// `ip:port` at which other nodes reach this one.
     pub(super) advertise_addr: String,
+    /// What was written for that, when it was chosen: an address, an interface, or nothing.
+    #[serde(default)]
+    pub(super) written: String,
+    /// The daemon's option for it at the time.
+    #[serde(default)]
+    pub(super) option: Option<String>,
     /// `ip:port` where it listens.
     pub(super) listen_addr: String,
     /// `ip:port` of the managers last known.
@@ -31,6 +38,29 @@ impl NodeRecord {
     pub(super) fn at(advertise: impl ToString, listen: impl ToString) -> Self {
         let (advertise_addr, listen_addr) = (advertise.to_string(), listen.to_string());
         Self { advertise_addr, listen_addr, ..Self::default() }
+    }
+
+    /// The same of a machine that has another address now, as `written` says where the daemon's option is another
+    /// one than before.
+    #[must_use]
+    pub(super) fn moved_to(&self, address: SocketAddr, option: Option<&str>) -> Self {
+        let mut moved = self.clone();
+        moved.advertise_addr = address.to_string();
+        for manager in moved.managers.iter_mut().filter(|manager| **manager == self.advertise_addr)
+        {
+            manager.clone_from(&moved.advertise_addr);
+        }
+        let of = |text: &str| text.parse::<SocketAddr>().ok();
+        if let (Some(before), Some(listen)) = (of(&self.advertise_addr), of(&self.listen_addr))
+            && before.ip() == listen.ip()
+        {
+            moved.listen_addr = SocketAddr::new(address.ip(), listen.port()).to_string();
+        }
+        if let Some(option) = option.filter(|_| option != self.option.as_deref()) {
+            option.clone_into(&mut moved.written);
+            moved.option = Some(option.to_owned());
+        }
+        moved
     }
 }
 

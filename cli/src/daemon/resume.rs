@@ -22,6 +22,7 @@ use skep_runtime::identity::Stored;
 use skep_runtime::telemetry::Chain;
 use tonic::{Code, Status};
 
+use super::address;
 use super::machine::{Machine, Membership};
 use super::node::{Node, Parts, Passing};
 use super::record::RecordFile;
@@ -110,7 +111,14 @@ async fn start(machine: &Machine) -> Result<Membership> {
         );
     }
     let file = RecordFile::in_data_dir(&options.data_dir);
-    let record = file.load()?;
+    let mut record = file.load()?;
+    let option = options.advertise_addr.as_deref();
+    if let Some(address) = address::moved(&record, option) {
+        let before = record.advertise_addr.as_str();
+        tracing::info!(before, now = %address, "this machine has another address in its swarm now");
+        record = record.moved_to(address, option);
+        file.update(|stored| stored.clone_from(&record))?;
+    }
     let (is_voter, managers) = (record.is_voter, record.managers.clone());
     if let Some(raft_id) = record.raft_id {
         let switched = switch(&options.data_dir.join("raft"), raft_id);
@@ -156,6 +164,7 @@ fn not_joined(status: &Status) -> anyhow::Error {
 pub(super) async fn keep(machine: Machine) {
     let mut changes = machine.inner.membership.subscribe();
     let mut pause = RETRY_FIRST;
+    let option = machine.inner.options.advertise_addr.clone();
     loop {
         let membership = changes.borrow_and_update().clone();
         if !matches!(membership, Membership::Failed(_)) {
@@ -164,7 +173,7 @@ pub(super) async fn keep(machine: Machine) {
         tokio::select! {
             () = machine.inner.tasks.token().cancelled_owned() => return,
             _ = changes.changed() => {} // The machine holds the sender: this is no end.
-            due = next_step(&membership, pause) => {
+            due = next_step(&membership, option.as_deref(), pause) => {
                 let Ok(_changing) = machine.changing().await else { return };
                 // Somebody else may have had it leave meanwhile.
                 if !changes.has_changed().unwrap_or(true) {
@@ -181,9 +190,10 @@ enum Step {
     Retry,
     TakeOut(Arc<Node>, StopReason),
     ChangeRole(Arc<Node>),
+    Move(Arc<Node>),
 }
 
-async fn next_step(membership: &Membership, pause: Duration) -> Step {
+async fn next_step(membership: &Membership, option: Option<&str>, pause: Duration) -> Step {
     match membership {
         Membership::Failed(obstacle) if obstacle.may_pass => {
             tokio::time::sleep(pause).await;
@@ -208,6 +218,7 @@ async fn next_step(membership: &Membership, pause: Duration) -> Step {
                     }
                 }
                 () = role::differs(node) => return Step::ChangeRole(Arc::clone(node)),
+                _ = address::moves(&node.record, option) => return Step::Move(Arc::clone(node)),
             }
         }
         Membership::Failed(_) | Membership::Locked(_) | Membership::Outside => {}
@@ -220,6 +231,12 @@ impl Step {
         match self {
             Self::Retry => resume(machine).await,
             Self::ChangeRole(node) => role::change(machine, &node).await,
+            // It takes up its part as a restarted daemon would, from its new address.
+            Self::Move(node) => {
+                node.stop().await;
+                node.release().await;
+                resume(machine).await;
+            }
             Self::TakeOut(node, reason) => {
                 node.stop().await;
                 node.release().await;

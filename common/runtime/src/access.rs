@@ -17,6 +17,8 @@ use tonic::body::Body;
 use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service};
 
+use crate::gate::Gate;
+
 /// Who is at the other end of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Caller {
@@ -193,20 +195,30 @@ impl Caller {
     }
 }
 
-/// Puts [`check`] in front of every service of a server, and leaves the [`Caller`] for its handlers.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct AccessLayer;
+/// Puts a [`Gate`] and [`check`] in front of every service of a server, and leaves the [`Caller`] for its handlers.
+#[derive(Debug, Clone, Default)]
+pub struct AccessLayer {
+    gate: Gate,
+}
+
+impl AccessLayer {
+    /// Behind that gate.
+    pub fn new(gate: Gate) -> Self {
+        Self { gate }
+    }
+}
 
 impl<S> Layer<S> for AccessLayer {
     type Service = Access<S>;
     fn layer(&self, inner: S) -> Access<S> {
-        Access { inner }
+        Access { gate: self.gate.clone(), inner }
     }
 }
 
 /// The service that [`AccessLayer`] makes.
 #[derive(Debug, Clone)]
 pub struct Access<S> {
+    gate: Gate,
     inner: S,
 }
 
@@ -225,13 +237,16 @@ where
     fn call(&mut self, mut request: Request<Body>) -> Self::Future {
         // tonic leaves what `Connected::connect_info` said among the extensions.
         let caller = request.extensions().get::<Caller>().copied().unwrap_or(Caller::Anonymous);
-        match check(request.uri().path(), caller) {
-            Ok(()) => {
+        let path = request.uri().path();
+        let admitted =
+            self.gate.admit(path, caller).and_then(|caller| check(path, caller).map(|()| caller));
+        match admitted {
+            Ok(caller) => {
                 request.extensions_mut().insert(caller);
                 futures::future::Either::Left(self.inner.call(request))
             }
             Err(status) => {
-                audit(request.uri().path(), caller, &status);
+                audit(path, caller, &status);
                 futures::future::Either::Right(ready(Ok(status.into_http())))
             }
         }

@@ -2,10 +2,11 @@
 //! port.
 //!
 //! Reading order: [`clock`], [`task_set`]; [`identity`] (certificates, join tokens, the authority);
-//! [`transport`] (TLS on one port, channels to peers); [`access`] (who may call what).
+//! [`transport`] (TLS on one port, channels to peers); [`access`] (who may call what), [`gate`] (who is let in).
 
 pub mod access;
 pub mod clock;
+pub mod gate;
 pub mod identity;
 #[cfg(feature = "simulation")]
 pub mod simulation;

@@ -13,7 +13,7 @@ use tonic::service::Routes;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::TaskSet;
-use crate::access::Caller;
+use crate::access::{AccessLayer, Caller};
 use crate::transport::{Connection, ServeError, server};
 
 /// What a connection is.
@@ -75,9 +75,12 @@ pub async fn serve(
     tasks: &TaskSet,
 ) -> Result<(), ServeError> {
     use futures::StreamExt as _;
-    let connections =
-        connections.map(|(stream, caller)| Ok::<_, io::Error>(Connection { stream, caller }));
+    let connections = connections.map(|(stream, caller)| {
+        Ok::<_, io::Error>(Connection { stream, caller, end: Box::pin(std::future::pending()) })
+    });
     let shutdown = tasks.token().cancelled_owned();
-    server(routes).serve_with_incoming_shutdown(connections, shutdown).await?;
+    server(AccessLayer::default(), routes)
+        .serve_with_incoming_shutdown(connections, shutdown)
+        .await?;
     Ok(())
 }

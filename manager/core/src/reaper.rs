@@ -20,13 +20,14 @@ use skep_common::{Kind, NetworkId, NodeId, ServiceId, Task, TaskId, TaskState, T
 
 use crate::command::{Action, TaskPatch};
 use crate::fork::Fork;
+use crate::kept_out;
 use crate::orchestrator::is_live;
 use crate::store::State;
 
 /// SwarmKit's `defaultNodeDownPeriod`.
 const NODE_DOWN_MAX: Duration = Duration::from_hours(24);
 
-/// Erases a node. Its tasks will never be heard of again: what they held is free from now on.
+/// Erases a node, and refuses it from now on. Its tasks will never be heard of again: what they held is free.
 ///
 /// Those of services that have ended stay as they are: what a job has done is not done again.
 pub fn remove_node(state: &State, node_id: NodeId, now: Timestamp) -> Vec<Action> {
@@ -37,7 +38,8 @@ pub fn remove_node(state: &State, node_id: NodeId, now: Timestamp) -> Vec<Action
         "the node was removed".clone_into(&mut status.message);
         Action::PatchTask(TaskPatch { status: Some(status), ..TaskPatch::of(task.id) })
     });
-    orphaned.chain([Action::Delete { kind: Kind::Node, id: node_id.0 }]).collect()
+    let erased = [Action::Delete { kind: Kind::Node, id: node_id.0 }];
+    orphaned.chain(erased).chain(kept_out::keep_out(state, node_id, now)).collect()
 }
 
 /// Gives up the tasks of a node that is gone or was down for too long; says when to look again.

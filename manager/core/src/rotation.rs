@@ -119,6 +119,18 @@ pub fn is_renewed(node: &Node, rotation: &RootRotation) -> bool {
     info(node).is_some_and(|info| info.cert_issuer_public_key == rotation.public_key)
 }
 
+/// Docker's word for how the node's certificates are.
+///
+/// A node trusts the root of its own certificate, so that the roots it trusts say enough while none is on its way.
+pub fn tls_status(cluster: &Cluster, node: &Node) -> &'static str {
+    let Some(info) = info(node) else { return "Unknown" };
+    let is_trusting = join(&[info.trust_root.as_str()]) == trust(cluster);
+    match is_trusting && !is_renewal_due(cluster, node) {
+        true => "Ready",
+        false => "Needs Rotation",
+    }
+}
+
 /// Whether the node is to get a certificate now, and does not wait for its own time.
 pub fn is_renewal_due(cluster: &Cluster, node: &Node) -> bool {
     let rotation = cluster.root_rotation.as_ref();
@@ -203,6 +215,11 @@ mod tests {
             self.0.apply(vec![Action::Put { object: Object::Node(Box::new(node)), expect }]);
         }
 
+        fn statuses(&self) -> Vec<&'static str> {
+            let nodes = self.0.state.nodes().values();
+            nodes.map(|node| tls_status(self.cluster(), node)).collect()
+        }
+
         /// Takes the steps that can be taken: `root, signing root, trust`.
         fn step(&mut self) -> String {
             while let Some(action) = advance(&self.0.state, NOW) {
@@ -221,8 +238,10 @@ mod tests {
         for node in [1, 2] {
             play.say(node, "old\n", "old");
         }
+        assert_eq!(play.statuses(), ["Ready", "Ready"]);
         play.begin("new").unwrap();
         assert_eq!(play.step(), "old, old, old new");
+        assert_eq!(play.statuses(), ["Needs Rotation", "Needs Rotation"]);
         play.say(1, "old\nnew\n", "old");
         assert_eq!(play.step(), "old, old, old new", "one does not trust it yet");
         play.begin("newer").unwrap();
@@ -236,9 +255,13 @@ mod tests {
         };
         play.say(1, "old\nnewer\n", "newer");
         assert_eq!((due(&play, 1), due(&play, 2)), (false, true));
+        assert_eq!(play.statuses(), ["Ready", "Needs Rotation"]);
         assert_eq!(play.step(), "old, newer, old newer", "one has an old certificate");
         play.0.apply(vec![Action::Delete { kind: skep_common::Kind::Node, id: 2 }]);
         assert_eq!(play.step(), "newer, newer, newer", "it was removed");
         assert_eq!(play.cluster().root_ca_key, "newer key");
+        assert_eq!(play.statuses(), ["Needs Rotation"], "it trusts the old one, too");
+        play.say(1, "newer\n", "newer");
+        assert_eq!(play.statuses(), ["Ready"]);
     }
 }

@@ -9,7 +9,7 @@ use skep_common::spec::{Base64, SwarmSpec};
 use crate::store::State;
 
 /// Life of node certificates where the swarm's settings name none. SwarmKit's value.
-const CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
+pub(crate) const CERTIFICATE_LIFE: Duration = Duration::from_secs(90 * 24 * 3600);
 /// Shorter lives of certificates would be renewed all the time. Docker's minimum.
 pub const CERTIFICATE_LIFE_MIN: Duration = Duration::from_secs(3600);
 /// Heartbeats more often than this keep the leader busy, and a node down for a hiccup.

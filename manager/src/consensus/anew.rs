@@ -18,7 +18,7 @@ use openraft::{BasicNode, EntryPayload};
 use skep_common::Timestamp;
 use skep_manager_core::State;
 
-use super::disk::{self, DirLock, RealDisk};
+use super::disk::{self, DirLock, Disk, RealDisk};
 use super::log::{LogOptions, LogStore};
 use super::machine::{self, Unapplicable};
 use super::seal::DataKey;
@@ -81,8 +81,9 @@ impl Data {
     fn open(&self) -> Result<(LogStore, SnapshotStore), disk::Error> {
         disk::create_private_dir(&self.dir)?;
         let lock = Arc::new(DirLock::take(&self.dir)?);
-        let snapshots = SnapshotStore::open(self.dir.clone(), self.key.clone())?;
-        let disk = Arc::new(RealDisk);
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk);
+        let snapshots =
+            SnapshotStore::open_on(self.dir.clone(), self.key.clone(), Arc::clone(&disk))?;
         let options = LogOptions::new(self.raft_id, self.dir.clone(), self.key.clone(), disk);
         Ok((LogStore::open(&options, lock)?, snapshots))
     }

@@ -16,6 +16,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 use super::compaction;
 use super::disk::{self, DirLock};
 use super::feed::{Feed, Hub, Published};
+use super::heard::Heard;
 use super::leadership::{self, Leadership, Metrics};
 use super::log::{LogOptions, LogStore};
 use super::lost_tail::LostTail;
@@ -62,6 +63,7 @@ pub(crate) struct Inner {
     obstacle: Obstacle,
     superseded: watch::Receiver<Option<Superseded>>,
     pub(super) lost_tail: LostTail,
+    pub(super) heard: Heard,
     tasks: TaskSet,
     /// Declared last: its tasks outlive none of what they use.
     runtime: RaftRuntime,
@@ -205,6 +207,7 @@ impl Consensus {
             obstacle,
             superseded,
             lost_tail: LostTail::read(&dir),
+            heard: Heard::default(),
             tasks,
             runtime,
         };

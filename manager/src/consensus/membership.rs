@@ -96,6 +96,18 @@ impl Consensus {
         members_of(metrics.membership_config.membership())
     }
 
+    /// Waits until the managers know this one at another address than `own`; where it is no member, for ever.
+    /// False when consensus has ended.
+    pub(crate) async fn is_known_elsewhere(&self, own: &str) -> bool {
+        let mut metrics = self.inner.metrics.clone();
+        let raft_id = self.inner.raft_id;
+        let elsewhere = metrics.wait_for(|metrics| {
+            let known = metrics.membership_config.membership().get_node(&raft_id);
+            known.is_some_and(|known| known.addr != own)
+        });
+        elsewhere.await.is_some()
+    }
+
     async fn change(
         &self,
         change: MembershipChange,

@@ -11,7 +11,7 @@
 //!
 //! # Reading order
 //!
-//! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `feed` (what callers use); `serve`,
+//! `handle` and `options`; `propose`, `reads`, `membership`, `leadership`, `heard`, `feed` (what callers use); `serve`,
 //! `network`, `wire` (between managers); `machine`, `snapshot`, `compaction`, `log`, `lost_tail` (below openraft); `anew` (a swarm with one manager) and `backup`; `codec`,
 //! `frame`, `seal`, `disk` (bytes); `chance`.
 //!
@@ -38,6 +38,7 @@ mod disk;
 mod feed;
 mod frame;
 mod handle;
+mod heard;
 mod leadership;
 mod log;
 mod lost_tail;

@@ -124,10 +124,14 @@ impl View {
 impl Consensus {
     /// A state that holds all that was acknowledged, anywhere, before this call.
     pub async fn read_state(&self) -> Result<State, ReadError> {
+        self.read_state_within(self.inner.timing.patience).await
+    }
+
+    /// The same, tried for that long.
+    pub(crate) async fn read_state_within(&self, waited: Duration) -> Result<State, ReadError> {
         if mistakes::is(Mistake::StaleRead) {
             return Ok(self.state());
         }
-        let waited = self.inner.timing.patience;
         let mut deadline = Deadline::after(waited);
         loop {
             if let Some(log_id) = deadline.bound(self.read_index()).await.flatten() {

@@ -1,6 +1,7 @@
 //! The receiving side: what other managers send.
 
 use bytes::Bytes;
+use openraft::raft::AppendEntriesResponse;
 
 use super::Consensus;
 use super::anew::epoch;
@@ -57,7 +58,11 @@ impl Consensus {
         match request {
             RaftRequest::Append(body) => {
                 let request = wire::read_append(&mut self.open(body)?)?;
+                let committed = request.leader_commit;
                 let answer = raft.append_entries(request).await.map_err(Refusal::stopped)?;
+                if !matches!(answer, AppendEntriesResponse::HigherVote(_)) {
+                    self.inner.heard.note(self.inner.metrics.borrow().last_applied >= committed);
+                }
                 Ok(wire::ok_answer(|bytes| wire::put_append_answer(bytes, &answer)))
             }
             RaftRequest::Vote(body) => {

@@ -58,6 +58,12 @@ pub enum Error {
     /// The store refused the write.
     #[error("{0}")]
     Refused(Refusal),
+    /// Too few managers answer, or there is no leader at the moment: who, since when, and what to do.
+    #[error("{0}")]
+    NoQuorum(String),
+    /// The same, found after the write was on its way.
+    #[error("the change may still be made: {0}")]
+    Unsure(String),
     /// The write may or may not have been committed.
     #[error("failed to commit the change")]
     Propose(#[from] propose::Error),
@@ -86,7 +92,9 @@ impl Error {
                 refusal_code(refusal)
             }
             Self::WhatIf(whatif::Error::TooLarge { .. }) => Code::ResourceExhausted,
-            Self::Propose(_) | Self::Read(_) => Code::Unavailable,
+            Self::NoQuorum(_) | Self::Unsure(_) | Self::Propose(_) | Self::Read(_) => {
+                Code::Unavailable
+            }
         }
     }
 }

@@ -1,9 +1,11 @@
 //! From what a client writes to an object, and from an object to what a client may see.
 
+use std::collections::BTreeSet;
+
 use skep_common::object::{JoinTokens, ManagerStatus};
 use skep_common::spec::Predefined;
 use skep_common::{Kind, NodeId, Object, ServiceId, Task, TaskId};
-use skep_manager_core::{State, network};
+use skep_manager_core::{State, network, rotation};
 
 use super::error::Error;
 
@@ -119,14 +121,17 @@ pub fn object(state: &State, kind: Kind, id: u128) -> Option<Object> {
 }
 
 /// What changes from one answer to the next and is therefore not stored: who leads, who is reachable.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Facts {
     /// Raft id of the leader.
     pub leader: Option<u64>,
+    /// Raft ids of managers that do not answer.
+    pub silent: BTreeSet<u64>,
 }
 
 /// The object as clients see it: without secrets, with the answering manager's facts filled in.
-pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
+pub fn document(mut object: Object, state: &State, facts: &Facts) -> serde_json::Value {
+    let mut tls_status = None;
     match &mut object {
         Object::Cluster(cluster) => {
             cluster.root_ca_key.clear();
@@ -136,12 +141,15 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
             cluster.join_tokens = JoinTokens::default();
         }
         Object::Node(node) => {
-            let ready = node.status.state == skep_common::object::NodeState::Ready;
+            let cluster = state.cluster();
+            tls_status =
+                Some(cluster.map_or("Unknown", |cluster| rotation::tls_status(cluster, node)));
             if let Some(ManagerStatus { raft_id, leader, reachability, .. }) =
                 &mut node.manager_status
             {
                 *leader = facts.leader == Some(*raft_id);
-                let word = if ready || *leader { "reachable" } else { "unreachable" };
+                let is_silent = facts.silent.contains(raft_id);
+                let word = if is_silent { "unreachable" } else { "reachable" };
                 word.clone_into(reachability);
             }
         }
@@ -162,7 +170,12 @@ pub fn document(mut object: Object, facts: Facts) -> serde_json::Value {
     // `Object` is an enum with the kind as its only key.
     match value {
         serde_json::Value::Object(map) => {
-            map.into_iter().next().map_or(serde_json::Value::Null, |(_, inner)| inner)
+            let inner = map.into_iter().next().map(|(_, inner)| inner);
+            let mut inner = inner.unwrap_or(serde_json::Value::Null);
+            if let Some(status) = tls_status {
+                inner["TLSStatus"] = status.into();
+            }
+            inner
         }
         other => other,
     }

@@ -24,6 +24,7 @@ mod stacks;
 mod swarm;
 mod watch;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use skep_common::{Kind, NodeId, Object, ServiceId, Version};
@@ -38,7 +39,8 @@ use tokio::sync::watch as tokio_watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use crate::consensus::{Consensus, ReadError, View};
+use crate::consensus::{Consensus, ReadError, View, propose};
+use crate::reach::Reach;
 use crate::space::Full;
 pub use audit::Audited;
 pub use containers::ContainersService;
@@ -51,9 +53,11 @@ pub struct ControlService {
     pub(crate) inner: Arc<Inner>,
 }
 
+/// What the service has.
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) consensus: Consensus,
+    pub(crate) reach: Reach,
     pub(crate) node_id: NodeId,
     pub(crate) pool: ChannelPool,
     pub(crate) tasks: TaskSet,
@@ -70,61 +74,89 @@ const LOCK_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// How long a request waits for a manager that has not said yet what it knows: its first session tells.
 const LEVEL_WAIT: std::time::Duration = std::time::Duration::from_secs(5);
+/// How long a request is tried where too few managers were heard of before: one may have just come back.
+const LOST_PATIENCE: std::time::Duration = std::time::Duration::from_secs(1);
 
 type Answer<T> = Result<Response<T>, Status>;
 
 impl ControlService {
     /// Serves the store behind `consensus`.
-    pub fn new(
-        consensus: Consensus,
-        node_id: NodeId,
-        pool: ChannelPool,
-        address: String,
-        tasks: TaskSet,
-        lock_version: tokio_watch::Receiver<u64>,
-        space: tokio_watch::Receiver<Option<Full>>,
-    ) -> Self {
-        let inner = Inner { consensus, node_id, pool, tasks, address, lock_version, space };
+    pub(crate) fn new(inner: Inner) -> Self {
         Self { inner: Arc::new(inner) }
     }
 
     async fn read(&self) -> Result<State, Error> {
-        Ok(self.inner.consensus.read_state().await?)
+        let Inner { consensus, reach, .. } = &*self.inner;
+        let read = match reach.is_quorum_lost() {
+            false => consensus.read_state().await,
+            true => consensus.read_state_within(LOST_PATIENCE).await,
+        };
+        read.map_err(|error| self.unread(error))
+    }
+
+    fn unread(&self, error: ReadError) -> Error {
+        match error {
+            ReadError::NoLeader { .. } => Error::NoQuorum(self.inner.reach.explain()),
+            error => Error::Read(error),
+        }
+    }
+
+    fn unwritten(&self, error: propose::Error) -> Error {
+        let reach = &self.inner.reach;
+        match error {
+            propose::Error::NoLeader { .. } => Error::NoQuorum(reach.explain()),
+            propose::Error::Timeout { .. } | propose::Error::Lost if reach.is_quorum_lost() => {
+                Error::Unsure(reach.explain())
+            }
+            error => Error::Propose(error),
+        }
+    }
+
+    /// The state of the swarm; where too few managers answer, or a full disk has ended this one's Raft, the one
+    /// that this manager last knew, and why.
+    async fn read_for_looking(&self) -> Result<(State, String), Error> {
+        let why = match self.read().await {
+            Ok(state) => return Ok((state, String::new())),
+            Err(Error::NoQuorum(why)) => why,
+            Err(Error::Read(ReadError::Stopped)) => {
+                let full = self.inner.space.borrow().clone();
+                full.ok_or(ReadError::Stopped)?.to_string()
+            }
+            Err(error) => return Err(error),
+        };
+        let stale = format!("this is what this manager last knew, and may be old: {why}");
+        Ok((self.inner.consensus.state(), stale))
     }
 
     /// What a write may be decided on. To refuse it, or to do nothing, takes a [confirmed](Self::confirmed) one.
     async fn view(&self) -> Result<View, Error> {
-        Ok(self.inner.consensus.view_to_write().await?)
+        if self.inner.reach.is_quorum_lost() {
+            return self.confirmed().await; // It says so soon.
+        }
+        let view = self.inner.consensus.view_to_write().await;
+        view.map_err(|error| self.unread(error))
     }
 
     async fn confirmed(&self) -> Result<View, Error> {
         Ok(View::confirmed(self.read().await?))
     }
 
-    /// A current state; or the last one that this manager knew, and why, where its disk is full and ended Raft.
-    async fn read_for_looking(&self) -> Result<(State, String), Error> {
-        let consensus = &self.inner.consensus;
-        match self.read().await {
-            Err(Error::Read(ReadError::Stopped)) => {
-                let full = self.inner.space.borrow().clone().ok_or(ReadError::Stopped)?;
-                let stale = format!("this is what this manager last knew, and may be old: {full}");
-                Ok((consensus.state(), stale))
-            }
-            read => Ok((read?, String::new())),
-        }
-    }
-
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
         let command = self.command(actions).await?;
-        outcome(self.inner.consensus.propose(&command).await?)
+        if self.inner.reach.is_quorum_lost() {
+            self.read().await?; // It says so at once, and after a wait that is worth it only otherwise.
+        }
+        let written = self.inner.consensus.propose(&command).await;
+        outcome(written.map_err(|error| self.unwritten(error))?)
     }
 
     /// The same for one that was decided on a view. With a view that was not confirmed
     /// [`propose::Error::NotLeader`] means that another view is to be taken.
     async fn write_on(&self, view: &View, actions: Vec<Action>) -> Result<Version, Error> {
         let command = self.command(actions).await?;
-        outcome(self.inner.consensus.propose_on(view, &command).await?)
+        let written = self.inner.consensus.propose_on(view, &command).await;
+        outcome(written.map_err(|error| self.unwritten(error))?)
     }
 
     /// A signed transaction, if this manager has room for it and all managers understand it.
@@ -163,16 +195,25 @@ impl ControlService {
         }
     }
 
-    fn facts(&self) -> Facts {
-        let leadership = self.inner.consensus.leadership().borrow().clone();
-        Facts { leader: leadership.leader.map(|leader| leader.raft_id) }
+    fn facts(&self, state: &State) -> Facts {
+        let Inner { consensus, reach, .. } = &*self.inner;
+        let leader = consensus.leadership().borrow().leader.as_ref().map(|leader| leader.raft_id);
+        let voters = reach.voters(state);
+        let silent = voters.into_iter().filter(|(_, voter)| voter.is_silent());
+        let silent: BTreeSet<u64> = silent.map(|(raft_id, _)| raft_id).collect();
+        Facts { leader: leader.filter(|leader| !silent.contains(leader)), silent }
     }
 
     fn json(&self, state: &State, mut object: Object) -> String {
-        if let Object::Service(service) = &mut object {
-            service.conditions = conditions::of_service(state, service.id);
-        }
-        document(object, self.facts()).to_string()
+        let facts = match &mut object {
+            Object::Service(service) => {
+                service.conditions = conditions::of_service(state, service.id);
+                Facts::default()
+            }
+            Object::Node(node) if node.manager_status.is_some() => self.facts(state),
+            _ => Facts::default(),
+        };
+        document(object, state, &facts).to_string()
     }
 
     async fn join_token(&self, request: JoinTokenRequest) -> Result<JoinTokenResponse, Error> {
@@ -273,7 +314,7 @@ impl ControlService {
 
     async fn remote_digest(&self, node_id: NodeId, addr: &str) -> Result<(u64, String), Status> {
         let channel = self.inner.pool.channel(addr, skep_runtime::transport::Peer::Node(node_id));
-        let mut request = Request::new(RaftStatusRequest {});
+        let mut request = Request::new(RaftStatusRequest::default());
         request.set_timeout(skep_common::limits::RPC_DEADLINE);
         let answer = raft_client::RaftClient::new(channel).status(request).await?.into_inner();
         Ok((answer.version, answer.digest))

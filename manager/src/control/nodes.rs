@@ -3,7 +3,7 @@
 use skep_common::object::NodeState;
 use skep_common::spec::{NodeRole, NodeSpec};
 use skep_common::{Kind, NodeId, Object, Version};
-use skep_manager_core::{Action, Expect, node_name, remove_node, roles};
+use skep_manager_core::{Action, Expect, Refusal, node_name, remove_node, roles};
 use skep_proto::{RemoveNodeRequest, UpdateNodeRequest};
 use skep_runtime::clock;
 
@@ -39,6 +39,16 @@ pub(super) async fn remove(
     control: &ControlService,
     request: RemoveNodeRequest,
 ) -> Result<(), Error> {
+    loop {
+        match try_remove(control, &request).await {
+            // The swarm's settings, which name whom it refuses, have just been written.
+            Err(Error::Refused(Refusal::OutOfSequence { .. })) => {}
+            done => return done,
+        }
+    }
+}
+
+async fn try_remove(control: &ControlService, request: &RemoveNodeRequest) -> Result<(), Error> {
     let node_id = NodeId(parse_id(Kind::Node, &request.id)?);
     let state = control.read().await?;
     let not_found = || Error::NotFound { kind: "node", reference: request.id.clone() };

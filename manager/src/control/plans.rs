@@ -159,7 +159,7 @@ fn managers(control: &ControlService, state: &State) -> Managers {
     let members = control.inner.consensus.members();
     let voters = members.iter().filter(|member| member.role == MemberRole::Voter);
     let voters = voters.filter_map(|member| node_of(member.raft_id)).collect();
-    Managers { voters, leader: control.facts().leader.and_then(node_of) }
+    Managers { voters, leader: control.facts(state).leader.and_then(node_of) }
 }
 
 fn response(state: &State, answer: WhatIf) -> PlanResponse {

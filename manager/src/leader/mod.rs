@@ -33,8 +33,8 @@ use skep_manager_core::endpoints::Drain;
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{
-    Action, Command, Dirty, LeaderMemory, Outcome, State, image, node_name, plan, rotation, store,
-    swarm,
+    Action, Command, Dirty, LeaderMemory, Outcome, State, image, kept_out, node_name, plan,
+    rotation, store, swarm,
 };
 use skep_runtime::{TaskSet, clock, transport};
 use tokio::sync::mpsc;
@@ -346,6 +346,9 @@ impl Leader {
         {
             tracing::info!("the change of the root goes on: all nodes are ready for its next step");
             actions.push(step);
+        }
+        if actions.is_empty() {
+            actions.extend(kept_out::forget(&self.state, now));
         }
         if actions.is_empty() {
             // A pass over images and tasks, worth it only when one of them may have lost its last use.

@@ -23,11 +23,10 @@ use skep_manager_core::{Action, Expect, State, level, rotation, store};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
     Assignments, DispatcherMessage, Hello, ImageAssignment, ImageHolder, ImageReport,
-    PortCondition, REMOVED_METADATA, Welcome,
+    PortCondition, Welcome,
 };
 use skep_runtime::identity::sign_grant;
 use tonic::Status;
-use tonic::metadata::MetadataValue;
 
 use crate::dispatcher::ToAgent;
 use crate::join::manager_addresses;
@@ -134,11 +133,11 @@ impl Sessions {
             let _ = to_agent.try_send(Err(status)); // The agent has gone already.
             None
         };
-        let (Some(node), Some(cluster)) = (state.node(node_id), state.cluster()) else {
-            let mut status =
-                Status::permission_denied(format!("node {node_id} is no member of this swarm"));
-            status.metadata_mut().insert(REMOVED_METADATA, MetadataValue::from_static("true"));
-            return refuse(status);
+        let Some(cluster) = state.cluster() else {
+            return refuse(Status::unavailable("this manager is about to found its swarm"));
+        };
+        let Some(node) = state.node(node_id) else {
+            return refuse(skep_runtime::gate::removed(node_id));
         };
         let description = match description(&hello.description_json) {
             Ok(description) => description,

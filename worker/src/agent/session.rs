@@ -32,6 +32,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(100);
 const BEAT_DEADLINE: Duration = Duration::from_secs(5);
 /// Longest wait between attempts. SwarmKit waits up to 8 s; an idle attempt costs little.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// Between attempts of a node that was removed: it hopes for nothing, but managers restored from a backup of
+/// before may know it again.
+const REMOVED_PAUSE: Duration = Duration::from_secs(10);
 
 /// What sends an agent's heartbeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,6 +54,8 @@ pub struct Managers {
     told_role: Arc<watch::Sender<String>>,
     told_trust: Arc<watch::Sender<Bytes>>,
     renewals: Arc<watch::Sender<u64>>,
+    /// Whether managers say that this node is no member any more.
+    removed: Arc<watch::Sender<bool>>,
     /// The highest term of a leader that this node has obeyed.
     term_seen: Arc<Mutex<u64>>,
     keeper: Option<Arc<dyn TermKeeper>>,
@@ -70,12 +75,14 @@ impl Managers {
         let (told_role, _) = watch::channel(String::new());
         let (told_trust, _) = watch::channel(Bytes::new());
         let (renewals, _) = watch::channel(0);
+        let (removed, _) = watch::channel(false);
         Self {
             known: Arc::new(Mutex::new(known)),
             changed: Arc::new(changed),
             told_role: Arc::new(told_role),
             told_trust: Arc::new(told_trust),
             renewals: Arc::new(renewals),
+            removed: Arc::new(removed),
             term_seen: Arc::default(),
             keeper: None,
         }
@@ -130,6 +137,11 @@ impl Managers {
     /// Wakes when the leader has this node get another certificate.
     pub fn renewals(&self) -> watch::Receiver<u64> {
         self.renewals.subscribe()
+    }
+
+    /// Whether this node was removed from the swarm, as managers say.
+    pub fn is_removed(&self) -> bool {
+        *self.removed.borrow()
     }
 
     fn tell_trust(&self, trust: Bytes) {
@@ -199,6 +211,10 @@ pub(super) async fn run(
         match attempt(&options, &asked, hello(), &events).await {
             Ended::Redirected(to) => search.redirected(asked, to),
             Ended::Failed => search.failed(asked),
+            Ended::Removed => {
+                search.failed(asked);
+                pause(REMOVED_PAUSE).await;
+            }
             Ended::WasOpen => {
                 search = Search::after(asked.address);
                 backoff = BACKOFF_MIN;
@@ -217,6 +233,7 @@ async fn pause(time: Duration) {
 enum Ended {
     Redirected(String),
     Failed,
+    Removed,
     WasOpen,
 }
 
@@ -259,8 +276,9 @@ async fn attempt(
         Ok(Err(status)) => {
             tracing::debug!(manager = address, error = status.message(), "no session");
             if status.metadata().contains_key(REMOVED_METADATA) {
+                options.managers.removed.send_replace(true);
                 let _ = events.send(FromSession::Removed).await; // The agent is ending when this fails.
-                return Ended::Failed;
+                return Ended::Removed;
             }
             let named = status.metadata().get(LEADER_METADATA);
             let named = named.and_then(|value| value.to_str().ok());
@@ -273,6 +291,7 @@ async fn attempt(
         return Ended::Failed;
     }
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
+    options.managers.removed.send_replace(false);
     options.managers.replace(welcome.managers.clone());
     options.managers.tell_role(welcome.role.clone());
     options.managers.tell_trust(welcome.trust_pem.clone());

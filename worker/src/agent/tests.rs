@@ -19,6 +19,7 @@ use skep_proto::{
     AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, MeshUpdate,
     PortCondition, RegisterImageRequest, RegisterImageResponse, Welcome,
 };
+use skep_runtime::gate::Gate;
 use skep_runtime::identity::{Authority, Credentials, Csr};
 use skep_runtime::transport::{ChannelPool, Tls, serve_tls};
 use skep_runtime::{TaskSet, clock};
@@ -302,10 +303,9 @@ impl Stage {
         let address = listener.local_addr().unwrap().to_string();
         let (tls, serving) =
             (Tls::new(credentials(NodeId(1), NodeRole::Manager)).unwrap(), tasks.clone());
-        tasks.spawn(
-            "leader",
-            async move { serve_tls(listener, tls, routes, &serving).await.unwrap() },
-        );
+        tasks.spawn("leader", async move {
+            serve_tls(listener, tls, Gate::default(), routes, &serving).await.unwrap()
+        });
         let pool = ChannelPool::new(Tls::new(credentials(NodeId(2), NodeRole::Worker)).unwrap());
         let directory = tempfile::tempdir().unwrap();
         let puppets = Arc::new(puppets);

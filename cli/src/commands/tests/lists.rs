@@ -26,6 +26,7 @@ fn node(hostname: &str, id: &str, manager: Option<bool>) -> Value {
         },
         "Status": {"State": if hostname == "n10" { "down" } else { "ready" }, "Addr": "10.0.0.1"},
         "ManagerStatus": manager,
+        "TLSStatus": "Ready",
     });
     let mut object = meta(object, "2023-11-14T22:00:00Z");
     if hostname == "n2" {

@@ -19,6 +19,7 @@ use tonic::transport::server::Connected;
 
 use super::Tls;
 use crate::access::{AccessLayer, Caller};
+use crate::gate::Gate;
 use crate::identity::Subject;
 use crate::{TaskSet, clock};
 
@@ -57,6 +58,8 @@ pub enum ServeError {
 pub(crate) struct Connection<S> {
     pub(crate) stream: S,
     pub(crate) caller: Caller,
+    /// Whether the caller may not go on.
+    pub(crate) end: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl<S> Connected for Connection<S> {
@@ -72,6 +75,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // A connection is read all the time, so that this is looked at whatever it is used for.
+        if self.end.as_mut().poll(context).is_ready() {
+            self.end = Box::pin(std::future::ready(()));
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
@@ -106,16 +114,18 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     }
 }
 
-/// Serves `routes` over TLS until the task set is cancelled.
+/// Serves `routes` over TLS to whom `gate` lets in, until the task set is cancelled.
 ///
 /// Handshakes run beside each other: a stalled peer holds up nobody. A peer whose certificate is of
 /// another swarm does not get past its handshake.
 pub async fn serve_tls(
     listener: TcpListener,
     tls: Tls,
+    gate: Gate,
     routes: Routes,
     tasks: &TaskSet,
 ) -> Result<(), ServeError> {
+    let layer = AccessLayer::new(gate.clone());
     let (connections, incoming) = mpsc::channel(QUEUE_LENGTH);
     let acceptor_tasks = tasks.clone();
     tasks.spawn("tls acceptor", async move {
@@ -123,9 +133,9 @@ pub async fn serve_tls(
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let (tls, connections) = (tls.clone(), connections.clone());
+                    let handshake = handshake(stream, tls, gate.clone());
                     acceptor_tasks.spawn("tls handshake", async move {
-                        match tokio::time::timeout(HANDSHAKE_DEADLINE, handshake(stream, tls)).await
-                        {
+                        match tokio::time::timeout(HANDSHAKE_DEADLINE, handshake).await {
                             Ok(Ok(connection)) => {
                                 // The server has ended when this fails: nobody is left to serve.
                                 let _ = connections.send(Ok::<_, io::Error>(connection)).await;
@@ -146,11 +156,14 @@ pub async fn serve_tls(
         }
     });
     let shutdown = tasks.token().cancelled_owned();
-    server(routes).serve_with_incoming_shutdown(ReceiverStream::new(incoming), shutdown).await?;
+    server(layer, routes)
+        .serve_with_incoming_shutdown(ReceiverStream::new(incoming), shutdown)
+        .await?;
     Ok(())
 }
 
 pub(crate) fn server(
+    layer: AccessLayer,
     routes: Routes,
 ) -> tonic::transport::server::Router<
     tower::layer::util::Stack<AccessLayer, tower::layer::util::Identity>,
@@ -164,13 +177,14 @@ pub(crate) fn server(
         .http2_max_pending_accept_reset_streams(usize::try_from(STREAMS_MAX).ok())
         .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
         .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
-        .layer(AccessLayer)
+        .layer(layer)
         .add_routes(routes)
 }
 
 async fn handshake(
     stream: TcpStream,
     tls: Tls,
+    gate: Gate,
 ) -> io::Result<Connection<tokio_rustls::server::TlsStream<TcpStream>>> {
     stream.set_nodelay(true)?;
     let stream = TlsAcceptor::from(tls.server()).accept(stream).await?;
@@ -187,7 +201,7 @@ async fn handshake(
             Caller::Node(subject.node_id, subject.role)
         }
     };
-    Ok(Connection { stream, caller })
+    Ok(Connection { stream, caller, end: Box::pin(gate.end_of(caller)) })
 }
 
 /// Takes the unix socket at `path`: mode 0600, so that only its owner (root) can connect.
@@ -214,10 +228,11 @@ pub async fn serve_unix(
     let connection = |stream: UnixStream| {
         let peer = stream.peer_cred().ok();
         let (uid, pid) = (peer.map(|peer| peer.uid()), peer.and_then(|peer| peer.pid()));
-        Connection { stream, caller: Caller::Local { uid, pid } }
+        let end = Box::pin(std::future::pending());
+        Connection { stream, caller: Caller::Local { uid, pid }, end }
     };
     let incoming = UnixListenerStream::new(listener).map(move |stream| stream.map(connection));
     let shutdown = tasks.token().cancelled_owned();
-    server(routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
+    server(AccessLayer::default(), routes).serve_with_incoming_shutdown(incoming, shutdown).await?;
     Ok(())
 }

@@ -1,18 +1,24 @@
 //! The table of [`crate::access`] on a real port: every method × every kind of peer.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
+use rustls::pki_types::ServerName;
 use skep_common::spec::NodeRole;
 use skep_common::{ClusterId, NodeId};
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio_rustls::TlsConnector;
 use tonic::service::Routes;
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 
 use super::{ChannelPool, Peer, Tls, connect_unverified, serve_tls};
 use crate::access::{self, Caller};
-use crate::identity::{Authority, Credentials, Csr};
+use crate::gate::{Gate, Register};
+use crate::identity::{Authority, Credentials, Csr, NODE_SERVER_NAME};
 use crate::{TaskSet, clock};
 
 fn credentials(
@@ -29,11 +35,15 @@ fn credentials(
 }
 
 async fn serve(tls: Tls, tasks: &TaskSet) -> String {
+    serve_behind(Gate::default(), tls, tasks).await
+}
+
+async fn serve_behind(gate: Gate, tls: Tls, tasks: &TaskSet) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let serving = tasks.clone();
     tasks.spawn("test server", async move {
-        serve_tls(listener, tls, Routes::default(), &serving).await.unwrap();
+        serve_tls(listener, tls, gate, Routes::default(), &serving).await.unwrap();
     });
     address
 }
@@ -103,6 +113,65 @@ async fn a_certificate_of_the_same_root_for_another_swarm_is_refused() {
         call(ChannelPool::new(tls).channel(&address, Peer::Manager), "/skep.v1.Raft/Vote").await;
     assert_ne!(status.code(), Code::Unimplemented, "{status}");
     assert_ne!(status.code(), Code::Ok, "{status}");
+    tasks.shutdown().await;
+}
+
+/// Takes nodes for removed from the moment on that it says so.
+#[derive(Debug, Clone, Default)]
+struct Removals(Arc<watch::Sender<u64>>);
+
+impl Register for Removals {
+    fn is_removed(&self, node_id: NodeId) -> bool {
+        u128::from(*self.0.borrow()) == node_id.0
+    }
+    fn role(&self, _: NodeId) -> Option<NodeRole> {
+        None
+    }
+    fn is_current(&self) -> bool {
+        true
+    }
+    fn changes(&self) -> watch::Receiver<u64> {
+        self.0.subscribe()
+    }
+}
+
+#[tokio::test]
+async fn the_connections_of_a_removed_node_end_and_it_is_told_why() {
+    let authority = Authority::generate(clock::now()).unwrap();
+    let tasks = TaskSet::new();
+    let of = |node| {
+        let role = NodeRole::Manager;
+        Tls::new(credentials(&authority, ClusterId(1), NodeId(node), role)).unwrap()
+    };
+    let removals = Removals::default();
+    let address = serve_behind(Gate::of(removals.clone()), of(1), &tasks).await;
+    let connect = async |node| {
+        let stream = TcpStream::connect(&address).await.unwrap();
+        let name = ServerName::try_from(NODE_SERVER_NAME).unwrap();
+        let mut stream = TlsConnector::from(of(node).client()).connect(name, stream).await.unwrap();
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        let mut first = [0];
+        stream.read_exact(&mut first).await.unwrap();
+        stream
+    };
+    let (mut removed, mut staying) = (connect(7).await, connect(8).await);
+    removals.0.send_replace(7);
+    let mut rest = Vec::new();
+    let _ = removed.read_to_end(&mut rest).await; // With a word of TLS or without.
+    let channel = ChannelPool::new(of(7)).channel(&address, Peer::Manager);
+    let status = call(channel, "/skep.v1.Raft/Vote").await;
+    assert_eq!(status.code(), Code::PermissionDenied, "{status}");
+    assert!(status.message().contains("removed from the swarm"), "{status}");
+    assert!(status.metadata().contains_key(skep_proto::REMOVED_METADATA));
+    let channel = ChannelPool::new(of(8)).channel(&address, Peer::Manager);
+    assert_eq!(call(channel, "/skep.v1.Raft/Vote").await.code(), Code::Unimplemented);
+    let ping = [0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8];
+    staying.write_all(&ping).await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.windows(8).any(|bytes| bytes == &ping[9..]) {
+        assert_ne!(staying.read_buf(&mut answer).await.unwrap(), 0, "it is open");
+    }
     tasks.shutdown().await;
 }
 

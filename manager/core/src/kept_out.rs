@@ -1,0 +1,84 @@
+//! Nodes that were removed: refused for as long as their certificates may be good.
+//!
+//! Managers refuse them whatever they ask for. Source: SwarmKit's `BlacklistedCertificates`
+//! (`manager/controlapi/node.go`), which only its certificate authority and its dispatcher look at.
+
+use std::time::Duration;
+
+use skep_common::object::Cluster;
+use skep_common::{NodeId, Object, Timestamp};
+
+use crate::command::{Action, Expect};
+use crate::level;
+use crate::store::State;
+use crate::swarm::{CERTIFICATE_LIFE, certificate_life};
+
+/// Beyond the life of a certificate: clocks of machines differ. SwarmKit's `expiredCertGrace`.
+const MARGIN: Duration = Duration::from_hours(7 * 24);
+
+/// Refuses a node from now on. `None` while a manager of before would drop the mark.
+pub(crate) fn keep_out(state: &State, node_id: NodeId, now: Timestamp) -> Option<Action> {
+    let cluster = state.cluster().filter(|_| level::of_managers(state) >= level::CONTROL)?;
+    let mut changed = (**cluster).clone();
+    // Its certificate may be of a time when they lived longer.
+    let life = certificate_life(&cluster.spec).max(CERTIFICATE_LIFE);
+    changed.blacklisted.insert(node_id, now.after(life + MARGIN));
+    Some(put(changed))
+}
+
+/// Forgets those whose certificates have long ended.
+pub fn forget(state: &State, now: Timestamp) -> Option<Action> {
+    let cluster = state.cluster()?;
+    if cluster.blacklisted.values().all(|until| now < *until) {
+        return None;
+    }
+    let mut changed = (**cluster).clone();
+    changed.blacklisted.retain(|_, until| now < *until);
+    Some(put(changed))
+}
+
+/// Whether a node was removed.
+pub fn is_kept_out(state: &State, node_id: NodeId) -> bool {
+    state.cluster().is_some_and(|cluster| cluster.blacklisted.contains_key(&node_id))
+}
+
+fn put(cluster: Cluster) -> Action {
+    let expect = Expect::Version(cluster.meta.version);
+    Action::Put { object: Object::Cluster(Box::new(cluster)), expect }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{NOW, World, cluster, node, service};
+    use skep_common::spec::NodeRole;
+
+    #[test]
+    fn a_removed_node_is_refused_until_its_certificate_has_long_ended() {
+        let manager = |format_level| {
+            let mut manager = node(1);
+            manager.spec.role = NodeRole::Manager;
+            manager.description.get_or_insert_default().format_level = format_level;
+            Object::Node(Box::new(manager))
+        };
+        let mut world = World::new("", service(0), "");
+        world.put(vec![Object::Cluster(Box::new(cluster())), manager(level::CONTROL - 1)]);
+        let (old, gone) = (NodeId(2), NodeId(3));
+        for node_id in [old, gone] {
+            let mut node = node(u16::try_from(node_id.0).unwrap());
+            node.id = node_id;
+            world.put(vec![Object::Node(Box::new(node))]);
+        }
+        world.apply(crate::remove_node(&world.state, old, NOW));
+        assert!(!is_kept_out(&world.state, old), "an older manager would admit it all the same");
+
+        world.replace(manager(level::CONTROL));
+        world.apply(crate::remove_node(&world.state, gone, NOW));
+        assert!(world.state.node(gone).is_none() && is_kept_out(&world.state, gone));
+        let until = NOW.after(CERTIFICATE_LIFE + MARGIN);
+        assert_eq!(forget(&world.state, Timestamp(until.0 - 1)), None);
+        world.apply(forget(&world.state, until).into_iter().collect());
+        assert!(!is_kept_out(&world.state, gone));
+        assert_eq!(forget(&world.state, until), None);
+    }
+}
