@@ -290,6 +290,7 @@ mod tests {
         Files::in_data_dir(data_dir).store(&credentials, &RaftKey::generate()).unwrap();
         let record = NodeRecord {
             advertise_addr: NOWHERE.to_owned(),
+            written: NOWHERE.to_owned(),
             listen_addr: NOWHERE.to_owned(),
             ..NodeRecord::default()
         };
