@@ -90,7 +90,7 @@ impl Client {
             tokio::time::sleep(pause).await;
         }
         self.wait_for(Phase::Proof).await;
-        if let Err(why) = self.prove().await {
+        if let Err(why) = Box::pin(self.prove()).await {
             self.ledger.violate(12, why);
         }
         Ok(())
@@ -278,17 +278,18 @@ impl Client {
                 .filter_map(|json| serde_json::from_str::<Service>(json).ok())
                 .map(|service| service.spec.name)
                 .collect();
-            let owed = self.owed();
-            missing = owed.exist.iter().filter(|name| !names.contains(name)).cloned().collect();
-            let remains: Vec<&String> =
-                owed.gone.iter().filter(|name| names.contains(name)).collect();
-            if missing.is_empty() && remains.is_empty() {
+            let remains = {
+                let owed = self.owed();
+                let is_missing = |name: &&String| !names.contains(name);
+                missing = owed.exist.iter().filter(is_missing).cloned().collect();
+                owed.gone.iter().any(|name| names.contains(name))
+            };
+            if missing.is_empty() && !remains {
                 return Ok(());
             }
             if !missing.is_empty() {
                 break;
             }
-            drop(owed);
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         if missing.is_empty() {
@@ -349,7 +350,7 @@ fn spec(name: &str, replicas: u64) -> ServiceSpec {
     ServiceSpec {
         name: name.to_owned(),
         mode: Some(ServiceMode {
-            replicated: Some(Replicated { replicas: Some(replicas), ..Replicated::default() }),
+            replicated: Some(Replicated { replicas: Some(replicas) }),
             ..ServiceMode::default()
         }),
         task_template: TaskSpec {
