@@ -89,19 +89,24 @@ impl ControlService {
     }
 
     async fn read(&self) -> Result<State, Error> {
-        Ok(self.inner.consensus.read_state().await?)
+        self.inner.consensus.read_state().await.map_err(|error| {
+            let full = self.inner.space.borrow().clone();
+            match (error, full) {
+                (ReadError::Stopped, Some(full)) => Error::DiskFull(full),
+                (error, _) => Error::Read(error),
+            }
+        })
     }
 
     /// A current state; or the last one that this manager knew, and why, where its disk is full and ended Raft.
     async fn read_for_looking(&self) -> Result<(State, String), Error> {
-        let consensus = &self.inner.consensus;
         match self.read().await {
-            Err(Error::Read(ReadError::Stopped)) => {
-                let full = self.inner.space.borrow().clone().ok_or(ReadError::Stopped)?;
+            Ok(state) => Ok((state, String::new())),
+            Err(Error::DiskFull(full)) => {
                 let stale = format!("this is what this manager last knew, and may be old: {full}");
-                Ok((consensus.state(), stale))
+                Ok((self.inner.consensus.state(), stale))
             }
-            read => Ok((read?, String::new())),
+            Err(error) => Err(error),
         }
     }
 
