@@ -235,3 +235,96 @@ fn a_backup_begins_anew_on_new_machines() {
     lab.node("n3").exec(&["rm", BACKUP_FILE, KEY_FILE]).ok();
     lab.down();
 }
+
+/// Gives a stopped node's Raft data a file system of its own, of so many MiB.
+#[track_caller]
+fn give_small_disk(lab: &Lab, node: &str, mib: u32) {
+    let script = format!(
+        "cp -a /var/lib/skep/raft /var/lib/skep/raft.copy && mount -t tmpfs -o size={mib}m,mode=700 tmpfs /var/lib/skep/raft && cp -a /var/lib/skep/raft.copy/. /var/lib/skep/raft/ && rm -r /var/lib/skep/raft.copy"
+    );
+    lab.node(node).exec(&["sh", "-ec", &script]).ok();
+}
+
+#[track_caller]
+fn wait_for_status(lab: &Lab, via: &str, node: &str, status: &str) {
+    wait_until(SETTLES_WITHIN, &format!("{node} is shown as {status}"), || {
+        let format = "{{.Hostname}} {{.Status}}";
+        let list = lab.node(via).skep(&["node", "ls", "--format", format]);
+        let line = format!("{node} {status}");
+        let is_so = list.stdout.lines().any(|shown| shown == line);
+        (is_so.then_some(()), list.to_string())
+    });
+}
+
+#[test]
+fn a_full_disk_leaves_a_manager_readable() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 3, workers: 0, ..LabOptions::default() });
+    lab.import_whoami();
+    lab.node("n1").create_whoami("web", &["--publish", "8080:8080", "--replicas", "3"]);
+    lab.wait_until_settled("n1", "web", 3);
+    lab.kill_daemon(&["n2"]);
+    give_small_disk(&lab, "n2", 200);
+    lab.start_nodes(&["n2"]);
+    let n2 = lab.node("n2");
+    wait_for_status(&lab, "n1", "n2", "Ready");
+    lab.wait_until_alike("n1", 3);
+    n2.skep(&["service", "update", "--label-add", "a=1", "--detach", "web"]).ok();
+
+    // Little is left: it reads, refuses writes, and says so everywhere.
+    let fill = |leave: u32| {
+        let script = format!(
+            "free=$(df -m /var/lib/skep/raft | tail -n1 | awk '{{print $4}}'); dd if=/dev/zero of=/var/lib/skep/raft/filler bs=1M count=$((free - {leave})) 2>/dev/null; true"
+        );
+        n2.exec(&["sh", "-c", &script]).ok();
+    };
+    fill(20);
+    // An update that changes nothing is no write.
+    let mut n_updates = 0;
+    let mut update = |node: &str| {
+        n_updates += 1;
+        let label = format!("count={n_updates}");
+        lab.node(node).skep(&["service", "update", "--label-add", &label, "--detach", "web"])
+    };
+    wait_until(SETTLES_WITHIN, "n2 refuses a write", || {
+        let output = update("n2");
+        let is_told = output.stderr.contains("the disk of this manager is full")
+            && output.stderr.contains("/var/lib/skep/raft")
+            && output.stderr.contains("make room");
+        (is_told.then_some(()), output.to_string())
+    });
+    wait_for_status(&lab, "n1", "n2", "Ready, disk full");
+    let info = n2.skep(&["info"]).ok();
+    assert!(info.stderr.contains("WARNING: the disk of this manager is full"), "{info}");
+    let tasks = n2.skep(&["service", "ps", "web"]).ok();
+    assert!(tasks.stdout.contains("web.3"), "{tasks}");
+    wait_until(SETTLES_WITHIN, "another one leads", || {
+        let leader = lab.wait_for_leader("n1");
+        ((leader != "n2").then_some(()), leader)
+    });
+    update("n1").ok();
+
+    // Nothing is left: Raft ends there, and it shows what it knew.
+    n2.exec(&["sh", "-c", "cat /dev/zero > /var/lib/skep/raft/rest 2>/dev/null; true"]).ok();
+    let writes = ["debug", "write", "--count", "4000", "--concurrency", "32", "--name", "much"];
+    lab.start_skep("n1", &writes).finish(std::time::Duration::from_secs(240));
+    wait_until(SETTLES_WITHIN, "n2 shows what it knew", || {
+        let output = n2.skep(&["service", "inspect", "web"]);
+        let is_told = output.status.success()
+            && output.stderr.contains("may be old: the disk of this manager is full");
+        (is_told.then_some(()), output.to_string())
+    });
+    let refused = update("n2").err();
+    assert!(refused.contains("the disk of this manager is full"), "{refused}");
+    check_service(&lab, "n1", 3);
+
+    n2.exec(&["sh", "-c", "rm /var/lib/skep/raft/filler /var/lib/skep/raft/rest"]).ok();
+    wait_for_status(&lab, "n1", "n2", "Ready");
+    lab.wait_until_alike("n1", 3);
+    update("n2").ok();
+    check_service(&lab, "n2", 3);
+    lab.kill(&["n2"]); // Its file system goes with it.
+    lab.down();
+}

@@ -97,7 +97,10 @@ impl ControlService {
     fn unread(&self, error: ReadError) -> Error {
         match error {
             ReadError::NoLeader { .. } => Error::NoQuorum(self.inner.reach.explain()),
-            error => Error::Read(error),
+            ReadError::Stopped => match self.inner.space.borrow().clone() {
+                Some(full) => Error::DiskFull(full),
+                None => Error::Read(error),
+            },
         }
     }
 
@@ -118,10 +121,7 @@ impl ControlService {
         let why = match self.read().await {
             Ok(state) => return Ok((state, String::new())),
             Err(Error::NoQuorum(why)) => why,
-            Err(Error::Read(ReadError::Stopped)) => {
-                let full = self.inner.space.borrow().clone();
-                full.ok_or(ReadError::Stopped)?.to_string()
-            }
+            Err(Error::DiskFull(full)) => full.to_string(),
             Err(error) => return Err(error),
         };
         let stale = format!("this is what this manager last knew, and may be old: {why}");
