@@ -62,6 +62,9 @@ fn check_without_majority(lab: &Lab, via: &str, missing: &[&str]) {
         assert!(looked.stderr.contains("what this manager last knew"), "{looked}");
         check_words(lab, &looked.stderr, missing);
     }
+    let unknown = lab.node(via).skep(&["service", "inspect", "later"]).err();
+    assert!(unknown.contains("not found; this is what this manager last knew"), "{unknown}");
+    check_words(lab, &unknown, missing);
 }
 
 #[test]

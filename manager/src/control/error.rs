@@ -61,7 +61,15 @@ pub enum Error {
     /// Too few managers answer, or there is no leader at the moment: who, since when, and what to do.
     #[error("{0}")]
     NoQuorum(String),
-    /// The same, found after the write was on its way.
+    /// It is not in the state that this manager last knew, which may be old.
+    #[error("{missing}; {stale}")]
+    Unconfirmed {
+        /// What was not found.
+        missing: String,
+        /// Why nobody can say whether it is there.
+        stale: String,
+    },
+    /// Too few managers answer, which was found after the write was on its way.
     #[error("the change may still be made: {0}")]
     Unsure(String),
     /// The write may or may not have been committed.
@@ -92,9 +100,11 @@ impl Error {
                 refusal_code(refusal)
             }
             Self::WhatIf(whatif::Error::TooLarge { .. }) => Code::ResourceExhausted,
-            Self::NoQuorum(_) | Self::Unsure(_) | Self::Propose(_) | Self::Read(_) => {
-                Code::Unavailable
-            }
+            Self::NoQuorum(_)
+            | Self::Unconfirmed { .. }
+            | Self::Unsure(_)
+            | Self::Propose(_)
+            | Self::Read(_) => Code::Unavailable,
         }
     }
 }

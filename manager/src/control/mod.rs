@@ -352,7 +352,11 @@ impl Control for ControlService {
         let request = request.into_inner();
         let kind = kind_of(&request.kind)?;
         let (state, stale) = self.read_for_looking().await?;
-        let mut object = lookup::find(&state, kind, &request.reference, self.inner.node_id)?;
+        let found = lookup::find(&state, kind, &request.reference, self.inner.node_id);
+        let mut object = found.map_err(|error| match stale.is_empty() {
+            true => error,
+            false => Error::Unconfirmed { missing: error.to_string(), stale: stale.clone() },
+        })?;
         if let Object::Config(config) = &mut object {
             // Anybody may read it, as in Docker. Lists are without: a config may be large.
             let newest = config.versions.values().next_back();
