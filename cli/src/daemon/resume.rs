@@ -123,6 +123,10 @@ async fn start(machine: &Machine) -> Result<Membership> {
     let file = RecordFile::in_data_dir(&options.data_dir);
     let mut record = file.load()?;
     let option = options.advertise_addr.as_deref();
+    if let Some(settled) = record.settled(option) {
+        record = settled;
+        file.update(|stored| stored.clone_from(&record))?;
+    }
     if let Some(address) = address::moved(&record, option) {
         let before = record.advertise_addr.as_str();
         tracing::info!(before, now = %address, "this machine has another address in its swarm now");
@@ -301,7 +305,7 @@ mod tests {
         Files::in_data_dir(data_dir).store(&credentials, &RaftKey::generate()).unwrap();
         let record = NodeRecord {
             advertise_addr: NOWHERE.to_owned(),
-            written: NOWHERE.to_owned(),
+            written: Some(NOWHERE.to_owned()),
             listen_addr: NOWHERE.to_owned(),
             ..NodeRecord::default()
         };
