@@ -247,7 +247,10 @@ pub(crate) async fn add_manager(
     consensus.add_manager(raft_id, addr).await.map_err(unavailable)?;
     // Demoted or removed meanwhile: then nobody else would take it out again.
     let state = consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
-    let is_manager = |node: &std::sync::Arc<Node>| node.manager_status.as_ref() == Some(&status);
+    // Its address may have changed meanwhile, which another request has written.
+    let is_manager = |node: &std::sync::Arc<Node>| {
+        node.manager_status.as_ref().is_some_and(|status| status.raft_id == raft_id)
+    };
     if state.node(node_id).is_some_and(is_manager) {
         return Ok(());
     }
