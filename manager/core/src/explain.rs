@@ -34,6 +34,10 @@ impl From<String> for Reason {
     }
 }
 
+/// What tasks without a node have in common that wait for the same: their service, the version of its spec, and
+/// the only node that takes them, if there is one.
+type Group = (ServiceId, Version, Option<NodeId>);
+
 /// Answers questions about one state.
 #[derive(Debug)]
 pub struct Explainer<'s> {
@@ -41,7 +45,7 @@ pub struct Explainer<'s> {
     index: Index,
     /// What was found of tasks without a node. The scheduler, too, looks for a node once for all tasks that
     /// have these in common.
-    found: RefCell<BTreeMap<(ServiceId, Version, Option<NodeId>), Reason>>,
+    found: RefCell<BTreeMap<Group, Reason>>,
 }
 
 impl<'s> Explainer<'s> {
