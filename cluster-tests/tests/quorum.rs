@@ -42,7 +42,7 @@ fn check_words(lab: &Lab, text: &str, missing: &[&str]) {
 fn wait_until_warned(lab: &Lab, via: &str, missing: &[&str]) {
     let output = wait_until(SETTLES_WITHIN, &format!("{via} says that it is alone"), || {
         let output = lab.node(via).skep(&["info"]).ok();
-        let is_said = output.stderr.contains("WARNING: the swarm has no leader");
+        let is_said = output.stderr.contains("WARNING: this manager hears of no leader");
         (is_said.then(|| output.clone()), output.to_string())
     });
     check_words(lab, &output.stderr, missing);

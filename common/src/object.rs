@@ -214,7 +214,7 @@ pub struct VirtualIp {
     pub addr: IpNet,
 }
 
-/// A task: one attempt to run one container. It is never restarted and never moved.
+/// A task: one replica on one node. It is never moved, and restarted by its node alone, while no manager leads.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub struct Task {

@@ -6,11 +6,16 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use skep_common::object::{ManagerStatus, Node};
 use skep_common::{NodeId, Timestamp};
-use skep_manager_core::{State, node_name, recovery};
+use skep_manager_core::{State, node_name, quorum, recovery};
+use skep_proto::raft_client::RaftClient;
+use skep_proto::{RaftStatusRequest, RaftStatusResponse};
 use skep_runtime::identity::RaftKey;
+use skep_runtime::transport::{ChannelPool, Peer};
+use tonic::{Code, Request, Response, Status};
 
 use crate::consensus::DataKey;
 use crate::consensus::anew::{self, Data};
@@ -18,6 +23,11 @@ use crate::consensus::backup::Backup;
 
 /// Holds the Raft id that a directory was made for, once it is whole.
 const READY: &str = "made-for";
+
+/// Between two rounds of asking others.
+const ASK_PERIOD: Duration = Duration::from_millis(500);
+/// A manager that takes longer to answer does not count in that round.
+const ASK_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Why a manager does not go on alone. What was there is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +75,58 @@ pub struct Prepared {
     pub state: State,
     /// The managers that are none any more: names, with the addresses that they had.
     pub removed: Vec<String>,
+}
+
+/// What other managers say of a swarm that this one does not take part in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Others {
+    /// One of them leads, at that `ip:port`.
+    Lead(String),
+    /// They refuse this node: it was removed, or is no manager any more.
+    Refuse(String),
+    /// None that answered leads.
+    AreWithoutLeader,
+}
+
+/// Asks the managers at `addresses`, with this node's certificate, for a leader for so long.
+pub async fn ask_others(pool: &ChannelPool, addresses: &[String], patience: Duration) -> Others {
+    let looking = async {
+        loop {
+            let asked = addresses.iter().map(|addr| ask(pool, addr));
+            let said = futures::future::join_all(asked).await;
+            if let Some(found) = said.into_iter().flatten().next() {
+                return found;
+            }
+            tokio::time::sleep(ASK_PERIOD).await;
+        }
+    };
+    match addresses {
+        [] => Others::AreWithoutLeader,
+        _ => tokio::time::timeout(patience, looking).await.unwrap_or(Others::AreWithoutLeader),
+    }
+}
+
+/// What one says that settles it.
+async fn ask(pool: &ChannelPool, addr: &str) -> Option<Others> {
+    let mut client = RaftClient::new(pool.channel(addr, Peer::Manager));
+    let mut request = Request::new(RaftStatusRequest { brief: true });
+    request.set_timeout(ASK_DEADLINE);
+    let answer = tokio::time::timeout(ASK_DEADLINE, client.status(request)).await.ok()?;
+    judge(addr, answer.map(Response::into_inner))
+}
+
+fn judge(addr: &str, answer: Result<RaftStatusResponse, Status>) -> Option<Others> {
+    match answer {
+        Ok(answer) => {
+            let answered = answer.heard.iter().map(|peer| Duration::from_millis(peer.millis_ago));
+            let answered: Vec<Duration> = answered.collect();
+            quorum::leads(&answered).then(|| Others::Lead(addr.to_owned()))
+        }
+        Err(status) if status.code() == Code::PermissionDenied => {
+            Some(Others::Refuse(status.message().to_owned()))
+        }
+        Err(_) => None,
+    }
 }
 
 fn beside(raft_dir: &Path) -> PathBuf {
@@ -146,26 +208,111 @@ fn remove(dir: &Path) -> Result<(), Error> {
     }
 }
 
+/// Whether a directory holds what a manager could go on with.
+fn has_data(raft_dir: &Path) -> bool {
+    let mut segments = fs::read_dir(raft_dir.join("log")).into_iter().flatten();
+    raft_dir.join("snapshot").exists() || segments.next().is_some()
+}
+
 /// Puts what was made for manager `raft_id` into the place of its data, if there is such; what was made for
-/// another one, or is not whole, is removed. For every start of a manager: the one before may have ended in
-/// between.
+/// another one, or is not whole, is removed. For every start of a manager, and before its data is read: the one
+/// before may have ended in between. What it had before goes once something is in its place.
 pub fn switch(raft_dir: &Path, raft_id: u64) -> Result<(), Error> {
-    let new = beside(raft_dir);
+    let (new, old) = (beside(raft_dir), raft_dir.with_extension("old"));
     if !new.exists() {
-        return remove(&raft_dir.with_extension("old"));
+        return if has_data(raft_dir) { remove(&old) } else { Ok(()) };
     }
     let made_for = fs::read_to_string(new.join(READY)).unwrap_or_default();
     if made_for.trim() != format!("{raft_id:x}") {
         return remove(&new);
     }
-    let old = raft_dir.with_extension("old");
     let failed = |source| Error::File { path: raft_dir.to_owned(), source };
-    if raft_dir.exists() {
+    // An empty directory is what a look at the data has left: it does not take the place of what was there.
+    if has_data(raft_dir) {
         remove(&old)?;
         fs::rename(raft_dir, &old).map_err(failed)?;
+    } else {
+        remove(raft_dir)?;
     }
     fs::rename(&new, raft_dir).map_err(failed)?;
     let parent = raft_dir.parent().unwrap_or(Path::new("/"));
     fs::File::open(parent).and_then(|dir| dir.sync_all()).map_err(failed)?;
     remove(&old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use skep_proto::PeerHeard;
+
+    /// What lies in a data directory, by the names of the directories; each holds its word.
+    fn lay(data_dir: &Path, words: &str) {
+        for word in words.split_whitespace() {
+            let (name, holds) = word.split_once(':').unwrap();
+            let dir = data_dir.join(name);
+            fs::create_dir_all(dir.join("log")).unwrap();
+            match holds {
+                "empty" => {}
+                "ready" => {
+                    fs::write(dir.join("log/1.segment"), holds).unwrap();
+                    mark(&dir, 7).unwrap();
+                }
+                _ => fs::write(dir.join("log/1.segment"), holds).unwrap(),
+            }
+        }
+    }
+
+    fn found(data_dir: &Path) -> String {
+        let words = ["raft", "raft.new", "raft.old"].into_iter().filter_map(|name| {
+            let dir = data_dir.join(name);
+            let holds = fs::read_to_string(dir.join("log/1.segment"));
+            dir.exists().then(|| format!("{name}:{}", holds.unwrap_or_else(|_| "empty".into())))
+        });
+        words.collect::<Vec<String>>().join(" ")
+    }
+
+    #[test]
+    fn what_another_manager_says_settles_it_or_not() {
+        let heard = |times: &[u64]| {
+            let heard =
+                times.iter().map(|time| PeerHeard { millis_ago: *time, ..Default::default() });
+            Ok(RaftStatusResponse { heard: heard.collect(), ..RaftStatusResponse::default() })
+        };
+        let lead = Some(Others::Lead("there".into()));
+        for (name, answer, expect) in [
+            ("a leader", heard(&[40, 90_000]), lead),
+            ("one that follows, or elects", heard(&[]), None),
+            ("one without a majority", heard(&[9000, 90_000]), None),
+            ("nobody", Err(Status::unavailable("no answer")), None),
+            (
+                "one that knows better",
+                Err(skep_runtime::gate::removed(NodeId(7))),
+                Some(Others::Refuse(skep_runtime::gate::removed(NodeId(7)).message().into())),
+            ),
+        ] {
+            assert_eq!(judge("there", answer), expect, "{name}");
+        }
+    }
+
+    #[test]
+    fn whatever_ends_in_between_leaves_a_copy() {
+        for (before, after) in [
+            ("raft:former", "raft:former"),
+            ("raft:former raft.new:half", "raft:former"),
+            ("raft:former raft.new:ready", "raft:ready"),
+            ("raft:former raft.new:ready raft.old:older", "raft:ready"),
+            ("raft.new:ready raft.old:former", "raft:ready"),
+            ("raft:empty raft.new:ready raft.old:former", "raft:ready"),
+            ("raft:ready raft.old:former", "raft:ready"),
+            // Only what it had before is left: it stays.
+            ("raft.old:former", "raft.old:former"),
+            ("raft:empty raft.old:former", "raft:empty raft.old:former"),
+            ("raft:empty raft.new:half raft.old:former", "raft:empty raft.old:former"),
+        ] {
+            let data_dir = tempfile::tempdir().unwrap();
+            lay(data_dir.path(), before);
+            switch(&data_dir.path().join("raft"), 7).unwrap();
+            assert_eq!(found(data_dir.path()), after, "{before}");
+        }
+    }
 }

@@ -76,8 +76,7 @@ fn current(
     towards: impl Fn(&str) -> Option<IpAddr>,
 ) -> Option<SocketAddr> {
     let known: SocketAddr = record.advertise_addr.parse().ok()?;
-    let other_option = option.filter(|_| option != record.option.as_deref());
-    let wanted = other_option.unwrap_or(&record.written);
+    let Some(wanted) = wanted(record, option) else { return Some(known) };
     if !wanted.is_empty() {
         return parse_written(wanted, known.port(), candidates);
     }
@@ -92,6 +91,33 @@ fn current(
         _ => None,
     };
     routed.or(only).map(|ip| SocketAddr::new(ip, known.port()))
+}
+
+/// What counts of all that was written for a node's address; `None` where nobody knows what was.
+pub(super) fn wanted<'a>(record: &'a NodeRecord, option: Option<&'a str>) -> Option<&'a str> {
+    let written = record.written.as_deref()?;
+    Some(option.filter(|_| option != record.option.as_deref()).unwrap_or(written))
+}
+
+/// The record of a node for which a user wrote `text` now, or nothing, and has written its listening address.
+pub(super) fn chosen(
+    record: &NodeRecord,
+    text: &str,
+    option: Option<&str>,
+) -> Result<NodeRecord, Status> {
+    let known = wanted(record, option).unwrap_or_default();
+    let text = if text.is_empty() { known } else { text };
+    if text.is_empty() {
+        let moved = moved(record, option).map(|address| record.moved_to(address, option));
+        return Ok(moved.unwrap_or_else(|| record.clone()));
+    }
+    let advertise = advertise(text, listen(&record.listen_addr)?, None)?;
+    Ok(NodeRecord {
+        advertise_addr: advertise.to_string(),
+        written: Some(text.to_owned()),
+        option: option.map(str::to_owned),
+        ..record.clone()
+    })
 }
 
 /// Waits until this machine has another address than its record says, and has had it for a moment.
@@ -196,6 +222,7 @@ mod tests {
     #[test]
     fn an_address_follows_the_machine_where_nobody_wrote_it() {
         const OLD: &str = "10.0.0.1:2377";
+        const UNKNOWN: &str = "?";
         let lan = |address: &str| ("eth0".to_owned(), address.parse::<Ipv4Addr>().unwrap());
         let other = || ("eth1".to_owned(), Ipv4Addr::new(192, 0, 2, 1));
         let (old, new) = (lan("10.0.0.1"), lan("10.0.0.9"));
@@ -225,9 +252,11 @@ mod tests {
                 Some("10.0.0.7:99"),
             ),
             ("an option gone", "10.0.0.1", Some("x"), None, vec![], Some(OLD)),
+            ("an older daemon's stays", UNKNOWN, None, None, vec![new.clone()], Some(OLD)),
+            ("whatever its option", UNKNOWN, None, Some("eth0"), vec![new.clone()], Some(OLD)),
         ] {
             let record = NodeRecord {
-                written: written.into(),
+                written: (written != UNKNOWN).then(|| written.into()),
                 option: before.map(str::to_owned),
                 managers: vec![OLD.into(), "10.0.0.2:2377".into()],
                 ..NodeRecord::at(OLD, "0.0.0.0:2377")
@@ -236,6 +265,29 @@ mod tests {
                 |manager: &str| (manager == "10.0.0.2:2377").then_some(IpAddr::from([10, 0, 0, 9]));
             let now = current(&record, option, &candidates, towards);
             assert_eq!(now.map(|address| address.to_string()).as_deref(), expect, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_a_user_writes_now_counts_from_then_on() {
+        let nobody = |_: &str| None;
+        for (text, written, before, option, expect) in [
+            ("10.0.0.7:99", Some("10.0.0.1"), None, None, "10.0.0.7:99"),
+            ("10.0.0.7:99", None, None, Some("10.0.0.5"), "10.0.0.7:99"),
+            ("", Some("10.0.0.1"), Some("10.0.0.5"), Some("10.0.0.5"), "10.0.0.1:2377"),
+            ("", Some("10.0.0.1"), None, Some("10.0.0.5"), "10.0.0.5:2377"),
+            ("", None, None, Some("10.0.0.5"), "10.0.0.1:2377"),
+        ] {
+            let record = NodeRecord {
+                written: written.map(str::to_owned),
+                option: before.map(str::to_owned),
+                ..NodeRecord::at("10.0.0.1:2377", "0.0.0.0:2377")
+            };
+            let record = chosen(&record, text, option).unwrap();
+            assert_eq!(record.advertise_addr, expect, "{text:?} {written:?} {option:?}");
+            // A restarted daemon finds the same.
+            let now = current(&record, option, &[], nobody);
+            assert_eq!(now.map(|address| address.to_string()).as_deref(), Some(expect), "{text:?}");
         }
     }
 
@@ -249,9 +301,18 @@ mod tests {
         assert_eq!(moved.advertise_addr, "10.0.0.9:2377");
         assert_eq!(moved.listen_addr, "10.0.0.9:2300");
         assert_eq!(moved.managers, ["10.0.0.9:2377", "10.0.0.2:2377"]);
-        assert_eq!((moved.written.as_str(), moved.option.as_deref()), ("eth0", Some("eth0")));
-        let everywhere = NodeRecord::at("10.0.0.1:2377", "0.0.0.0:2377");
+        assert_eq!(
+            (moved.written.as_deref(), moved.option.as_deref()),
+            (Some("eth0"), Some("eth0"))
+        );
+        let everywhere = NodeRecord {
+            written: Some(String::new()),
+            ..NodeRecord::at("10.0.0.1:2377", "0.0.0.0:2377")
+        };
         let moved = everywhere.moved_to("10.0.0.9:2377".parse().unwrap(), None);
-        assert_eq!((moved.listen_addr.as_str(), moved.written.as_str()), ("0.0.0.0:2377", ""));
+        assert_eq!(
+            (moved.listen_addr.as_str(), moved.written.as_deref()),
+            ("0.0.0.0:2377", Some(""))
+        );
     }
 }

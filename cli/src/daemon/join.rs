@@ -94,7 +94,7 @@ pub(super) async fn init(
         managers: vec![advertise.to_string()],
         raft_id: Some(rand::random()),
         is_voter: true,
-        written: written.to_owned(),
+        written: Some(written.to_owned()),
         option: options.advertise_addr.clone(),
         ..NodeRecord::at(advertise, listen)
     };
@@ -174,7 +174,7 @@ pub(super) async fn join(
     let record = NodeRecord {
         managers: issued.managers.clone(),
         raft_id: is_manager.then(rand::random),
-        written: written.to_owned(),
+        written: Some(written.to_owned()),
         option: options.advertise_addr.clone(),
         ..NodeRecord::at(advertise, listen)
     };

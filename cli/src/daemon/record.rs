@@ -14,9 +14,10 @@ use skep_worker::agent::TermKeeper;
 pub(super) struct NodeRecord {
     /// `ip:port` at which other nodes reach this one.
     pub(super) advertise_addr: String,
-    /// What was written for that, when it was chosen: an address, an interface, or nothing.
+    /// What was written for that, when it was chosen: an address, an interface, or nothing. `None` where an older
+    /// daemon did not keep it: then the address stays.
     #[serde(default)]
-    pub(super) written: String,
+    pub(super) written: Option<String>,
     /// The daemon's option for it at the time.
     #[serde(default)]
     pub(super) option: Option<String>,
@@ -40,6 +41,17 @@ impl NodeRecord {
         Self { advertise_addr, listen_addr, ..Self::default() }
     }
 
+    /// The same where an older daemon did not keep what was written: the address counts as written, with the option
+    /// of today, until another one is. `None` where it is known.
+    pub(super) fn settled(&self, option: Option<&str>) -> Option<Self> {
+        let unknown = self.written.is_none();
+        unknown.then(|| Self {
+            written: Some(self.advertise_addr.clone()),
+            option: option.map(str::to_owned),
+            ..self.clone()
+        })
+    }
+
     /// The same of a machine that has another address now, as `written` says where the daemon's option is another
     /// one than before.
     #[must_use]
@@ -57,7 +69,7 @@ impl NodeRecord {
             moved.listen_addr = SocketAddr::new(address.ip(), listen.port()).to_string();
         }
         if let Some(option) = option.filter(|_| option != self.option.as_deref()) {
-            option.clone_into(&mut moved.written);
+            moved.written = Some(option.to_owned());
             moved.option = Some(option.to_owned());
         }
         moved
@@ -137,6 +149,20 @@ mod tests {
         file.keep(7).unwrap();
         file.keep(5).unwrap();
         assert_eq!(file.load().unwrap().term_seen, 7);
+    }
+
+    #[test]
+    fn an_older_record_keeps_its_address_until_another_one_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = RecordFile::in_data_dir(directory.path());
+        let older = r#"{"AdvertiseAddr": "10.0.0.1:2377", "ListenAddr": "0.0.0.0:2377", "Managers": [], "RaftId": 1, "IsVoter": true}"#;
+        std::fs::write(&file.0, older).unwrap();
+        let record = file.load().unwrap();
+        assert_eq!(record.written, None);
+        let settled = record.settled(Some("eth0")).unwrap();
+        assert_eq!(settled.written.as_deref(), Some("10.0.0.1:2377"));
+        assert_eq!(settled.option.as_deref(), Some("eth0"));
+        assert_eq!(settled.settled(None), None);
     }
 
     #[test]

@@ -85,6 +85,8 @@ pub(super) async fn restore(
         managers: vec![advertise.to_string()],
         raft_id: Some(raft_id),
         is_voter: true,
+        written: Some(written.to_owned()),
+        option: options.advertise_addr.clone(),
         ..NodeRecord::at(advertise, listen)
     };
     forget(machine); // What an attempt that was killed has left.

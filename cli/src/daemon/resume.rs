@@ -17,6 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use skep_manager::consensus::StopReason;
 use skep_manager::recovery::switch;
+use skep_manager::space;
 use skep_runtime::clock;
 use skep_runtime::identity::Stored;
 use skep_runtime::telemetry::Chain;
@@ -25,6 +26,7 @@ use tonic::{Code, Status};
 use super::address;
 use super::machine::{Machine, Membership};
 use super::node::{Node, Parts, Passing};
+use super::options::Options;
 use super::record::RecordFile;
 use super::{join, role};
 
@@ -40,6 +42,8 @@ pub(super) struct Obstacle {
     pub(super) sentence: String,
     /// Whether it may go away by itself, so that it is tried again.
     may_pass: bool,
+    /// Whether the swarm went on without this manager: what it has is of no use to anybody.
+    pub(super) is_superseded: bool,
 }
 
 impl Obstacle {
@@ -56,15 +60,21 @@ impl Obstacle {
         let sentence = format!(
             "this node cannot take part in its swarm: {why}; {remedy}, or give the swarm up with `skep swarm leave --force`"
         );
-        Self { sentence, may_pass }
+        Self { sentence, may_pass, is_superseded: false }
     }
 
-    /// Of a manager that the swarm went on without.
-    fn superseded(why: &str) -> Self {
+    /// Of a manager that the swarm went on without, and what became of its containers.
+    fn superseded(why: &str, removed: Result<(), Status>) -> Self {
+        let containers = match removed {
+            Ok(()) => "its containers were stopped".to_owned(),
+            Err(status) => {
+                format!("some of its containers may still run ({})", status.message())
+            }
+        };
         let sentence = format!(
-            "this manager is not in its swarm any more: {why}; its containers were stopped, `skep swarm leave --force` here and join again"
+            "this manager is not in its swarm any more: {why}; {containers}, `skep swarm leave --force` here and join again"
         );
-        Self { sentence, may_pass: false }
+        Self { sentence, may_pass: false, is_superseded: true }
     }
 
     /// What a request gets that needs the swarm.
@@ -113,6 +123,10 @@ async fn start(machine: &Machine) -> Result<Membership> {
     let file = RecordFile::in_data_dir(&options.data_dir);
     let mut record = file.load()?;
     let option = options.advertise_addr.as_deref();
+    if let Some(settled) = record.settled(option) {
+        record = settled;
+        file.update(|stored| stored.clone_from(&record))?;
+    }
     if let Some(address) = address::moved(&record, option) {
         let before = record.advertise_addr.as_str();
         tracing::info!(before, now = %address, "this machine has another address in its swarm now");
@@ -164,7 +178,7 @@ fn not_joined(status: &Status) -> anyhow::Error {
 pub(super) async fn keep(machine: Machine) {
     let mut changes = machine.inner.membership.subscribe();
     let mut pause = RETRY_FIRST;
-    let option = machine.inner.options.advertise_addr.clone();
+    let options = &machine.inner.options;
     loop {
         let membership = changes.borrow_and_update().clone();
         if !matches!(membership, Membership::Failed(_)) {
@@ -173,7 +187,7 @@ pub(super) async fn keep(machine: Machine) {
         tokio::select! {
             () = machine.inner.tasks.token().cancelled_owned() => return,
             _ = changes.changed() => {} // The machine holds the sender: this is no end.
-            due = next_step(&membership, option.as_deref(), pause) => {
+            due = next_step(&membership, options, pause) => {
                 let Ok(_changing) = machine.changing().await else { return };
                 // Somebody else may have had it leave meanwhile.
                 if !changes.has_changed().unwrap_or(true) {
@@ -193,7 +207,8 @@ enum Step {
     Move(Arc<Node>),
 }
 
-async fn next_step(membership: &Membership, option: Option<&str>, pause: Duration) -> Step {
+async fn next_step(membership: &Membership, options: &Options, pause: Duration) -> Step {
+    let option = options.advertise_addr.as_deref();
     match membership {
         Membership::Failed(obstacle) if obstacle.may_pass => {
             tokio::time::sleep(pause).await;
@@ -210,7 +225,8 @@ async fn next_step(membership: &Membership, option: Option<&str>, pause: Duratio
                 reason = stopped => {
                     if let (StopReason::Storage(_), Some(manager)) = (&reason, &node.manager) {
                         // What it knew is shown until there is room.
-                        let _ = manager.space().wait_for(Option::is_none).await;
+                        let seen = manager.space().borrow().clone();
+                        space::wait_for_room(&options.data_dir.join("raft"), seen).await;
                     }
                     // A shutdown is the work of whoever changes the membership next.
                     if !matches!(reason, StopReason::Shutdown) {
@@ -239,19 +255,19 @@ impl Step {
             }
             Self::TakeOut(node, reason) => {
                 node.stop().await;
-                node.release().await;
                 let why = Chain(&reason).to_string();
                 let obstacle = match reason {
                     StopReason::Superseded(_) => {
-                        // The swarm runs them elsewhere.
-                        if let Err(status) = join::remove_containers(machine).await {
-                            let why = status.message();
-                            tracing::error!(why, "a container of this machine was not removed");
-                        }
-                        Obstacle::superseded(&why)
+                        // The swarm runs them elsewhere, and nobody follows its mesh here.
+                        let removed = join::remove_containers(machine).await;
+                        node.teardown().await;
+                        Obstacle::superseded(&why, removed)
                     }
                     // A disk may be freed; what cannot be applied stays so with this version.
-                    reason => Obstacle::new(&why, matches!(reason, StopReason::Storage(_))),
+                    reason => {
+                        node.release().await;
+                        Obstacle::new(&why, matches!(reason, StopReason::Storage(_)))
+                    }
                 };
                 tracing::error!(why = %obstacle.sentence, "this machine is not in its swarm any more");
                 machine.set_membership(Membership::Failed(Arc::new(obstacle)));
@@ -263,7 +279,6 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::options::Options;
     use crate::daemon::record::NodeRecord;
     use skep_common::spec::NodeRole;
     use skep_common::{ClusterId, NodeId, Timestamp};
@@ -290,7 +305,7 @@ mod tests {
         Files::in_data_dir(data_dir).store(&credentials, &RaftKey::generate()).unwrap();
         let record = NodeRecord {
             advertise_addr: NOWHERE.to_owned(),
-            written: NOWHERE.to_owned(),
+            written: Some(NOWHERE.to_owned()),
             listen_addr: NOWHERE.to_owned(),
             ..NodeRecord::default()
         };
@@ -333,6 +348,17 @@ mod tests {
         let key = "certificates/swarm-node.key";
         let damaged = obstacle(now, |dir| std::fs::write(dir.join(key), "?").unwrap());
         check(&damaged.await, false, &[key, "backup"]);
+    }
+
+    #[test]
+    fn a_superseded_manager_says_what_became_of_its_containers() {
+        let stopped = Obstacle::superseded("the swarm began anew", Ok(()));
+        check(&stopped, false, &["began anew", "its containers were stopped"]);
+        let failure = Status::internal("the runtime does not answer");
+        let left = Obstacle::superseded("the swarm began anew", Err(failure));
+        check(&left, false, &["may still run", "the runtime does not answer"]);
+        assert!(!left.sentence.contains("were stopped"), "{}", left.sentence);
+        assert!(stopped.is_superseded && left.is_superseded);
     }
 
     #[tokio::test]

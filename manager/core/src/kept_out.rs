@@ -19,9 +19,16 @@ const MARGIN: Duration = Duration::from_hours(7 * 24);
 
 /// Refuses a node from now on. `None` while a manager of before would drop the mark.
 pub(crate) fn keep_out(state: &State, node_id: NodeId, now: Timestamp) -> Option<Action> {
-    let cluster = state.cluster().filter(|_| level::of_managers(state) >= level::CONTROL)?;
+    let is_understood = level::of_managers(state) >= level::CONTROL;
+    is_understood.then(|| keep_all_out(state, &[node_id], now)).flatten()
+}
+
+/// Refuses nodes from now on, whatever the managers understand: for one of this version that has no others.
+pub(crate) fn keep_all_out(state: &State, nodes: &[NodeId], now: Timestamp) -> Option<Action> {
+    let cluster = state.cluster()?;
     let mut changed = (**cluster).clone();
-    changed.blacklisted.insert(node_id, now.after(longest_life(cluster) + MARGIN));
+    let until = now.after(longest_life(cluster) + MARGIN);
+    changed.blacklisted.extend(nodes.iter().map(|node_id| (*node_id, until)));
     Some(put(changed))
 }
 

@@ -36,6 +36,12 @@ pub fn is_lost_for(voters: &[Voter], time: Duration) -> bool {
     voters.iter().filter(|voter| voter.silence <= time).count() < needed(voters.len())
 }
 
+/// Whether a manager leads that says how long ago each other one answered it; who does not lead has nothing to say.
+pub fn leads(answered: &[Duration]) -> bool {
+    let n_recent = answered.iter().filter(|ago| **ago <= SILENCE_MAX).count();
+    n_recent > 0 && n_recent + 1 >= needed(answered.len() + 1)
+}
+
 /// Why there is no leader: who is missing and since when, what goes on, what to do.
 pub fn explain(voters: &[Voter]) -> String {
     let (n_voters, needed) = (voters.len(), needed(voters.len()));
@@ -48,7 +54,7 @@ pub fn explain(voters: &[Voter]) -> String {
     }
     let answer = if n_answering == 1 { "answers" } else { "answer" };
     let mut text = format!(
-        "the swarm has no leader: {needed} of its {n_voters} managers are needed and {n_answering} {answer}"
+        "this manager hears of no leader of its swarm: {needed} of its {n_voters} managers are needed and {n_answering} {answer}"
     );
     for (rank, voter) in silent.iter().enumerate() {
         let separator = if rank == 0 { "; " } else { ", " };
@@ -58,7 +64,7 @@ pub fn explain(voters: &[Voter]) -> String {
         let _ = write!(text, "{separator}{} ({}) {how} {time}", voter.name, voter.addr);
     }
     text.push_str(
-        "; containers and published ports go on, and nothing can be changed; start those managers again, or where they are lost for good have this one go on alone with `skep swarm init --force-new-cluster` (docs/operations/lost-quorum.md)",
+        "; containers and published ports go on, and nothing can be changed; start those managers again, or mend the network where this one is merely cut off from them; only if the others are off for good, have this one go on alone with `skep swarm init --force-new-cluster` (docs/operations/lost-quorum.md)",
     );
     text
 }
@@ -87,6 +93,23 @@ mod tests {
     }
 
     #[test]
+    fn who_is_answered_by_a_majority_leads() {
+        for (answered, leads_now) in [
+            (&[][..], false), // It does not lead, or alone.
+            (&[100], true),
+            (&[9000], false), // It has not noticed yet.
+            (&[100, 9000], true),
+            (&[9000, 9000], false),
+            (&[100, 9000, 9000, 100], true),
+            (&[100, 9000, 9000, 9000], false),
+        ] {
+            let times: Vec<Duration> =
+                answered.iter().map(|millis| Duration::from_millis(*millis)).collect();
+            assert_eq!(leads(&times), leads_now, "{answered:?}");
+        }
+    }
+
+    #[test]
     fn a_lost_quorum_names_the_missing_the_rest_and_the_remedy() {
         for (silences, is_lost_now) in [
             (&[0][..], false),
@@ -102,11 +125,14 @@ mod tests {
         let text = explain(&voters(&[0, 14, -7300]));
         assert!(
             text.starts_with(
-                "the swarm has no leader: 2 of its 3 managers are needed and 1 answers; n2 (10.0.0.2:2377) silent for 14 s, n3 (10.0.0.3:2377) not heard of for at least 2 h; containers and published ports go on"
+                "this manager hears of no leader of its swarm: 2 of its 3 managers are needed and 1 answers; n2 (10.0.0.2:2377) silent for 14 s, n3 (10.0.0.3:2377) not heard of for at least 2 h; containers and published ports go on"
             ),
             "{text}"
         );
-        assert!(text.contains("`skep swarm init --force-new-cluster`"), "{text}");
+        // A manager that is cut off from a healthy majority must not be told to go on without it.
+        let condition = text.find("only if the others are off for good");
+        let remedy = text.find("`skep swarm init --force-new-cluster`");
+        assert!(condition.is_some() && condition < remedy, "{text}");
         let text = explain(&voters(&[0, 0, 200, 14, 3]));
         assert!(text.contains("3 of its 5 managers are needed and 2 answer; n3"), "{text}");
         assert!(text.contains("silent for 3 min"), "{text}");

@@ -14,6 +14,7 @@ use skep_common::spec::NodeRole;
 use skep_common::{NodeId, Object, Timestamp};
 
 use crate::command::{Action, Command, Expect, Outcome, Refusal};
+use crate::kept_out::keep_all_out;
 use crate::reaper::remove_node;
 use crate::store::State;
 
@@ -73,12 +74,15 @@ pub fn elsewhere(mut state: State, node: Node, now: Timestamp) -> Result<State, 
     Ok(state)
 }
 
-/// One after the other: each removal may change what the next one reads.
+/// One after the other: each removal may change what the next one reads. Each is refused from now on, also where
+/// other managers were of a version that did not know how: none of them is left.
 fn remove_all(state: &mut State, nodes: &[NodeId], now: Timestamp) -> Result<(), Error> {
-    nodes.iter().try_for_each(|id| {
+    for id in nodes {
         let removal = remove_node(state, *id, now);
-        write(state, removal, now)
-    })
+        write(state, removal, now)?;
+    }
+    let kept_out = keep_all_out(state, nodes, now).filter(|_| !nodes.is_empty());
+    kept_out.map_or(Ok(()), |kept_out| write(state, vec![kept_out], now))
 }
 
 fn write(state: &mut State, actions: Vec<Action>, now: Timestamp) -> Result<(), Error> {
@@ -92,7 +96,7 @@ fn write(state: &mut State, actions: Vec<Action>, now: Timestamp) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{NOW, WEB, World, node, service};
+    use crate::testing::{NOW, WEB, World, cluster, node, service};
     use skep_common::TaskState;
 
     fn manager(number: u16) -> Node {
@@ -137,6 +141,38 @@ mod tests {
         let expected = [(1, Running), (2, Orphaned), (3, Orphaned), (4, Running)];
         assert_eq!(states(&world.state), expected);
         assert_eq!(other_managers(&world.state, own).count(), 0);
+    }
+
+    #[test]
+    fn all_who_are_removed_are_kept_out_whatever_the_managers_understood() {
+        use crate::kept_out::is_kept_out;
+        use crate::level::{CONTROL, FORMAT_LEVEL};
+        let known = |number: u16| {
+            move |levels: [u32; 3]| {
+                let mut node = manager(number);
+                node.description.get_or_insert_default().format_level =
+                    levels[usize::from(number) - 1];
+                Object::Node(Box::new(node))
+            }
+        };
+        let kept_out = |state: &State| -> Vec<u16> {
+            (1..=4).filter(|number| is_kept_out(state, node(*number).id)).collect()
+        };
+        for levels in [[FORMAT_LEVEL; 3], [CONTROL - 1; 3], [CONTROL, CONTROL, CONTROL - 1]] {
+            let made = || {
+                let mut world = World::new("1 2 3 4", service(4), "1@1:running 4@4:running");
+                world.put(vec![Object::Cluster(Box::new(cluster()))]);
+                (1..=3).for_each(|number| world.replace(known(number)(levels)));
+                world.state
+            };
+            let own = node(1).id;
+            let state = alone(made(), own, ManagerStatus::default(), NOW).unwrap();
+            assert_eq!(kept_out(&state), [2, 3], "alone, {levels:?}");
+            let state = elsewhere(made(), manager(9), NOW).unwrap();
+            // The worker comes after the last manager.
+            assert_eq!(kept_out(&state), [1, 2, 3, 4], "elsewhere, {levels:?}");
+            assert!(!is_kept_out(&state, node(9).id));
+        }
     }
 
     #[test]

@@ -303,6 +303,11 @@ impl Consensus {
     /// Hands the lead to the voter that is furthest, and waits until somebody else leads. True: this
     /// manager does not lead any more, or never did. For a clean stop.
     pub async fn transfer_leader(&self) -> bool {
+        self.transfer_leader_among(|_| true).await
+    }
+
+    /// The same, to one of those that may have it.
+    pub(crate) async fn transfer_leader_among(&self, may: impl Fn(u64) -> bool) -> bool {
         let mut metrics = self.inner.metrics.clone();
         let target = {
             let metrics = metrics.borrow();
@@ -310,7 +315,7 @@ impl Consensus {
                 return true;
             }
             let membership = metrics.membership_config.membership();
-            let others = membership.voter_ids().filter(|voter| *voter != metrics.id);
+            let others = membership.voter_ids().filter(|voter| *voter != metrics.id && may(*voter));
             // Of those that have the same entries, the one that answered last: it is alive.
             let standing = |voter: &u64| {
                 let matched = metrics.replication.as_ref().and_then(|peers| peers.get(voter));

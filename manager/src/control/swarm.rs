@@ -121,7 +121,7 @@ pub(super) async fn backup(
     control: &ControlService,
     _request: BackupRequest,
 ) -> Result<ReceiverStream<Result<BackupChunk, Status>>, Error> {
-    let state = control.inner.consensus.read_state().await?;
+    let state = control.read().await?;
     let term = control.inner.consensus.leadership().borrow().term;
     let write = move || backup::write(&state, term, clock::now());
     let written = tokio::task::spawn_blocking(write).await;

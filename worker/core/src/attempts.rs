@@ -13,7 +13,7 @@ use skep_common::{Task, TaskState, Timestamp};
 
 /// How long a node waits for a leader at least before it decides by itself: as long as leaders give a silent
 /// node before they call it down and place its tasks elsewhere.
-pub const HEADLESS_AFTER: Duration = Duration::from_secs(3);
+pub const LEADERLESS_AFTER: Duration = Duration::from_secs(3);
 
 /// How long after the end of its container a task is tried again without managers; `None`: it is not.
 ///
@@ -38,11 +38,17 @@ pub fn pause(
         RestartCondition::OnFailure => ended != TaskState::Complete,
         RestartCondition::Any => true,
     };
-    let limit = policy.max_attempts.filter(|limit| (1..=MAX_ATTEMPTS_COUNTED).contains(limit));
+    let limit = limit(task);
     let window = policy.window.map(|window| window.duration()).filter(|window| !window.is_zero());
     let is_left = limit.is_none_or(|limit| status.attempts_within(window, now) < limit);
     let delay = policy.delay.map_or(defaults::RESTART_DELAY, |delay| delay.duration());
-    (is_wanted && is_left).then(|| delay.max(HEADLESS_AFTER))
+    (is_wanted && is_left).then(|| delay.max(LEADERLESS_AFTER))
+}
+
+/// The most attempts that the policy of a task allows, within its window where it has one; `None`: any number.
+pub fn limit(task: &Task) -> Option<u64> {
+    let limit = task.spec.restart_policy.as_ref().and_then(|policy| policy.max_attempts);
+    limit.filter(|limit| (1..=MAX_ATTEMPTS_COUNTED).contains(limit))
 }
 
 #[cfg(test)]
@@ -82,7 +88,7 @@ mod tests {
     fn status(state: TaskState, n_attempts: u32) -> TaskStatus {
         let mut status = TaskStatus { state, ..TaskStatus::default() };
         for _ in 0..n_attempts {
-            status.note_attempt(Attempt { ended_at: NOW, ..Attempt::default() });
+            status.note_attempt(Attempt { ended_at: NOW, ..Attempt::default() }, 0);
         }
         status
     }
@@ -107,7 +113,7 @@ mod tests {
                 Running,
                 0,
                 Failed,
-                Some(HEADLESS_AFTER),
+                Some(LEADERLESS_AFTER),
             ),
             ("never", policy(Never, 5, 0), Running, 0, Failed, None),
             ("it did what it should", policy(OnFailure, 5, 0), Running, 0, Complete, None),

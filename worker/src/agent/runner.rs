@@ -29,6 +29,9 @@ use tokio::sync::{mpsc, watch};
 use super::payloads::Payloads;
 use crate::executor::{Error, Executor, Exit, Found};
 
+/// The exit code of a container that was lost or could not be made.
+const NO_EXIT_CODE: i32 = -1;
+
 /// What managers want, as last assigned.
 #[derive(Debug, Clone)]
 pub(super) struct Assigned {
@@ -222,6 +225,8 @@ impl Runner {
                 if let Err(error) = self.executor.stop(&task).await {
                     tracing::warn!(task.id = %self.task_id, %error, "failed to stop a container");
                 }
+                // What connects it is undone with its end.
+                self.executor.wait(self.task_id).await;
                 Again::Over
             }
         }
@@ -240,13 +245,15 @@ impl Runner {
     /// Adds the container that ended to what managers are told.
     fn note_attempt(&mut self, ending: Ending) {
         let now = clock::now();
-        self.status.note_attempt(Attempt {
+        let attempt = Attempt {
             container_id: self.task_id.to_string(),
-            exit_code: ending.exit.map_or(0, |exit| exit.code),
+            exit_code: ending.exit.map_or(NO_EXIT_CODE, |exit| exit.code),
             started_at: std::mem::replace(&mut self.began, now),
             ended_at: now,
             err: ending.err,
-        });
+        };
+        let limit = attempts::limit(&self.assigned.borrow().task).unwrap_or(0);
+        self.status.note_attempt(attempt, limit);
         self.status.unhealthy = false;
         self.was_unhealthy = false;
     }

@@ -151,7 +151,7 @@ fn attempts_that_a_node_made_without_managers_count() {
         let mut world = World::new("1", with_policy(service(1), policy), "1@1:failed");
         let mut task = (**world.state.tasks().values().next().unwrap()).clone();
         for _ in 0..n_attempts {
-            task.status.note_attempt(Attempt::default());
+            task.status.note_attempt(Attempt::default(), 0);
         }
         world.replace(Object::Task(Box::new(task)));
         world.expect_step(&format!("{n_attempts} of {max_attempts}"), expect);

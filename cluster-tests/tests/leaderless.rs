@@ -17,6 +17,10 @@ fn a_container_that_ends_while_no_manager_leads_is_followed_by_another_one() {
     assert!(!log.is_empty(), "the container says that it serves");
 
     lab.kill_daemon(&["n1"]);
+    wait_until(SETTLES_WITHIN, "the node knows that nobody leads", || {
+        let log = lab.node("n2").log();
+        (log.contains("the session with the leader ended").then_some(()), log)
+    });
     lab.node("n2").exec(&["kill", "-KILL", &first.to_string()]).ok();
     let second = wait_until(SETTLES_WITHIN, "another container of the task runs", || {
         let found = pid(&lab);
