@@ -120,6 +120,7 @@ impl Manager {
             address: options.address.clone(),
             lock_version,
             space: space.clone(),
+            questions: Arc::new(tokio::sync::Semaphore::new(1)),
         });
         let door = Door::new();
         tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));

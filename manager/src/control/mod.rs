@@ -67,6 +67,8 @@ pub(crate) struct Inner {
     pub(crate) lock_version: tokio_watch::Receiver<u64>,
     /// Whether this manager's disk is full.
     pub(crate) space: tokio_watch::Receiver<Option<Full>>,
+    /// Who has it may think about a question that looks at all tasks.
+    pub(crate) questions: Arc<tokio::sync::Semaphore>,
 }
 
 /// How long a request waits for the key file of the manager that answers it; a disk that fails is in its log.
