@@ -41,8 +41,11 @@ pub struct Explainer<'s> {
     index: Index,
     /// What was found of tasks without a node. The scheduler, too, looks for a node once for all tasks that
     /// have these in common.
-    found: RefCell<BTreeMap<(ServiceId, Version, Option<NodeId>), Reason>>,
+    found: RefCell<BTreeMap<Alike, Reason>>,
 }
+
+/// What tasks have in common that wait for the same: service, its spec's version, and the node they are bound to.
+type Alike = (ServiceId, Version, Option<NodeId>);
 
 impl<'s> Explainer<'s> {
     /// Looks at all nodes and tasks once.

@@ -196,7 +196,7 @@ pub(crate) fn ended_for_good(state: &State, service: &Service) -> Vec<Arc<Task>>
     let slots = Slots::read(state, service.id);
     let is_job = service.spec.mode_kind().is_some_and(ModeKind::is_job);
     let ended = slots.iter().filter_map(|(_, tasks)| {
-        let is_over = !tasks.iter().any(|task| is_live(task)) && !(is_job && job::is_done(tasks));
+        let is_over = !(tasks.iter().any(|task| is_live(task)) || is_job && job::is_done(tasks));
         // What still stops, where its node can say so, has not ended yet.
         let last = newest(tasks).filter(|task| is_over && !is_stopping(state, task))?;
         (!restart::has_successor(last, tasks, last.status.timestamp)).then(|| last.clone())
