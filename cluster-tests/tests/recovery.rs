@@ -105,6 +105,32 @@ fn a_manager_goes_on_alone_where_the_others_are_lost() {
 }
 
 #[test]
+fn a_manager_that_takes_no_part_is_not_forced_while_others_lead() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 3, workers: 0, ..LabOptions::default() });
+    let n1 = lab.node("n1");
+    lab.kill_daemon(&["n1"]);
+    let other = "busybox httpd -f -p 2377 -h / >/dev/null 2>&1 & echo $!";
+    let other = n1.exec(&["sh", "-c", other]).ok();
+    wait_until(SETTLES_WITHIN, "the other program has the port", || {
+        let sockets = n1.exec(&["ss", "-Htnl"]);
+        (sockets.stdout.contains(":2377").then_some(()), sockets.to_string())
+    });
+    lab.start_nodes(&["n1"]);
+    let kept_out = state(&lab, "n1");
+    assert!(kept_out.contains("another program has the port"), "{kept_out}");
+    let refused = n1.skep(&FORCE).err();
+    assert!(refused.contains("the swarm has a leader, the manager at "), "{refused}");
+    n1.exec(&["kill", other.text()]).ok();
+    lab.wait_for_node("n2", "n1", "Ready");
+    lab.wait_until_alike("n2", 3);
+    assert_eq!(names(&lab, "n1"), ["n1", "n2", "n3"]);
+    lab.down();
+}
+
+#[test]
 fn a_stopped_manager_goes_on_alone_at_another_address() {
     if !is_root_or_skip() {
         return;

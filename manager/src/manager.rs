@@ -157,6 +157,7 @@ impl Manager {
             unlock_key: swarm.unlock_key.map(|key| Base64(key.to_bytes())),
             unlock_key_version: lock_version,
             blacklisted: std::collections::BTreeMap::new(),
+            longest_node_cert_expiry: None,
         };
         let address = &self.options.address;
         let mut node =

@@ -34,10 +34,6 @@ impl From<String> for Reason {
     }
 }
 
-/// What tasks without a node have in common that wait for the same: their service, the version of its spec, and
-/// the only node that takes them, if there is one.
-type Group = (ServiceId, Version, Option<NodeId>);
-
 /// Answers questions about one state.
 #[derive(Debug)]
 pub struct Explainer<'s> {
@@ -45,8 +41,11 @@ pub struct Explainer<'s> {
     index: Index,
     /// What was found of tasks without a node. The scheduler, too, looks for a node once for all tasks that
     /// have these in common.
-    found: RefCell<BTreeMap<Group, Reason>>,
+    found: RefCell<BTreeMap<Alike, Reason>>,
 }
+
+/// What tasks have in common that wait for the same: service, its spec's version, and the node they are bound to.
+type Alike = (ServiceId, Version, Option<NodeId>);
 
 impl<'s> Explainer<'s> {
     /// Looks at all nodes and tasks once.

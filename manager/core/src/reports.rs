@@ -169,7 +169,7 @@ mod tests {
         for number in [1, 2] {
             let mut node = crate::testing::node(number);
             node.description.as_mut().unwrap().format_level = level::FACTS;
-            node.spec.role = skep_common::spec::NodeRole::Manager;
+            node.manager_status = Some(skep_common::object::ManagerStatus::default());
             world.replace(skep_common::Object::Node(Box::new(node)));
         }
         let mut reports = Reports::default();

@@ -145,10 +145,10 @@ impl ControlService {
 
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
-        let command = self.command(actions).await?;
         if self.inner.reach.is_quorum_lost() {
             self.read().await?; // It says so at once, and after a wait that is worth it only otherwise.
         }
+        let command = self.command(actions).await?;
         let written = self.inner.consensus.propose(&command).await;
         outcome(written.map_err(|error| self.unwritten(error))?)
     }

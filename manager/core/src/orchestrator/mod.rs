@@ -196,11 +196,9 @@ pub(crate) fn ended_for_good(state: &State, service: &Service) -> Vec<Arc<Task>>
     let slots = Slots::read(state, service.id);
     let is_job = service.spec.mode_kind().is_some_and(ModeKind::is_job);
     let ended = slots.iter().filter_map(|(_, tasks)| {
-        let goes_on = tasks.iter().any(|task| is_live(task));
-        let is_done = is_job && job::is_done(tasks);
+        let is_over = !(tasks.iter().any(|task| is_live(task)) || is_job && job::is_done(tasks));
         // What still stops, where its node can say so, has not ended yet.
-        let is_over = |task: &&Arc<Task>| !goes_on && !is_done && !is_stopping(state, task);
-        let last = newest(tasks).filter(is_over)?;
+        let last = newest(tasks).filter(|task| is_over && !is_stopping(state, task))?;
         (!restart::has_successor(last, tasks, last.status.timestamp)).then(|| last.clone())
     });
     ended.collect()

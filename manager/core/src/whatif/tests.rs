@@ -198,6 +198,8 @@ fn an_update_shows_what_is_replaced_and_how() {
     let start_first =
         json!({"UpdateConfig": {"Order": "start-first", "FailureAction": "rollback"}});
     let stop_first = "each started after the old one has stopped (stop-first)";
+    let replicas = |n: u64| json!({"Mode": {"Replicated": {"Replicas": n}}});
+    let none = || vec!["web: no task is replaced".to_owned()];
     for (name, config, more, expect, steps) in [
         (
             "all of them, to where least is reserved when each is made",
@@ -206,21 +208,9 @@ fn an_update_shows_what_is_replaced_and_how() {
             "web.1:1>2 web.2:2>1 web.3:1>2",
             vec![format!("web: 3 tasks are replaced, 2 at a time, {stop_first}, 1 min 30 s apart")],
         ),
-        ("labels alone", &two, json!({"Labels": {"a": "b"}}), "", vec!["web: no task is replaced".into()]),
-        (
-            "fewer",
-            &two,
-            json!({"Mode": {"Replicated": {"Replicas": 1}}}),
-            "-web.2@2 -web.3@1",
-            vec!["web: no task is replaced".into()],
-        ),
-        (
-            "more, with less on each node than now",
-            &two,
-            json!({"Mode": {"Replicated": {"Replicas": 4}}}),
-            "+web.4@2",
-            vec!["web: no task is replaced".into()],
-        ),
+        ("labels alone", &two, json!({"Labels": {"a": "b"}}), "", none()),
+        ("fewer", &two, replicas(1), "-web.2@2 -web.3@1", none()),
+        ("more, with less on each node than now", &two, replicas(4), "+web.4@2", none()),
         (
             "too large: each node takes one",
             &json!({}),
