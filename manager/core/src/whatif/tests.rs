@@ -184,6 +184,14 @@ fn a_new_service_shows_where_its_tasks_go() {
     );
 }
 
+/// What an update of three tasks on two nodes would do.
+fn what_if_updated(before: &Value, more: Value) -> WhatIf {
+    let mut world = swarm("1:mem=1000 2:mem=1000");
+    world.apply(creation(&world, 1, spec(3, before)));
+    settle(&mut world);
+    what_if(&world, change(&world, 1, spec(3, &merged(before.clone(), more))))
+}
+
 #[test]
 fn an_update_shows_what_is_replaced_and_how() {
     let two = json!({"UpdateConfig": {"Parallelism": 2, "Delay": 90_000_000_000_u64}});
@@ -237,13 +245,7 @@ fn an_update_shows_what_is_replaced_and_how() {
             ],
         ),
     ] {
-        let mut world = swarm("1:mem=1000 2:mem=1000");
-        let mut before = mem(100);
-        merge(&mut before, config);
-        world.apply(creation(&world, 1, spec(3, &before)));
-        settle(&mut world);
-        merge(&mut before, &more);
-        let answer = what_if(&world, change(&world, 1, spec(3, &before)));
+        let answer = what_if_updated(&merged(mem(100), config.clone()), more);
         assert_eq!(words(&answer), expect, "{name}");
         assert_eq!(answer.steps, steps, "{name}");
         assert_eq!(answer.warnings, [""; 0], "{name}");
@@ -354,11 +356,8 @@ fn what_time_would_bring_later_than_the_limit_is_warned_of() {
         ("two pauses of 9 h", hours(9), 200, vec![]),
         ("one has no place", hours(11), 2000, vec![]),
     ] {
-        let mut world = swarm("1:mem=1000 2:mem=1000");
         let before = merged(json!({"UpdateConfig": {"Delay": delay}}), mem(100));
-        world.apply(creation(&world, 1, spec(3, &before)));
-        settle(&mut world);
-        let answer = what_if(&world, change(&world, 1, spec(3, &merged(before, mem(mib)))));
+        let answer = what_if_updated(&before, mem(mib));
         assert_eq!(answer.warnings, expect, "{name}");
     }
 }
