@@ -33,6 +33,47 @@ fn the_swarm_does_what_it_says_it_would() {
     lab.down();
 }
 
+#[test]
+fn who_only_looks_needs_no_leader() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 2, workers: 1, ..LabOptions::default() });
+    lab.import_whoami();
+    let flags = ["--constraint=node.hostname==n3", "--restart-delay=1s"];
+    let n1 = lab.node("n1");
+    n1.create_whoami(WEB, &flags);
+    n1.create_whoami("ssd", &["--constraint=node.labels.disk==ssd"]);
+    lab.wait_until_settled("n1", WEB, 1);
+    let pid = || lab.containers("n3").into_values().next();
+    let first = pid().unwrap();
+
+    lab.kill(&["n2"]);
+    wait_until(SETTLES_WITHIN, "reasons are told, and that they may be old", || {
+        let output = n1.skep(&["service", "explain", "ssd"]);
+        let is_told = output.status.success()
+            && output.stdout.contains("does not meet node.labels.disk == ssd")
+            && output.stderr.contains("may be old");
+        (is_told.then_some(()), output.to_string())
+    });
+    let follower = lab.start_skep("n1", &["service", "logs", "--raw", "--follow", WEB]);
+    let wait_for_starts = |n_starts: usize, what: &str| {
+        wait_until(SETTLES_WITHIN, what, || {
+            let lines = follower.lines();
+            let starts = lines.iter().filter(|line| line.contains("listening on port"));
+            ((starts.count() == n_starts).then_some(()), format!("{lines:#?}"))
+        });
+    };
+    wait_for_starts(1, "the log without a leader");
+    lab.node("n3").exec(&["kill", "-KILL", &first.to_string()]).ok();
+    wait_until(SETTLES_WITHIN, "another container of the task runs", || {
+        let found = pid();
+        (found.filter(|pid| *pid != first), format!("{found:?}"))
+    });
+    wait_for_starts(2, "what the container writes that followed");
+    lab.down();
+}
+
 /// The exit code and the rows of a plan.
 fn plan(output: &Output) -> (Option<i32>, Vec<Value>) {
     (output.status.code(), output.json_lines())

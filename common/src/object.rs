@@ -28,6 +28,7 @@ pub use payload::{Config, DataVersion, Secret};
 pub use revision::{JobStatus, Revision};
 pub use slot::Slot;
 
+use crate::spec::Nanos;
 use crate::spec::{
     Base64, Extra, GenericResource, Labels, NetworkSpec, NodeRole, PortConfig, ServiceSpec,
     StackSpec, SwarmSpec, TaskSpec,
@@ -104,6 +105,9 @@ pub struct Cluster {
         skip_serializing_if = "BTreeMap::is_empty"
     )]
     pub blacklisted: BTreeMap<NodeId, Timestamp>,
+    /// How long certificates were good before that was shortened: some of then may be good still.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub longest_node_cert_expiry: Option<Nanos>,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]

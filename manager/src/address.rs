@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use futures::FutureExt as _;
 use skep_common::NodeId;
+use skep_manager_core::level::FORMAT_LEVEL;
 use skep_runtime::transport::ChannelPool;
 
 use crate::consensus::Consensus;
@@ -29,7 +30,7 @@ pub(crate) async fn announce(
         let others = consensus.members().into_iter().filter(|member| member.raft_id != raft_id);
         let others: Vec<String> = others.map(|member| member.addr).collect();
         let ways = [
-            add_manager(&consensus, node_id, raft_id, &own).boxed(),
+            add_manager(&consensus, node_id, raft_id, &own, FORMAT_LEVEL).boxed(),
             ask_to_add(&pool, &others, raft_id, &own).boxed(),
         ];
         match futures::future::select_ok(ways).await {

@@ -4,7 +4,7 @@ use ipnet::Ipv4Net;
 use skep_common::object::{ManagerStatus, Node, NodeState, NodeStatus};
 use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
-use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, rotation, swarm};
+use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, level, rotation, swarm};
 use skep_proto::ca_server::Ca;
 use skep_proto::{
     IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse,
@@ -218,6 +218,7 @@ pub(crate) async fn add_manager(
     node_id: NodeId,
     raft_id: u64,
     addr: &str,
+    format_level: u32,
 ) -> Result<(), Status> {
     let status = ManagerStatus { raft_id, addr: addr.to_owned(), ..ManagerStatus::default() };
     loop {
@@ -232,6 +233,8 @@ pub(crate) async fn add_manager(
             );
             return Err(Status::permission_denied(why));
         }
+        level::check_new(&state, &node, format_level)
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
         if node.manager_status.as_ref() == Some(&status) {
             break;
         }
@@ -240,14 +243,17 @@ pub(crate) async fn add_manager(
         match commit(consensus, Object::Node(Box::new(node)), expect).await {
             Err(status) if status.code() == tonic::Code::Aborted => {} // The node has just been written.
             Err(status) => return Err(status),
-            Ok(()) => break,
+            Ok(()) => {} // What was written before that may be beyond its program.
         }
     }
     let unavailable = |error| Status::unavailable(Chain(&error).to_string());
     consensus.add_manager(raft_id, addr).await.map_err(unavailable)?;
     // Demoted or removed meanwhile: then nobody else would take it out again.
     let state = consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
-    let is_manager = |node: &std::sync::Arc<Node>| node.manager_status.as_ref() == Some(&status);
+    // Its address may have changed meanwhile, which another request has written.
+    let is_manager = |node: &std::sync::Arc<Node>| {
+        node.manager_status.as_ref().is_some_and(|status| status.raft_id == raft_id)
+    };
     if state.node(node_id).is_some_and(is_manager) {
         return Ok(());
     }

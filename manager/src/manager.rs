@@ -120,6 +120,7 @@ impl Manager {
             address: options.address.clone(),
             lock_version,
             space: space.clone(),
+            questions: Arc::new(tokio::sync::Semaphore::new(1)),
         });
         let door = Door::new();
         tasks.spawn("leader", leader::run(consensus.clone(), door.clone(), tasks.clone()));
@@ -156,6 +157,7 @@ impl Manager {
             unlock_key: swarm.unlock_key.map(|key| Base64(key.to_bytes())),
             unlock_key_version: lock_version,
             blacklisted: std::collections::BTreeMap::new(),
+            longest_node_cert_expiry: None,
         };
         let address = &self.options.address;
         let mut node =

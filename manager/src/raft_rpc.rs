@@ -5,6 +5,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use skep_common::NodeId;
 use skep_common::limits::{MESSAGE_BYTES_MAX, RPC_DEADLINE};
+use skep_manager_core::level::FORMAT_LEVEL;
 use skep_proto::REMOVED_METADATA;
 use skep_proto::raft_client::RaftClient;
 use skep_proto::raft_server::Raft;
@@ -20,6 +21,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::consensus::{CallError, Consensus, RaftRequest, RaftTransport};
+use crate::join::add_manager;
 use crate::roles;
 
 /// The largest snapshot that is taken, compressed: some ten million tasks. Both ends hold it in memory.
@@ -190,7 +192,8 @@ impl Raft for RaftService {
     ) -> Result<Response<AddManagerResponse>, Status> {
         let node_id = skep_runtime::access::Caller::node_id(&request)?;
         let request = request.into_inner();
-        crate::join::add_manager(&self.consensus, node_id, request.raft_id, &request.addr).await?;
+        let AddManagerRequest { raft_id, addr, format_level } = &request;
+        add_manager(&self.consensus, node_id, *raft_id, addr, *format_level).await?;
         Ok(Response::new(AddManagerResponse {}))
     }
 
@@ -236,7 +239,11 @@ pub async fn ask_to_add(
 ) -> Result<(), Status> {
     let mut last = Status::unavailable("no manager is known");
     for address in addresses {
-        let mut request = Request::new(AddManagerRequest { raft_id, addr: addr.to_owned() });
+        let mut request = Request::new(AddManagerRequest {
+            raft_id,
+            addr: addr.to_owned(),
+            format_level: FORMAT_LEVEL,
+        });
         // It ends when this node has caught up: later than the leader gives up.
         request.set_timeout(9 * RPC_DEADLINE);
         match RaftClient::new(pool.channel(address, Peer::Manager)).add_manager(request).await {

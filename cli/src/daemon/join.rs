@@ -318,7 +318,10 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
     let _changing = machine.changing().await?;
     let node = match machine.membership() {
         Membership::Member(node) => node,
-        Membership::Failed(_) => return leave_unseen(machine, force).await,
+        // The swarm that went on without this manager counts it no more.
+        Membership::Failed(obstacle) => {
+            return leave_unseen(machine, force || obstacle.is_superseded).await;
+        }
         Membership::Locked(_) if force => return leave_unseen(machine, force).await,
         Membership::Locked(_) => {
             return Err(Status::failed_precondition(

@@ -72,7 +72,7 @@ impl Obstacle {
             }
         };
         let sentence = format!(
-            "this manager is not in its swarm any more: {why}; {containers}, `skep swarm leave --force` here and join again"
+            "this manager is not in its swarm any more: {why}; {containers}, `skep swarm leave` here and join again"
         );
         Self { sentence, may_pass: false, is_superseded: true }
     }

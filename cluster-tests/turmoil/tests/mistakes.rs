@@ -26,7 +26,8 @@ fn a_write_that_is_acknowledged_before_it_is_durable_is_caught() {
 
 #[test]
 fn a_read_that_asks_no_majority_is_caught() {
-    expect_caught(Mistake::StaleRead, &["1"]);
+    // A read may also be behind where it is to prove that all is well again.
+    expect_caught(Mistake::StaleRead, &["1", "12"]);
 }
 
 #[test]

@@ -6,8 +6,10 @@
 //! - A removed node is refused whatever it asks for, with a sentence, and its open connections end.
 //! - A manager's certificate of a node that is a worker now is good for what workers may do, and its open
 //!   connections end soon.
-//! - Where nothing is known of a node the certificate decides. So it does in Raft where this manager may be behind:
-//!   it must not refuse its leader.
+//! - So it is of a node that the swarm's state does not have: one whose joining a restored backup does not know.
+//! - In Raft the certificate decides where nothing is known of a node, which may be joining, and where this manager
+//!   may be behind: it neither refuses its leader nor cuts it off. Where it may be behind, it decides also elsewhere
+//!   about nodes that are not known here.
 
 use std::fmt::Debug;
 use std::future::pending;
@@ -57,9 +59,15 @@ impl Gate {
         if register.is_removed(node_id) {
             return Err(removed(node_id));
         }
-        let is_sure = || !path.starts_with("/skep.v1.Raft/") || register.is_current();
-        let is_demoted = lost_part(&**register, node_id, role) && is_sure();
-        Ok(Caller::Node(node_id, if is_demoted { NodeRole::Worker } else { role }))
+        let is_raft = path.starts_with("/skep.v1.Raft/");
+        let role = match (role, register.role(node_id)) {
+            (NodeRole::Manager, Some(NodeRole::Worker)) if !is_raft || register.is_current() => {
+                NodeRole::Worker
+            }
+            (NodeRole::Manager, None) if !is_raft && register.is_current() => NodeRole::Worker,
+            _ => role,
+        };
+        Ok(Caller::Node(node_id, role))
     }
 
     /// Returns when an open connection of the caller is to end; never where it may go on. One that a removed node
@@ -72,15 +80,14 @@ impl Gate {
         if register.is_removed(node_id) {
             return pending().await;
         }
+        let begin = || Box::pin(tokio::time::sleep(DEMOTED_GRACE));
         let mut grace = None;
         loop {
             if register.is_removed(node_id) {
                 return;
             }
             match lost_part(&*register, node_id, role) {
-                true if grace.is_none() => {
-                    grace = Some(Box::pin(tokio::time::sleep(DEMOTED_GRACE)))
-                }
+                true if grace.is_none() => grace = Some(begin()),
                 true => {}
                 false => grace = None,
             }
@@ -94,7 +101,10 @@ impl Gate {
                 changed = changes.changed() => if changed.is_err() {
                     return pending().await; // The manager ends, and the port with it.
                 },
-                () = is_over => return,
+                () = is_over => match register.is_current() {
+                    true => return,
+                    false => grace = Some(begin()), // It may be the leader by now, which tells what is missed here.
+                },
             }
         }
     }
@@ -122,6 +132,7 @@ mod tests {
 
     #[derive(Debug, Default)]
     struct Known {
+        unknown: Mutex<Vec<NodeId>>,
         removed: Mutex<Vec<NodeId>>,
         workers: Mutex<Vec<NodeId>>,
         is_behind: AtomicBool,
@@ -133,7 +144,11 @@ mod tests {
             self.removed.lock().unwrap().contains(&node_id)
         }
         fn role(&self, node_id: NodeId) -> Option<NodeRole> {
-            self.workers.lock().unwrap().contains(&node_id).then_some(NodeRole::Worker)
+            if self.unknown.lock().unwrap().contains(&node_id) {
+                return None;
+            }
+            let is_worker = self.workers.lock().unwrap().contains(&node_id);
+            Some(if is_worker { NodeRole::Worker } else { NodeRole::Manager })
         }
         fn is_current(&self) -> bool {
             !self.is_behind.load(Ordering::Relaxed)
@@ -164,7 +179,7 @@ mod tests {
         let gate = Gate::of(Arc::clone(&known));
         let wake = || known.changes.send_modify(|version| *version += 1);
         assert_eq!(Gate::default().admit(RAFT, MANAGER).unwrap(), MANAGER);
-        assert_eq!(gate.admit(RAFT, MANAGER).unwrap(), MANAGER, "nothing is known of it");
+        assert_eq!(gate.admit(RAFT, MANAGER).unwrap(), MANAGER);
         assert_eq!(has_ended(&gate, wake).await, None);
 
         let demoted = has_ended(&gate, || {
@@ -198,5 +213,36 @@ mod tests {
         let other = Caller::Node(NodeId(8), NodeRole::Manager);
         assert_eq!(gate.admit(RAFT, other).unwrap(), other);
         assert_eq!(gate.admit(CONTROL, Caller::Anonymous).unwrap(), Caller::Anonymous);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_manager_that_is_behind_does_not_cut_its_leader_off() {
+        let known = Arc::new(Known::default());
+        let gate = Gate::of(Arc::clone(&known));
+        known.workers.lock().unwrap().push(NodeId(7));
+        known.is_behind.store(true, Ordering::Relaxed);
+        let end = gate.end_of(MANAGER);
+        tokio::pin!(end);
+        let waited = tokio::time::timeout(5 * DEMOTED_GRACE, &mut end).await;
+        assert!(waited.is_err(), "it may be the leader");
+        known.is_behind.store(false, Ordering::Relaxed);
+        assert_eq!(tokio::time::timeout(2 * DEMOTED_GRACE, end).await, Ok(()));
+    }
+
+    #[test]
+    fn a_node_that_the_state_does_not_have_is_no_manager() {
+        let known = Arc::new(Known::default());
+        let gate = Gate::of(Arc::clone(&known));
+        known.unknown.lock().unwrap().push(NodeId(7));
+        for (name, is_behind, path, caller, expect) in [
+            ("in a restored swarm", false, CONTROL, MANAGER, WORKER),
+            ("it may be joining", false, RAFT, MANAGER, MANAGER),
+            ("it may have joined", true, CONTROL, MANAGER, MANAGER),
+            ("it may lead", true, RAFT, MANAGER, MANAGER),
+            ("a worker", false, CONTROL, WORKER, WORKER),
+        ] {
+            known.is_behind.store(is_behind, Ordering::Relaxed);
+            assert_eq!(gate.admit(path, caller).unwrap(), expect, "{name}");
+        }
     }
 }

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use skep_common::object::Cluster;
+use skep_common::spec::Nanos;
 use skep_common::{NodeId, Object, Timestamp};
 
 use crate::command::{Action, Expect};
@@ -26,11 +27,15 @@ pub(crate) fn keep_out(state: &State, node_id: NodeId, now: Timestamp) -> Option
 pub(crate) fn keep_all_out(state: &State, nodes: &[NodeId], now: Timestamp) -> Option<Action> {
     let cluster = state.cluster()?;
     let mut changed = (**cluster).clone();
-    // Their certificates may be of a time when they lived longer.
-    let life = certificate_life(&cluster.spec).max(CERTIFICATE_LIFE);
-    let until = now.after(life + MARGIN);
+    let until = now.after(longest_life(cluster) + MARGIN);
     changed.blacklisted.extend(nodes.iter().map(|node_id| (*node_id, until)));
     Some(put(changed))
+}
+
+/// How long any certificate of the swarm may be good: that of a node may be of a time when they lived longer.
+fn longest_life(cluster: &Cluster) -> Duration {
+    let longest = cluster.longest_node_cert_expiry.map_or(CERTIFICATE_LIFE, Nanos::duration);
+    longest.max(certificate_life(&cluster.spec)).max(CERTIFICATE_LIFE)
 }
 
 /// Forgets those whose certificates have long ended.
@@ -58,13 +63,12 @@ fn put(cluster: Cluster) -> Action {
 mod tests {
     use super::*;
     use crate::testing::{NOW, World, cluster, node, service};
-    use skep_common::spec::NodeRole;
 
     #[test]
     fn a_removed_node_is_refused_until_its_certificate_has_long_ended() {
         let manager = |format_level| {
             let mut manager = node(1);
-            manager.spec.role = NodeRole::Manager;
+            manager.manager_status = Some(skep_common::object::ManagerStatus::default());
             manager.description.get_or_insert_default().format_level = format_level;
             Object::Node(Box::new(manager))
         };
@@ -87,5 +91,40 @@ mod tests {
         world.apply(forget(&world.state, until).into_iter().collect());
         assert!(!is_kept_out(&world.state, gone));
         assert_eq!(forget(&world.state, until), None);
+    }
+
+    #[test]
+    fn a_removed_node_is_refused_for_as_long_as_any_certificate_was_ever_good() {
+        let days = |n_days: u64| Duration::from_hours(n_days * 24);
+        for (name, lives, expect) in [
+            ("the default", &[][..], days(90)),
+            ("a short one", &[1], days(90)),
+            ("a long one", &[400], days(400)),
+            ("a long one that was shortened", &[400, 1], days(400)),
+            ("twice", &[400, 1, 200, 30], days(400)),
+            ("longer again", &[400, 1, 500], days(500)),
+            ("longer than the default, and back to it", &[100, 90], days(100)),
+        ] {
+            let mut changed = cluster();
+            for n_days in lives {
+                let mut spec = changed.spec.clone();
+                let config = spec.ca_config.get_or_insert_default();
+                config.node_cert_expiry = Some(days(*n_days).into());
+                changed = crate::swarm::with_spec(&changed, spec, false, Vec::new).unwrap();
+            }
+            let mut world = World::new("", service(0), "");
+            let mut manager = node(1);
+            manager.description.get_or_insert_default().format_level = level::CONTROL;
+            manager.manager_status = Some(skep_common::object::ManagerStatus::default());
+            world.put(vec![
+                Object::Cluster(Box::new(changed)),
+                Object::Node(Box::new(manager)),
+                Object::Node(Box::new(node(2))),
+            ]);
+            let gone = node(2).id;
+            world.apply(crate::remove_node(&world.state, gone, NOW));
+            let until = world.state.cluster().unwrap().blacklisted[&gone];
+            assert_eq!(until, NOW.after(expect + MARGIN), "{name}");
+        }
     }
 }

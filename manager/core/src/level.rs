@@ -3,11 +3,11 @@
 //! A command and a snapshot have the lowest level that they are understood at, so that managers of an
 //! earlier version go on in a swarm that does not use what is new. What users ask for is refused while a
 //! manager would not understand it ([`check`]); what the leader writes by itself waits until [`of_managers`]
-//! says that all do.
+//! says that all do. A program that would stop at the state does not become a manager ([`check_new`]).
 
 use skep_common::object::{Cluster, NetworkAttachment, Node, Service, Task, TaskStatus};
 use skep_common::spec::{
-    ModeKind, NetworkAttachmentConfig, NodeRole, PublishMode, ServiceSpec, TaskSpec, predefined,
+    ModeKind, NetworkAttachmentConfig, PublishMode, ServiceSpec, TaskSpec, predefined,
 };
 use skep_common::{Kind, NodeId, Object, TaskState};
 
@@ -91,8 +91,29 @@ pub fn check(state: &State, level: u32, own: NodeId) -> Result<(), Unmet> {
     unmet.min_by_key(|unmet| matches!(unmet, Unmet::NotSaid { .. })).map_or(Ok(()), Err)
 }
 
+/// Others get no log. Who becomes one is asked before it does ([`check_new`]).
 fn is_manager(node: &Node) -> bool {
-    node.manager_status.is_some() || node.spec.role == NodeRole::Manager
+    node.manager_status.is_some()
+}
+
+/// A program that cannot become a manager. Remedy: upgrade it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the swarm uses format level {level}, and this node's program knows {known}: upgrade it, then let it join the managers"
+)]
+pub struct TooOldToManage {
+    /// What the swarm's state uses.
+    pub level: u32,
+    /// What the node knows.
+    pub known: u32,
+}
+
+/// Whether a node may become a manager that says so of itself: 0 where its program is of before managers said it, and
+/// then its session may have.
+pub fn check_new(state: &State, node: &Node, said: u32) -> Result<(), TooOldToManage> {
+    let described = node.description.as_ref().map_or(0, |description| description.format_level);
+    let (level, known) = (state.level(), if said == 0 { described.max(FIRST) } else { said });
+    if known < level { Err(TooOldToManage { level, known }) } else { Ok(()) }
 }
 
 /// The level that a transaction is understood at.
@@ -150,6 +171,7 @@ fn of_cluster(cluster: &Cluster) -> u32 {
         || cluster.unlock_key.is_some()
         || cluster.unlock_key_version > 0
         || !cluster.blacklisted.is_empty()
+        || cluster.longest_node_cert_expiry.is_some()
         || strategy.is_some();
     if is_new { CONTROL } else { FIRST }
 }
@@ -240,7 +262,7 @@ fn of_places<'a>(mut places: impl Iterator<Item = &'a NetworkAttachment>) -> u32
 mod tests {
     use serde_json::{Value, json};
     use skep_common::object::{ManagerStatus, PortCondition};
-    use skep_common::spec::PortProtocol;
+    use skep_common::spec::{NodeRole, PortProtocol};
     use skep_common::{Network, ServiceId};
 
     use super::*;
@@ -370,6 +392,7 @@ mod tests {
         unknown.description = None;
         let mut promoted = node(2);
         promoted.spec.role = NodeRole::Manager;
+        promoted.description = None;
         let worker = node(3);
         assert_eq!(
             level(vec![manager(1, 3), manager(2, 3), worker.clone()]),
@@ -395,7 +418,38 @@ mod tests {
         assert_eq!(unmet(4, vec![manager(1, 0), manager(2, 4)]), Ok(()), "who asks knows itself");
         assert_eq!(level(vec![manager(1, 3), manager(2, 0)]), 1, "one that does not say so");
         assert_eq!(level(vec![manager(1, 3), unknown]), 1, "one that has said nothing yet");
-        assert_eq!(level(vec![manager(1, 3), promoted]), 1, "one that is about to be a manager");
+        let joining = vec![manager(1, 3), promoted];
+        assert_eq!(level(joining.clone()), 3, "one that did not come so far has no log");
+        assert_eq!(unmet(3, joining), Ok(()));
         assert_eq!(level(vec![manager(1, 4), manager(2, 3)]), 3, "a newer one");
+    }
+
+    #[test]
+    fn a_program_that_would_stop_at_the_state_becomes_no_manager() {
+        let mut world = World::new("", service(0), "");
+        let mut refusing = crate::testing::cluster();
+        refusing.blacklisted.insert(skep_common::NodeId(9), NOW);
+        for (name, is_used, described, said, expect) in [
+            ("nothing new is used", false, None, 0, None),
+            ("its session has not said", true, None, 0, Some(FIRST)),
+            ("it is old", true, Some(FACTS), 0, Some(FACTS)),
+            ("it says so itself", true, None, CONTROL, None),
+            ("it was upgraded", true, Some(FACTS), CONTROL, None),
+            ("its session has said", true, Some(CONTROL), 0, None),
+            ("it was downgraded", true, Some(CONTROL), FACTS, Some(FACTS)),
+        ] {
+            if is_used {
+                world = World::new("", service(0), "");
+                world.put(vec![Object::Cluster(Box::new(refusing.clone()))]);
+            }
+            let mut joining = node(2);
+            joining.description = described.map(|format_level| {
+                let description = skep_common::object::NodeDescription::default();
+                skep_common::object::NodeDescription { format_level, ..description }
+            });
+            let expect =
+                expect.map_or(Ok(()), |known| Err(TooOldToManage { level: CONTROL, known }));
+            assert_eq!(check_new(&world.state, &joining, said), expect, "{name}");
+        }
     }
 }

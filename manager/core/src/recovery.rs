@@ -18,6 +18,10 @@ use crate::kept_out::keep_all_out;
 use crate::reaper::remove_node;
 use crate::store::State;
 
+/// Bits of a term that count elections: at ten a second they last for thirteen years. Those above are its epoch, when
+/// the swarm began anew, in seconds since 1970.
+pub const ELECTION_BITS: u32 = 32;
+
 /// Why a manager cannot go on alone with what it has.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {

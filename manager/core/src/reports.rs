@@ -67,7 +67,8 @@ impl Reports {
 
     /// What is to be stored now; whoever fails to store it gives it [back](Self::give_back).
     pub fn next(&mut self, state: &State) -> Statuses {
-        if level::of_managers(state) < level::FACTS {
+        let level = level::of_managers(state);
+        if level < level::FACTS {
             self.missed.clear(); // A manager of before would not keep it; the log of this one has it.
         }
         let statuses = &mut self.statuses;
@@ -83,6 +84,10 @@ impl Reports {
             let stored = || state.task(*task_id).map(|task| task.status.unacknowledged.clone());
             let missed = self.missed.get(task_id).cloned();
             status.unacknowledged = missed.or_else(stored).unwrap_or_default();
+            if level < level::CONTROL {
+                // A manager of before would stop at it; the node has it, and says it again in its next report.
+                (status.attempts, status.n_attempts) = (Vec::new(), 0);
+            }
         }
         std::mem::take(&mut self.statuses)
     }
@@ -164,7 +169,7 @@ mod tests {
         for number in [1, 2] {
             let mut node = crate::testing::node(number);
             node.description.as_mut().unwrap().format_level = level::FACTS;
-            node.spec.role = skep_common::spec::NodeRole::Manager;
+            node.manager_status = Some(skep_common::object::ManagerStatus::default());
             world.replace(skep_common::Object::Node(Box::new(node)));
         }
         let mut reports = Reports::default();
@@ -176,5 +181,30 @@ mod tests {
         assert_eq!(reports.next(&world.state), Statuses::new());
         reports.take(&world.state, NODE, TASK, status(TaskState::Running)).unwrap();
         assert_eq!(reports.next(&world.state)[&TASK].unacknowledged, ["n2"]);
+    }
+
+    #[test]
+    fn attempts_are_stored_where_every_manager_understands_them() {
+        let attempt = skep_common::object::Attempt::default();
+        for (format_level, n_stored) in [(level::CONTROL - 1, 0), (level::CONTROL, 1)] {
+            let mut world = world();
+            let mut manager = crate::testing::node(2);
+            manager.description.as_mut().unwrap().format_level = format_level;
+            manager.manager_status = Some(skep_common::object::ManagerStatus::default());
+            world.replace(skep_common::Object::Node(Box::new(manager)));
+            let mut reports = Reports::default();
+            let attempts = vec![attempt.clone()];
+            let told = TaskStatus { attempts, n_attempts: 1, ..status(TaskState::Running) };
+            reports.take(&world.state, NODE, TASK, told).unwrap();
+            let next = reports.next(&world.state);
+            assert_eq!(next[&TASK].state, TaskState::Running);
+            assert_eq!(
+                (next[&TASK].attempts.len(), next[&TASK].n_attempts),
+                (n_stored, n_stored as u32),
+                "{format_level}"
+            );
+            let command = crate::Command::new(crate::testing::NOW, patches(&next).collect());
+            assert!(command.level <= format_level);
+        }
     }
 }

@@ -88,11 +88,13 @@ mod tests {
     use super::*;
     use crate::testing::{World, node, service};
     use skep_common::Object;
+    use skep_common::object::ManagerStatus;
 
     /// A manager or worker of the newest level.
     fn of_role(number: u16, role: NodeRole) -> Node {
         let mut node = node(number);
         node.spec.role = role;
+        node.manager_status = (role == NodeRole::Manager).then(ManagerStatus::default);
         node.description.get_or_insert_default().format_level = CONTROL;
         node
     }

@@ -203,7 +203,7 @@ mod tests {
             let mut node = (**self.0.state.node(NodeId(number)).unwrap()).clone();
             let expect = Expect::Version(node.meta.version);
             if number == 1 {
-                node.spec.role = skep_common::spec::NodeRole::Manager;
+                node.manager_status = Some(skep_common::object::ManagerStatus::default());
             }
             let description = node.description.get_or_insert_default();
             description.format_level = level::CONTROL;

@@ -289,7 +289,6 @@ pub fn of_stack<'a>(
 #[cfg(test)]
 mod tests {
     use serde_json::json;
-    use skep_common::spec::NodeRole;
 
     use super::*;
     use crate::testing::{World, node, service as web};
@@ -355,7 +354,7 @@ mod tests {
     fn revisions_are_numbered_and_bounded() {
         let (mut world, id) = created();
         let mut manager = node(2);
-        manager.spec.role = NodeRole::Manager;
+        manager.manager_status = Some(skep_common::object::ManagerStatus::default());
         manager.description.as_mut().unwrap().format_level = level::CONTROL;
         let get = |world: &World| (**world.state.service(id).unwrap()).clone();
         let set = |world: &mut World, value: &str| {

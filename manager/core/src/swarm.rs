@@ -92,6 +92,11 @@ pub fn with_spec(
     check(&spec)?;
     let mut changed = cluster.clone();
     changed.spec = SwarmSpec { name: "default".into(), ..spec };
+    let life = certificate_life(&cluster.spec);
+    if life > CERTIFICATE_LIFE.max(certificate_life(&changed.spec)) {
+        // Certificates of then outlive those that are signed from now on.
+        changed.longest_node_cert_expiry = changed.longest_node_cert_expiry.max(Some(life.into()));
+    }
     let is_locked = starts_locked(&changed.spec);
     if is_key_rotated && !is_locked {
         return Err(Error::NotLocked);

@@ -68,6 +68,7 @@ pub fn cluster() -> Cluster {
         unlock_key: None,
         unlock_key_version: 0,
         blacklisted: Default::default(),
+        longest_node_cert_expiry: None,
     }
 }
 

@@ -17,6 +17,7 @@ use openraft::storage::{RaftLogReader as _, RaftLogStorage as _};
 use openraft::{BasicNode, EntryPayload};
 use skep_common::Timestamp;
 use skep_manager_core::State;
+use skep_manager_core::recovery::ELECTION_BITS;
 
 use super::disk::{self, DirLock, Disk, RealDisk};
 use super::log::{LogOptions, LogStore};
@@ -24,9 +25,6 @@ use super::machine::{self, Unapplicable};
 use super::seal::DataKey;
 use super::snapshot::{SnapshotData, SnapshotStore};
 use super::types::{Membership, SnapshotMeta, StoredMembership, Vote, log_id};
-
-/// Bits of a term that count elections: at ten a second they last for thirteen years.
-const ELECTION_BITS: u32 = 32;
 
 /// Why a swarm did not begin anew. What was there is as it was.
 #[derive(Debug, thiserror::Error)]
@@ -188,6 +186,7 @@ async fn close(log: LogStore) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use skep_manager_core::endpoints::first_version;
 
     #[test]
     fn a_new_epoch_is_above_every_term_before_and_comes_with_time() {
@@ -202,5 +201,8 @@ mod tests {
         let third = first_term(second, Timestamp::from_secs(7));
         assert!(third > second);
         assert_eq!(epoch(41), 0);
+        // So are the versions of its tables.
+        let versions = [41, first, first + 5, second, third, third + 1].map(first_version);
+        assert!(versions.is_sorted_by(|before, after| before < after), "{versions:?}");
     }
 }

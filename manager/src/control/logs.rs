@@ -9,6 +9,7 @@ use std::time::Duration;
 use skep_common::limits::QUEUE_LENGTH;
 use skep_common::object::NodeState;
 use skep_common::{Kind, Node, NodeId, ServiceId, Task, TaskId};
+use skep_manager_core::State;
 use skep_proto::peer_client::PeerClient;
 use skep_proto::{LogRecord, ServiceLogsRequest, TaskLogsRequest};
 use skep_runtime::transport::Peer;
@@ -57,8 +58,9 @@ async fn run(
     records: &Records,
 ) {
     let mut feed = control.inner.consensus.subscribe();
-    let mut state = match control.read().await {
-        Ok(state) => state,
+    // Who asks looked up what it asks about, and was told then where that may be old.
+    let mut state = match control.read_for_looking().await {
+        Ok((state, _)) => state,
         Err(error) => {
             let _ = records.send(Err(error.into())).await; // The client is gone when this fails.
             return;
@@ -127,19 +129,23 @@ fn read_task(
 }
 
 impl TaskLog {
-    /// Passes the log on to its end. A follower outlasts a restart of the node's daemon: what its stream
-    /// had not brought is asked for again, from that place on.
+    /// Passes the log on to its end. A follower outlasts a restart of the node's daemon, and the end of a
+    /// container that the node follows by another one of the same task: what its stream had not brought is
+    /// asked for again, from that place on.
     async fn pass_on(mut self) {
         let mut pause = RETRY_MIN;
+        let mut had_end = false;
         loop {
             let from = self.ask.from;
-            let Err(status) = self.read().await else { return };
-            if !self.ask.follow || !is_of_connection(&status) || !self.is_node_expected() {
-                let (task_id, node_id, why) = (self.task_id, self.node_id, status.message());
-                let error = format!("no logs of task {task_id} from node {node_id}: {why}");
-                let record = self.labelled(LogRecord { error, ..LogRecord::default() });
-                let _ = self.records.send(Ok(record)).await; // The client is gone when this fails.
-                return;
+            // Known before the log is read to its end: what is over by then writes no more.
+            let is_over = is_over(&self.control.inner.consensus.state(), self.task_id);
+            match self.read().await {
+                Ok(()) if !self.ask.follow || is_over => return,
+                Ok(()) => had_end = true,
+                Err(status) if self.ask.follow && self.may_answer(&status) => {}
+                // It was read to its end before its node forgot it.
+                Err(status) if had_end && status.code() == tonic::Code::NotFound => return,
+                Err(status) => return self.say(&status).await,
             }
             if self.ask.from != from {
                 pause = RETRY_MIN;
@@ -150,6 +156,14 @@ impl TaskLog {
             }
             pause = (pause * 2).min(RETRY_MAX);
         }
+    }
+
+    /// Says why there is no more of the log.
+    async fn say(&self, status: &Status) {
+        let (task_id, node_id, why) = (self.task_id, self.node_id, status.message());
+        let error = format!("no logs of task {task_id} from node {node_id}: {why}");
+        let record = self.labelled(LogRecord { error, ..LogRecord::default() });
+        let _ = self.records.send(Ok(record)).await; // The client is gone when this fails.
     }
 
     /// Passes on what one stream brings. Fine if it ended, or nobody listens.
@@ -178,11 +192,12 @@ impl TaskLog {
         }
     }
 
-    /// Whether the node may answer again: managers have not given it up.
-    fn is_node_expected(&self) -> bool {
+    /// Whether the node may answer again: its stream broke, and managers have not given it up.
+    fn may_answer(&self, status: &Status) -> bool {
         let state = self.control.inner.consensus.state();
         let is_up = |node: &Node| node.status.state != NodeState::Down;
-        state.task(self.task_id).is_some()
+        is_of_connection(status)
+            && state.task(self.task_id).is_some()
             && state.node(self.node_id).is_some_and(|node| is_up(node))
     }
 }
@@ -194,4 +209,9 @@ fn is_of_connection(status: &Status) -> bool {
         status.code(),
         Code::Unavailable | Code::Unknown | Code::Internal | Code::Cancelled | Code::Aborted
     )
+}
+
+/// Whether a task starts no container any more.
+fn is_over(state: &State, task_id: TaskId) -> bool {
+    state.task(task_id).is_none_or(|task| task.status.state.is_terminal())
 }

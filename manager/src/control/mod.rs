@@ -67,6 +67,8 @@ pub(crate) struct Inner {
     pub(crate) lock_version: tokio_watch::Receiver<u64>,
     /// Whether this manager's disk is full.
     pub(crate) space: tokio_watch::Receiver<Option<Full>>,
+    /// Who has it may think about a question that looks at all tasks.
+    pub(crate) questions: Arc<tokio::sync::Semaphore>,
 }
 
 /// How long a request waits for the key file of the manager that answers it; a disk that fails is in its log.
@@ -143,10 +145,10 @@ impl ControlService {
 
     /// Commits one transaction, or says why not.
     async fn write(&self, actions: Vec<Action>) -> Result<Version, Error> {
-        let command = self.command(actions).await?;
         if self.inner.reach.is_quorum_lost() {
             self.read().await?; // It says so at once, and after a wait that is worth it only otherwise.
         }
+        let command = self.command(actions).await?;
         let written = self.inner.consensus.propose(&command).await;
         outcome(written.map_err(|error| self.unwritten(error))?)
     }

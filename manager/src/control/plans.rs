@@ -1,5 +1,6 @@
 //! What would happen, and why what waits does. Both are found here, on a view of this manager; the leader
-//! is not asked.
+//! is not asked. One such question at a time is thought about, for a bounded time, and no longer than who asked
+//! waits for the answer.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -15,46 +16,80 @@ use skep_proto::{
     PlannedTask, WhatIfRequest,
 };
 use skep_runtime::clock;
+use tokio_util::sync::CancellationToken;
 
 use super::error::Error;
-use super::{ControlService, parse_id, parse_json, services};
+use super::{ControlService, parse_id, parse_json, services, stacks};
 use crate::consensus::MemberRole;
 
-/// Answers whose making looks at all tasks are made on a thread of their own.
+/// How long a manager thinks about one question.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
+
+/// Answers whose making looks at all tasks are made on a thread of their own, one after the other.
 async fn aside<T: Send + 'static>(
-    what: impl FnOnce() -> Result<T, Error> + Send + 'static,
+    control: &ControlService,
+    what: impl FnOnce(&dyn Fn() -> bool) -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    let made = tokio::task::spawn_blocking(what).await;
-    made.unwrap_or_else(|error| Err(Error::Precondition(format!("no answer was found: {error}"))))
+    let unfound = |error: &dyn std::fmt::Display| {
+        Error::Precondition(format!("no answer was found: {error}"))
+    };
+    let turn = control.inner.questions.clone().acquire_owned().await;
+    let turn = turn.map_err(|error| unfound(&error))?;
+    // A request whose client goes away is dropped, and this with it.
+    let asked = CancellationToken::new();
+    let _asked = asked.clone().drop_guard();
+    let made = tokio::task::spawn_blocking(move || {
+        let _turn = turn;
+        let until = clock::monotonic() + ANSWERS_WITHIN;
+        what(&|| asked.is_cancelled() || clock::monotonic() > until)
+    });
+    made.await.unwrap_or_else(|error| Err(unfound(&error)))
 }
 
 pub(super) async fn explain(
     control: &ControlService,
     request: ExplainRequest,
 ) -> Result<ExplainResponse, Error> {
-    let state = control.read().await?;
-    aside(move || match request.task_id.is_empty() {
-        true => explain_service(&state, &request.service_id),
+    let (state, stale) = control.read_for_looking().await?;
+    let unconfirmed = stale.clone();
+    let answer = aside(control, move |is_late| match request.task_id.is_empty() {
+        true => explain_service(&state, &request.service_id, is_late),
         false => explain_task(&state, &request.task_id),
-    })
-    .await
+    });
+    match answer.await {
+        Ok(answer) => Ok(ExplainResponse { stale, ..answer }),
+        Err(error @ Error::NotFound { .. }) if !unconfirmed.is_empty() => {
+            Err(Error::Unconfirmed { missing: error.to_string(), stale: unconfirmed })
+        }
+        Err(error) => Err(error),
+    }
 }
 
-fn explain_service(state: &State, id: &str) -> Result<ExplainResponse, Error> {
+fn explain_service(
+    state: &State,
+    id: &str,
+    is_late: &dyn Fn() -> bool,
+) -> Result<ExplainResponse, Error> {
     let service = services::find(state, id)?;
     let explainer = Explainer::new(state);
     let mut tasks: Vec<&Arc<Task>> = state.tasks_of_service(service.id).collect();
     tasks.sort_by_key(|task| (task.slot_key(), task.meta.created_at, task.id));
-    let is_open =
-        |task: &&&Arc<Task>| task.desired_state.wants_run() && !task.status.state.is_terminal();
-    let tasks = tasks.iter().filter(is_open).map(|task| explained(&explainer, task));
+    tasks.retain(|task| task.desired_state.wants_run() && !task.status.state.is_terminal());
+    let n_tasks = tasks.len();
+    let mut n_seen = 0;
+    let in_time = tasks.into_iter().take_while(|_| !is_late()).inspect(|_| n_seen += 1);
     let is_amiss =
         |task: &ExplainedTask| !task.reason.is_empty() || task.state != TaskState::Running.name();
-    Ok(ExplainResponse {
-        tasks: tasks.filter(is_amiss).collect(),
-        notes: explainer.service(&service),
-        service_name: service.spec.name.clone(),
-    })
+    let tasks = in_time.map(|task| explained(&explainer, task)).filter(is_amiss).collect();
+    let mut notes = explainer.service(&service);
+    if let n_left @ 1.. = n_tasks - n_seen {
+        notes.push(format!(
+            "{n_left} of its {n_tasks} tasks were not looked at within {} s: ask about one of them",
+            ANSWERS_WITHIN.as_secs()
+        ));
+    }
+    let service_name = service.spec.name.clone();
+    Ok(ExplainResponse { tasks, notes, service_name, stale: String::new() })
 }
 
 fn explain_task(state: &State, id: &str) -> Result<ExplainResponse, Error> {
@@ -63,8 +98,8 @@ fn explain_task(state: &State, id: &str) -> Result<ExplainResponse, Error> {
     let task = state.task(task_id).ok_or_else(not_found)?;
     Ok(ExplainResponse {
         tasks: vec![explained(&Explainer::new(state), task)],
-        notes: Vec::new(),
         service_name: task.service_name.clone(),
+        ..ExplainResponse::default()
     })
 }
 
@@ -84,26 +119,27 @@ fn explained(explainer: &Explainer<'_>, task: &Task) -> ExplainedTask {
     }
 }
 
-/// How long a manager thinks about one question.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(2);
-
 pub(super) async fn plan(
     control: &ControlService,
     request: PlanRequest,
 ) -> Result<PlanResponse, Error> {
     let state = control.read().await?;
-    aside(move || {
-        let now = clock::now();
-        let (actions, mut warnings) = match &request.stack {
-            Some(deploy) => {
-                let spec = parse_json("stack", &deploy.spec_json)?;
-                let deployment = stack::deploy(&state, spec, deploy.prune, now, &mut rand::rng())?;
-                (deployment.actions, Vec::new())
-            }
-            None => of_service(&state, &request)?,
-        };
-        let until = clock::monotonic() + ANSWERS_WITHIN;
-        let ask = Ask { now, is_late: &|| clock::monotonic() > until };
+    let (actions, mut warnings) = match &request.stack {
+        Some(deploy) => {
+            let spec = parse_json("stack", &deploy.spec_json)?;
+            let warnings = stacks::warnings(&spec);
+            let (prune, now) = (deploy.prune, clock::now());
+            (stack::deploy(&state, spec, prune, now, &mut rand::rng())?.actions, warnings)
+        }
+        None => of_service(&state, &request)?,
+    };
+    // What the write would be refused for is no plan; where there is nothing to write, nothing is refused.
+    let actions = match actions.is_empty() {
+        true => actions,
+        false => control.command(actions).await?.actions,
+    };
+    aside(control, move |is_late| {
+        let ask = Ask { now: clock::now(), is_late };
         let answer = whatif::of_actions(&state, actions, &ask, &mut rand::rng())?;
         let mut response = response(&state, answer);
         warnings.append(&mut response.warnings);
@@ -133,15 +169,14 @@ pub(super) async fn what_if(
 ) -> Result<PlanResponse, Error> {
     let state = control.read().await?;
     let managers = managers(control, &state);
-    aside(move || {
+    aside(control, move |is_late| {
         let mut down = BTreeSet::new();
         for id in &request.down_node_ids {
             let node_id = NodeId(parse_id(Kind::Node, id)?);
             let not_found = || Error::NotFound { kind: "node", reference: id.clone() };
             down.insert(state.node(node_id).ok_or_else(not_found)?.id);
         }
-        let until = clock::monotonic() + ANSWERS_WITHIN;
-        let ask = Ask { now: clock::now(), is_late: &|| clock::monotonic() > until };
+        let ask = Ask { now: clock::now(), is_late };
         let answer = whatif::of_nodes_down(&state, &down, &managers, &ask, &mut rand::rng())?;
         Ok(response(&state, answer))
     })
@@ -158,8 +193,12 @@ fn managers(control: &ControlService, state: &State) -> Managers {
     };
     let members = control.inner.consensus.members();
     let voters = members.iter().filter(|member| member.role == MemberRole::Voter);
-    let voters = voters.filter_map(|member| node_of(member.raft_id)).collect();
-    Managers { voters, leader: control.facts(state).leader.and_then(node_of) }
+    let voters: Vec<Option<NodeId>> = voters.map(|member| node_of(member.raft_id)).collect();
+    Managers {
+        n_unnamed: voters.iter().filter(|voter| voter.is_none()).count(),
+        voters: voters.into_iter().flatten().collect(),
+        leader: control.facts(state).leader.and_then(node_of),
+    }
 }
 
 fn response(state: &State, answer: WhatIf) -> PlanResponse {

@@ -13,13 +13,7 @@ pub(super) async fn deploy(
     request: DeployStackRequest,
 ) -> Result<DeployStackResponse, Error> {
     let spec: StackSpec = parse_json("stack", &request.spec_json)?;
-    let of_service = |service: &skep_common::spec::ServiceSpec| {
-        let name = service.name.clone();
-        validate::warnings(service)
-            .into_iter()
-            .map(move |warning| format!("service {name}: {warning}"))
-    };
-    let warnings: Vec<String> = spec.services.iter().flat_map(of_service).collect();
+    let warnings = warnings(&spec);
     loop {
         let state = control.read().await?;
         let deployment =
@@ -47,6 +41,17 @@ pub(super) async fn deploy(
             removed_configs: deployment.configs.removed,
         });
     }
+}
+
+/// What users should know of an accepted stack.
+pub(super) fn warnings(spec: &StackSpec) -> Vec<String> {
+    let of_service = |service: &skep_common::spec::ServiceSpec| {
+        let name = service.name.clone();
+        validate::warnings(service)
+            .into_iter()
+            .map(move |warning| format!("service {name}: {warning}"))
+    };
+    spec.services.iter().flat_map(of_service).collect()
 }
 
 pub(super) async fn remove(

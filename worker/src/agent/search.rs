@@ -2,7 +2,8 @@
 //!
 //! Whose session has just ended is asked once more, since it may be there still. Then every manager is asked
 //! once before any is asked again, and the one that is said to lead comes next. Managers are told who was lost: they
-//! answer when they know another leader.
+//! answer when they know another leader. If one names the one whose session has ended all the same, that leads still or
+//! again, and is asked once more with patience.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -24,6 +25,8 @@ pub(super) struct Search {
     lost: Option<String>,
     /// Whether the next is the one whose session has just ended.
     is_again: bool,
+    /// Was asked in this round, but without patience.
+    in_haste: Option<String>,
 }
 
 /// Whom to ask.
@@ -55,6 +58,7 @@ impl Search {
         let others: Vec<&String> = others.collect();
         if others.is_empty() {
             self.in_vain.clear();
+            self.in_haste = None;
             return None;
         }
         let address = others[rng.random_range(0..others.len())].clone();
@@ -66,16 +70,24 @@ impl Search {
         if asked.is_leader {
             self.lost = Some(asked.address.clone());
         }
-        self.in_vain.insert(asked.address);
+        self.was_asked(asked);
     }
 
     /// It names another one.
     pub(super) fn redirected(&mut self, asked: Asked, to: String) {
-        self.in_vain.insert(asked.address);
-        // Who was asked in this round knows no better than the one who named it.
-        if !self.in_vain.contains(&to) {
+        self.was_asked(asked);
+        // Who was asked in this round knows no better than the one who named it, unless it had no time to answer.
+        let is_patience_due = self.in_haste.take_if(|hasty| *hasty == to).is_some();
+        if is_patience_due || !self.in_vain.contains(&to) {
             self.next = Some(to);
         }
+    }
+
+    fn was_asked(&mut self, asked: Asked) {
+        if asked.deadline == AGAIN_DEADLINE {
+            self.in_haste = Some(asked.address.clone());
+        }
+        self.in_vain.insert(asked.address);
     }
 }
 
@@ -129,6 +141,42 @@ mod tests {
             assert_eq!((words[0].as_str(), words.last().unwrap().as_str()), ("b", "c without b"));
             assert!(words.len() <= 3, "{words:?}");
         }
+    }
+
+    /// The one whose session ended is slow, or has to be elected again.
+    #[test]
+    fn a_leader_that_leads_again_is_asked_again_once_in_a_round_and_with_patience() {
+        for (name, n_vain, rest) in [
+            ("at the second time", 1, vec!["b without b"]),
+            ("not in this round", 9, vec!["b without b", "? without b", "-"]),
+        ] {
+            for seed in 0..9 {
+                let n_asked = std::cell::Cell::new(0);
+                let answer = |of: &str| {
+                    n_asked.set(n_asked.get() + usize::from(of == "b"));
+                    (of != "b" || n_asked.get() > n_vain).then_some("b")
+                };
+                let words = asked(seed, Search::after("b".into()), 2 + rest.len(), answer);
+                assert_eq!(words[0], "b", "{name}");
+                let others = words[2..].iter().map(|word| match &word[..1] {
+                    "a" | "c" => format!("?{}", &word[1..]),
+                    _ => word.clone(),
+                });
+                assert_eq!(others.collect::<Vec<_>>(), rest, "{name}: {words:?}");
+            }
+        }
+        let (known, mut rng) = (MANAGERS.map(str::to_owned), StdRng::seed_from_u64(7));
+        let mut search = Search::after("b".into());
+        let mut deadlines = Vec::new();
+        while let Some(asked) = search.next(&known, &mut rng) {
+            if asked.address == "b" {
+                deadlines.push(asked.deadline);
+                search.failed(asked);
+            } else {
+                search.redirected(asked, "b".into());
+            }
+        }
+        assert_eq!(deadlines, [AGAIN_DEADLINE, WELCOME_DEADLINE]);
     }
 
     #[test]

@@ -65,6 +65,7 @@ async fn tasks_that_wait_say_why_once_for_those_with_one_reason() {
         tasks,
         notes: vec!["update paused due to failure of task x".into()],
         service_name: "web".into(),
+        stale: String::new(),
     };
     let (code, out, err) = run(&daemon, "service explain web").await;
     let expect = "\

@@ -27,6 +27,7 @@ use skep_common::mistakes::{self, Mistake};
 use skep_common::serving::withheld;
 use skep_common::{NetworkId, NodeId, Task, TaskId, TaskState, Timestamp};
 
+use crate::recovery::ELECTION_BITS;
 use crate::store::State;
 use ingress::Ingress;
 pub use ingress::{Peer, Port, PortKey, Table, TableChanges, diff, table};
@@ -158,8 +159,20 @@ fn is_to_stop(state: &State, task_id: TaskId) -> bool {
     state.task(task_id).is_some_and(|task| !task.desired_state.wants_run())
 }
 
-/// How many bits of a version count the tables of one leader; those above are its term.
+/// How many bits of a version count the tables of one leader, in a swarm as it was founded; those above are its term.
 const VERSION_BITS: u32 = 32;
+/// The same in a swarm that began anew. A leader of more tables goes on in the range of the next term.
+const VERSION_BITS_ANEW: u32 = 24;
+
+/// What the versions of a term are above. An epoch ([`ELECTION_BITS`]) keeps its place in the upper half; so many
+/// elections as do not fit between it and the count take more than the second after which the next epoch may begin.
+pub fn first_version(term: u64) -> u64 {
+    let election = term & ((1 << ELECTION_BITS) - 1);
+    match term - election {
+        0 => election << VERSION_BITS,
+        epoch => epoch.saturating_add(election << VERSION_BITS_ANEW),
+    }
+}
 
 /// The newest table, and the tasks that wait until nodes have it.
 #[derive(Debug)]
@@ -208,7 +221,7 @@ impl Drain {
     /// Has versions of a term that are higher than all of earlier terms, so that nodes can tell whose is newer.
     #[must_use]
     pub fn in_term(mut self, term: u64) -> Self {
-        let first = term << VERSION_BITS;
+        let first = first_version(term);
         self.version += first;
         for (version, _) in self.withdrawn.values_mut() {
             *version += first;

@@ -160,6 +160,34 @@ fn versions_of_a_later_term_are_higher_and_go_on_by_one() {
     assert_eq!(later.held_back(&world.state, NOW), nothing());
 }
 
+#[test]
+fn versions_are_in_the_order_of_epochs_and_elections() {
+    let term = |epoch: u64, election: u64| epoch << ELECTION_BITS | election;
+    let begun = 1_700_000_000;
+    let terms = [
+        term(0, 1),
+        term(0, 2),
+        term(0, 70_000),
+        term(begun, 0),
+        term(begun, 1),
+        term(begun, 255),
+        // As many elections as take longer than a second, and then some.
+        term(begun, 256),
+        term(begun, 70_000),
+        term(begun + 3600, 0),
+        term(begun + 3600, 2),
+        term(begun + 3601, 0),
+    ];
+    for pair in terms.windows(2) {
+        let n_tables = first_version(pair[1]) - first_version(pair[0]);
+        assert!(n_tables >= 1 << VERSION_BITS_ANEW, "{pair:?}");
+    }
+    let world = running().0;
+    let drain = Drain::new(&world.state, &nobody(), NOW).in_term(term(begun, 0));
+    assert_eq!(drain.version(), first_version(term(begun, 0)) + 1);
+    first_version(u64::MAX); // A clock that is far in the future does no harm.
+}
+
 fn nothing() -> BTreeSet<TaskId> {
     BTreeSet::new()
 }

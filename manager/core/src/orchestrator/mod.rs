@@ -190,6 +190,20 @@ pub(crate) fn is_live(task: &Task) -> bool {
     task.desired_state.wants_run()
 }
 
+/// Of a replicated service or job, the last task of each slot that has ended without having done what it was
+/// for, and that its restart policy gives no other, by slot.
+pub(crate) fn ended_for_good(state: &State, service: &Service) -> Vec<Arc<Task>> {
+    let slots = Slots::read(state, service.id);
+    let is_job = service.spec.mode_kind().is_some_and(ModeKind::is_job);
+    let ended = slots.iter().filter_map(|(_, tasks)| {
+        let is_over = !(tasks.iter().any(|task| is_live(task)) || is_job && job::is_done(tasks));
+        // What still stops, where its node can say so, has not ended yet.
+        let last = newest(tasks).filter(|task| is_over && !is_stopping(state, task))?;
+        (!restart::has_successor(last, tasks, last.status.timestamp)).then(|| last.clone())
+    });
+    ended.collect()
+}
+
 /// Whether a task's container may run although it shall not, and its node can be asked to stop it.
 pub(crate) fn is_stopping(state: &State, task: &Task) -> bool {
     let is_reachable = task

@@ -192,6 +192,71 @@ fn a_service_says_why_it_has_no_tasks() {
     }
 }
 
+#[test]
+fn a_task_that_runs_again_waits_for_nothing() {
+    let mut world = World::new("1", service(1), "");
+    let mut task = crate::testing::parse_task(&service(1), 5, "1@1:running");
+    task.status.n_attempts = 1;
+    world.put(vec![Object::Task(Box::new(task))]);
+    let explainer = Explainer::new(&world.state);
+    assert_eq!(explainer.task(world.state.task(TaskId(5)).unwrap()).text, "");
+}
+
+#[test]
+fn slots_that_ended_for_good_are_named() {
+    let once = json!({"RestartPolicy": {"Condition": "none"}});
+    let twice = json!({"RestartPolicy": {"MaxAttempts": 1}});
+    let job = json!({"ReplicatedJob": {"MaxConcurrent": 2, "TotalCompletions": 2}});
+    let failed = "slot 1 has ended (failed): its restart policy makes no other task";
+    let ends =
+        |slot| format!("slot {slot} has ended (complete): its restart policy makes no other task");
+    let many = "1@1:complete>shutdown 2@1:complete>shutdown 3@1:complete>shutdown 4@1:complete>shutdown \
+                5@1:complete>shutdown 6@1:complete>shutdown";
+    let many_notes: Vec<String> =
+        (1..=5).map(ends).chain(["so it is with 1 more slot".to_owned()]).collect();
+    for (name, policy, mode, tasks, expect) in [
+        ("no restarts", &once, None, "1@1:failed>shutdown 2@1:running", vec![failed.to_owned()]),
+        (
+            "all attempts",
+            &twice,
+            None,
+            "1@1:failed>shutdown 1@1:failed>shutdown 2@1:failed>shutdown 2@1:running",
+            vec![failed.to_owned()],
+        ),
+        ("an attempt is left", &twice, None, "1@1:failed>shutdown 2@1:running", vec![]),
+        ("its end is not looked at yet", &once, None, "1@1:failed>running", vec![]),
+        ("it still stops", &once, None, "1@1:running>shutdown", vec![]),
+        (
+            "it was on a node that is down",
+            &once,
+            None,
+            "1@2:running>shutdown",
+            vec![
+                "slot 1 has ended (its node n2 is down): its restart policy makes no other task"
+                    .to_owned(),
+            ],
+        ),
+        ("it is to be gone", &once, None, "1@1:failed>remove", vec![]),
+        ("many", &once, None, many, many_notes),
+        (
+            "a job that is done in one slot alone",
+            &once,
+            Some(job),
+            "0@1:complete 1@1:failed>shutdown",
+            vec![failed.to_owned()],
+        ),
+    ] {
+        let mut web = service(6);
+        template(&mut web, policy.clone());
+        if let Some(mode) = mode {
+            web.spec.mode = serde_json::from_value(mode).unwrap();
+        }
+        let world = World::new("1 2:down", web, tasks);
+        let notes = Explainer::new(&world.state).service(&world.web());
+        assert_eq!(notes, expect, "{name}");
+    }
+}
+
 /// Services of every kind of reason, on three small nodes.
 fn busy_world() -> World {
     let mut web = named(7, "web", 3);

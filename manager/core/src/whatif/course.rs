@@ -1,15 +1,16 @@
 //! The leader's passes over a copy of the state, until there is nothing left to do.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
 use skep_common::object::{NodeState, TaskStatus};
-use skep_common::{Kind, Task, TaskId, TaskState, Timestamp};
+use skep_common::{Kind, Service, Task, TaskId, TaskState, Timestamp};
 
 use super::Error;
 use crate::command::{Action, Command, Outcome, TaskPatch};
-use crate::orchestrator::is_live;
+use crate::orchestrator::{is_live, is_outdated};
 use crate::plan::{Dirty, LeaderMemory, Options, plan};
 use crate::store::State;
 
@@ -18,7 +19,7 @@ const PASSES_MAX: usize = 10_000;
 /// Changes of tasks and services.
 const STEPS_MAX: usize = 1_000_000;
 /// Of delays no more is skipped: after a day, tasks of nodes that are down are given up.
-const HORIZON: Duration = Duration::from_hours(20);
+pub(super) const HORIZON: Duration = Duration::from_hours(20);
 
 /// What one question may cost, all its courses together.
 pub(super) struct Budget<'a> {
@@ -55,6 +56,7 @@ pub(super) struct Course<'c, 'b, R> {
     /// Tasks of which their nodes may have something to report.
     told: BTreeSet<TaskId>,
     has_changed: bool,
+    is_cut: bool,
 }
 
 impl<'c, 'b, R: Rng> Course<'c, 'b, R> {
@@ -71,6 +73,7 @@ impl<'c, 'b, R: Rng> Course<'c, 'b, R> {
             dirty: Dirty::all(),
             until: now.after(HORIZON),
             has_changed: false,
+            is_cut: false,
             state,
             now,
             rng,
@@ -88,6 +91,11 @@ impl<'c, 'b, R: Rng> Course<'c, 'b, R> {
         self.has_changed
     }
 
+    /// Whether it ended at the limit, before what only time would bring.
+    pub(super) fn is_cut(&self) -> bool {
+        self.is_cut
+    }
+
     /// Goes on until nothing is left to do, or only what more time would bring.
     pub(super) fn run(&mut self) -> Result<(), Error> {
         loop {
@@ -102,7 +110,11 @@ impl<'c, 'b, R: Rng> Course<'c, 'b, R> {
             match plan.deadline {
                 Some((at, _)) if at <= self.now => {} // The pass had no room for all.
                 Some((at, _)) if at <= self.until && self.waits_for_time() => self.now = at,
-                _ => return Ok(()),
+                Some((at, _)) => {
+                    self.is_cut = at > self.until && self.would_go_on();
+                    return Ok(());
+                }
+                None => return Ok(()),
             }
         }
     }
@@ -164,14 +176,34 @@ impl<'c, 'b, R: Rng> Course<'c, 'b, R> {
 
     /// Whether it is time that something waits for: an update, or the delay of a restart.
     fn waits_for_time(&self) -> bool {
-        let updates = |status: &str| matches!(status, "updating" | "rollback_started");
-        let mut services = self.state.services().values();
-        let status = |status: &skep_common::object::UpdateStatus| updates(&status.state);
-        services.any(|service| service.update_status.as_ref().is_some_and(status))
+        self.state.services().values().any(|service| is_updating(service))
             || self
                 .state
                 .tasks()
                 .values()
                 .any(|task| is_live(task) && task.desired_state <= TaskState::Ready)
     }
+
+    /// Whether an update that is not over has nothing to wait for but time, or the delay of a restart is not over: a task that
+    /// has no place is waited for without end, and is told of by itself.
+    fn would_go_on(&self) -> bool {
+        let is_late =
+            |task: &Task| is_live(task) && task.start_after.is_some_and(|at| at > self.until);
+        let runs = |task: &Arc<Task>| !is_live(task) || task.status.state >= TaskState::Running;
+        let is_outdated = |service: &Service| {
+            let mut tasks = self.state.tasks_of_service(service.id);
+            tasks.any(|task| is_live(task) && is_outdated(&self.state, service, task))
+        };
+        self.state.tasks().values().any(|task| is_late(task))
+            || self.state.services().values().any(|service| {
+                is_updating(service)
+                    && is_outdated(service)
+                    && self.state.tasks_of_service(service.id).all(runs)
+            })
+    }
+}
+
+fn is_updating(service: &Service) -> bool {
+    let status = service.update_status.as_ref();
+    status.is_some_and(|status| matches!(&*status.state, "updating" | "rollback_started"))
 }

@@ -13,8 +13,10 @@
 //!
 //! # Invariants
 //!
-//! - What is shown is what the leader then does, as long as nothing else changes: it is the same code.
-//! - Nothing is written, and no time passes: delays of updates are skipped.
+//! - What is shown is what the leader then does, as long as nothing else changes: it is the same code. Where
+//!   tasks wait for room, or several of an update are under way at a time (parallelism, start-first), nodes also
+//!   depend on who reports first: one order of many is shown.
+//! - Nothing is written, and no time passes: delays of updates are skipped, up to a limit that a warning tells.
 //! - Absent on purpose: failures. A task of an update that has no place is waited for without end, and the
 //!   steps say what its deadline would do. Tasks of jobs run and do not end.
 
@@ -88,13 +90,6 @@ pub struct WhatIf {
     pub warnings: Vec<String>,
 }
 
-impl WhatIf {
-    /// Whether all fits and nothing is lost.
-    pub fn is_fine(&self) -> bool {
-        self.unplaced.is_empty() && self.losses.is_empty()
-    }
-}
-
 /// When a question is asked, and for how long.
 pub struct Ask<'a> {
     /// Now.
@@ -114,6 +109,8 @@ impl std::fmt::Debug for Ask<'_> {
 pub struct Managers {
     /// Those that vote.
     pub voters: BTreeSet<NodeId>,
+    /// How many others vote, of which it is not known which nodes they are.
+    pub n_unnamed: usize,
     /// The one that leads.
     pub leader: Option<NodeId>,
 }
@@ -152,8 +149,9 @@ pub fn of_nodes_down(
         let expect = Expect::Version(node.meta.version);
         actions.push(Action::Put { object: Object::Node(Box::new(node)), expect });
     }
-    let (mut answer, _) = compare(state, actions, ask, rng)?;
+    let (mut answer, after) = compare(state, actions, ask, rng)?;
     answer.losses = words::losses(state, node_ids, managers);
+    answer.losses.extend(words::lost_slots(&answer.stopped, &after));
     if let Some(leader) = managers.leader.filter(|leader| node_ids.contains(leader)) {
         let name = words::name_of(state, leader);
         warnings.push(format!("{name} leads: another manager would take over within seconds"));
@@ -177,11 +175,18 @@ fn compare(
     let mut with = Course::new(state.clone(), ask.now, rng, &mut budget);
     with.commit(actions)?;
     with.run()?;
+    let is_cut = with.is_cut();
     let after = with.into_state();
     let mut answer = difference::between(state, &without, &after);
     if !is_at_rest {
         let warning = "the swarm is not at rest: what is under way now is taken to be over";
         answer.warnings.push(warning.to_owned());
+    }
+    if is_cut {
+        let hours = course::HORIZON.as_secs() / 3600;
+        answer.warnings.push(format!(
+            "what comes more than {hours} h from now is left out: updates and delays of restarts go on after that"
+        ));
     }
     Ok((answer, after))
 }

@@ -18,22 +18,25 @@ use crate::{image, node_name};
 /// Services that are named as users of an image.
 const USERS_NAMED_MAX: usize = 3;
 
-/// The services that a transaction gives another spec.
+/// The services that a transaction gives another spec, and the jobs that it makes.
 pub(super) struct Updated(Vec<ServiceId>);
 
 impl Updated {
     pub(super) fn of(state: &State, actions: &[Action]) -> Self {
         let updated = actions.iter().filter_map(|action| match action {
             Action::Put { object: Object::Service(service), .. } => {
-                let old = state.service(service.id)?;
-                (!old.pending_delete && !service.pending_delete).then_some(service.id)
+                let is_of_interest = match state.service(service.id) {
+                    Some(old) => !old.pending_delete && !service.pending_delete,
+                    None => service.spec.mode_kind().is_some_and(ModeKind::is_job),
+                };
+                is_of_interest.then_some(service.id)
             }
             _ => None,
         });
         Self(updated.collect())
     }
 
-    /// What the update of each does, in the order of the transaction.
+    /// What the update or the run of each does, in the order of the transaction.
     pub(super) fn steps(&self, answer: &WhatIf, after: &State) -> Vec<String> {
         let services = self.0.iter().filter_map(|id| after.service(*id));
         services.flat_map(|service| steps(service, answer, after)).collect()
@@ -42,8 +45,12 @@ impl Updated {
 
 fn steps(service: &Service, answer: &WhatIf, after: &State) -> Vec<String> {
     let name = &service.spec.name;
-    if service.spec.mode_kind().is_some_and(ModeKind::is_job) {
-        return Vec::new(); // A job begins anew instead.
+    match service.spec.mode_kind() {
+        Some(ModeKind::ReplicatedJob { total, concurrent }) => {
+            return vec![format!("{name}: {}", course_of_job(total, concurrent))];
+        }
+        Some(ModeKind::GlobalJob) => return Vec::new(), // One on each node, all at once.
+        _ => {}
     }
     let replaces = |task: &&PlannedTask| {
         task.service_id == service.id && (task.task_id.is_some() || task.from.is_some())
@@ -60,7 +67,7 @@ fn steps(service: &Service, answer: &WhatIf, after: &State) -> Vec<String> {
     let config = service.spec.update_config.clone().unwrap_or_default();
     let mut lines = vec![format!("{name}: {} replaced, {}", tasks_are(n_all), manner(&config))];
     if n_waiting > 0 {
-        let action = deadline(&config);
+        let action = deadline(&config, n_waiting as f64 / n_all as f64);
         lines.push(format!(
             "{name}: {} replaced, then {n_waiting} would wait for a node; {action}",
             tasks_are(n_done)
@@ -88,11 +95,22 @@ fn manner(config: &UpdateConfig) -> String {
     format!("{at_a_time}, {order}{delay}")
 }
 
-/// What becomes of an update that goes no further.
-fn deadline(config: &UpdateConfig) -> String {
+/// How many tasks of a job are to be done, and how many of them run at a time: tables show only the first.
+fn course_of_job(total: u64, concurrent: u64) -> String {
+    let tasks = if total == 1 { "task" } else { "tasks" };
+    match concurrent {
+        _ if concurrent >= total => format!("{total} {tasks} in all, all at once"),
+        _ => format!("{total} {tasks} in all, {concurrent} at a time"),
+    }
+}
+
+/// What becomes of an update where this part of its tasks goes no further.
+fn deadline(config: &UpdateConfig, ratio: f64) -> String {
+    let is_allowed = ratio <= config.max_failure_ratio.unwrap_or(0.0);
     let within = config.progress_deadline.map(|deadline| deadline.duration());
     let within = span(within.unwrap_or(Options::default().progress_deadline));
     match config.failure_action.as_deref() {
+        _ if is_allowed => format!("the update goes on with the others after {within}"),
         Some("rollback") => format!("the update is rolled back when that takes {within}"),
         Some("continue") => format!("the update goes on with the others after {within}"),
         _ => format!("the update is paused when that takes {within}"),
@@ -130,21 +148,51 @@ pub(super) fn losses(state: &State, down: &BTreeSet<NodeId>, managers: &Managers
     losses
 }
 
+/// Slots of replicated services and jobs that would get no other task. Those of global ones come and go with nodes.
+pub(super) fn lost_slots(stopped: &[PlannedTask], after: &State) -> Vec<String> {
+    let mut by_service: BTreeMap<ServiceId, Vec<&PlannedTask>> = BTreeMap::new();
+    for task in stopped {
+        by_service.entry(task.service_id).or_default().push(task);
+    }
+    let has_slots = |service_id: &ServiceId| {
+        let service = after.service(*service_id).filter(|service| !service.pending_delete);
+        let mode = service.and_then(|service| service.spec.mode_kind());
+        matches!(mode, Some(ModeKind::Replicated(_) | ModeKind::ReplicatedJob { .. }))
+    };
+    by_service.retain(|service_id, _| has_slots(service_id));
+    for (service_id, stopped) in &mut by_service {
+        let live = after.tasks_of_service(*service_id);
+        let live = live.filter(|task| is_live(task) && !task.status.state.is_terminal());
+        let live: BTreeSet<String> = live.map(|task| task.name()).collect();
+        stopped.retain(|task| !live.contains(&task.name));
+    }
+    let line = |task: &PlannedTask| {
+        let node = task.from.map(|node_id| format!(" of {}", name_of(after, node_id)));
+        let node = node.unwrap_or_default();
+        format!("{}{node}: its restart policy makes no other task", task.name)
+    };
+    by_service.into_values().flatten().map(line).collect()
+}
+
 fn is_up(state: &State, node_id: NodeId) -> bool {
     state.node(node_id).is_some_and(|node| node.status.state != NodeState::Down)
 }
 
 /// The majority of managers, without which nothing changes.
 fn quorum(state: &State, down: &BTreeSet<NodeId>, managers: &Managers) -> Option<String> {
-    let n_voters = managers.voters.len();
+    let n_voters = managers.voters.len() + managers.n_unnamed;
     let n_needed = n_voters / 2 + 1;
     let is_left = |voter: &&NodeId| !down.contains(voter) && is_up(state, **voter);
     let n_left = managers.voters.iter().filter(is_left).count();
     let is_touched = managers.voters.iter().any(|voter| down.contains(voter));
+    let unnamed = match managers.n_unnamed {
+        0 => String::new(),
+        n_unnamed => format!(" (without {n_unnamed} whose node is not known)"),
+    };
     (is_touched && n_left < n_needed).then(|| {
         format!(
-            "the majority of managers: {n_left} of {n_voters} would be left, and {n_needed} are needed: what runs goes \
-             on, but nothing is replaced or changed until one is back"
+            "the majority of managers: {n_left} of {n_voters} would be left{unnamed}, and {n_needed} are needed: what \
+             runs goes on, but nothing is replaced or changed until one is back"
         )
     })
 }

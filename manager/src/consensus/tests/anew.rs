@@ -1,3 +1,5 @@
+//! A manager that goes on alone with what it has, and those of before that meet it.
+
 use skep_common::Timestamp;
 use skep_manager_core::Command;
 

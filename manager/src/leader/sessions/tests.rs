@@ -16,7 +16,7 @@ fn manager(id: u16, format_level: u32) -> Action {
         spec: NodeSpec { role: NodeRole::Manager, ..NodeSpec::default() },
         description: Some(description),
         status: object::NodeStatus::default(),
-        manager_status: None,
+        manager_status: Some(object::ManagerStatus::default()),
         number: id,
         role: None,
     };
