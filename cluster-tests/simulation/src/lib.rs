@@ -6,7 +6,7 @@
 //! the while invariants are shown what happens.
 //!
 //! Reading order: [`run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `trouble`
-//! with [`fault`] and `client`, `invariants`.
+//! with [`fault`] and `client`, `invariants`; [`seeds`].
 
 mod agent;
 mod client;
@@ -20,6 +20,7 @@ mod network;
 mod queue;
 mod replica;
 pub mod run;
+pub mod seeds;
 mod seen;
 mod service;
 mod trace;

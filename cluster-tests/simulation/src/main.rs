@@ -1,11 +1,10 @@
 //! `skep-sim`: runs seeds of the simulation.
 
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use skep_simulation::run::STEPS;
+use skep_simulation::seeds::run_all;
 use skep_simulation::{Options, Report, run};
 
 const USAGE: &str = "usage: skep-sim [--seed N] [--seeds N] [--first N] [--steps N] [--print]
@@ -60,7 +59,7 @@ fn main() -> ExitCode {
         println!("{report}");
         return ExitCode::from(u8::from(report.violation.is_some()));
     }
-    let (reports, time) = run_all(&arguments);
+    let (reports, time) = time_all(&arguments);
     let failed: Vec<&Report> = reports.iter().filter(|report| report.violation.is_some()).collect();
     for report in &failed {
         println!("{report}");
@@ -77,30 +76,12 @@ fn main() -> ExitCode {
     ExitCode::from(u8::from(!failed.is_empty()))
 }
 
-/// One seed a thread, on all processors.
+/// All seeds, and how long they took.
 #[expect(clippy::disallowed_methods, reason = "how long it took is not part of what is simulated")]
-fn run_all(arguments: &Arguments) -> (Vec<Report>, Duration) {
+fn time_all(arguments: &Arguments) -> (Vec<Report>, Duration) {
     let began = std::time::Instant::now();
-    let next = AtomicU64::new(arguments.first);
-    let end = arguments.first + arguments.n_seeds;
-    let reports = Mutex::new(Vec::new());
-    let n_threads = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        for _ in 0..n_threads {
-            scope.spawn(|| {
-                loop {
-                    let seed = next.fetch_add(1, Ordering::Relaxed);
-                    if seed >= end {
-                        return;
-                    }
-                    let (steps, is_printed) = (arguments.steps, arguments.is_printed);
-                    let report = run(Options { seed, steps, is_printed });
-                    reports.lock().expect("no thread panics with it").push(report);
-                }
-            });
-        }
-    });
-    let mut reports = reports.into_inner().expect("no thread panics with it");
-    reports.sort_by_key(|report: &Report| report.seed);
+    let Arguments { steps, is_printed, .. } = *arguments;
+    let seeds = arguments.first..arguments.first + arguments.n_seeds;
+    let reports = run_all(seeds, |seed| run(Options { seed, steps, is_printed }));
     (reports, began.elapsed())
 }

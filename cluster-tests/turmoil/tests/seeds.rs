@@ -1,24 +1,14 @@
 //! Seeds of every run: no invariant breaks.
 
+use skep_simulation::seeds::run_all;
 use skep_turmoil::{Options, Report, run};
 
 /// Seeds of every run. `make sim RING=turmoil SEEDS=100` runs more.
 const N_SEEDS: u64 = 10;
-const N_THREADS: u64 = 2;
-
-/// All reports of the seeds whose number leaves `remainder`.
-fn run_part(remainder: u64) -> Vec<Report> {
-    let seeds = (0..N_SEEDS).filter(|seed| seed % N_THREADS == remainder);
-    seeds.map(|seed| run(Options::of(seed))).collect()
-}
 
 #[test]
 fn no_seed_breaks_an_invariant() {
-    let reports: Vec<Report> = std::thread::scope(|scope| {
-        let parts: Vec<_> =
-            (0..N_THREADS).map(|part| scope.spawn(move || run_part(part))).collect();
-        parts.into_iter().flat_map(|part| part.join().expect("a run does not panic")).collect()
-    });
+    let reports = run_all(0..N_SEEDS, |seed| run(Options::of(seed)));
     let failed: Vec<String> = reports
         .iter()
         .filter(|report| report.violation.is_some())
