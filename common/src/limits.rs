@@ -11,7 +11,7 @@ pub const MASS_SILENCE_WAIT: Duration = Duration::from_secs(15);
 /// How long replacements wait for a node whose machine accepts connections and whose daemon is silent: its
 /// containers run, and a daemon that was stopped or starved goes on.
 pub const HANGING_DAEMON_WAIT: Duration = Duration::from_secs(15);
-/// How long the removal of a task waits for the balancers of nodes with a live session.
+/// How long the removal of a task waits for the balancers of nodes that are not down.
 pub const DRAIN_ACK_WAIT: Duration = Duration::from_secs(2);
 /// Finished tasks kept per slot. SwarmKit's `TaskHistoryRetentionLimit`.
 pub const TASK_HISTORY_LIMIT: i64 = 5;

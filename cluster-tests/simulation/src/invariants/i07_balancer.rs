@@ -1,12 +1,13 @@
 //! 7. The balancer's set is of tasks that are running, healthy and not draining, as of the table that the
-//!    node last applied; and a task is told to stop only when no node with a session balances to it, or
+//!    node last applied; and a task is told to stop only when no node that is not down balances to it, or
 //!    each of them had its time.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use skep_common::limits::DRAIN_ACK_WAIT;
-use skep_common::{TaskId, TaskState, Timestamp};
+use skep_common::object::NodeState;
+use skep_common::{NodeId, TaskId, TaskState, Timestamp};
 use skep_manager_core::endpoints::Table;
 
 use super::{Invariant, ensure};
@@ -93,13 +94,17 @@ impl Balancer {
         if had_time {
             return Ok(());
         }
-        // Who came later was not waited for.
-        let waited_for =
-            leader.nodes().filter(|(_, opened_at)| since.is_none_or(|at| *opened_at < at));
-        for (node_id, _) in waited_for {
+        // A session that is newer has not been told the newest table yet, and is waited for all the same.
+        let may_balance =
+            leader.state.nodes().values().filter(|node| {
+                matches!(node.status.state, NodeState::Ready | NodeState::Disconnected)
+            });
+        let waited_for: BTreeSet<NodeId> =
+            leader.nodes().map(|(id, _)| id).chain(may_balance.map(|node| node.id)).collect();
+        for node_id in waited_for {
             let Some(machine) = world.machine_of(node_id) else { continue };
             let kernel = &world.machines[machine].agent.kernel;
-            let still = backends(&kernel.table.table).contains(&task_id) && kernel.term == term;
+            let still = backends(&kernel.table.table).contains(&task_id);
             ensure!(!still, "{task_id} is told to stop while {machine} balances to it");
         }
         Ok(())

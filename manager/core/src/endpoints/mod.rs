@@ -7,9 +7,10 @@
 //! # Invariants
 //!
 //! - A backend is running, healthy, wanted, and on a node that is not silent.
-//! - A task that was in the table is told to stop when every node with a live session acknowledged a
+//! - A task that was in the table is told to stop when every node that may balance to it acknowledged a
 //!   table without it, and in any case [`DRAIN_ACK_WAIT`] after it was taken out. The nodes that were not
-//!   waited for any longer are named.
+//!   waited for any longer are named. A node may balance while it has a session, and without one until it
+//!   counts as down: its kernel needs no daemon.
 //! - Tables differ in version exactly where they differ. A node that is told nothing of a version has it.
 
 mod ingress;
@@ -24,6 +25,7 @@ use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
 use skep_common::limits::DRAIN_ACK_WAIT;
 use skep_common::mistakes::{self, Mistake};
+use skep_common::object::{Node, NodeState};
 use skep_common::serving::withheld;
 use skep_common::{NetworkId, NodeId, Task, TaskId, TaskState, Timestamp};
 
@@ -288,7 +290,7 @@ impl Drain {
         self.sessions.insert(node_id, Progress::default());
     }
 
-    /// A node's session ended: nobody waits for it.
+    /// A node's session ended: it acknowledges nothing before it has another one.
     pub fn session_closed(&mut self, node_id: NodeId) {
         self.sessions.remove(&node_id);
     }
@@ -316,7 +318,10 @@ impl Drain {
 
     /// Tasks that are to stop but whose node must not be told yet.
     pub fn held_back(&mut self, state: &State, now: Timestamp) -> BTreeSet<TaskId> {
-        let oldest = self.oldest();
+        if self.withdrawn.is_empty() {
+            return BTreeSet::new();
+        }
+        let oldest = self.oldest(state);
         let overdue = &mut self.overdue;
         self.withdrawn.retain(|task_id, (version, at)| {
             let is_in_time = now < at.after(DRAIN_ACK_WAIT);
@@ -335,8 +340,12 @@ impl Drain {
     /// Tasks that are told to stop now without the acknowledgement of some nodes, and those nodes. Each
     /// is given once.
     pub fn take_missed(&mut self, state: &State) -> BTreeMap<TaskId, Vec<NodeId>> {
-        let oldest = self.oldest();
+        if self.overdue.is_empty() {
+            return BTreeMap::new();
+        }
+        let oldest = self.oldest(state);
         let sessions = &self.sessions;
+        let absent: Vec<NodeId> = self.absent(state).collect();
         let mut missed = BTreeMap::new();
         self.overdue.retain(|task_id, version| {
             if oldest >= *version {
@@ -346,14 +355,28 @@ impl Drain {
                 return true;
             }
             let late = sessions.iter().filter(|(_, progress)| progress.version() < *version);
-            missed.insert(*task_id, late.map(|(node_id, _)| *node_id).collect());
+            let late = late.map(|(node_id, _)| *node_id).chain(absent.iter().copied());
+            missed.insert(*task_id, late.collect());
             false
         });
         missed
     }
 
-    /// The version that every node with a live session has.
-    fn oldest(&self) -> u64 {
+    /// The nodes that may balance by a table of before, and have no session.
+    fn absent(&self, state: &State) -> impl Iterator<Item = NodeId> {
+        let may_balance = |node: &&Arc<Node>| match node.status.state {
+            NodeState::Ready | NodeState::Disconnected => true,
+            NodeState::Unknown | NodeState::Down => false,
+        };
+        let nodes = state.nodes().values().filter(may_balance).map(|node| node.id);
+        nodes.filter(|node_id| !self.sessions.contains_key(node_id))
+    }
+
+    /// The version that every node that may balance has.
+    fn oldest(&self, state: &State) -> u64 {
+        if self.absent(state).next().is_some() {
+            return 0;
+        }
         self.sessions.values().map(|progress| progress.version()).min().unwrap_or(u64::MAX)
     }
 

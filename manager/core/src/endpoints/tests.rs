@@ -142,8 +142,33 @@ fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
     drain.acknowledge(NodeId(1), 2);
     assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into(), "one of two");
     drain.session_closed(NodeId(2));
-    assert_eq!(drain.held_back(&world.state, NOW), nothing(), "the other is not there any more");
+    assert_eq!(
+        drain.held_back(&world.state, NOW),
+        [tasks[0]].into(),
+        "the other one's kernel balances without a session, too"
+    );
+    drain.session_opened(NodeId(2));
+    assert_eq!(
+        drain.held_back(&world.state, NOW),
+        [tasks[0]].into(),
+        "it is back, and was told nothing"
+    );
+    drain.session_closed(NodeId(2));
+    set_state(&mut world, NodeId(2), NodeState::Down);
+    drain.update(&world.state, &nobody(), NOW);
+    drain.acknowledge(NodeId(1), drain.version());
+    assert_eq!(
+        drain.held_back(&world.state, NOW),
+        nothing(),
+        "nobody waits for a node that is down"
+    );
     assert_eq!(drain.deadline(), None);
+}
+
+fn set_state(world: &mut World, node_id: NodeId, state: NodeState) {
+    let mut node = Node::clone(world.state.node(node_id).unwrap());
+    node.status.state = state;
+    world.replace(Object::Node(Box::new(node)));
 }
 
 #[test]
@@ -154,9 +179,12 @@ fn versions_of_a_later_term_are_higher_and_go_on_by_one() {
     let mut later = Drain::new(&world.state, &nobody(), NOW).in_term(4);
     assert!(earlier.update(&world.state, &nobody(), NOW));
     assert!(later.version() > earlier.version());
-    later.session_opened(NodeId(1));
     assert_eq!(later.held_back(&world.state, NOW), [tasks[0]].into());
-    later.acknowledge(NodeId(1), later.version());
+    for node_id in [NodeId(1), NodeId(2)] {
+        later.session_opened(node_id);
+        assert_eq!(later.held_back(&world.state, NOW), [tasks[0]].into());
+        later.acknowledge(node_id, later.version());
+    }
     assert_eq!(later.held_back(&world.state, NOW), nothing());
 }
 
@@ -237,7 +265,9 @@ fn nodes_that_are_not_waited_for_any_longer_are_named() {
 fn a_late_acknowledgement_of_a_task_that_goes_on_counts() {
     let (mut world, tasks) = running();
     let mut drain = Drain::new(&world.state, &nobody(), NOW);
-    drain.session_opened(NodeId(2));
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.session_opened(node_id);
+    }
     let mut status = world.state.task(tasks[0]).unwrap().status.clone();
     status.unhealthy = true;
     let patch = TaskPatch { status: Some(status), ..TaskPatch::of(tasks[0]) };
@@ -245,7 +275,9 @@ fn a_late_acknowledgement_of_a_task_that_goes_on_counts() {
     drain.update(&world.state, &nobody(), NOW);
     let late = NOW.after(DRAIN_ACK_WAIT);
     assert_eq!(drain.held_back(&world.state, late), nothing());
-    drain.acknowledge(NodeId(2), drain.version());
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.acknowledge(node_id, drain.version());
+    }
     desire(&mut world, tasks[0], TaskState::Shutdown);
     drain.update(&world.state, &nobody(), late);
     assert_eq!(drain.held_back(&world.state, late), nothing());
@@ -268,9 +300,12 @@ fn a_new_leader_holds_what_may_still_be_in_a_table() {
     let (mut world, tasks) = running();
     desire(&mut world, tasks[0], TaskState::Shutdown);
     let mut drain = Drain::new(&world.state, &nobody(), NOW);
-    drain.session_opened(NodeId(1));
-    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
-    drain.acknowledge(NodeId(1), 1);
+    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into(), "nobody has a session yet");
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.session_opened(node_id);
+        assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
+        drain.acknowledge(node_id, 1);
+    }
     assert_eq!(drain.held_back(&world.state, NOW), nothing());
 }
 
