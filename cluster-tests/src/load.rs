@@ -35,6 +35,10 @@ pub struct LoadOptions {
     /// How many requests are due in a second, whatever becomes of them; without it each client sends as
     /// soon as it has its answer. Only those that fail are recorded then.
     pub rate: Option<u64>,
+    /// The first of as many ports as there are requests, each of which is sent from one of its own: what the kernel gives
+    /// is used again soon, through another node too. A task that still remembers the connection of before has the
+    /// client ask twice, and the second time it is another task's turn.
+    pub ports_from: Option<u16>,
     /// How long to wait for a connection, and for each part of an answer.
     pub timeout: Duration,
 }
@@ -44,7 +48,15 @@ impl LoadOptions {
     pub fn to(urls: impl IntoIterator<Item = String>) -> Self {
         let timeout = Duration::from_secs(5);
         let urls = urls.into_iter().collect();
-        Self { urls, clients: 1, requests: None, keep_alive: false, rate: None, timeout }
+        Self {
+            urls,
+            clients: 1,
+            requests: None,
+            keep_alive: false,
+            rate: None,
+            ports_from: None,
+            timeout,
+        }
     }
 }
 
@@ -153,6 +165,9 @@ impl Load {
         command.args(["--timeout-ms", &options.timeout.as_millis().to_string()]);
         if let Some(requests) = options.requests {
             command.args(["--requests", &requests.to_string()]);
+        }
+        if let Some(port) = options.ports_from {
+            command.args(["--ports-from", &port.to_string()]);
         }
         if options.keep_alive {
             command.arg("--keep-alive");

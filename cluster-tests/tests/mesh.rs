@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use nix::sys::socket::{
@@ -135,12 +136,17 @@ fn load(lab: &Lab, from: &str, urls: Vec<String>, clients: u32) -> Load {
     lab.load(from, &LoadOptions { clients, timeout: REQUEST_TIMEOUT, ..LoadOptions::to(urls) })
 }
 
-/// Sends so many requests, a new connection each, none of which may fail.
+/// Sends so many requests, a new connection each, none of which may fail. No two connections of this test have the same
+/// port, so that each takes one turn.
 #[track_caller]
 fn send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -> Report {
+    // Below the ports that the kernel gives to other connections.
+    static NEXT_PORT: AtomicU16 = AtomicU16::new(10_000);
+    let n_ports = u16::try_from(n_requests).unwrap();
     let options = LoadOptions {
         clients,
         requests: Some(n_requests),
+        ports_from: Some(NEXT_PORT.fetch_add(n_ports, Ordering::Relaxed)),
         timeout: REQUEST_TIMEOUT,
         ..LoadOptions::to(urls.iter().cloned())
     };
@@ -224,8 +230,8 @@ fn assert_all_pairs(report: &Report, what: &str) {
 /// A connection through n1 stays open while others from the same port go through n2, to each task
 /// in turn: one of them meets the first one's task, which sees two clients with one address.
 fn one_client_port_through_two_nodes(lab: &Lab) {
-    // Below the ports that the kernel gives to other connections of the client.
-    let from = SocketAddrV4::new(lab.client().address(), 20_000);
+    // Below the ports that the kernel gives to other connections of the client, and that `send` uses.
+    let from = SocketAddrV4::new(lab.client().address(), 9_000);
     let to = |node: &str| SocketAddrV4::new(lab.node(node).address(), PORT);
     let (first, second) = (to("n1"), to("n2"));
     lab.in_network_of_client(move || {

@@ -5,8 +5,16 @@
 //! RFC 9112: message parsing (2), body length (6.3), chunked coding (7.1), persistence (9.3).
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream};
+use std::os::fd::AsRawFd as _;
 use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, SockaddrIn6, SockaddrLike, bind, connect,
+    setsockopt, socket, sockopt,
+};
+use nix::sys::time::TimeVal;
 
 use super::read_bounded;
 
@@ -69,10 +77,47 @@ pub(super) struct Connection {
     server: SocketAddr,
 }
 
+/// How to connect.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct How {
+    /// From which port; without it the kernel chooses.
+    pub port: Option<u16>,
+    pub timeout: Duration,
+}
+
+/// Connects from a port.
+fn connect_from(port: u16, server: SocketAddr, timeout: Duration) -> io::Result<TcpStream> {
+    let (family, own, server): (_, Box<dyn SockaddrLike>, Box<dyn SockaddrLike>) = match server {
+        SocketAddr::V4(server) => {
+            let own = SockaddrIn::new(0, 0, 0, 0, port);
+            (AddressFamily::Inet, Box::new(own), Box::new(SockaddrIn::from(server)))
+        }
+        SocketAddr::V6(server) => {
+            let own = SocketAddrV6::new(Ipv6Addr::UNSPECIFIED, port, 0, 0);
+            let own = SockaddrIn6::from(own);
+            (AddressFamily::Inet6, Box::new(own), Box::new(SockaddrIn6::from(server)))
+        }
+    };
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // It bounds the time to connect, too.
+    let time = TimeVal::new(timeout.as_secs().cast_signed(), timeout.subsec_micros().into());
+    setsockopt(&socket, sockopt::SendTimeout, &time)?;
+    bind(socket.as_raw_fd(), &*own)?;
+    match connect(socket.as_raw_fd(), &*server) {
+        Ok(()) => Ok(TcpStream::from(socket)),
+        Err(Errno::EINPROGRESS) => Err(ErrorKind::TimedOut.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 impl Connection {
-    pub(super) fn open(server: SocketAddr, timeout: Duration) -> Result<Self, Failure> {
+    pub(super) fn open(server: SocketAddr, how: How) -> Result<Self, Failure> {
+        let How { port, timeout } = how;
         let open = || -> io::Result<TcpStream> {
-            let stream = TcpStream::connect_timeout(&server, timeout)?;
+            let stream = match port {
+                Some(port) => connect_from(port, server, timeout)?,
+                None => TcpStream::connect_timeout(&server, timeout)?,
+            };
             stream.set_read_timeout(Some(timeout))?;
             stream.set_write_timeout(Some(timeout))?;
             stream.set_nodelay(true)?;

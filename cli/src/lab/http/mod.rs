@@ -25,12 +25,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use serde::Serialize;
 use skep_runtime::clock::monotonic;
 
-use self::connection::{Connection, Failure};
+use self::connection::{Connection, Failure, How};
 
 /// Arguments of the hidden `skep lab http`.
 #[derive(Debug, Args)]
@@ -53,6 +53,11 @@ pub(crate) struct HttpArgs {
     /// Send this many requests a second, at even intervals.
     #[arg(long, conflicts_with = "hold", value_parser = clap::value_parser!(u64).range(1..))]
     rate: Option<u64>,
+    /// Send each request from a port of its own: the first from this one, then upwards. What the kernel gives is used
+    /// again soon, through another node as well, and may then meet the rest of an earlier connection.
+    #[arg(long, conflicts_with_all = ["keep_alive", "hold"], requires = "requests",
+        value_parser = clap::value_parser!(u16).range(1..))]
+    ports_from: Option<u16>,
     /// Print each request's outcome and answer.
     #[arg(long)]
     record: bool,
@@ -128,6 +133,11 @@ struct Shared<'a> {
 
 /// Sends what was asked. The exit code is 0 also when requests failed: that is the answer.
 pub(super) fn run(args: &HttpArgs) -> Result<ExitCode> {
+    if let (Some(first), Some(requests)) = (args.ports_from, args.requests)
+        && u64::from(first).saturating_add(requests) > 1 << 16
+    {
+        bail!("--ports-from {first} leaves too few ports for {requests} requests");
+    }
     let shared = Shared {
         args,
         started: monotonic(),
@@ -169,7 +179,9 @@ impl Shared<'_> {
             let nth = usize::try_from(turn % n_urls).expect("less than the number of URLs");
             let url = &self.args.urls[nth];
             let due = self.args.rate.map(|rate| self.wait_until_due(number, rate));
-            let record = self.send((client, due), url, &url.path, timeout, &mut kept);
+            let port = self.args.ports_from.map(|first| own_port(first, number));
+            let how = How { port, timeout };
+            let record = self.send((client, due), url, &url.path, how, &mut kept);
             if !self.args.keep_alive {
                 kept = None;
             }
@@ -179,7 +191,7 @@ impl Shared<'_> {
 
     /// Keeps one connection until its first failure; after it every request fails.
     fn hold(&self) -> Result<()> {
-        let timeout = Duration::from_millis(self.args.timeout_ms);
+        let how = How { port: None, timeout: Duration::from_millis(self.args.timeout_ms) };
         let url = &self.args.urls[0];
         let mut kept = None;
         let mut is_lost = false;
@@ -187,7 +199,7 @@ impl Shared<'_> {
             let line = line.context("read standard input")?;
             let path = if line.is_empty() { &url.path } else { &line };
             let record = match is_lost {
-                false => self.send((0, None), url, path, timeout, &mut kept),
+                false => self.send((0, None), url, path, how, &mut kept),
                 true => self.record(0, url, monotonic(), Err(Failure::lost())),
             };
             is_lost |= kept.is_none();
@@ -214,13 +226,13 @@ impl Shared<'_> {
         (client, due): (u32, Option<Instant>),
         url: &Url,
         path: &str,
-        timeout: Duration,
+        how: How,
         kept: &mut Option<Connection>,
     ) -> Record {
         let sent_at = due.unwrap_or_else(monotonic);
         let connection = match kept.take() {
             Some(connection) => Ok(connection),
-            None => Connection::open(url.address, timeout),
+            None => Connection::open(url.address, how),
         };
         let keep = self.args.keep_alive || self.args.hold;
         let answer = connection.and_then(|mut connection| {
@@ -277,6 +289,11 @@ impl Shared<'_> {
             self.is_over.store(true, Ordering::Relaxed);
         }
     }
+}
+
+/// The port of the n-th request.
+fn own_port(first: u16, number: u64) -> u16 {
+    u16::try_from(u64::from(first) + number).expect("there are enough ports, as was checked")
 }
 
 fn millis(duration: Duration) -> u64 {
