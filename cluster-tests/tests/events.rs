@@ -1,6 +1,6 @@
 //! `skep events` across the end of a leader and of the daemon that tells them.
 
-use skep_cluster_tests::{Lab, LabOptions, SETTLES_WITHIN, is_root_or_skip};
+use skep_cluster_tests::{Lab, LabOptions, SETTLES_WITHIN, WHOAMI, is_root_or_skip};
 
 const MANAGERS: [&str; 3] = ["n1", "n2", "n3"];
 /// What is followed: its lines do not differ between managers.
@@ -63,6 +63,8 @@ fn a_follower_misses_nothing_and_sees_nothing_twice() {
 fn who_wrote_is_in_the_log(lab: &Lab, via: &str) {
     let refused = lab.node(via).skep(&["node", "rm", &lab.wait_for_leader(via)]).err();
     assert_ne!(refused, "");
+    lab.node(via).skep(&["run", "--detach", "--name", "alone", WHOAMI]).ok();
+    lab.node(via).skep(&["rm", "--force", "alone"]).ok();
     let log = lab.node(via).log();
     for parts in [
         ["method=\"CreateService\"", "object=\"service/web\"", "outcome=\"applied\""],
@@ -74,6 +76,21 @@ fn who_wrote_is_in_the_log(lab: &Lab, via: &str) {
                 && parts.iter().all(|part| line.contains(part))
         };
         assert!(log.lines().any(|line| is_it(&line)), "{parts:?}\n{log}");
+    }
+    // What nodes ask of managers; the first manager is asked by those that join.
+    let logs: String = MANAGERS.map(|name| lab.node(name).log()).concat();
+    for parts in [
+        ["caller=\"anonymous\" method=\"Issue\"", "object=\"node/n2 as manager\""],
+        ["caller=\"node:", "method=\"AddManager\""],
+        ["caller=\"node:", "method=\"RunContainer\" object=\"container/alone\""],
+        ["caller=\"node:", "method=\"RemoveContainer\" object=\"container/alone\""],
+    ] {
+        let is_it = |line: &str| {
+            line.contains(" audit: ")
+                && line.contains("outcome=\"applied\"")
+                && parts.iter().all(|part| line.contains(part))
+        };
+        assert!(logs.lines().any(is_it), "{parts:?}\n{logs}");
     }
 }
 

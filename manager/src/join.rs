@@ -16,6 +16,7 @@ use skep_runtime::telemetry::Chain;
 use tonic::{Request, Response, Status};
 
 use crate::consensus::Consensus;
+use crate::control::audit::{self, audited};
 use crate::control::error::Error;
 
 /// The service behind `skep.v1.Ca`.
@@ -32,6 +33,31 @@ impl CaService {
 
     async fn read(&self) -> Result<State, Status> {
         self.consensus.read_state().await.map_err(|error| Error::Read(error).into())
+    }
+
+    /// Makes a node of whoever has a token.
+    async fn admit(
+        &self,
+        request: &IssueRequest,
+        state: State,
+        role: NodeRole,
+    ) -> Result<Response<IssueResponse>, Status> {
+        let availability = parse_availability(&request.availability)?;
+        let node_id = NodeId::random(&mut rand::rng());
+        Self::sign(&state, &request.csr_pem, node_id, role)?; // Refused before anything is written.
+        let node = new_node(node_id, role, availability, &request.advertise_addr)?;
+        commit(&self.consensus, Object::Node(Box::new(node)), Expect::Absent).await?;
+        // From now on a change of the root waits for this node: what signs in this view is trusted until it renews.
+        let state = self.read().await?;
+        let (certificate_pem, cluster_id) = Self::sign(&state, &request.csr_pem, node_id, role)?;
+        tracing::info!(node.id = %node_id, role = role.name(), hostname = request.hostname, "a node joins");
+        Ok(Response::new(IssueResponse {
+            certificate_pem,
+            node_id: node_id.to_string(),
+            role: role.name().to_owned(),
+            cluster_id: cluster_id.to_string(),
+            managers: manager_addresses(&state),
+        }))
     }
 
     fn role_of(state: &State, token: &JoinToken) -> Result<NodeRole, Status> {
@@ -114,27 +140,14 @@ impl Ca for CaService {
         &self,
         request: Request<IssueRequest>,
     ) -> Result<Response<IssueResponse>, Status> {
-        let request = request.into_inner();
+        let (caller, request) = (Caller::of(&request), request.into_inner());
         let token: JoinToken =
             request.token.parse().map_err(|error| Status::invalid_argument(format!("{error}")))?;
         let state = self.read().await?;
         let role = Self::role_of(&state, &token)?;
-        let availability = parse_availability(&request.availability)?;
-        let node_id = NodeId::random(&mut rand::rng());
-        Self::sign(&state, &request.csr_pem, node_id, role)?; // Refused before anything is written.
-        let node = new_node(node_id, role, availability, &request.advertise_addr)?;
-        commit(&self.consensus, Object::Node(Box::new(node)), Expect::Absent).await?;
-        // From now on a change of the root waits for this node: what signs in this view is trusted until it renews.
-        let state = self.read().await?;
-        let (certificate_pem, cluster_id) = Self::sign(&state, &request.csr_pem, node_id, role)?;
-        tracing::info!(node.id = %node_id, role = role.name(), hostname = request.hostname, "a node joins");
-        Ok(Response::new(IssueResponse {
-            certificate_pem,
-            node_id: node_id.to_string(),
-            role: role.name().to_owned(),
-            cluster_id: cluster_id.to_string(),
-            managers: manager_addresses(&state),
-        }))
+        // Only of whoever has a token: strangers could write any number of lines.
+        let object = format!("node/{} as {}", request.hostname, role.name());
+        audited(caller, "Issue", &object, self.admit(&request, state, role)).await
     }
 
     async fn renew(
@@ -269,11 +282,15 @@ pub(crate) async fn commit(
     expect: Expect,
 ) -> Result<(), Status> {
     debug_assert_eq!(object.kind(), Kind::Node);
-    let command = Command::new(clock::now(), vec![Action::Put { object, expect }]);
+    let mut command = Command::new(clock::now(), vec![Action::Put { object, expect }]);
+    audit::sign(&mut command);
     let outcome =
         consensus.propose(&command).await.map_err(|error| Status::from(Error::Propose(error)))?;
     match outcome {
-        Outcome::Applied(_) => Ok(()),
+        Outcome::Applied(version) => {
+            audit::note(version);
+            Ok(())
+        }
         Outcome::Refused(refusal @ Refusal::OutOfSequence { .. }) => {
             Err(Status::aborted(refusal.to_string()))
         }

@@ -13,6 +13,7 @@ use skep_proto::{
     AddManagerRequest, AddManagerResponse, PeerHeard, RaftMessage, RaftStatusRequest,
     RaftStatusResponse, RemoveManagerRequest, RemoveManagerResponse,
 };
+use skep_runtime::access::Caller;
 use skep_runtime::transport::{ChannelPool, Peer};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::consensus::{CallError, Consensus, RaftRequest, RaftTransport};
+use crate::control::audit::audited;
 use crate::join::add_manager;
 use crate::roles;
 
@@ -190,18 +192,24 @@ impl Raft for RaftService {
         &self,
         request: Request<AddManagerRequest>,
     ) -> Result<Response<AddManagerResponse>, Status> {
-        let node_id = skep_runtime::access::Caller::node_id(&request)?;
-        let request = request.into_inner();
-        let AddManagerRequest { raft_id, addr, format_level } = &request;
-        add_manager(&self.consensus, node_id, *raft_id, addr, *format_level).await?;
-        Ok(Response::new(AddManagerResponse {}))
+        let (node_id, caller) = (Caller::node_id(&request)?, Caller::of(&request));
+        let AddManagerRequest { raft_id, addr, format_level } = request.into_inner();
+        let answer = async {
+            add_manager(&self.consensus, node_id, raft_id, &addr, format_level).await?;
+            Ok(Response::new(AddManagerResponse {}))
+        };
+        audited(caller, "AddManager", &format!("node/{node_id}"), answer).await
     }
 
     async fn remove_manager(
         &self,
         request: Request<RemoveManagerRequest>,
     ) -> Result<Response<RemoveManagerResponse>, Status> {
-        Ok(Response::new(roles::remove_manager(&self.consensus, request.into_inner()).await?))
+        let (caller, request) = (Caller::of(&request), request.into_inner());
+        let object = format!("manager/{}", request.raft_id);
+        let answer =
+            async { Ok(Response::new(roles::remove_manager(&self.consensus, request).await?)) };
+        audited(caller, "RemoveManager", &object, answer).await
     }
 
     async fn status(

@@ -31,12 +31,12 @@ struct Asked {
 }
 
 /// Puts down in a command who asked for it.
-pub(super) fn sign(command: &mut Command) {
+pub(crate) fn sign(command: &mut Command) {
     command.actor = ASKED.try_with(|asked| asked.actor()).ok();
 }
 
 /// Notes what a command became.
-pub(super) fn note(version: Version) {
+pub(crate) fn note(version: Version) {
     // A write that no request made has no line.
     let _ = ASKED.try_with(|asked| asked.version.store(version.index, Ordering::Relaxed));
 }
@@ -71,6 +71,19 @@ impl Asked {
             }
         }
     }
+}
+
+/// Waits for the answer to a request that may write, and has a line for it.
+pub(crate) async fn audited<T>(
+    caller: Caller,
+    method: &'static str,
+    object: &str,
+    answer: impl Future<Output = Answer<T>>,
+) -> Answer<T> {
+    let asked = Arc::new(Asked { caller, method, version: AtomicU64::new(0) });
+    let answer = ASKED.scope(Arc::clone(&asked), answer).await;
+    asked.tell(object, &answer);
+    answer
 }
 
 /// What a request is about, in words; `None` where it only reads.
@@ -153,13 +166,8 @@ macro_rules! audited {
                 let Some(object) = request.get_ref().subject() else {
                     return Control::$write(&self.0, request).await;
                 };
-                let version = AtomicU64::new(0);
-                let asked = Asked { caller: Caller::of(&request), method: $name, version };
-                let asked = Arc::new(asked);
-                let answer =
-                    ASKED.scope(Arc::clone(&asked), Control::$write(&self.0, request)).await;
-                asked.tell(&object, &answer);
-                answer
+                let caller = Caller::of(&request);
+                audited(caller, $name, &object, Control::$write(&self.0, request)).await
             })*
             $(async fn $read(
                 &self,

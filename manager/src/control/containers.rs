@@ -14,6 +14,7 @@ use skep_runtime::clock;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
+use super::audit::audited;
 use super::error::Error;
 use super::{Answer, ControlService, parse_json, watch};
 
@@ -91,8 +92,13 @@ impl Containers for ContainersService {
 
     async fn run(&self, request: Request<RunContainerRequest>) -> Answer<RunContainerResponse> {
         let node_id = Caller::node_id(&request)?;
-        let id = self.start(node_id, request.into_inner()).await?;
-        Ok(Response::new(RunContainerResponse { id: id.to_string() }))
+        let (caller, asked) = (Caller::of(&request), request.into_inner());
+        let object = format!("container/{}", asked.name);
+        let answer = async {
+            let id = self.start(node_id, asked).await?;
+            Ok(Response::new(RunContainerResponse { id: id.to_string() }))
+        };
+        audited(caller, "RunContainer", &object, answer).await
     }
 
     async fn list(
@@ -119,14 +125,17 @@ impl Containers for ContainersService {
 
     async fn stop(&self, request: Request<ContainerRequest>) -> Answer<ContainerResponse> {
         let node_id = Caller::node_id(&request)?;
-        let reference = request.into_inner().reference;
-        self.change(node_id, &reference, |task| Ok(container::stop(task))).await
+        let (caller, reference) = (Caller::of(&request), request.into_inner().reference);
+        let answer = self.change(node_id, &reference, |task| Ok(container::stop(task)));
+        audited(caller, "StopContainer", &format!("container/{reference}"), answer).await
     }
 
     async fn remove(&self, request: Request<RemoveContainerRequest>) -> Answer<ContainerResponse> {
         let node_id = Caller::node_id(&request)?;
+        let caller = Caller::of(&request);
         let RemoveContainerRequest { reference, force } = request.into_inner();
-        self.change(node_id, &reference, |task| container::remove(task, force)).await
+        let answer = self.change(node_id, &reference, |task| container::remove(task, force));
+        audited(caller, "RemoveContainer", &format!("container/{reference}"), answer).await
     }
 }
 

@@ -6,7 +6,7 @@
 //! Reading order: [`error`], [`lookup`] (references and documents), `services`, `containers`, `networks`, `nodes`,
 //! `stacks`, `audit`, `watch`, `logs`, `path`, `secrets`, `configs`, `swarm`, `history`, `plans`, `events`.
 
-mod audit;
+pub(crate) mod audit;
 mod configs;
 mod containers;
 pub mod error;
