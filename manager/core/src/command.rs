@@ -249,6 +249,28 @@ pub enum Refusal {
     NodeNumbersExhausted,
 }
 
+impl Refusal {
+    /// Whether another writer came between the view that a command was decided on and its commit, for all that the
+    /// refusal says: then the next view decides.
+    pub fn is_race(&self) -> bool {
+        match self {
+            Self::OutOfSequence { .. }
+            | Self::NotFound { .. }
+            | Self::PortInUse { .. }
+            | Self::AddressInUse { .. }
+            | Self::VniInUse { .. }
+            | Self::NetworkInUse { .. }
+            | Self::NetworkNotFound { .. }
+            | Self::SecretInUse { .. }
+            | Self::ConfigInUse { .. }
+            | Self::PayloadNotFound { .. } => true,
+            Self::NameTaken { .. } | Self::NodeNumbersExhausted | Self::LevelTooHigh { .. } => {
+                false
+            }
+        }
+    }
+}
+
 fn plural(list: &[String], word: &str) -> String {
     if list.len() == 1 { word.to_owned() } else { format!("{word}s") }
 }

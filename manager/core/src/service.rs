@@ -290,8 +290,11 @@ pub fn of_stack<'a>(
 mod tests {
     use serde_json::json;
 
+    use skep_common::Kind;
+
     use super::*;
     use crate::testing::{World, node, service as web};
+    use crate::{Outcome, Refusal};
 
     fn spec(part: &serde_json::Value) -> ServiceSpec {
         let mut whole = json!({"Name": "api", "TaskTemplate": {"ContainerSpec": {"Image": "i"}}});
@@ -304,6 +307,27 @@ mod tests {
         let (id, action) = create(&world.state, ServiceId(1), spec(&json!({}))).unwrap();
         world.apply(vec![action]);
         (world, id)
+    }
+
+    #[test]
+    fn a_name_that_becomes_free_meanwhile_is_a_race_that_the_next_view_decides() {
+        let (mut world, id) = created();
+        let action = remove(world.state.service(id).unwrap()).unwrap();
+        world.apply(vec![action]);
+        let view = world.state.clone();
+        let (reused, action) = create(&view, ServiceId(2), spec(&json!({}))).unwrap();
+        assert_eq!(reused, id, "it takes the place of the one that is being removed");
+        world.apply(vec![Action::Delete { kind: Kind::Service, id: id.0 }]);
+        let version = world.state.version().index + 1;
+        let command = crate::Command::new(world.now, vec![action]);
+        let (outcome, _) = world.state.apply(version, &command);
+        let Outcome::Refused(refusal) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(refusal, Refusal::NotFound { kind: Kind::Service });
+        assert!(refusal.is_race());
+        let (fresh, action) = create(&world.state, ServiceId(2), spec(&json!({}))).unwrap();
+        assert_eq!(fresh, ServiceId(2));
+        world.apply(vec![action]);
+        assert!(!world.state.service(fresh).unwrap().pending_delete);
     }
 
     #[test]

@@ -35,8 +35,12 @@ pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Err
         };
         let Some(action) = network::remove(&state, &network)? else { return Ok(()) };
         match control.write(vec![action]).await {
-            // A service came onto it meanwhile: the next view names it.
-            Err(Error::Refused(Refusal::OutOfSequence { .. } | Refusal::NetworkInUse { .. })) => {}
+            // A service came onto it meanwhile, or it is gone: the next view says so.
+            Err(Error::Refused(
+                Refusal::OutOfSequence { .. }
+                | Refusal::NetworkInUse { .. }
+                | Refusal::NotFound { .. },
+            )) => {}
             Err(error) => return Err(error),
             Ok(_) => return Ok(()),
         }

@@ -28,18 +28,12 @@ pub(super) async fn create(
             Err(error) => return Err(error.into()),
         };
         match control.write_on(&view, vec![action]).await {
-            // Two writers were given one dynamic port, one name or one address, or a network is gone, or the
-            // leader: the next view decides.
-            Err(
-                Error::Refused(
-                    Refusal::PortInUse { .. }
-                    | Refusal::OutOfSequence { .. }
-                    | Refusal::AddressInUse { .. }
-                    | Refusal::NetworkNotFound { .. }
-                    | Refusal::PayloadNotFound { .. },
-                )
-                | Error::Propose(propose::Error::NotLeader { .. }),
-            ) => view = control.confirmed().await?,
+            // Two writers were given one dynamic port or one address, a network is gone, the last task of a service
+            // of that name that was being removed has ended, or the leader is lost: the next view decides.
+            Err(Error::Refused(refusal)) if refusal.is_race() => view = control.confirmed().await?,
+            Err(Error::Propose(propose::Error::NotLeader { .. })) => {
+                view = control.confirmed().await?;
+            }
             Err(error) => return Err(error),
             Ok(version) => {
                 let (id, version) = (id.to_string(), version.index);
@@ -134,9 +128,9 @@ pub(super) async fn remove(control: &ControlService, id: &str) -> Result<(), Err
             Err(error) => return Err(error),
         };
         match control.write_on(&view, vec![action]).await {
-            // Its status was just written, which what was asked does not depend on, or the leader is lost.
+            // Its status was just written, which what was asked does not depend on, it is gone, or the leader is lost.
             Err(
-                Error::Refused(Refusal::OutOfSequence { .. })
+                Error::Refused(Refusal::OutOfSequence { .. } | Refusal::NotFound { .. })
                 | Error::Propose(propose::Error::NotLeader { .. }),
             ) => view = control.confirmed().await?,
             Err(error) => return Err(error),

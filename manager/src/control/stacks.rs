@@ -1,7 +1,7 @@
 //! `stack deploy` and `stack rm`: one transaction each.
 
 use skep_common::spec::StackSpec;
-use skep_manager_core::{Refusal, stack, validate};
+use skep_manager_core::{stack, validate};
 use skep_proto::{DeployStackRequest, DeployStackResponse, RemoveStackResponse};
 use skep_runtime::clock;
 
@@ -21,7 +21,7 @@ pub(super) async fn deploy(
         if !deployment.actions.is_empty() {
             match control.write(deployment.actions).await {
                 // Raced with another writer: what the file says does not depend on it.
-                Err(Error::Refused(refusal)) if is_race(&refusal) => continue,
+                Err(Error::Refused(refusal)) if refusal.is_race() => continue,
                 Err(error) => return Err(error),
                 Ok(_) => {}
             }
@@ -62,7 +62,7 @@ pub(super) async fn remove(
         let state = control.read().await?;
         let removal = stack::remove(&state, name, clock::now())?;
         match control.write(removal.actions).await {
-            Err(Error::Refused(refusal)) if is_race(&refusal) => {}
+            Err(Error::Refused(refusal)) if refusal.is_race() => {}
             Err(error) => return Err(error),
             Ok(_) => {
                 return Ok(RemoveStackResponse {
@@ -73,24 +73,5 @@ pub(super) async fn remove(
                 });
             }
         }
-    }
-}
-
-/// Whether another writer came between: then the next view decides.
-fn is_race(refusal: &Refusal) -> bool {
-    match refusal {
-        Refusal::OutOfSequence { .. }
-        | Refusal::PortInUse { .. }
-        | Refusal::AddressInUse { .. }
-        | Refusal::VniInUse { .. }
-        | Refusal::NetworkInUse { .. }
-        | Refusal::NetworkNotFound { .. }
-        | Refusal::SecretInUse { .. }
-        | Refusal::ConfigInUse { .. }
-        | Refusal::PayloadNotFound { .. } => true,
-        Refusal::NotFound { .. }
-        | Refusal::NameTaken { .. }
-        | Refusal::NodeNumbersExhausted
-        | Refusal::LevelTooHigh { .. } => false,
     }
 }
