@@ -55,13 +55,16 @@ pub(crate) fn run(is_quick: bool) {
         let via = MANAGERS.into_iter().find(|name| *name != leader).expect("there are three");
         let nodes = follow_nodes(&lab, &clients, via);
         let load = load_average();
+        let used = fleet.used_without(&leader);
         let killed_at = now().0;
         lab.kill(&[&leader]);
-        let last = fleet.until_all_back(killed_at);
+        let (half, last) = fleet.until_all_back(killed_at);
+        let [of_managers, of_workers] = fleet.used_without(&leader).since(used);
         let n_called_down = fleet.n_called_down(&nodes);
         println!(
-            "round {round}: {leader} died, all {number} sessions were back after {last:.2} s, {n_called_down} nodes \
-             were called down; load {load}"
+            "round {round}: {leader} died, half of {number} sessions were back after {half:.2} s and all after \
+             {last:.2} s, which took {of_managers:.2} s of processor time of the other managers and {of_workers:.2} s \
+             of the workers; {n_called_down} nodes were called down; load {load}"
         );
         back.add(last);
         n_down += n_called_down;
@@ -97,6 +100,19 @@ fn follow_nodes(lab: &Lab, clients: &Path, via: &str) -> Running {
     let running = lab.start_command("client", &command);
     running.wait_for_line(BACK_PATIENCE, "the watch of nodes begins", |line| line == "synced");
     running
+}
+
+/// Processor time of managers, and of the workers' process.
+struct Used([Duration; 2]);
+
+impl Used {
+    /// Seconds of each since then.
+    fn since(self, before: Self) -> [f64; 2] {
+        let [managers, workers] = self.0;
+        let [managers_before, workers_before] = before.0;
+        [managers.saturating_sub(managers_before), workers.saturating_sub(workers_before)]
+            .map(|time| time.as_secs_f64())
+    }
 }
 
 /// The workers.
@@ -154,11 +170,23 @@ impl<'a> Fleet<'a> {
         })
     }
 
-    /// Seconds from `since` until the last worker had a session again.
-    fn until_all_back(&self, since: i64) -> f64 {
+    /// Seconds from `since` until half of the workers had a session again, and until the last had one.
+    fn until_all_back(&self, since: i64) -> (f64, f64) {
         let opened = self.wait_until_open(BACK_PATIENCE, since);
-        let last = opened.values().max().copied().unwrap_or(since);
-        (last - since) as f64 / 1e9
+        let mut times: Vec<i64> = opened.values().copied().collect();
+        times.sort_unstable();
+        let seconds = |at: usize| times.get(at).map_or(0.0, |time| (time - since) as f64 / 1e9);
+        (seconds(times.len() / 2), seconds(times.len().saturating_sub(1)))
+    }
+
+    /// What all managers but one took so far, and the workers.
+    fn used_without(&self, leader: &str) -> Used {
+        let others: Vec<&str> = MANAGERS.into_iter().filter(|name| *name != leader).collect();
+        Used([daemons(self.lab, &others), self.processes()].map(|processes| time_of(&processes)))
+    }
+
+    fn processes(&self) -> Vec<PathBuf> {
+        named("skep-workers", &format!("{}:{PORT}", self.lab.node("n1").address()))
     }
 
     /// How many workers were called down since a watch began, once it would have happened.
@@ -174,8 +202,7 @@ impl<'a> Fleet<'a> {
 
     /// What the managers take while nothing happens, and the workers.
     fn report_idle(&self, before: &Samples) {
-        let address = format!("{}:{PORT}", self.lab.node("n1").address());
-        let (managers, workers) = (daemons(self.lab, &MANAGERS), named("skep-workers", &address));
+        let (managers, workers) = (daemons(self.lab, &MANAGERS), self.processes());
         let used = [time_of(&managers), time_of(&workers)];
         let began = monotonic();
         let until = began + WATCHED_FOR;

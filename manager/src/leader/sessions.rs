@@ -38,6 +38,8 @@ struct Session {
     to_agent: ToAgent,
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
+    /// The digest of the table that the node said it has of another leader; empty: none.
+    has_table: Bytes,
     told_managers: Vec<String>,
     told_role: String,
     told_trust: Trust,
@@ -173,6 +175,7 @@ impl Sessions {
             to_agent,
             stream: Stream::default(),
             told_table: None,
+            has_table: hello.table_digest.clone(),
             told_managers,
             told_role,
             told_trust,
@@ -400,7 +403,7 @@ impl Sessions {
             let table = is_news.then(|| {
                 let told = session.told_table.as_ref().map(|(_, told)| told);
                 let table = drain.of_node(*node_id);
-                let encoded = self.encoded.update(told, version, &table);
+                let encoded = self.encoded.update(told, &session.has_table, version, &table);
                 ((version, table), encoded)
             });
             let message = news(session, state, *node_id, set, table, &for_all, now);

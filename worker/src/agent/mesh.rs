@@ -45,10 +45,11 @@ impl MeshState {
         self.pool = Some(pool);
     }
 
-    /// Takes over an update; whole ones replace everything. Entries that this program cannot read are
+    /// Takes over an update; whole ones replace everything, those that keep peers and ports every network. Entries that this program cannot read are
     /// left out with a word in the log: the rest must go on.
     pub(super) fn update(&mut self, update: MeshUpdate) {
-        self.networks.update(update.whole, update.networks, &update.removed_networks);
+        let are_networks_whole = update.whole || update.kept;
+        self.networks.update(are_networks_whole, update.networks, &update.removed_networks);
         if update.whole {
             self.peers.clear();
             self.ipv6.clear();

@@ -35,6 +35,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use ipnet::Ipv4Net;
 use prost::Message as _;
 use skep_common::limits::QUEUE_LENGTH;
@@ -111,6 +112,8 @@ pub struct Agent {
     unwritten: BTreeSet<TaskId>,
     unsent: BTreeSet<TaskId>,
     mesh: mesh::MeshState,
+    /// Which peers and ports the mesh has, as the leader that told them named it; empty: those of no leader.
+    table_digest: watch::Sender<Bytes>,
     unsent_mesh: Option<skep_proto::MeshApplied>,
     unsent_images: BTreeMap<String, ImageHolding>,
     unsent_description: Option<NodeDescription>,
@@ -163,6 +166,7 @@ impl Agent {
             unwritten: BTreeSet::new(),
             unsent: BTreeSet::new(),
             mesh: mesh::MeshState::default(),
+            table_digest: watch::Sender::default(),
             unsent_mesh: None,
             unsent_images: BTreeMap::new(),
             unsent_description: None,
@@ -181,7 +185,8 @@ impl Agent {
             beats: options.beats,
         };
         let description = options.description.clone();
-        let hello = hello_maker(options.description, options.addr, options.images);
+        let has_table = agent.table_digest.subscribe();
+        let hello = hello_maker(options.description, options.addr, options.images, has_table);
         options.tasks.spawn("session", session::run(session, hello, events));
         let inputs =
             Inputs { session_events, reported, balancer_events, image_events, description };
@@ -254,6 +259,7 @@ impl Agent {
             FromSession::Assignments(assignments) => {
                 if let Err(why) = self.apply(*assignments) {
                     tracing::warn!(why, "asking the leader for everything again");
+                    self.table_digest.send_replace(Bytes::new());
                     self.lose_leader();
                     self.end_session.cancel();
                 }
@@ -316,8 +322,14 @@ impl Agent {
         let update = Some(assignments.mesh).filter(|encoded| !encoded.is_empty());
         let update = update.map(MeshUpdate::decode).transpose();
         let update = update.map_err(|error| format!("an unreadable table: {error}"))?;
+        let kept = update.as_ref().filter(|update| update.kept);
+        // What Hello said may have been out of date when it was sent.
+        if kept.is_some_and(|update| update.digest != *self.table_digest.borrow()) {
+            return Err("the leader keeps another table than the one at hand".to_owned());
+        }
         self.sequence = assignments.results_in;
         if let Some(update) = update {
+            self.table_digest.send_replace(update.digest.clone());
             self.mesh.update(update);
             self.settle_host_ports(&[]);
             self.apply_tables();
@@ -598,10 +610,12 @@ fn hello_maker(
     description: watch::Receiver<NodeDescription>,
     addr: String,
     images: Option<Images>,
+    has_table: watch::Receiver<Bytes>,
 ) -> impl Fn() -> Hello + Send + 'static {
     move || Hello {
         description_json: json(&description.borrow()),
         addr: addr.clone(),
         image_digests: images.as_ref().map(Images::held).unwrap_or_default(),
+        table_digest: has_table.borrow().clone(),
     }
 }

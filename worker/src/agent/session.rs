@@ -30,6 +30,9 @@ use super::search::{Asked, Search};
 const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// A heartbeat that is not answered by then is lost.
 const BEAT_DEADLINE: Duration = Duration::from_secs(5);
+/// When the first heartbeat of a session is sent, in periods: a thousand agents that come back at once have sessions
+/// before any of them connects for its heartbeats, and are heard one after the other from then on.
+const FIRST_BEAT: std::ops::Range<f64> = 0.25..1.0;
 /// Longest wait between attempts. SwarmKit waits up to 8 s; an idle attempt costs little.
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// Between attempts of a node that was removed: it hopes for nothing, but managers restored from a backup of
@@ -338,7 +341,9 @@ impl Heartbeats {
         let beating = async move {
             let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
             let mut period = period;
-            let mut next = tokio::time::Instant::now();
+            // The session itself has just let hear of this node.
+            let first = period.mul_f64(rand::rng().random_range(FIRST_BEAT));
+            let mut next = tokio::time::Instant::now() + first;
             loop {
                 tokio::select! {
                     () = token.cancelled() => return,

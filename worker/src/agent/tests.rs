@@ -16,8 +16,9 @@ use skep_proto::agent_message::Message as FromAgent;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::dispatcher_server::{Dispatcher, DispatcherServer};
 use skep_proto::{
-    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, MeshUpdate,
-    PortCondition, RegisterImageRequest, RegisterImageResponse, Welcome,
+    AgentMessage, Assignments, DispatcherMessage, HeartbeatRequest, HeartbeatResponse, Hello,
+    MeshBackend, MeshPort, MeshUpdate, PortCondition, RegisterImageRequest, RegisterImageResponse,
+    Welcome,
 };
 use skep_runtime::gate::Gate;
 use skep_runtime::identity::{Authority, Credentials, Csr};
@@ -164,6 +165,27 @@ impl Session {
             ..Assignments::default()
         };
         self.send(Message::Assignments(assignments)).await;
+    }
+
+    async fn tell_table(&self, applies_to: u64, update: &MeshUpdate) {
+        let (results_in, mesh) = (applies_to + 1, update.encode_to_vec().into());
+        let assignments = Assignments { applies_to, results_in, mesh, ..Assignments::default() };
+        self.send(Message::Assignments(assignments)).await;
+    }
+
+    /// Reads messages until that table is in force.
+    async fn until_applied(&mut self, version: u64) {
+        soon("the acknowledgement of a table", async {
+            loop {
+                let message = self.from_agent.next().await.expect("the session is open").unwrap();
+                if let Some(FromAgent::MeshApplied(applied)) = message.message
+                    && applied.version == version
+                {
+                    return;
+                }
+            }
+        })
+        .await;
     }
 
     /// Reads reports until a task has reached `state`, and returns that status. States never fall.
@@ -347,10 +369,14 @@ impl Stage {
 
     /// The next session, after its hello.
     async fn session(&mut self) -> Session {
+        self.session_and_hello().await.0
+    }
+
+    async fn session_and_hello(&mut self) -> (Session, Hello) {
         let (to_agent, mut from_agent) = soon("a session", self.sessions.recv()).await.unwrap();
         let first = soon("a hello", from_agent.next()).await.unwrap().unwrap();
-        assert!(matches!(first.message, Some(FromAgent::Hello(_))), "{first:?}");
-        Session { to_agent, from_agent }
+        let Some(FromAgent::Hello(hello)) = first.message else { panic!("{first:?}") };
+        (Session { to_agent, from_agent }, hello)
     }
 }
 
@@ -693,9 +719,7 @@ async fn host_mode_ports_lead_to_a_task_from_its_start_until_before_its_stop() {
     let mut session = stage.session().await;
     session.welcome(1).await;
     let mesh = MeshUpdate { version: 1, whole: true, ..MeshUpdate::default() };
-    let mesh = mesh.encode_to_vec().into();
-    let assignments = Assignments { results_in: 1, mesh, ..Assignments::default() };
-    session.send(Message::Assignments(assignments)).await;
+    session.tell_table(0, &mesh).await;
 
     let mut web = task(1, "web", TaskState::Running);
     web.networks_attachments = vec![NetworkAttachment::uplink([10, 192, 4, 1].into(), 22)];
@@ -727,5 +751,46 @@ async fn host_mode_ports_lead_to_a_task_from_its_start_until_before_its_stop() {
     let made = stage.puppets.calls();
     let made: Vec<&str> = made.iter().map(String::as_str).collect();
     assert!(made.ends_with(&["start 1", &table, "table ", "stop 1"]), "{made:?}");
+    stage.tasks.shutdown().await;
+}
+
+#[tokio::test]
+async fn a_table_that_the_next_leader_keeps_stays_in_force_and_another_is_asked_for_whole() {
+    let mut stage = Stage::without_agent(Puppets::default()).await;
+    stage.has_mesh = true;
+    stage.start_agent(&stage.tasks, Arc::clone(&stage.puppets) as Arc<dyn Executor>).await;
+    let backend = MeshBackend {
+        task_id: TaskId(9).to_string(),
+        address: "10.192.8.9".into(),
+        target_port: 80,
+    };
+    let port = MeshPort {
+        protocol: "tcp".into(),
+        published: 8080,
+        backends: vec![backend],
+        ..MeshPort::default()
+    };
+    let (mut session, hello) = stage.session_and_hello().await;
+    assert_eq!(hello.table_digest, "", "it has none yet");
+    session.welcome(1).await;
+    let (digest, ports) = ("of that table".into(), vec![port]);
+    let whole = MeshUpdate { version: 7, whole: true, ports, digest, ..MeshUpdate::default() };
+    session.tell_table(0, &whole).await;
+    session.until_applied(7).await;
+    drop(session);
+
+    let (mut session, hello) = stage.session_and_hello().await;
+    assert_eq!(hello.table_digest, whole.digest);
+    session.welcome(2).await;
+    let kept = MeshUpdate { version: 9, kept: true, digest: whole.digest, ..MeshUpdate::default() };
+    session.tell_table(0, &kept).await;
+    session.until_applied(9).await;
+    assert_eq!(stage.puppets.calls(), ["table 8080->10.192.8.9:80"]);
+
+    let other = MeshUpdate { digest: "of another".into(), ..kept };
+    session.tell_table(1, &other).await;
+    let (session, hello) = stage.session_and_hello().await;
+    assert_eq!(hello.table_digest, "", "it asks for everything");
+    session.welcome(2).await;
     stage.tasks.shutdown().await;
 }

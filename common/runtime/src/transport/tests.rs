@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message as _;
+use rustls::HandshakeKind;
 use rustls::pki_types::ServerName;
 use skep_common::spec::NodeRole;
 use skep_common::{ClusterId, NodeId};
@@ -171,6 +172,52 @@ async fn the_connections_of_a_removed_node_end_and_it_is_told_why() {
     let mut answer = Vec::new();
     while !answer.windows(8).any(|bytes| bytes == &ping[9..]) {
         assert_ne!(staying.read_buf(&mut answer).await.unwrap(), 0, "it is open");
+    }
+    tasks.shutdown().await;
+}
+
+/// Other nodes that connect between two connections of one: as many as come back at once after a leader's end.
+const N_OTHERS: u128 = 200;
+
+#[tokio::test]
+async fn a_connection_is_resumed_with_the_same_credentials_alone_and_its_caller_is_checked() {
+    let authority = Authority::generate(clock::now()).unwrap();
+    let tasks = TaskSet::new();
+    let of = |node| credentials(&authority, ClusterId(1), NodeId(node), NodeRole::Manager);
+    let removals = Removals::default();
+    let server = Tls::new(of(1)).unwrap();
+    let address = serve_behind(Gate::of(removals.clone()), server.clone(), &tasks).await;
+    let connect = async |tls: &Tls| {
+        let stream = TcpStream::connect(&address).await.unwrap();
+        let name = ServerName::try_from(NODE_SERVER_NAME).unwrap();
+        let mut stream = TlsConnector::from(tls.client()).connect(name, stream).await.unwrap();
+        // The ticket comes before the first byte of HTTP.
+        stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        stream.read_exact(&mut [0]).await.unwrap();
+        stream.get_ref().1.handshake_kind().unwrap()
+    };
+    let client = Tls::new(of(7)).unwrap();
+    assert_eq!(connect(&client).await, HandshakeKind::Full);
+    for _ in 0..N_OTHERS {
+        let other = Tls::new(of(8)).unwrap();
+        assert_eq!(connect(&other).await, HandshakeKind::Full);
+    }
+    assert_eq!(connect(&client).await, HandshakeKind::Resumed);
+
+    client.replace(of(7)).unwrap();
+    assert_eq!(connect(&client).await, HandshakeKind::Full, "its certificate is another one");
+    assert_eq!(connect(&client).await, HandshakeKind::Resumed);
+    server.replace(of(1)).unwrap();
+    assert_eq!(connect(&client).await, HandshakeKind::Full, "the server's is another one");
+
+    let ask = async |tls: &Tls, peer| {
+        call(ChannelPool::new(tls.clone()).channel(&address, peer), "/skep.v1.Raft/Vote").await
+    };
+    for peer in [Peer::AnyNode, Peer::Manager] {
+        assert_eq!(ask(&client, peer).await.code(), Code::Unimplemented);
+        removals.0.send_replace(7);
+        assert_eq!(ask(&client, peer).await.code(), Code::PermissionDenied, "it was removed");
+        removals.0.send_replace(0);
     }
     tasks.shutdown().await;
 }

@@ -1,6 +1,11 @@
 //! TLS settings that follow this node's certificate and the roots that it trusts.
 //!
 //! Connections that are open go on with what they began with; each new one takes what is current.
+//!
+//! A node's next connection to the same peer resumes the session of the one before, as that of an agent's heartbeats
+//! does, and signs and verifies nothing. Sessions are resumed among connections with the same settings alone: other
+//! credentials or roots, at either end, begin with a whole handshake. The ticket carries the peer's certificate, sealed
+//! by whom it is for, so that callers of resumed connections are checked as all others are.
 
 use std::sync::{Arc, RwLock};
 
@@ -12,6 +17,9 @@ use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
 use tokio::sync::watch;
 
 use crate::identity::{Credentials, Error, Subject, certificates};
+
+/// Tickets that a peer gets with each connection. It takes one for the next connection, which brings another one.
+const TICKETS: usize = 1;
 
 /// This node's credentials and the TLS settings made of them; clones share them.
 #[derive(Debug, Clone)]
@@ -91,6 +99,8 @@ fn held(credentials: Credentials) -> Result<Held, Error> {
         .with_client_cert_verifier(verifier)
         .with_cert_resolver(Arc::clone(&own) as Arc<_>);
     server.alpn_protocols = vec![b"h2".to_vec()];
+    server.ticketer = rustls::crypto::ring::Ticketer::new()?;
+    server.send_tls13_tickets = TICKETS;
     let mut client = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&version::TLS13])?
         .with_root_certificates(roots)

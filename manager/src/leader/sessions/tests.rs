@@ -30,6 +30,7 @@ fn session(description: NodeDescription) -> Session {
         to_agent: tokio::sync::mpsc::channel(1).0,
         stream: Stream::default(),
         told_table: None,
+        has_table: Bytes::new(),
         told_managers: Vec::new(),
         told_role: String::new(),
         told_trust: Trust::default(),
