@@ -20,8 +20,7 @@ use skep_manager_core::endpoints::NodeTable;
 use skep_manager_core::secrets::PayloadKey;
 
 use crate::fault::{Fault, Rates};
-use crate::message::Assignments;
-use crate::replica::ManagerId;
+use crate::message::{Assignments, MachineId};
 
 /// A task of this node.
 #[derive(Debug, Clone)]
@@ -45,8 +44,8 @@ impl Held {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Link {
     None,
-    Asked { session: u64, manager: ManagerId },
-    Open { session: u64, manager: ManagerId, term: u64, heard_at: Timestamp },
+    Asked { session: u64, manager: MachineId },
+    Open { session: u64, manager: MachineId, term: u64, heard_at: Timestamp },
 }
 
 /// What the kernel balances to.
@@ -89,12 +88,14 @@ pub(crate) struct Agent {
     /// The containers that run: they outlive the daemon.
     pub(crate) running: BTreeSet<TaskId>,
     /// Whom to ask first.
-    pub(crate) hint: Option<ManagerId>,
+    pub(crate) hint: Option<MachineId>,
+    /// Where managers are, as it was told last.
+    pub(crate) managers: Vec<MachineId>,
     pub(crate) n_failed: u32,
 }
 
 impl Agent {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(managers: Vec<MachineId>) -> Self {
         Self {
             link: Link::None,
             term_seen: 0,
@@ -107,12 +108,13 @@ impl Agent {
             payloads: BTreeSet::new(),
             running: BTreeSet::new(),
             hint: None,
+            managers,
             n_failed: 0,
         }
     }
 
     /// The open session.
-    pub(crate) fn session(&self) -> Option<(u64, ManagerId, u64)> {
+    pub(crate) fn session(&self) -> Option<(u64, MachineId, u64)> {
         match self.link {
             Link::Open { session, manager, term, .. } => Some((session, manager, term)),
             Link::None | Link::Asked { .. } => None,

@@ -48,10 +48,9 @@ impl World {
             return;
         }
         let session = self.next_id();
-        let n_managers = self.n_managers;
+        let hint = self.machines[machine].agent.hint.take();
+        let manager = hint.unwrap_or_else(|| self.some_manager_known_to(machine));
         let one = &mut self.machines[machine];
-        let hint = one.agent.hint.take();
-        let manager = hint.unwrap_or_else(|| one.rng.random_range(0..n_managers));
         one.agent.link = Link::Asked { session, manager };
         self.send(machine, manager, Message::Hello { session });
         self.timer(machine, WELCOME_DEADLINE, Timer::WelcomeDeadline { session });
@@ -135,7 +134,17 @@ impl World {
                     self.timer(to, Duration::ZERO, Timer::Step { task_id });
                 }
                 self.connect_later(to);
+                self.leave_managers(to);
             }
+            Message::Part { session, role, managers } => {
+                if self.machines[to].agent.session().is_some_and(|(open, ..)| open == session) {
+                    self.hear(to);
+                    self.machines[to].agent.managers = managers;
+                    self.hear_part(to, role);
+                }
+            }
+            Message::Renewed { request, role } => self.renewed(to, request, role),
+            Message::Admitted { request, is_counted } => self.admitted(to, request, is_counted),
             Message::Assignments { session, what } => {
                 let open = self.machines[to].agent.session();
                 let Some((_, _, term)) = open.filter(|(current, ..)| *current == session) else {
