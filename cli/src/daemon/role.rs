@@ -3,8 +3,7 @@
 //! # Invariants
 //!
 //! - The certificate decides: a node plays the part that its certificate is for.
-//! - A Raft id is made for one promotion, and never used again: a manager that is told to be a worker is not counted
-//!   any more, and begins anew where it was promoted again before it heard of that.
+//! - A Raft id is made for one promotion, and never used again.
 
 use std::io;
 use std::path::Path;
@@ -41,7 +40,7 @@ pub(super) async fn change(machine: &Machine, node: &Node) {
             tracing::info!(role = node.tls.subject().role.name(), "this node has another part now");
             node.stop().await;
             node.release().await;
-            if let Err(error) = begin_anew(machine, node) {
+            if let Err(error) = forget_log(machine, node) {
                 tracing::warn!(
                     error = format!("{error:#}"),
                     "the log of the manager that this node was is left on its disk"
@@ -49,7 +48,7 @@ pub(super) async fn change(machine: &Machine, node: &Node) {
             }
             resume::resume(machine).await;
         }
-        Ok(false) => {} // It is not to be a manager after all; the leader tells.
+        Ok(false) => {} // The managers have changed their minds; the leader tells.
         Err(error) => {
             tracing::warn!(
                 error = format!("{error:#}"),
@@ -59,7 +58,7 @@ pub(super) async fn change(machine: &Machine, node: &Node) {
     }
 }
 
-/// Whether this node takes up a part anew: another one, or that of a manager which nobody counts any more.
+/// Whether this node holds a certificate for another part now.
 async fn prepare(machine: &Machine, node: &Node) -> Result<bool> {
     let options = &machine.inner.options;
     if node.role == NodeRole::Worker {
@@ -72,25 +71,16 @@ async fn prepare(machine: &Machine, node: &Node) -> Result<bool> {
     }
     let renewed = node.identity.renew(&node.managers, &node.pool).await;
     renewed.map_err(|why| anyhow::anyhow!("no certificate for it: {why}"))?;
-    Ok(is_taken_up(node.role, node.tls.subject().role))
+    Ok(node.tls.subject().role != node.role)
 }
 
-/// Whether a node that was told of another part than `own` begins anew with a certificate for `certified`.
-///
-/// Managers are told so when nobody counts them any more. One that was promoted again before it could become a worker
-/// needs another Raft id, and to be counted by it.
-fn is_taken_up(own: NodeRole, certified: NodeRole) -> bool {
-    own == NodeRole::Manager || certified == NodeRole::Manager
-}
-
-fn begin_anew(machine: &Machine, node: &Node) -> Result<()> {
+fn forget_log(machine: &Machine, node: &Node) -> Result<()> {
     if node.role == NodeRole::Worker {
         return Ok(()); // It has none, or that of its new part.
     }
     let data_dir = &machine.inner.options.data_dir;
     RecordFile::in_data_dir(data_dir).update(|record| {
-        let is_manager = node.tls.subject().role == NodeRole::Manager;
-        record.raft_id = is_manager.then(rand::random);
+        record.raft_id = None;
         record.is_voter = false;
     })?;
     remove_log(data_dir)
@@ -103,23 +93,5 @@ fn remove_log(data_dir: &Path) -> Result<()> {
             Err(error).with_context(|| format!("failed to remove {}", path.display()))
         }
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_manager_that_was_taken_out_and_promoted_again_begins_anew() {
-        use NodeRole::{Manager, Worker};
-        for (own, certified, expect) in [
-            (Worker, Manager, true),
-            (Manager, Worker, true),
-            (Manager, Manager, true), // Its Raft id is counted by nobody.
-            (Worker, Worker, false),
-        ] {
-            assert_eq!(is_taken_up(own, certified), expect, "{own:?} {certified:?}");
-        }
     }
 }

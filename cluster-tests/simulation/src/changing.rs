@@ -177,8 +177,9 @@ impl World {
             return;
         }
         self.look_for_retiring(machine, out);
-        let manager = self.manager(machine);
-        while let Some(pending) = manager.changes.queue.front_mut() {
+        loop {
+            let manager = self.manager(machine);
+            let Some(pending) = manager.changes.queue.front_mut() else { break };
             let last = manager.replica.membership().clone();
             let verdict = pending.step(&mut manager.replica, now);
             if *manager.replica.membership() != last {
@@ -188,10 +189,8 @@ impl World {
                 break;
             }
             let Some(verdict) = verdict else { break };
-            if let Some(pending) = manager.changes.queue.pop_front() {
-                self.answer_change(machine, pending, verdict, out);
-            }
-            break;
+            let Some(pending) = manager.changes.queue.pop_front() else { break };
+            self.answer_change(machine, pending, verdict, out);
         }
         let manager = self.manager(machine);
         if !manager.changes.queue.is_empty() && !manager.changes.is_waiting {
@@ -236,7 +235,8 @@ impl World {
             return;
         }
         changes.retires_at = Some(now.after(LOOK));
-        let Some(node) = roles::retiring(&leader.state).first().map(|node| Arc::new(Node::clone(node)))
+        let Some(node) =
+            roles::retiring(&leader.state).first().map(|node| Arc::new(Node::clone(node)))
         else {
             return;
         };

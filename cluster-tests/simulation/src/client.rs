@@ -55,7 +55,7 @@ impl Wish {
     pub(crate) fn draw(
         rng: &mut StdRng,
         nodes: &[NodeId],
-        workers: &[NodeId],
+        (workers, promotable): (&[NodeId], &[NodeId]),
         managers: &[NodeId],
     ) -> Self {
         let service = rng.random_range(1..=samples::N_SERVICES);
@@ -63,8 +63,8 @@ impl Wish {
         let node_id = nodes[rng.random_range(0..nodes.len())];
         match rng.random_range(0..100) {
             0..16 => Self::CreateService(service),
-            16..18 if !workers.is_empty() => {
-                Self::Promote(workers[rng.random_range(0..workers.len())])
+            16..18 if !promotable.is_empty() => {
+                Self::Promote(promotable[rng.random_range(0..promotable.len())])
             }
             18..20 if !managers.is_empty() => {
                 Self::Demote(managers[rng.random_range(0..managers.len())])
@@ -198,12 +198,7 @@ fn admit(
     })
 }
 
-fn decide_write(
-    wish: &Wish,
-    state: &State,
-    seed: u64,
-    now: Timestamp,
-) -> Result<Written, String> {
+fn decide_write(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> Result<Written, String> {
     let mut rng = StdRng::seed_from_u64(seed);
     match wish {
         Wish::CreateService(number) => {

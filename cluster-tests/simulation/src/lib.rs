@@ -9,17 +9,17 @@
 //! and `changing` (who is a manager), `trouble` with [`fault`] and `client`, `invariants`; [`seeds`].
 
 mod agent;
+mod changing;
 mod client;
 pub mod fault;
 mod invariants;
 mod leader;
-mod changing;
 mod machine;
 mod managing;
 mod membership;
 mod message;
-mod part;
 mod network;
+mod part;
 mod queue;
 mod replica;
 pub mod run;

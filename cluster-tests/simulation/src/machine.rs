@@ -9,12 +9,12 @@ use skep_common::{NodeId, Timestamp};
 use skep_manager_core::State;
 
 use crate::agent::Agent;
+use crate::changing::{Change, Changes};
 use crate::client::Wish;
 use crate::leader::Leader;
-use crate::part::Part;
-use crate::changing::{Change, Changes};
 use crate::membership::ManagerId;
 use crate::message::MachineId;
+use crate::part::Part;
 use crate::replica::{Entry, Replica};
 
 /// Who waits for a proposal of this manager.

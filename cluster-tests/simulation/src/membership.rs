@@ -165,9 +165,8 @@ mod tests {
             voters.insert(new);
         });
         assert!(joint.is_joint() && joint.is_voter(new));
-        let quorum = |machines: &'static [usize]| {
-            joint.is_quorum(|id| machines.contains(&id.machine()))
-        };
+        let quorum =
+            |machines: &'static [usize]| joint.is_quorum(|id| machines.contains(&id.machine()));
         assert!(quorum(&[0, 1, 3]) && quorum(&[0, 1, 2]) && !quorum(&[0, 2]) && !quorum(&[0, 3]));
         let done = joint.towards(|voters| {
             voters.insert(new);
@@ -177,9 +176,12 @@ mod tests {
             voters.remove(&new);
         });
         assert!(leaving.is_joint() && leaving.members().contains(&new));
-        assert_eq!(leaving.towards(|voters| {
-            voters.remove(&new);
-        }), first);
+        assert_eq!(
+            leaving.towards(|voters| {
+                voters.remove(&new);
+            }),
+            first
+        );
         assert_eq!(learning.without_learner(new), first);
     }
 

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
+use skep_common::object::TaskStatus;
 use skep_common::spec::NodeRole;
 use skep_common::{NodeId, TaskId};
-use skep_common::object::TaskStatus;
 use skep_manager_core::endpoints::NodeTable;
 use skep_manager_core::{Command, Outcome, assignments};
 

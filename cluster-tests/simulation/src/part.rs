@@ -116,9 +116,7 @@ impl World {
         self.machines[machine].part.request = None;
         match role {
             Some(role) if role != self.role(machine) => self.become_part(machine, role),
-            // It was told to be a worker, so that nobody counts it, and promoted again meanwhile.
-            Some(NodeRole::Manager) => self.become_part(machine, NodeRole::Manager),
-            Some(NodeRole::Worker) => {} // The managers have changed their minds; the leader tells.
+            Some(_) => {} // The managers have changed their minds; the leader tells.
             None => self.ask_later(machine),
         }
     }

@@ -70,13 +70,40 @@ pub(crate) struct Snapshot {
 /// What replicas tell each other.
 #[derive(Debug, Clone)]
 pub(crate) enum RaftMessage {
-    Vote { term: u64, last: (u64, u64), is_trial: bool },
-    VoteReply { term: u64, is_granted: bool, is_trial: bool },
-    Append { term: u64, before: (u64, u64), entries: Vec<Arc<Entry>>, commit: u64, round: u64 },
-    AppendReply { term: u64, is_taken: bool, index: u64, round: u64 },
-    Install { term: u64, snapshot: Arc<Snapshot>, round: u64 },
+    Vote {
+        term: u64,
+        last: (u64, u64),
+        is_trial: bool,
+    },
+    VoteReply {
+        term: u64,
+        is_granted: bool,
+        is_trial: bool,
+    },
+    Append {
+        term: u64,
+        before: (u64, u64),
+        entries: Vec<Arc<Entry>>,
+        commit: u64,
+        round: u64,
+    },
+    AppendReply {
+        term: u64,
+        is_taken: bool,
+        index: u64,
+        round: u64,
+    },
+    Install {
+        term: u64,
+        snapshot: Arc<Snapshot>,
+        round: u64,
+    },
     /// The leader hands over the lead to whom is named, if that one has the log up to `last`.
-    HandOver { term: u64, to: ManagerId, last: (u64, u64) },
+    HandOver {
+        term: u64,
+        to: ManagerId,
+        last: (u64, u64),
+    },
 }
 
 /// What a disk holds.
@@ -222,8 +249,9 @@ impl Replica {
             leader: None,
             heard_at: now,
             // It waits as long as if it had just heard of a leader: there may be one.
-            election_at: now
-                .after(LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me.machine() as u64)),
+            election_at: now.after(
+                LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me.machine() as u64),
+            ),
             confirmed: Vec::new(),
         }
     }
@@ -370,7 +398,8 @@ impl Replica {
         let (me, next) = (self.me, self.disk.last_index() + 1);
         if let Role::Leader(leading) = &mut self.role {
             let members = self.membership.members();
-            let is_kept = |id: &ManagerId| members.contains(id) || mistakes::is(Mistake::RemovedCounted);
+            let is_kept =
+                |id: &ManagerId| members.contains(id) || mistakes::is(Mistake::RemovedCounted);
             leading.others.retain(|id, _| is_kept(id));
             for id in members.iter().filter(|id| **id != me) {
                 let new = Progress { next, matched: 0, answered: 0 };
@@ -424,7 +453,7 @@ impl Replica {
             return;
         }
         if *is_trial {
-            self.stand(out);
+            self.stand(now, out);
             return;
         }
         let progress = Progress { next: self.disk.last_index() + 1, matched: 0, answered: 0 };
@@ -443,12 +472,13 @@ impl Replica {
     }
 
     /// Stands for election in the next term.
-    fn stand(&mut self, out: &mut Vec<Outgoing>) {
+    fn stand(&mut self, now: Timestamp, out: &mut Vec<Outgoing>) {
         (self.disk.term, self.disk.vote) = (self.disk.term + 1, Some(self.me));
         self.is_dirty = true;
         self.leader = None;
         self.role = Role::Candidate { is_trial: false, votes: [self.me].into() };
         self.ask_for_votes(self.disk.term, false, out);
+        self.count_votes(now, out); // One that is alone needs no other.
     }
 
     /// Takes an entry as the leader; its place.
@@ -560,7 +590,7 @@ impl Replica {
                     self.leader = None;
                     if to == self.me && self.disk.last() >= last && self.membership.is_voter(to) {
                         self.postpone_election(now, rng);
-                        self.stand(out);
+                        self.stand(now, out);
                     }
                 }
             }

@@ -10,9 +10,9 @@
 
 use std::collections::BTreeSet;
 
+use skep_common::NodeId;
 use skep_common::object::{ManagerStatus, Node, NodeState};
 use skep_common::spec::NodeRole;
-use skep_common::NodeId;
 
 use crate::level::{self, CONTROL, TooOldToManage};
 use crate::store::State;

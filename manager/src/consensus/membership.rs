@@ -318,8 +318,9 @@ fn silent_others(
         voter == metrics.id
             || heard.is_some_and(|at| openraft::Instant::elapsed(&*at) <= since_asked)
     };
-    let address =
-        |voter: u64| membership.get_node(&voter).map_or_else(|| "?".to_owned(), |node| node.addr.clone());
+    let address = |voter: u64| {
+        membership.get_node(&voter).map_or_else(|| "?".to_owned(), |node| node.addr.clone())
+    };
     roles::may_leave(&voters, raft_id, answers, address).map_err(|needed| needed.to_string())
 }
 

@@ -23,7 +23,8 @@ pub(crate) fn managers_rest(world: &World) -> Result<(), String> {
         ensure!(asked == observed, "{id} is asked to be a {} and is none yet", asked.name());
         let plays = world.role(id);
         ensure!(plays == asked, "{id} plays the {}, the state says {}", plays.name(), asked.name());
-        let noted = node.manager_status.as_ref().map(|status| ManagerId::of_raft_id(status.raft_id));
+        let noted =
+            node.manager_status.as_ref().map(|status| ManagerId::of_raft_id(status.raft_id));
         ensure!(noted.is_some() == (asked == NodeRole::Manager), "{id} is noted as {noted:?}");
         let own = machine.manager.as_ref().map(|manager| manager.replica.id());
         ensure!(own == noted, "{id} is {own:?}, and noted as {noted:?}");
@@ -32,7 +33,10 @@ pub(crate) fn managers_rest(world: &World) -> Result<(), String> {
     for id in &managers {
         let Some(manager) = &world.machines[id.machine()].manager else { continue };
         let membership = manager.replica.membership();
-        ensure!(!membership.is_joint(), "{id:?} knows of a change that is half done: {membership:?}");
+        ensure!(
+            !membership.is_joint(),
+            "{id:?} knows of a change that is half done: {membership:?}"
+        );
         let is_exact = membership.voters() == managers && *membership.members() == managers;
         ensure!(is_exact, "the managers are {managers:?}, and {id:?} counts {membership:?}");
     }
@@ -46,12 +50,15 @@ impl Invariant for Members {
 
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
         match seen {
-            Seen::Applied { manager, term, state, .. } if state.version() == world.ledger.version() => {
+            Seen::Applied { manager, term, state, .. }
+                if state.version() == world.ledger.version() =>
+            {
                 let index = state.version().index;
                 let Some(applying) = &world.machines[*manager].manager else { return Ok(()) };
                 let has_it = |id: ManagerId| {
                     let machine = world.machines.get(id.machine());
-                    let replica = machine.and_then(|one| one.manager.as_ref()).map(|one| &one.replica);
+                    let replica =
+                        machine.and_then(|one| one.manager.as_ref()).map(|one| &one.replica);
                     replica.is_some_and(|one| one.id() == id && one.has_synced(index, *term))
                 };
                 // A leader counts by what its log says last, which the applying one may know already.
