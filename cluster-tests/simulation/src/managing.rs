@@ -603,9 +603,8 @@ impl World {
             self.n_granted += 1;
             self.see(&Seen::Granted { kind, id, index: version.index });
         }
-        match request.wish {
-            client::Wish::Join(joined, node_id, role) => self.join(joined, node_id, role),
-            _ => {}
+        if let client::Wish::Join(joined, node_id, role) = request.wish {
+            self.join(joined, node_id, role);
         }
     }
 

@@ -136,12 +136,12 @@ impl World {
                 self.connect_later(to);
                 self.leave_managers(to);
             }
-            Message::Part { session, role, managers } => {
-                if self.machines[to].agent.session().is_some_and(|(open, ..)| open == session) {
-                    self.hear(to);
-                    self.machines[to].agent.managers = managers;
-                    self.hear_part(to, role);
-                }
+            Message::Part { session, role, managers }
+                if self.machines[to].agent.session().is_some_and(|(open, ..)| open == session) =>
+            {
+                self.hear(to);
+                self.machines[to].agent.managers = managers;
+                self.hear_part(to, role);
             }
             Message::Renewed { request, role } => self.renewed(to, request, role),
             Message::Admitted { request, is_counted } => self.admitted(to, request, is_counted),
