@@ -51,6 +51,8 @@ pub struct Counts {
     pub n_promoted: u64,
     /// Managers that became workers.
     pub n_demoted: u64,
+    /// Containers that followed another one while no manager led.
+    pub n_attempts: u64,
 }
 
 impl Counts {
@@ -60,14 +62,15 @@ impl Counts {
         Self {
             n_promoted: self.n_promoted + other.n_promoted,
             n_demoted: self.n_demoted + other.n_demoted,
+            n_attempts: self.n_attempts + other.n_attempts,
         }
     }
 }
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { n_promoted, n_demoted } = self;
-        write!(f, "{n_promoted} promoted, {n_demoted} demoted")
+        let Self { n_promoted, n_demoted, n_attempts } = self;
+        write!(f, "{n_promoted} promoted, {n_demoted} demoted, {n_attempts} attempts")
     }
 }
 

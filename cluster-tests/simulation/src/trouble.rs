@@ -223,7 +223,7 @@ impl World {
             if one.agent.sicken(task_id) {
                 self.note(format_args!("{task_id} is unhealthy"));
             }
-        } else if let Some(state) = one.agent.exit(task_id, is_failure, clock) {
+        } else if let Some(state) = one.agent.exit(task_id, is_failure, (now, clock)) {
             self.note(format_args!("{task_id} ends: {state}"));
             self.step_task(machine, task_id);
         }

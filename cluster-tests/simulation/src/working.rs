@@ -59,7 +59,7 @@ impl World {
     /// Tries again after a while that grows.
     fn connect_later(&mut self, machine: MachineId) {
         let one = &mut self.machines[machine];
-        one.agent.link = Link::None;
+        one.agent.lose_leader();
         let millis =
             if one.agent.hint.is_some() { 0 } else { (100 << one.agent.n_failed.min(5)).min(2000) };
         one.agent.n_failed += 1;
@@ -195,7 +195,10 @@ impl World {
             return;
         }
         self.note(format_args!("{machine} {task_id}: {stepped:?}"));
-        if stepped == Stepped::Started {
+        if matches!(stepped, Stepped::TriedAgain { .. }) {
+            self.counts.n_attempts += 1;
+        }
+        if matches!(stepped, Stepped::Started | Stepped::TriedAgain { runs: true }) {
             self.see(&Seen::Started);
         }
         self.flush(machine);

@@ -18,6 +18,7 @@ mod i11_plan_is_deed;
 mod i12_comes_to_rest;
 mod i13_jobs;
 mod i14_members;
+mod i16_attempts;
 #[cfg(test)]
 mod tests;
 
@@ -53,6 +54,7 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(i12_comes_to_rest::ComesToRest),
         Box::new(i13_jobs::Jobs),
         Box::new(i14_members::Members),
+        Box::new(i16_attempts::Attempts),
     ]
 }
 
