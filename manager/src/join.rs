@@ -4,7 +4,8 @@ use ipnet::Ipv4Net;
 use skep_common::object::{ManagerStatus, Node, NodeState, NodeStatus};
 use skep_common::spec::{Availability, NodeRole, NodeSpec};
 use skep_common::{ClusterId, Kind, Meta, NodeId, Object};
-use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, level, rotation, swarm};
+use skep_manager_core::roles::{self, Admission, NotAdmitted};
+use skep_manager_core::{Action, Command, Expect, Outcome, Refusal, State, rotation, swarm};
 use skep_proto::ca_server::Ca;
 use skep_proto::{
     IssueRequest, IssueResponse, RenewRequest, RenewResponse, RootRequest, RootResponse,
@@ -224,8 +225,7 @@ pub fn manager_addresses(state: &State) -> Vec<String> {
     state.nodes().values().filter_map(status).collect()
 }
 
-/// Notes in a node's object that it is a manager, and makes it a voter. In this order, so that `node rm`
-/// can undo a join that ended halfway.
+/// Notes in a node's object that it is a manager, and makes it a voter.
 pub(crate) async fn add_manager(
     consensus: &Consensus,
     node_id: NodeId,
@@ -237,23 +237,16 @@ pub(crate) async fn add_manager(
     loop {
         let state =
             consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
-        let gone =
-            || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
-        let mut node = (**state.node(node_id).ok_or_else(gone)?).clone();
-        if node.spec.role != NodeRole::Manager {
-            let why = format!(
-                "node {node_id} is to be a worker: promote it to have it join the managers"
-            );
-            return Err(Status::permission_denied(why));
-        }
-        level::check_new(&state, &node, format_level)
-            .map_err(|error| Status::failed_precondition(error.to_string()))?;
-        if node.manager_status.as_ref() == Some(&status) {
-            break;
-        }
-        node.manager_status = Some(status.clone());
+        let node = match roles::admit(&state, node_id, &status, format_level) {
+            Ok(Admission::Admitted) => break,
+            Ok(Admission::Note(node)) => node,
+            Err(why @ NotAdmitted::TooOld(_)) => {
+                return Err(Status::failed_precondition(why.to_string()));
+            }
+            Err(why) => return Err(Status::permission_denied(why.to_string())),
+        };
         let expect = Expect::Version(node.meta.version);
-        match commit(consensus, Object::Node(Box::new(node)), expect).await {
+        match commit(consensus, Object::Node(node), expect).await {
             Err(status) if status.code() == tonic::Code::Aborted => {} // The node has just been written.
             Err(status) => return Err(status),
             Ok(()) => {} // What was written before that may be beyond its program.
@@ -264,10 +257,7 @@ pub(crate) async fn add_manager(
     // Demoted or removed meanwhile: then nobody else would take it out again.
     let state = consensus.read_state().await.map_err(|error| Status::from(Error::Read(error)))?;
     // Its address may have changed meanwhile, which another request has written.
-    let is_manager = |node: &std::sync::Arc<Node>| {
-        node.manager_status.as_ref().is_some_and(|status| status.raft_id == raft_id)
-    };
-    if state.node(node_id).is_some_and(is_manager) {
+    if roles::is_manager(&state, node_id, raft_id) {
         return Ok(());
     }
     consensus.remove_manager(raft_id).await.map_err(unavailable)?;

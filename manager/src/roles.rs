@@ -9,6 +9,7 @@ use skep_common::limits::RPC_DEADLINE;
 use skep_common::object::Node;
 use skep_common::spec::NodeRole;
 use skep_common::{Kind, Object};
+use skep_manager_core::roles::Retirement;
 use skep_manager_core::{Action, Command, Expect, Outcome, State, node_name, roles};
 use skep_proto::raft_client::RaftClient;
 use skep_proto::{RemoveManagerRequest, RemoveManagerResponse};
@@ -64,15 +65,19 @@ async fn nodes_changed(feed: &mut Feed) -> bool {
 }
 
 async fn retire(consensus: &Consensus, term: u64, node: &Node) -> Result<(), String> {
-    if let Some(manager) = &node.manager_status {
-        let raft_id = manager.raft_id;
-        consensus.ask_to_remove(raft_id).await.map_err(|error| reason(&error))?;
-        if raft_id == consensus.raft_id() {
+    match roles::retirement(node, consensus.raft_id()) {
+        Retirement::HandOver => {
+            let own = consensus.raft_id();
+            consensus.ask_to_remove(own).await.map_err(|error| reason(&error))?;
             tracing::info!("this manager is to be a worker: it hands over the lead");
             let is_gone = consensus.transfer_leader().await;
             return if is_gone { Ok(()) } else { Err("nobody takes the lead over".to_owned()) };
         }
-        consensus.remove_manager(raft_id).await.map_err(|error| reason(&error))?;
+        Retirement::TakeOut { raft_id } => {
+            consensus.ask_to_remove(raft_id).await.map_err(|error| reason(&error))?;
+            consensus.remove_manager(raft_id).await.map_err(|error| reason(&error))?;
+        }
+        Retirement::Note => {}
     }
     let object = Object::Node(Box::new(roles::retired(node)));
     let expect = Expect::Version(node.meta.version);

@@ -7,6 +7,8 @@
 //! 3. The first assignments of a session are the whole set: what they do not name is stopped and erased.
 //! 4. Every status is reported again in a new session.
 //! 5. It goes on alone while there is no session; a daemon that starts again finds its tasks and containers.
+//! 6. A container that ends then is followed by another one of the same task, where [`attempts`] says so, until a
+//!    leader has said what the node is to run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -14,14 +16,14 @@ use std::time::Duration;
 use rand::RngExt as _;
 use rand::rngs::StdRng;
 use skep_common::mistakes::{self, Mistake};
-use skep_common::object::TaskStatus;
-use skep_common::{Task, TaskId, TaskState, Timestamp};
+use skep_common::object::{Attempt, TaskStatus};
+use skep_common::{Kind, Task, TaskId, TaskState, Timestamp};
 use skep_manager_core::endpoints::NodeTable;
 use skep_manager_core::secrets::PayloadKey;
+use skep_worker_core::attempts;
 
 use crate::fault::{Fault, Rates};
-use crate::message::Assignments;
-use crate::replica::ManagerId;
+use crate::message::{Assignments, MachineId};
 
 /// A task of this node.
 #[derive(Debug, Clone)]
@@ -30,9 +32,21 @@ pub(crate) struct Held {
     pub(crate) is_removed: bool,
     pub(crate) status: TaskStatus,
     was_unhealthy: bool,
+    /// Its container has ended, and no manager was told of a task's end.
+    ended: Option<Ended>,
+    /// When its container began, by this machine's clock.
+    began: Timestamp,
     /// When what it is doing ends.
     due: Timestamp,
     stop_at: Option<Timestamp>,
+}
+
+/// How a container ended, and when it is tried again; never where what it needs is not here.
+#[derive(Debug, Clone)]
+struct Ended {
+    state: TaskState,
+    err: String,
+    again_at: Timestamp,
 }
 
 impl Held {
@@ -45,8 +59,8 @@ impl Held {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Link {
     None,
-    Asked { session: u64, manager: ManagerId },
-    Open { session: u64, manager: ManagerId, term: u64, heard_at: Timestamp },
+    Asked { session: u64, manager: MachineId },
+    Open { session: u64, manager: MachineId, term: u64, heard_at: Timestamp },
 }
 
 /// What the kernel balances to.
@@ -69,7 +83,21 @@ pub(crate) enum Stepped {
     Stopping,
     /// Its container has ended.
     Ended(TaskState),
+    /// Another container of it was tried: it runs, or does not.
+    TriedAgain {
+        runs: bool,
+    },
     Erased,
+}
+
+/// The secrets that a task finds as files.
+pub(crate) fn used_by(task: &Task) -> impl Iterator<Item = PayloadKey> {
+    let container = task.spec.container_spec.as_ref();
+    let secrets = container.and_then(|container| container.secrets.as_ref());
+    secrets.into_iter().flatten().filter_map(|secret| {
+        let (id, version) = (secret.secret_id?.0, secret.version?);
+        Some(PayloadKey { kind: Kind::Secret, id, version })
+    })
 }
 
 /// One node's agent.
@@ -78,6 +106,8 @@ pub(crate) struct Agent {
     pub(crate) link: Link,
     /// Rule 1.
     pub(crate) term_seen: u64,
+    /// A leader in reach has said what this node is to run.
+    is_led: bool,
     sequence: u64,
     pub(crate) held: BTreeMap<TaskId, Held>,
     pub(crate) unsent: BTreeSet<TaskId>,
@@ -89,15 +119,18 @@ pub(crate) struct Agent {
     /// The containers that run: they outlive the daemon.
     pub(crate) running: BTreeSet<TaskId>,
     /// Whom to ask first.
-    pub(crate) hint: Option<ManagerId>,
+    pub(crate) hint: Option<MachineId>,
+    /// Where managers are, as it was told last.
+    pub(crate) managers: Vec<MachineId>,
     pub(crate) n_failed: u32,
 }
 
 impl Agent {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(managers: Vec<MachineId>) -> Self {
         Self {
             link: Link::None,
             term_seen: 0,
+            is_led: false,
             sequence: 0,
             held: BTreeMap::new(),
             unsent: BTreeSet::new(),
@@ -107,16 +140,22 @@ impl Agent {
             payloads: BTreeSet::new(),
             running: BTreeSet::new(),
             hint: None,
+            managers,
             n_failed: 0,
         }
     }
 
     /// The open session.
-    pub(crate) fn session(&self) -> Option<(u64, ManagerId, u64)> {
+    pub(crate) fn session(&self) -> Option<(u64, MachineId, u64)> {
         match self.link {
             Link::Open { session, manager, term, .. } => Some((session, manager, term)),
             Link::None | Link::Asked { .. } => None,
         }
+    }
+
+    /// There is no session any more.
+    pub(crate) fn lose_leader(&mut self) {
+        (self.link, self.is_led) = (Link::None, false);
     }
 
     /// A leader takes it in; false where it is not obeyed.
@@ -126,12 +165,12 @@ impl Agent {
             return false;
         }
         if term < self.term_seen && !mistakes::is(Mistake::DeposedAssignment) {
-            self.link = Link::None;
+            self.lose_leader();
             return false;
         }
         self.term_seen = self.term_seen.max(term);
         self.link = Link::Open { session, manager, term, heard_at: now };
-        self.sequence = 0;
+        (self.sequence, self.is_led) = (0, false);
         self.n_failed = 0;
         self.unsent_mesh = None;
         self.told_table = None;
@@ -180,6 +219,12 @@ impl Agent {
                 touched.push(task_id);
             }
         }
+        if is_whole {
+            self.is_led = true;
+            // Leaders decide again about what has ended.
+            let ended = self.held.iter().filter(|(_, held)| held.ended.is_some());
+            touched.extend(ended.map(|(task_id, _)| *task_id));
+        }
         Ok(touched)
     }
 
@@ -194,20 +239,95 @@ impl Agent {
         let status = task.status.clone();
         let was_unhealthy = status.unhealthy;
         let (task_id, stop_at) = (task.id, None);
-        let held = Held { task, is_removed: false, status, was_unhealthy, due: now, stop_at };
+        let began = status.attempts.last().map_or(status.timestamp, |attempt| attempt.ended_at);
+        let held = Held {
+            task,
+            is_removed: false,
+            status,
+            was_unhealthy,
+            ended: None,
+            began,
+            due: now,
+            stop_at,
+        };
         self.held.insert(task_id, held);
-        self.expect_container(task_id, clock);
+        self.expect_container(task_id, (now, clock));
     }
 
     /// A container that should run and does not is lost.
-    fn expect_container(&mut self, task_id: TaskId, clock: Timestamp) {
+    fn expect_container(&mut self, task_id: TaskId, at: (Timestamp, Timestamp)) {
         let is_running = self.running.contains(&task_id);
         let Some(held) = self.held.get_mut(&task_id) else { return };
+        held.ended = None;
         let state = held.status.state;
         if !is_running && state >= TaskState::Starting && !state.is_terminal() {
-            "its container was gone when the daemon started again".clone_into(&mut held.status.err);
-            self.report(task_id, TaskState::Failed, clock);
+            let err = "its container was gone when the daemon started again".to_owned();
+            self.end(task_id, TaskState::Failed, err, at);
         }
+    }
+
+    /// A container has ended: while no manager leads it may be tried again, else the task has.
+    fn end(
+        &mut self,
+        task_id: TaskId,
+        state: TaskState,
+        err: String,
+        (now, clock): (Timestamp, Timestamp),
+    ) {
+        let is_led = self.is_led;
+        let Some(held) = self.held.get_mut(&task_id) else { return };
+        let pause = attempts::pause(&held.task, &held.status, state, clock);
+        match pause.filter(|_| !is_led && !held.is_ending()) {
+            Some(pause) => held.ended = Some(Ended { state, err, again_at: now.after(pause) }),
+            None => {
+                held.ended = None;
+                held.status.err = err;
+                self.report(task_id, state, clock);
+            }
+        }
+    }
+
+    /// Another container of a task whose last one ended, where it is time for it.
+    fn try_again(
+        &mut self,
+        task_id: TaskId,
+        rates: &Rates,
+        (now, clock): (Timestamp, Timestamp),
+        rng: &mut StdRng,
+    ) -> (Stepped, Option<Duration>) {
+        let is_led = self.is_led;
+        let Some(held) = self.held.get_mut(&task_id) else { return (Stepped::Nothing, None) };
+        let Some(ended) = held.ended.clone() else { return (Stepped::Nothing, None) };
+        if is_led || held.is_ending() {
+            (held.ended, held.status.err) = (None, ended.err);
+            self.report(task_id, ended.state, clock);
+            return (Stepped::Ended(ended.state), Some(Duration::ZERO));
+        }
+        if now < ended.again_at {
+            return (Stepped::Nothing, Some(ended.again_at.since(now)));
+        }
+        if !used_by(&held.task).all(|key| self.payloads.contains(&key)) {
+            return (Stepped::Nothing, None); // They come with a leader, which decides then.
+        }
+        let attempt = Attempt {
+            container_id: task_id.to_string(),
+            exit_code: if ended.state == TaskState::Complete { 0 } else { 1 },
+            started_at: std::mem::replace(&mut held.began, clock),
+            ended_at: clock,
+            err: ended.err,
+        };
+        held.status.note_attempt(attempt, attempts::limit(&held.task).unwrap_or(0));
+        (held.status.unhealthy, held.was_unhealthy, held.ended) = (false, false, None);
+        self.unsent.insert(task_id);
+        if rates.hits(Fault::Reject, rng) {
+            let err = "starting: no such thing".to_owned();
+            self.end(task_id, TaskState::Failed, err, (now, clock));
+            return (Stepped::TriedAgain { runs: false }, Some(Duration::ZERO));
+        }
+        self.running.insert(task_id);
+        let delay = Duration::from_millis(rng.random_range(500..5000));
+        held.due = now.after(delay);
+        (Stepped::TriedAgain { runs: true }, Some(delay))
     }
 
     /// All its tasks end: it is no member any more.
@@ -219,12 +339,12 @@ impl Agent {
 
     /// The daemon was killed and starts again.
     pub(crate) fn restart(&mut self, now: Timestamp, clock: Timestamp) -> Vec<TaskId> {
-        self.link = Link::None;
+        self.lose_leader();
         (self.unsent_mesh, self.told_table) = (None, None);
         self.payloads.clear();
         let task_ids: Vec<TaskId> = self.held.keys().copied().collect();
         for task_id in &task_ids {
-            self.expect_container(*task_id, clock);
+            self.expect_container(*task_id, (now, clock));
             if let Some(held) = self.held.get_mut(task_id) {
                 (held.due, held.stop_at) = (now, None);
             }
@@ -269,7 +389,7 @@ impl Agent {
         &mut self,
         task_id: TaskId,
         is_failure: bool,
-        clock: Timestamp,
+        at: (Timestamp, Timestamp),
     ) -> Option<TaskState> {
         if !self.running.remove(&task_id) {
             return None;
@@ -280,17 +400,16 @@ impl Agent {
             (false, true) => TaskState::Failed,
             (false, false) => TaskState::Complete,
         };
-        if is_failure {
-            "task: non-zero exit (1)".clone_into(&mut held.status.err);
-        }
-        self.report(task_id, state, clock);
+        let err = if is_failure { "task: non-zero exit (1)" } else { "" };
+        self.end(task_id, state, err.to_owned(), at);
         Some(state)
     }
 
     /// A running container's health check fails.
     pub(crate) fn sicken(&mut self, task_id: TaskId) -> bool {
         let Some(held) = self.held.get_mut(&task_id) else { return false };
-        let is_healthy = held.status.state == TaskState::Running && !held.status.unhealthy;
+        let is_running = held.ended.is_none() && held.status.state == TaskState::Running;
+        let is_healthy = is_running && !held.status.unhealthy;
         if is_healthy {
             (held.status.unhealthy, held.was_unhealthy) = (true, true);
             self.unsent.insert(task_id);
@@ -317,6 +436,9 @@ impl Agent {
             self.unsent.remove(&task_id);
             return (Stepped::Erased, None);
         }
+        if held.ended.is_some() {
+            return self.try_again(task_id, rates, (now, clock), rng);
+        }
         if is_running && is_ending {
             return self.stop(task_id, (now, clock), rng);
         }
@@ -330,8 +452,8 @@ impl Agent {
         }
         if state == TaskState::Running {
             // It has done its work.
-            let ended = self.exit(task_id, false, clock);
-            return (ended.map_or(Stepped::Nothing, Stepped::Ended), None);
+            let ended = self.exit(task_id, false, (now, clock));
+            return (ended.map_or(Stepped::Nothing, Stepped::Ended), Some(Duration::ZERO));
         }
         if state == TaskState::Ready && held.task.desired_state < TaskState::Running {
             return (Stepped::Nothing, None);
@@ -339,6 +461,7 @@ impl Agent {
         let (next, millis) = match state {
             TaskState::Starting if !is_running => {
                 self.running.insert(task_id);
+                held.began = clock;
                 // Its first health check has not passed yet.
                 let delay = Duration::from_millis(rng.random_range(0..500));
                 held.due = now.after(delay);

@@ -3,13 +3,17 @@
 use rand::RngExt as _;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::object::NodeState;
-use skep_common::spec::{Base64, ContainerSpec, NodeSpec, TaskSpec};
+use skep_common::object::{ManagerStatus, NodeState};
+use skep_common::spec::{Base64, ContainerSpec, NodeRole, NodeSpec, TaskSpec};
 use skep_common::{
     Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, TaskId, TaskState, Timestamp,
 };
+use skep_manager_core::command::FORMAT_LEVEL;
+use skep_manager_core::roles::{self, Admission};
 use skep_manager_core::{Action, Expect, State, container, network, secrets, service};
 
+use crate::changing::Change;
+use crate::membership::ManagerId;
 use crate::message::MachineId;
 use crate::service as samples;
 
@@ -29,8 +33,14 @@ pub(crate) enum Wish {
     /// To be active again.
     Activate(NodeId),
     RemoveNode(NodeId, bool),
+    Promote(NodeId),
+    Demote(NodeId),
     /// A machine joins as a new node.
-    Join(MachineId, NodeId),
+    Join(MachineId, NodeId, NodeRole),
+    /// A node asks for a certificate.
+    Renew(NodeId),
+    /// A program is to be counted among the managers.
+    Admit(NodeId, ManagerId),
     RunContainer(NodeId),
     StopContainer(NodeId),
     RemoveContainer(NodeId, bool),
@@ -42,12 +52,24 @@ pub(crate) enum Wish {
 
 impl Wish {
     /// A random one about these nodes.
-    pub(crate) fn draw(rng: &mut StdRng, nodes: &[NodeId], workers: &[NodeId]) -> Self {
+    pub(crate) fn draw(
+        rng: &mut StdRng,
+        nodes: &[NodeId],
+        (workers, promotable): (&[NodeId], &[NodeId]),
+        managers: &[NodeId],
+    ) -> Self {
         let service = rng.random_range(1..=samples::N_SERVICES);
         let network = rng.random_range(1..=samples::N_NETWORKS);
         let node_id = nodes[rng.random_range(0..nodes.len())];
         match rng.random_range(0..100) {
-            0..20 => Self::CreateService(service),
+            0..16 => Self::CreateService(service),
+            16..18 if !promotable.is_empty() => {
+                Self::Promote(promotable[rng.random_range(0..promotable.len())])
+            }
+            18..20 if !managers.is_empty() => {
+                Self::Demote(managers[rng.random_range(0..managers.len())])
+            }
+            16..20 => Self::CreateService(service),
             20..32 => Self::UpdateService(service),
             32..40 => Self::Refresh(service),
             40..52 => Self::Scale(service, rng.random_range(0..7)),
@@ -56,8 +78,11 @@ impl Wish {
             62..66 => Self::CreateNetwork(network),
             66..68 => Self::RemoveNetwork(network),
             68..78 => Self::UpdateNode(node_id),
-            78..81 if !workers.is_empty() => {
-                let node_id = workers[rng.random_range(0..workers.len())];
+            78..81 => {
+                // Mostly a worker: a manager has to be down, or is refused.
+                let is_worker = rng.random_bool(0.8) && !workers.is_empty();
+                let among = if is_worker { workers } else { nodes };
+                let node_id = among[rng.random_range(0..among.len())];
                 Self::RemoveNode(node_id, rng.random_bool(0.5))
             }
             81..86 => Self::RunContainer(node_id),
@@ -69,10 +94,20 @@ impl Wish {
     }
 }
 
-/// What a manager proposes for a wish, and the object that it is about; `None` where there is nothing to do.
-///
-/// What a task is asked to do has no version of its own.
-pub(crate) type Decision = Option<(Vec<Action>, Option<(Kind, u128)>)>;
+/// What a manager does for a wish, and the object that it is about. What a task is asked to do has no version of its own.
+#[derive(Debug)]
+pub(crate) enum Decision {
+    /// There is nothing to do, or nothing more.
+    Nothing,
+    /// What a certificate is for.
+    Part(NodeRole),
+    /// It is written, and where it goes on decided anew after that.
+    Write { actions: Vec<Action>, about: Option<(Kind, u128)>, goes_on: bool },
+    /// The members change, and then that is written; where there is nothing to write, it is decided anew.
+    Change { change: Change, then: Option<Vec<Action>>, about: Option<(Kind, u128)> },
+}
+
+type Written = Option<(Vec<Action>, Option<(Kind, u128)>)>;
 
 /// Decides as the control API does. An error is a refusal.
 pub(crate) fn decide(
@@ -80,7 +115,90 @@ pub(crate) fn decide(
     state: &State,
     seed: u64,
     now: Timestamp,
+    has_changed: bool,
 ) -> Result<Decision, String> {
+    match wish {
+        Wish::Promote(_) | Wish::Demote(_) | Wish::RemoveNode(..) => about_part(wish, state, now),
+        Wish::Renew(node_id) => {
+            let node = state.node(*node_id).ok_or("it was removed")?;
+            Ok(Decision::Part(node.observed_role()))
+        }
+        Wish::Admit(node_id, manager) => admit(state, *node_id, *manager, has_changed),
+        _ => Ok(match decide_write(wish, state, seed, now)? {
+            Some((actions, about)) => Decision::Write { actions, about, goes_on: false },
+            None => Decision::Nothing,
+        }),
+    }
+}
+
+/// A node's part, or its end.
+fn about_part(wish: &Wish, state: &State, now: Timestamp) -> Result<Decision, String> {
+    let (Wish::Promote(node_id) | Wish::Demote(node_id) | Wish::RemoveNode(node_id, _)) = wish
+    else {
+        return Ok(Decision::Nothing);
+    };
+    let mut node = Node::clone(state.node(*node_id).ok_or("no such node")?);
+    let about = Some((Kind::Node, node_id.0));
+    let role = match wish {
+        Wish::Promote(_) => NodeRole::Manager,
+        Wish::Demote(_) => NodeRole::Worker,
+        Wish::RemoveNode(_, is_forced) => {
+            let counted = roles::check_removal(&node, *is_forced).map_err(text)?;
+            let actions = skep_manager_core::remove_node(state, *node_id, now);
+            return Ok(match counted.map(ManagerId::of_raft_id) {
+                None => Decision::Write { actions, about, goes_on: false },
+                Some(id) => {
+                    Decision::Change { change: Change::Remove(id), then: Some(actions), about }
+                }
+            });
+        }
+        _ => return Ok(Decision::Nothing),
+    };
+    let is_demoted = (node.spec.role, role) == (NodeRole::Manager, NodeRole::Worker);
+    if node.spec.role == role {
+        return Ok(Decision::Nothing);
+    }
+    roles::ask(state, &mut node, role).map_err(text)?;
+    let expect = Expect::Version(node.meta.version);
+    let counted = node.manager_status.as_ref().map(|manager| manager.raft_id);
+    let actions = vec![Action::Put { object: Object::Node(Box::new(node)), expect }];
+    Ok(match counted.filter(|_| is_demoted).map(ManagerId::of_raft_id) {
+        None => Decision::Write { actions, about, goes_on: false },
+        Some(id) => Decision::Change { change: Change::MayRemove(id), then: Some(actions), about },
+    })
+}
+
+/// What the managers do for one that wants to be counted among them.
+fn admit(
+    state: &State,
+    node_id: NodeId,
+    manager: ManagerId,
+    has_changed: bool,
+) -> Result<Decision, String> {
+    let raft_id = manager.raft_id();
+    if has_changed {
+        let is_manager = roles::is_manager(state, node_id, raft_id);
+        let then = Some(Vec::new());
+        return Ok(match is_manager {
+            true => Decision::Nothing,
+            false => Decision::Change { change: Change::Remove(manager), then, about: None },
+        });
+    }
+    let addr = samples::node(u16::try_from(manager.machine() + 1).map_err(text)?).address();
+    let status = ManagerStatus { raft_id, addr, ..ManagerStatus::default() };
+    Ok(match roles::admit(state, node_id, &status, FORMAT_LEVEL).map_err(text)? {
+        Admission::Admitted => {
+            Decision::Change { change: Change::Add(manager), then: None, about: None }
+        }
+        Admission::Note(node) => {
+            let expect = Expect::Version(node.meta.version);
+            let actions = vec![Action::Put { object: Object::Node(node), expect }];
+            Decision::Write { actions, about: None, goes_on: true }
+        }
+    })
+}
+
+fn decide_write(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> Result<Written, String> {
     let mut rng = StdRng::seed_from_u64(seed);
     match wish {
         Wish::CreateService(number) => {
@@ -118,11 +236,11 @@ pub(crate) fn decide(
             let object = Object::Node(Box::new(node));
             Ok(Some((vec![Action::Put { object, expect }], Some((Kind::Node, node_id.0)))))
         }
-        Wish::RemoveNode(node_id, is_forced) => remove_node(state, *node_id, *is_forced, now),
-        Wish::Join(machine, node_id) => {
+        Wish::Join(machine, node_id, role) => {
             let number = u16::try_from(*machine + 1).map_err(text)?;
             let mut node = samples::node(number);
             (node.id, node.number, node.status.state) = (*node_id, 0, NodeState::Unknown);
+            node.spec.role = *role;
             let object = Object::Node(Box::new(node));
             let put = Action::Put { object, expect: Expect::Absent };
             Ok(Some((vec![put], Some((Kind::Node, node_id.0)))))
@@ -131,7 +249,12 @@ pub(crate) fn decide(
             about_container(wish, state, &mut rng, now)
         }
         Wish::RotateSecret(number) => rotate_secret(state, *number, &mut rng, now),
-        Wish::Read => Ok(None),
+        Wish::Read
+        | Wish::Promote(_)
+        | Wish::Demote(_)
+        | Wish::RemoveNode(..)
+        | Wish::Renew(_)
+        | Wish::Admit(..) => Ok(None),
     }
 }
 
@@ -144,7 +267,7 @@ fn about_service(
     state: &State,
     rng: &mut StdRng,
     now: Timestamp,
-) -> Result<Decision, String> {
+) -> Result<Written, String> {
     let (Wish::UpdateService(number)
     | Wish::Refresh(number)
     | Wish::Scale(number, _)
@@ -186,7 +309,7 @@ fn rotate_secret(
     number: u16,
     rng: &mut StdRng,
     now: Timestamp,
-) -> Result<Decision, String> {
+) -> Result<Written, String> {
     let id = samples::secret_id(number);
     let old = state.secret(id).ok_or("no such secret")?;
     let mut spec = old.spec.clone();
@@ -195,29 +318,12 @@ fn rotate_secret(
     Ok(Some((update.actions, Some((Kind::Secret, id.0)))))
 }
 
-fn remove_node(
-    state: &State,
-    node_id: NodeId,
-    is_forced: bool,
-    now: Timestamp,
-) -> Result<Decision, String> {
-    let node = state.node(node_id).ok_or("no such node")?;
-    if node.manager_status.is_some() {
-        return Err("it is a manager".into());
-    }
-    if node.status.state == NodeState::Ready && !is_forced {
-        return Err("it is not down".into());
-    }
-    let actions = skep_manager_core::remove_node(state, node_id, now);
-    Ok(Some((actions, Some((Kind::Node, node_id.0)))))
-}
-
 fn about_container(
     wish: &Wish,
     state: &State,
     rng: &mut StdRng,
     now: Timestamp,
-) -> Result<Decision, String> {
+) -> Result<Written, String> {
     let (Wish::RunContainer(node_id)
     | Wish::StopContainer(node_id)
     | Wish::RemoveContainer(node_id, _)) = wish

@@ -10,13 +10,15 @@ use std::time::Duration;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
 use skep_common::object::TaskStatus;
-use skep_common::{NodeId, TaskId, Timestamp};
+use skep_common::spec::NodeRole;
+use skep_common::{Node, NodeId, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan};
 
+use crate::membership::ManagerId;
 use crate::message::{Assignments, MachineId, Message};
 use crate::seen::Seen;
 
@@ -34,6 +36,7 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
+    told_part: Option<(NodeRole, Vec<MachineId>)>,
     opened_at: Timestamp,
     heard_at: Timestamp,
 }
@@ -173,6 +176,7 @@ impl Leader {
             stream: Stream::default(),
             told_table: None,
             is_dirty: true,
+            told_part: None,
             opened_at: monotonic,
             heard_at: monotonic,
         };
@@ -316,10 +320,31 @@ impl Leader {
             }
             is_member
         });
+        out.extend(self.parts());
         let nodes: Vec<NodeId> = self.sessions.keys().copied().collect();
         for node_id in nodes {
             if let Some(message) = self.news(node_id, seen) {
                 out.push(message);
+            }
+        }
+        out
+    }
+
+    /// Which part each node has, and where managers are, where that is news to it.
+    fn parts(&mut self) -> Vec<(MachineId, Message)> {
+        let status = |node: &Arc<Node>| node.manager_status.as_ref().map(|one| one.raft_id);
+        let managers = self.state.nodes().values().filter_map(status);
+        let managers: Vec<MachineId> =
+            managers.map(|raft_id| ManagerId::of_raft_id(raft_id).machine()).collect();
+        let mut out = Vec::new();
+        for (node_id, session) in &mut self.sessions {
+            let Some(node) = self.state.node(*node_id) else { continue };
+            let part = Some((node.observed_role(), managers.clone()));
+            if session.told_part != part {
+                session.told_part = part;
+                let (session, machine) = (session.id, session.machine);
+                let (role, managers) = (node.observed_role(), managers.clone());
+                out.push((machine, Message::Part { session, role, managers }));
             }
         }
         out

@@ -5,18 +5,21 @@
 //! random, and a calm one, in which everything must come to rest and an update must keep its promise. All
 //! the while invariants are shown what happens.
 //!
-//! Reading order: [`run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `trouble`
-//! with [`fault`] and `client`, `invariants`; [`seeds`].
+//! Reading order: [`run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `part`
+//! and `changing` (who is a manager), `trouble` with [`fault`] and `client`, `invariants`; [`seeds`].
 
 mod agent;
+mod changing;
 mod client;
 pub mod fault;
 mod invariants;
 mod leader;
 mod machine;
 mod managing;
+mod membership;
 mod message;
 mod network;
+mod part;
 mod queue;
 mod replica;
 pub mod run;
@@ -28,4 +31,4 @@ mod trouble;
 mod working;
 mod world;
 
-pub use run::{Options, Report, run};
+pub use run::{Counts, Options, Report, run};

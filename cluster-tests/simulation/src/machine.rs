@@ -1,6 +1,7 @@
 //! One machine: its daemon, as a worker and perhaps as a manager, its disk and its clock.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
@@ -8,9 +9,13 @@ use skep_common::{NodeId, Timestamp};
 use skep_manager_core::State;
 
 use crate::agent::Agent;
+use crate::changing::{Change, Changes};
 use crate::client::Wish;
 use crate::leader::Leader;
-use crate::replica::{ManagerId, Replica};
+use crate::membership::ManagerId;
+use crate::message::MachineId;
+use crate::part::Part;
+use crate::replica::{Entry, Replica};
 
 /// Who waits for a proposal of this manager.
 #[derive(Debug, Clone, Copy)]
@@ -20,7 +25,9 @@ pub(crate) enum Waiter {
     /// A client's request here.
     Request,
     /// A manager that forwarded it.
-    Remote(ManagerId),
+    Remote(MachineId),
+    /// The leader's work on managers that are to be workers.
+    Retirement,
 }
 
 /// How far a client's request is.
@@ -30,6 +37,8 @@ pub(crate) enum Stage {
     Asking,
     /// Waits until this manager is so far.
     Catching(u64),
+    /// The members are changed first.
+    Changing(Change),
     /// Its command is on its way.
     Proposed,
 }
@@ -44,6 +53,14 @@ pub(crate) struct Request {
     pub(crate) n_granted: usize,
     /// What its command is about.
     pub(crate) about: Option<(skep_common::Kind, u128)>,
+    /// What is written when the members have changed; where there is nothing, it is decided anew.
+    pub(crate) then: Option<Vec<skep_manager_core::Action>>,
+    /// The members have been changed for it.
+    pub(crate) has_changed: bool,
+    /// It is decided anew once its command is committed.
+    pub(crate) goes_on: bool,
+    /// A machine that waits for the answer, with its number there.
+    pub(crate) asked_by: Option<(MachineId, u64)>,
 }
 
 /// A machine's part as a manager.
@@ -58,13 +75,38 @@ pub(crate) struct Manager {
     pub(crate) is_due: bool,
     pub(crate) waiting: BTreeMap<u64, Waiter>,
     /// Managers that asked how far the log is.
-    pub(crate) asked: BTreeMap<u64, ManagerId>,
+    pub(crate) asked: BTreeMap<u64, MachineId>,
     pub(crate) requests: BTreeMap<u64, Request>,
     /// The disk is full until then.
     pub(crate) is_stopped: bool,
     /// The term whose heartbeats are under way.
     pub(crate) speaks_in: u64,
     pub(crate) wakes_at: Option<Timestamp>,
+    /// What is asked of it as the leader.
+    pub(crate) changes: Changes,
+    /// The others count it, as far as it was told.
+    pub(crate) is_counted: bool,
+}
+
+impl Manager {
+    /// A manager that begins with this log.
+    pub(crate) fn new(id: ManagerId, log: Vec<Arc<Entry>>, now: Timestamp) -> Self {
+        Self {
+            is_counted: !log.is_empty(),
+            replica: Replica::new(id, log, now),
+            state: State::default(),
+            leader: None,
+            is_judged: false,
+            is_due: false,
+            waiting: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            requests: BTreeMap::new(),
+            is_stopped: false,
+            speaks_in: 0,
+            wakes_at: None,
+            changes: Changes::default(),
+        }
+    }
 }
 
 /// One machine.
@@ -83,7 +125,10 @@ pub(crate) struct Machine {
     /// The last moment at which a fault hit it.
     pub(crate) disturbed_at: Timestamp,
     pub(crate) session_since: Timestamp,
+    /// Its part as a manager, which it has while its certificate is for one.
     pub(crate) manager: Option<Manager>,
+    /// Where it takes up another part, how far it is.
+    pub(crate) part: Part,
     pub(crate) agent: Agent,
     pub(crate) rng: StdRng,
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use skep_simulation::run::STEPS;
 use skep_simulation::seeds::run_all;
-use skep_simulation::{Options, Report, run};
+use skep_simulation::{Counts, Options, Report, run};
 
 const USAGE: &str = "usage: skep-sim [--seed N] [--seeds N] [--first N] [--steps N] [--print]
 
@@ -66,6 +66,8 @@ fn main() -> ExitCode {
     }
     let hours = reports.iter().map(|report| report.time.as_secs_f64()).sum::<f64>() / 3600.0;
     let n_events: u64 = reports.iter().map(|report| report.n_events).sum();
+    let counts = reports.iter().map(|report| report.counts);
+    println!("{}", counts.fold(Counts::default(), Counts::and));
     println!(
         "{} seeds, {} with a violation; {hours:.1} simulated hours, {:.0} steps/s, {:.1} s",
         reports.len(),

@@ -5,15 +5,19 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use skep_common::NodeId;
+use skep_common::spec::NodeRole;
 use skep_manager_core::liveness::Answer;
-use skep_manager_core::{Command, Outcome, State};
+use skep_manager_core::{Action, Command, Outcome, State, kept_out};
 
-use crate::client;
+use crate::changing::{Changes, Verdict};
+use crate::client::{self, Decision};
 use crate::fault::Fault;
 use crate::leader::{self, Leader};
 use crate::machine::{Manager, Request, Stage, Waiter};
+use crate::membership::ManagerId;
 use crate::message::{MachineId, Message};
-use crate::replica::{HEARTBEAT, ManagerId, Outgoing, Payload};
+use crate::part::Answer as PartAnswer;
+use crate::replica::{HEARTBEAT, Outgoing, Payload};
 use crate::seen::Seen;
 use crate::world::{Event, Timer, World};
 
@@ -24,7 +28,7 @@ const REQUEST_PATIENCE: Duration = Duration::from_secs(10);
 const REQUEST_RETRY: Duration = Duration::from_millis(300);
 
 impl World {
-    fn manager(&mut self, machine: MachineId) -> &mut Manager {
+    pub(crate) fn manager(&mut self, machine: MachineId) -> &mut Manager {
         self.machines[machine].manager.as_mut().expect("only managers are asked")
     }
 
@@ -45,6 +49,7 @@ impl World {
         manager.asked.clear();
         manager.requests.clear();
         (manager.speaks_in, manager.wakes_at) = (0, None);
+        manager.changes = Changes::default();
         let state = manager.state.clone();
         self.see(&Seen::Restored { manager: machine, state });
         self.timer(machine, HEARTBEAT, Timer::Election);
@@ -95,6 +100,7 @@ impl World {
                 manager.is_due = true;
                 self.timer(machine, leader::TICK, Timer::Tick { term });
             }
+            Timer::Changes => manager.changes.is_waiting = false,
             Timer::Wake => (manager.wakes_at, manager.is_due) = (None, true),
             Timer::Probed { node_id } => {
                 let answer = self.answer_to_probe(machine, node_id);
@@ -105,9 +111,7 @@ impl World {
                 }
             }
             Timer::Request { id } => self.try_request(machine, id, &mut out),
-            Timer::RequestDeadline { id } => {
-                manager.requests.remove(&id);
-            }
+            Timer::RequestDeadline { id } => self.end_request(machine, id, None),
             _ => {}
         }
         self.pump(machine, out);
@@ -141,8 +145,22 @@ impl World {
         };
         let mut out = Vec::new();
         match message {
-            Message::Raft(message) => {
-                manager.replica.handle(from, message, now, &mut one.rng, &mut out);
+            Message::Raft { from: from_id, to: to_id, message } => {
+                if to_id != manager.replica.id() || self.is_turned_away(from, to) {
+                    return;
+                }
+                let one = &mut self.machines[to];
+                let Some(manager) = &mut one.manager else { return };
+                manager.replica.handle(from_id, message, now, &mut one.rng, &mut out);
+            }
+            Message::Change { id, change } => self.take_change(to, id, Some(from), change),
+            Message::Changed { id, verdict } => self.changed(to, id, &verdict, &mut out),
+            Message::Renew { request, node_id } => {
+                self.begin_asked(to, client::Wish::Renew(node_id), (from, request));
+            }
+            Message::Admit { request, node_id, manager } => {
+                let wish = client::Wish::Admit(node_id, manager);
+                self.begin_asked(to, wish, (from, request));
             }
             Message::AskIndex { request } => {
                 let applied = manager.state.version().index;
@@ -178,13 +196,27 @@ impl World {
         self.pump(to, out);
     }
 
+    /// Whether a manager refuses another one: it was removed, or is to its knowledge no manager. One that has
+    /// not heard of a leader may know too little for that.
+    fn is_turned_away(&self, from: MachineId, to: MachineId) -> bool {
+        let Some(manager) = &self.machines[to].manager else { return true };
+        let node_id = self.machines[from].node_id;
+        if kept_out::is_kept_out(&manager.state, node_id) {
+            return true;
+        }
+        let role = manager.state.node(node_id).map(|node| node.observed_role());
+        let applied = manager.state.version().index;
+        role == Some(NodeRole::Worker) && manager.replica.is_current(applied, self.now())
+    }
+
     /// A message of an agent.
     fn handle_session(&mut self, from: MachineId, to: MachineId, message: Message) {
         let (now, clock) = (self.now(), self.machines[to].clock(self.now()));
         let node_id = self.machines[from].node_id;
         let manager = self.manager(to);
         let Some(leader) = &mut manager.leader else {
-            let leader = manager.replica.leader().filter(|leader| *leader != to);
+            let leader = manager.replica.leader().map(ManagerId::machine);
+            let leader = leader.filter(|leader| *leader != to);
             match message {
                 Message::Hello { session } => {
                     self.send(to, from, Message::Redirect { session, leader });
@@ -246,14 +278,16 @@ impl World {
             if manager.replica.begin_sync(&mut out) {
                 self.schedule_sync(machine);
             }
+            let from = self.manager(machine).replica.id();
             for (to, message) in out.drain(..) {
-                self.send(machine, to, Message::Raft(message));
+                self.send(machine, to.machine(), Message::Raft { from, to, message });
             }
             self.apply_committed(machine);
             self.answer_reads(machine);
             self.serve_requests(machine, &mut out);
             self.judge(machine);
             self.lead(machine, &mut out);
+            self.change_members(machine, &mut out);
             if out.is_empty() {
                 break;
             }
@@ -288,7 +322,7 @@ impl World {
             };
             let before = manager.state.clone();
             let (outcome, changes, proposal) = match &entry.payload {
-                Payload::Blank => {
+                Payload::Blank | Payload::Membership(_) => {
                     manager.state.skip(next);
                     (None, Vec::new(), None)
                 }
@@ -331,7 +365,7 @@ impl World {
         self.ledger = after.clone();
         let index = after.version().index;
         let Some((outcome, command)) = outcome else {
-            self.note(format_args!("committed {index}: a leader's first"));
+            self.note(format_args!("committed {index}: no command"));
             return;
         };
         let n_actions = command.actions.len();
@@ -351,6 +385,7 @@ impl World {
                 }
             }
             Some(Waiter::Request) => self.finish(machine, id, Some(outcome), true),
+            Some(Waiter::Retirement) => self.manager(machine).changes.is_noting = false,
             Some(Waiter::Remote(from)) => {
                 let outcome = Some(outcome.clone());
                 self.send(machine, from, Message::Proposed { id, outcome, may_commit: true });
@@ -376,10 +411,34 @@ impl World {
 
     /// A client asks this manager for something.
     pub(crate) fn begin_request(&mut self, machine: MachineId, wish: client::Wish) -> u64 {
+        self.begin(machine, wish, None)
+    }
+
+    /// Another machine asks this manager for something, and has a number for it.
+    fn begin_asked(&mut self, machine: MachineId, wish: client::Wish, by: (MachineId, u64)) {
+        self.begin(machine, wish, Some(by));
+    }
+
+    fn begin(
+        &mut self,
+        machine: MachineId,
+        wish: client::Wish,
+        asked_by: Option<(MachineId, u64)>,
+    ) -> u64 {
         let id = self.next_id();
         let (seed, n_granted) = (self.client_rng.random(), self.n_granted);
         self.note(format_args!("{machine} is asked for {wish:?} ({id})"));
-        let request = Request { wish, seed, stage: Stage::Asking, n_granted, about: None };
+        let request = Request {
+            wish,
+            seed,
+            stage: Stage::Asking,
+            n_granted,
+            about: None,
+            then: None,
+            has_changed: false,
+            goes_on: false,
+            asked_by,
+        };
         self.manager(machine).requests.insert(id, request);
         self.timer(machine, Duration::ZERO, Timer::Request { id });
         self.timer(machine, REQUEST_PATIENCE, Timer::RequestDeadline { id });
@@ -389,14 +448,20 @@ impl World {
     fn try_request(&mut self, machine: MachineId, id: u64, out: &mut Vec<Outgoing>) {
         let now = self.now();
         let manager = self.manager(machine);
-        if manager.requests.get(&id).is_none_or(|request| request.stage != Stage::Asking) {
+        let Some(stage) = manager.requests.get(&id).map(|request| request.stage) else { return };
+        if let Stage::Changing(change) = stage {
+            self.ask_for_change(machine, id, change);
+            self.timer(machine, REQUEST_RETRY, Timer::Request { id });
+            return;
+        }
+        if stage != Stage::Asking {
             return;
         }
         let applied = manager.state.version().index;
         let leader = manager.replica.leader();
         if manager.replica.is_leader() {
             manager.replica.read(id, applied, now, out);
-        } else if let Some(leader) = leader {
+        } else if let Some(leader) = leader.map(ManagerId::machine) {
             self.send(machine, leader, Message::AskIndex { request: id });
         }
         self.timer(machine, REQUEST_RETRY, Timer::Request { id });
@@ -415,58 +480,131 @@ impl World {
     }
 
     fn serve(&mut self, machine: MachineId, id: u64, out: &mut Vec<Outgoing>) {
-        let (now, clock) = (self.now(), self.machines[machine].clock(self.now()));
+        let clock = self.machines[machine].clock(self.now());
         let manager = self.manager(machine);
         let state = manager.state.clone();
         let Some(request) = manager.requests.get_mut(&id) else { return };
         let n_granted = request.n_granted;
-        let decided = client::decide(&request.wish, &state, request.seed, clock);
-        request.stage = Stage::Proposed;
+        let decided =
+            client::decide(&request.wish, &state, request.seed, clock, request.has_changed);
         self.see(&Seen::Read { state, n_granted });
-        let manager = self.manager(machine);
-        let (actions, about) = match decided {
-            Ok(Some(decision)) => decision,
-            Ok(None) => {
-                manager.requests.remove(&id);
-                return;
-            }
+        let decision = match decided {
+            Ok(decision) => decision,
             Err(why) => {
-                manager.requests.remove(&id);
                 self.note(format_args!("{machine} refuses {id}: {why}"));
+                self.end_request(machine, id, None);
                 return;
             }
         };
-        if let Some(request) = manager.requests.get_mut(&id) {
-            request.about = about;
+        let Some(request) = self.manager(machine).requests.get_mut(&id) else { return };
+        match decision {
+            Decision::Nothing => self.end_request(machine, id, Some(PartAnswer::Counted)),
+            Decision::Part(role) => self.end_request(machine, id, Some(PartAnswer::Role(role))),
+            Decision::Write { actions, about, goes_on } => {
+                (request.about, request.goes_on) = (about, goes_on);
+                self.propose(machine, id, actions, out);
+            }
+            Decision::Change { change, then, about } => {
+                (request.about, request.then) = (about, then);
+                request.stage = Stage::Changing(change);
+                self.ask_for_change(machine, id, change);
+                self.timer(machine, REQUEST_RETRY, Timer::Request { id });
+            }
         }
+    }
+
+    /// Proposes what a client's request came to.
+    fn propose(
+        &mut self,
+        machine: MachineId,
+        id: u64,
+        actions: Vec<Action>,
+        out: &mut Vec<Outgoing>,
+    ) {
+        let (now, clock) = (self.now(), self.machines[machine].clock(self.now()));
+        let manager = self.manager(machine);
+        let Some(request) = manager.requests.get_mut(&id) else { return };
+        request.stage = Stage::Proposed;
         let command = Arc::new(Command::new(clock, actions));
         if manager.replica.is_leader() {
             manager.replica.append(Payload::Command { id, command });
             manager.replica.speak(now, out);
             manager.waiting.insert(id, Waiter::Request);
-        } else if let Some(leader) = manager.replica.leader() {
+        } else if let Some(leader) = manager.replica.leader().map(ManagerId::machine) {
             self.send(machine, leader, Message::Propose { id, command });
         } else {
-            manager.requests.remove(&id);
+            self.end_request(machine, id, None);
         }
+    }
+
+    /// The members are changed as a request needs it, or are not.
+    pub(crate) fn changed(
+        &mut self,
+        machine: MachineId,
+        id: u64,
+        verdict: &Verdict,
+        out: &mut Vec<Outgoing>,
+    ) {
+        let manager = self.manager(machine);
+        let Some(request) = manager.requests.get_mut(&id) else { return };
+        if !matches!(request.stage, Stage::Changing(_)) {
+            return;
+        }
+        match verdict {
+            Verdict::Done => match request.then.take() {
+                Some(actions) => self.propose(machine, id, actions, out),
+                None => {
+                    (request.has_changed, request.stage) = (true, Stage::Asking);
+                    self.timer(machine, Duration::ZERO, Timer::Request { id });
+                }
+            },
+            Verdict::Refused(why) => {
+                self.note(format_args!("{machine} refuses {id}: {why}"));
+                self.end_request(machine, id, None);
+            }
+            Verdict::NotTaken => {} // It is asked for again.
+        }
+    }
+
+    /// Whoever waits for a request here has its answer.
+    fn end_request(&mut self, machine: MachineId, id: u64, answer: Option<PartAnswer>) {
+        let Some(request) = self.manager(machine).requests.remove(&id) else { return };
+        let Some((to, number)) = request.asked_by else { return };
+        let message = match (&request.wish, answer) {
+            (client::Wish::Renew(_), Some(PartAnswer::Role(role))) => {
+                Message::Renewed { request: number, role: Some(role) }
+            }
+            (client::Wish::Renew(_), _) => Message::Renewed { request: number, role: None },
+            (_, answer) => {
+                let is_counted = answer == Some(PartAnswer::Counted);
+                Message::Admitted { request: number, is_counted }
+            }
+        };
+        self.send(machine, to, message);
     }
 
     /// A client's request has its answer.
     fn finish(&mut self, machine: MachineId, id: u64, outcome: Option<&Outcome>, may_commit: bool) {
-        let Some(request) = self.manager(machine).requests.remove(&id) else { return };
+        let Some(request) = self.manager(machine).requests.get_mut(&id) else { return };
+        if request.stage != Stage::Proposed {
+            return;
+        }
+        if request.goes_on {
+            // Whatever became of it, it is looked at anew.
+            request.stage = Stage::Asking;
+            self.timer(machine, Duration::ZERO, Timer::Request { id });
+            return;
+        }
+        let request = request.clone();
+        self.end_request(machine, id, None);
         self.note(format_args!("{id} ends: {outcome:?}, may still commit: {may_commit}"));
         let Some(Outcome::Applied(version)) = outcome else { return };
         if let Some((kind, id)) = request.about {
             self.n_granted += 1;
             self.see(&Seen::Granted { kind, id, index: version.index });
         }
-        let is_stranger =
-            |joined: MachineId| self.ledger.node(self.machines[joined].node_id).is_none();
-        if let client::Wish::Join(joined, node_id) = request.wish
-            && is_stranger(joined)
-        {
-            self.machines[joined].node_id = node_id;
-            self.machines[joined].agent.n_failed = 0;
+        if let client::Wish::Join(joined, node_id, role) = request.wish {
+            self.join(joined, node_id, role);
         }
     }
 
@@ -516,14 +654,14 @@ impl World {
         let waiting = std::mem::take(&mut self.manager(machine).waiting);
         for (id, waiter) in waiting {
             match waiter {
-                Waiter::Loop => {}
+                Waiter::Loop | Waiter::Retirement => {}
                 Waiter::Request => self.finish(machine, id, None, true),
                 Waiter::Remote(from) => self.tell_lost(machine, from, id),
             }
         }
     }
 
-    fn tell_lost(&mut self, machine: MachineId, from: ManagerId, id: u64) {
+    fn tell_lost(&mut self, machine: MachineId, from: MachineId, id: u64) {
         self.send(machine, from, Message::Proposed { id, outcome: None, may_commit: true });
     }
 

@@ -2,20 +2,27 @@
 
 use std::sync::Arc;
 
-use skep_common::TaskId;
 use skep_common::object::TaskStatus;
+use skep_common::spec::NodeRole;
+use skep_common::{NodeId, TaskId};
 use skep_manager_core::endpoints::NodeTable;
 use skep_manager_core::{Command, Outcome, assignments};
 
-use crate::replica::{ManagerId, RaftMessage};
+use crate::changing::{Change, Verdict};
+use crate::membership::ManagerId;
+use crate::replica::RaftMessage;
 
-/// A machine, by its place; the first ones are managers as well.
+/// A machine, by its place.
 pub(crate) type MachineId = usize;
 
 /// One message. Those with a session travel in its two streams, in order.
 #[derive(Debug, Clone)]
 pub(crate) enum Message {
-    Raft(RaftMessage),
+    Raft {
+        from: ManagerId,
+        to: ManagerId,
+        message: RaftMessage,
+    },
     /// An agent asks for a session.
     Hello {
         session: u64,
@@ -24,10 +31,16 @@ pub(crate) enum Message {
         session: u64,
         term: u64,
     },
+    /// Which part the node has, and where managers are.
+    Part {
+        session: u64,
+        role: NodeRole,
+        managers: Vec<MachineId>,
+    },
     /// The manager asked does not lead.
     Redirect {
         session: u64,
-        leader: Option<ManagerId>,
+        leader: Option<MachineId>,
     },
     /// The node is no member any more.
     Removed {
@@ -66,6 +79,36 @@ pub(crate) enum Message {
         id: u64,
         command: Arc<Command>,
     },
+    /// A manager asks the leader for a change of the members.
+    Change {
+        id: u64,
+        change: Change,
+    },
+    /// What became of that.
+    Changed {
+        id: u64,
+        verdict: Verdict,
+    },
+    /// A node asks a manager for a certificate.
+    Renew {
+        request: u64,
+        node_id: NodeId,
+    },
+    /// The part that it is for; `None`: ask again.
+    Renewed {
+        request: u64,
+        role: Option<NodeRole>,
+    },
+    /// A program asks a manager to be counted among them.
+    Admit {
+        request: u64,
+        node_id: NodeId,
+        manager: ManagerId,
+    },
+    Admitted {
+        request: u64,
+        is_counted: bool,
+    },
     /// What became of a proposal; `None` where it was not taken, or its leader was lost.
     Proposed {
         id: u64,
@@ -80,13 +123,20 @@ impl Message {
         match self {
             Self::Hello { session }
             | Self::Welcome { session, .. }
+            | Self::Part { session, .. }
             | Self::Redirect { session, .. }
             | Self::Removed { session }
             | Self::Assignments { session, .. }
             | Self::Report { session, .. }
             | Self::MeshApplied { session, .. }
             | Self::End { session } => Some(*session),
-            Self::Raft(_)
+            Self::Raft { .. }
+            | Self::Change { .. }
+            | Self::Changed { .. }
+            | Self::Renew { .. }
+            | Self::Renewed { .. }
+            | Self::Admit { .. }
+            | Self::Admitted { .. }
             | Self::Beat { .. }
             | Self::BeatTaken
             | Self::AskIndex { .. }
@@ -99,12 +149,22 @@ impl Message {
     /// For the trace.
     pub(crate) fn name(&self) -> &'static str {
         match self {
-            Self::Raft(RaftMessage::Vote { is_trial: true, .. }) => "pre-vote",
-            Self::Raft(RaftMessage::Vote { .. }) => "vote",
-            Self::Raft(RaftMessage::VoteReply { .. }) => "vote reply",
-            Self::Raft(RaftMessage::Append { .. }) => "append",
-            Self::Raft(RaftMessage::AppendReply { .. }) => "append reply",
-            Self::Raft(RaftMessage::Install { .. }) => "install",
+            Self::Raft { message, .. } => match message {
+                RaftMessage::Vote { is_trial: true, .. } => "pre-vote",
+                RaftMessage::Vote { .. } => "vote",
+                RaftMessage::VoteReply { .. } => "vote reply",
+                RaftMessage::Append { .. } => "append",
+                RaftMessage::AppendReply { .. } => "append reply",
+                RaftMessage::Install { .. } => "install",
+                RaftMessage::HandOver { .. } => "hand over",
+            },
+            Self::Part { .. } => "part",
+            Self::Change { .. } => "change",
+            Self::Changed { .. } => "changed",
+            Self::Renew { .. } => "renew",
+            Self::Renewed { .. } => "renewed",
+            Self::Admit { .. } => "admit",
+            Self::Admitted { .. } => "admitted",
             Self::Hello { .. } => "hello",
             Self::Welcome { .. } => "welcome",
             Self::Redirect { .. } => "redirect",

@@ -77,7 +77,7 @@ impl World {
 fn may_come_twice(message: &Message) -> bool {
     matches!(
         message,
-        Message::Raft(_)
+        Message::Raft { .. }
             | Message::Report { .. }
             | Message::Beat { .. }
             | Message::MeshApplied { .. }
@@ -88,7 +88,7 @@ fn may_come_twice(message: &Message) -> bool {
 /// What follows may come before it. Tables are numbered and not chained: they keep their order.
 fn may_be_overtaken(message: &Message) -> bool {
     match message {
-        Message::Raft(_) | Message::Report { .. } => true,
+        Message::Raft { .. } | Message::Report { .. } => true,
         Message::Assignments { what, .. } => {
             what.table.is_none() && what.tasks.as_ref().is_some_and(|tasks| tasks.applies_to > 0)
         }

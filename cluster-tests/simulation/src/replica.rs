@@ -11,17 +11,17 @@
 //! - What a replica promised (a vote, an entry) is on its disk before the promise is sent.
 //! - A crash leaves the disk as of the last sync that ended, or with a part of what a sync was writing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
 use skep_common::Timestamp;
+use skep_common::mistakes::{self, Mistake};
 use skep_manager_core::Command;
 
-/// A manager, by its place.
-pub(crate) type ManagerId = usize;
+use crate::membership::{ManagerId, Membership};
 
 /// How often a leader speaks.
 pub(crate) const HEARTBEAT: Duration = Duration::from_millis(100);
@@ -30,7 +30,9 @@ const LEASE: Duration = Duration::from_millis(600);
 /// What is added to it at random, so that not all stand for election at once.
 const ELECTION_MILLIS: std::ops::Range<u64> = 300..600;
 /// A leader that no majority answered for so long does not count itself as one.
-const SILENCE_MAX: Duration = Duration::from_millis(900);
+pub(crate) const SILENCE_MAX: Duration = Duration::from_millis(900);
+/// A learner that lacks no more than this gets its vote.
+const LAG_MAX: u64 = 4;
 /// Entries in one message at most.
 const BATCH: usize = 16;
 
@@ -39,6 +41,8 @@ const BATCH: usize = 16;
 pub(crate) enum Payload {
     /// A new leader's first.
     Blank,
+    /// Who is counted from here on.
+    Membership(Membership),
     Command {
         /// Names the proposal, for whoever waits for it.
         id: u64,
@@ -59,17 +63,47 @@ pub(crate) struct Entry {
 pub(crate) struct Snapshot {
     pub(crate) index: u64,
     pub(crate) term: u64,
+    pub(crate) membership: Membership,
     pub(crate) bytes: Vec<u8>,
 }
 
 /// What replicas tell each other.
 #[derive(Debug, Clone)]
 pub(crate) enum RaftMessage {
-    Vote { term: u64, last: (u64, u64), is_trial: bool },
-    VoteReply { term: u64, is_granted: bool, is_trial: bool },
-    Append { term: u64, before: (u64, u64), entries: Vec<Arc<Entry>>, commit: u64, round: u64 },
-    AppendReply { term: u64, is_taken: bool, index: u64, round: u64 },
-    Install { term: u64, snapshot: Arc<Snapshot>, round: u64 },
+    Vote {
+        term: u64,
+        last: (u64, u64),
+        is_trial: bool,
+    },
+    VoteReply {
+        term: u64,
+        is_granted: bool,
+        is_trial: bool,
+    },
+    Append {
+        term: u64,
+        before: (u64, u64),
+        entries: Vec<Arc<Entry>>,
+        commit: u64,
+        round: u64,
+    },
+    AppendReply {
+        term: u64,
+        is_taken: bool,
+        index: u64,
+        round: u64,
+    },
+    Install {
+        term: u64,
+        snapshot: Arc<Snapshot>,
+        round: u64,
+    },
+    /// The leader hands over the lead to whom is named, if that one has the log up to `last`.
+    HandOver {
+        term: u64,
+        to: ManagerId,
+        last: (u64, u64),
+    },
 }
 
 /// What a disk holds.
@@ -105,6 +139,23 @@ impl Disk {
         self.log.get(usize::try_from(nth).ok()?)
     }
 
+    /// Who is counted, as far as the log up to `index` says.
+    fn membership_at(&self, index: u64) -> &Membership {
+        let n_before = usize::try_from(index.saturating_sub(self.snapshot.index));
+        let before = self.log.iter().take(n_before.unwrap_or(usize::MAX));
+        let last = before.rev().find_map(|entry| match &entry.payload {
+            Payload::Membership(membership) => Some(membership),
+            Payload::Blank | Payload::Command { .. } => None,
+        });
+        last.unwrap_or(&self.snapshot.membership)
+    }
+
+    /// The place of the newest membership in the log; that of the snapshot where it has none.
+    fn last_change(&self) -> u64 {
+        let is_change = |entry: &&Arc<Entry>| matches!(entry.payload, Payload::Membership(_));
+        self.log.iter().rev().find(is_change).map_or(self.snapshot.index, |entry| entry.index)
+    }
+
     fn truncate(&mut self, last_kept: u64) {
         let kept = usize::try_from(last_kept.saturating_sub(self.snapshot.index));
         self.log.truncate(kept.unwrap_or(usize::MAX));
@@ -118,13 +169,19 @@ enum Role {
     Leader(Box<Leading>),
 }
 
-/// What a leader knows of the others, by their place.
+/// What a leader knows of another member.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    next: u64,
+    matched: u64,
+    /// The newest round that it answered.
+    answered: u64,
+}
+
+/// What a leader knows of the others.
 #[derive(Debug)]
 struct Leading {
-    next: Vec<u64>,
-    matched: Vec<u64>,
-    /// The newest round that each answered.
-    answered: Vec<u64>,
+    others: BTreeMap<ManagerId, Progress>,
     round: u64,
     /// When each of the last rounds began; the oldest first.
     began: Vec<(u64, Timestamp)>,
@@ -147,8 +204,9 @@ pub(crate) type Outgoing = (ManagerId, RaftMessage);
 #[derive(Debug)]
 pub(crate) struct Replica {
     me: ManagerId,
-    n_managers: usize,
     disk: Disk,
+    /// Who is counted: what the log says last, committed or not.
+    membership: Membership,
     synced: Disk,
     /// What a sync is writing.
     writing: Option<Disk>,
@@ -160,6 +218,8 @@ pub(crate) struct Replica {
     role: Role,
     leader: Option<ManagerId>,
     commit: u64,
+    /// What the leader has committed, as it said last.
+    said_commit: u64,
     heard_at: Timestamp,
     election_at: Timestamp,
     /// Reads that a majority confirmed.
@@ -167,17 +227,18 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    /// A replica whose log begins with `first`.
-    pub(crate) fn new(me: ManagerId, n_managers: usize, first: Arc<Entry>, now: Timestamp) -> Self {
-        let disk = Disk { term: first.term, log: vec![first], ..Disk::default() };
-        Self::start(me, n_managers, disk, now)
+    /// A replica that has this log.
+    pub(crate) fn new(me: ManagerId, log: Vec<Arc<Entry>>, now: Timestamp) -> Self {
+        let term = log.last().map_or(0, |entry| entry.term);
+        Self::start(me, Disk { term, log, ..Disk::default() }, now)
     }
 
-    fn start(me: ManagerId, n_managers: usize, disk: Disk, now: Timestamp) -> Self {
+    fn start(me: ManagerId, disk: Disk, now: Timestamp) -> Self {
         Self {
             me,
-            n_managers,
+            membership: disk.membership_at(u64::MAX).clone(),
             commit: disk.snapshot.index,
+            said_commit: 0,
             synced: disk.clone(),
             disk,
             writing: None,
@@ -188,8 +249,9 @@ impl Replica {
             leader: None,
             heard_at: now,
             // It waits as long as if it had just heard of a leader: there may be one.
-            election_at: now
-                .after(LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me as u64)),
+            election_at: now.after(
+                LEASE + Duration::from_millis(ELECTION_MILLIS.start + 97 * me.machine() as u64),
+            ),
             confirmed: Vec::new(),
         }
     }
@@ -211,7 +273,79 @@ impl Replica {
                 }
             }
         }
-        Self::start(self.me, self.n_managers, disk, now)
+        Self::start(self.me, disk, now)
+    }
+
+    pub(crate) fn id(&self) -> ManagerId {
+        self.me
+    }
+
+    /// Who is counted, as far as this one knows.
+    pub(crate) fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
+    /// All that was ever in the log as it is from `index` on: what may have been in force when that was committed.
+    pub(crate) fn memberships_from(&self, index: u64) -> impl Iterator<Item = &Membership> {
+        let later = self.disk.log.iter().filter_map(move |entry| match &entry.payload {
+            Payload::Membership(membership) if entry.index > index => Some(membership),
+            Payload::Membership(_) | Payload::Blank | Payload::Command { .. } => None,
+        });
+        std::iter::once(self.disk.membership_at(index)).chain(later)
+    }
+
+    /// Whether an entry is on its disk, or in a snapshot there.
+    pub(crate) fn has_synced(&self, index: u64, term: u64) -> bool {
+        index <= self.synced.snapshot.index || self.synced.term_at(index) == Some(term)
+    }
+
+    /// As leader: whether nothing keeps the members from changing: the change before is committed, and an entry of
+    /// this leader.
+    pub(crate) fn may_change(&self) -> bool {
+        self.disk.last_change() <= self.commit
+            && self.disk.term_at(self.commit) == Some(self.disk.term)
+    }
+
+    /// Whether what has been applied is all that a leader has committed, as it said just now.
+    pub(crate) fn is_current(&self, applied: u64, now: Timestamp) -> bool {
+        self.is_content(now) && applied >= self.said_commit
+    }
+
+    /// Whether it has heard of a leader just now, or leads.
+    fn is_content(&self, now: Timestamp) -> bool {
+        self.is_leader() || (self.leader.is_some() && now < self.heard_at.after(LEASE))
+    }
+
+    /// As leader: the round that the next message is of.
+    pub(crate) fn next_round(&self) -> u64 {
+        match &self.role {
+            Role::Leader(leading) => leading.round + 1,
+            Role::Follower | Role::Candidate { .. } => 0,
+        }
+    }
+
+    /// As leader: whether another one has answered a message of that round or a later one.
+    pub(crate) fn has_answered(&self, other: ManagerId, round: u64) -> bool {
+        let Role::Leader(leading) = &self.role else { return false };
+        other == self.me || leading.others.get(&other).is_some_and(|known| known.answered >= round)
+    }
+
+    /// As leader: whether another one lacks nothing.
+    pub(crate) fn has_caught_up(&self, other: ManagerId) -> bool {
+        let Role::Leader(leading) = &self.role else { return false };
+        let known = leading.others.get(&other);
+        known.is_some_and(|known| known.matched + LAG_MAX >= self.disk.last_index())
+    }
+
+    /// As leader: gives the lead to the voter that has most of the log.
+    pub(crate) fn hand_over(&mut self, out: &mut Vec<Outgoing>) {
+        let Role::Leader(leading) = &self.role else { return };
+        let voters = leading.others.iter().filter(|(id, _)| self.membership.is_voter(**id));
+        let best = voters.max_by_key(|(id, known)| (known.matched, known.answered, **id));
+        let Some(to) = best.map(|(id, _)| *id) else { return };
+        let (term, last) = (self.disk.term, self.disk.last());
+        let others = leading.others.keys();
+        out.extend(others.map(|other| (*other, RaftMessage::HandOver { term, to, last })));
     }
 
     pub(crate) fn term(&self) -> u64 {
@@ -246,13 +380,32 @@ impl Replica {
         is_heard && self.disk.term_at(applied) == Some(self.disk.term)
     }
 
-    fn majority(&self) -> usize {
-        self.n_managers / 2 + 1
+    /// Those that are sent the log.
+    fn others(&self) -> Vec<ManagerId> {
+        match &self.role {
+            Role::Leader(leading) => leading.others.keys().copied().collect(),
+            Role::Follower | Role::Candidate { .. } => Vec::new(),
+        }
     }
 
-    fn others(&self) -> impl Iterator<Item = ManagerId> + use<> {
-        let me = self.me;
-        (0..self.n_managers).filter(move |other| *other != me)
+    /// What the log says of the members has changed.
+    fn note_membership(&mut self) {
+        let newest = self.disk.membership_at(u64::MAX);
+        if self.membership == *newest {
+            return;
+        }
+        self.membership = newest.clone();
+        let (me, next) = (self.me, self.disk.last_index() + 1);
+        if let Role::Leader(leading) = &mut self.role {
+            let members = self.membership.members();
+            let is_kept =
+                |id: &ManagerId| members.contains(id) || mistakes::is(Mistake::RemovedCounted);
+            leading.others.retain(|id, _| is_kept(id));
+            for id in members.iter().filter(|id| **id != me) {
+                let new = Progress { next, matched: 0, answered: 0 };
+                leading.others.entry(*id).or_insert(new);
+            }
+        }
     }
 
     fn postpone_election(&mut self, now: Timestamp, rng: &mut impl Rng) {
@@ -277,7 +430,7 @@ impl Replica {
     pub(crate) fn tick(&mut self, now: Timestamp, rng: &mut impl Rng, out: &mut Vec<Outgoing>) {
         if self.is_leader() {
             self.speak(now, out);
-        } else if now >= self.election_at {
+        } else if now >= self.election_at && self.membership.is_voter(self.me) {
             self.postpone_election(now, rng);
             self.leader = None;
             self.role = Role::Candidate { is_trial: true, votes: [self.me].into() };
@@ -288,28 +441,26 @@ impl Replica {
 
     fn ask_for_votes(&mut self, term: u64, is_trial: bool, out: &mut Vec<Outgoing>) {
         let last = self.disk.last();
-        let asked = self.others().map(|other| (other, RaftMessage::Vote { term, last, is_trial }));
+        let voters = self.membership.voters().into_iter().filter(|voter| *voter != self.me);
+        let asked = voters.map(|other| (other, RaftMessage::Vote { term, last, is_trial }));
         // Its own vote is a promise, too.
         if is_trial { out.extend(asked) } else { self.waiting.extend(asked) }
     }
 
     fn count_votes(&mut self, now: Timestamp, out: &mut Vec<Outgoing>) {
         let Role::Candidate { is_trial, votes } = &self.role else { return };
-        if votes.len() < self.majority() {
+        if !self.membership.is_quorum(|voter| votes.contains(&voter)) {
             return;
         }
         if *is_trial {
-            (self.disk.term, self.disk.vote) = (self.disk.term + 1, Some(self.me));
-            self.is_dirty = true;
-            self.role = Role::Candidate { is_trial: false, votes: [self.me].into() };
-            self.ask_for_votes(self.disk.term, false, out);
+            self.stand(now, out);
             return;
         }
-        let last_index = self.disk.last_index();
+        let progress = Progress { next: self.disk.last_index() + 1, matched: 0, answered: 0 };
+        let others = self.membership.members().iter().filter(|other| **other != self.me);
+        let others = others.map(|other| (*other, progress)).collect();
         self.role = Role::Leader(Box::new(Leading {
-            next: vec![last_index + 1; self.n_managers],
-            matched: vec![0; self.n_managers],
-            answered: vec![0; self.n_managers],
+            others,
             round: 0,
             began: Vec::new(),
             quorum_at: None,
@@ -320,11 +471,22 @@ impl Replica {
         self.speak(now, out);
     }
 
+    /// Stands for election in the next term.
+    fn stand(&mut self, now: Timestamp, out: &mut Vec<Outgoing>) {
+        (self.disk.term, self.disk.vote) = (self.disk.term + 1, Some(self.me));
+        self.is_dirty = true;
+        self.leader = None;
+        self.role = Role::Candidate { is_trial: false, votes: [self.me].into() };
+        self.ask_for_votes(self.disk.term, false, out);
+        self.count_votes(now, out); // One that is alone needs no other.
+    }
+
     /// Takes an entry as the leader; its place.
     pub(crate) fn append(&mut self, payload: Payload) -> u64 {
         let (index, term) = (self.disk.last_index() + 1, self.disk.term);
         self.disk.log.push(Arc::new(Entry { index, term, payload }));
         self.is_dirty = true;
+        self.note_membership();
         index
     }
 
@@ -336,21 +498,23 @@ impl Replica {
         for other in self.others() {
             self.send_to(other, out);
         }
+        self.note_quorum(); // One that is alone waits for nobody.
     }
 
     fn send_to(&mut self, other: ManagerId, out: &mut Vec<Outgoing>) {
         let Role::Leader(leading) = &mut self.role else { return };
         let (term, round, disk) = (self.disk.term, leading.round, &self.disk);
-        let before = leading.next[other] - 1;
+        let Some(known) = leading.others.get_mut(&other) else { return };
+        let before = known.next - 1;
         let Some(before_term) = disk.term_at(before) else {
-            leading.next[other] = disk.snapshot.index + 1;
+            known.next = disk.snapshot.index + 1;
             let snapshot = disk.snapshot.clone();
             out.push((other, RaftMessage::Install { term, snapshot, round }));
             return;
         };
         let first = usize::try_from(before - disk.snapshot.index).unwrap_or(usize::MAX);
         let entries: Vec<Arc<Entry>> = disk.log.iter().skip(first).take(BATCH).cloned().collect();
-        leading.next[other] += entries.len() as u64;
+        known.next += entries.len() as u64;
         let (before, commit) = ((before_term, before), self.commit);
         out.push((other, RaftMessage::Append { term, before, entries, commit, round }));
     }
@@ -407,6 +571,7 @@ impl Replica {
             }
             RaftMessage::Append { term, before, entries, commit, round } => {
                 if self.is_of_leader(from, term, now, rng) {
+                    self.said_commit = commit;
                     self.handle_append(from, before, entries, commit, round);
                 } else {
                     self.refuse(from, round);
@@ -417,6 +582,16 @@ impl Replica {
                     self.handle_install(from, snapshot, round);
                 } else {
                     self.refuse(from, round);
+                }
+            }
+            RaftMessage::HandOver { term, to, last } => {
+                if term == self.disk.term && self.leader == Some(from) && !self.is_leader() {
+                    // Its lease ends with that.
+                    self.leader = None;
+                    if to == self.me && self.disk.last() >= last && self.membership.is_voter(to) {
+                        self.postpone_election(now, rng);
+                        self.stand(now, out);
+                    }
                 }
             }
             RaftMessage::AppendReply { term, is_taken, index, round } => {
@@ -444,8 +619,7 @@ impl Replica {
         out: &mut Vec<Outgoing>,
     ) {
         // Whoever hears a leader wants no other.
-        let is_content =
-            self.is_leader() || (self.leader.is_some() && now < self.heard_at.after(LEASE));
+        let is_content = self.is_content(now);
         if is_trial {
             let is_granted = !is_content && term > self.disk.term && last >= self.disk.last();
             out.push((from, RaftMessage::VoteReply { term, is_granted, is_trial }));
@@ -517,6 +691,7 @@ impl Replica {
             self.disk.log.push(entry);
             self.is_dirty = true;
         }
+        self.note_membership();
         self.commit = self.commit.max(commit.min(matched));
         let term = self.disk.term;
         self.waiting
@@ -536,6 +711,7 @@ impl Replica {
             self.disk.snapshot = snapshot;
             self.commit = index;
             self.is_dirty = true;
+            self.note_membership();
         }
         let term = self.disk.term;
         self.waiting.push((from, RaftMessage::AppendReply { term, is_taken: true, index, round }));
@@ -550,29 +726,30 @@ impl Replica {
         out: &mut Vec<Outgoing>,
     ) {
         let Role::Leader(leading) = &mut self.role else { return };
-        leading.answered[from] = leading.answered[from].max(round);
+        let Some(known) = leading.others.get_mut(&from) else { return };
+        known.answered = known.answered.max(round);
         if is_taken {
-            leading.matched[from] = leading.matched[from].max(index);
-            leading.next[from] = leading.next[from].max(index + 1);
-        } else if index >= leading.matched[from] {
-            leading.next[from] = index + 1;
+            known.matched = known.matched.max(index);
+            known.next = known.next.max(index + 1);
+        } else if index >= known.matched {
+            known.next = index + 1;
         }
+        let next = known.next;
         self.note_quorum();
         self.advance_commit();
-        let has_more = matches!(&self.role, Role::Leader(leading) if leading.next[from] <= self.disk.last_index());
+        let has_more = next <= self.disk.last_index();
         if has_more {
             self.send_to(from, out);
         }
     }
 
     fn note_quorum(&mut self) {
-        let n_others = self.majority() - 1;
-        let me = self.me;
+        let (me, membership) = (self.me, &self.membership);
         let Role::Leader(leading) = &mut self.role else { return };
-        let mut rounds: Vec<u64> = leading.answered.clone();
-        rounds.remove(me);
-        rounds.sort_unstable_by(|left, right| right.cmp(left));
-        let newest = n_others.checked_sub(1).map_or(leading.round, |nth| rounds[nth]);
+        let all = leading.others.keys().copied().chain([me]);
+        let answered =
+            |id: ManagerId| leading.others.get(&id).map_or(leading.round, |known| known.answered);
+        let newest = membership.reached(all, answered);
         if let Some((_, at)) = leading.began.iter().find(|(round, _)| *round == newest) {
             leading.quorum_at = leading.quorum_at.max(Some(*at));
         }
@@ -585,24 +762,27 @@ impl Replica {
     }
 
     fn advance_commit(&mut self) {
-        let majority = self.majority();
         let own = self.synced.last_index().min(self.disk.last_index());
-        let Role::Leader(leading) = &mut self.role else { return };
-        leading.matched[self.me] = own;
-        let mut matched = leading.matched.clone();
-        matched.sort_unstable_by(|left, right| right.cmp(left));
-        let index = matched[majority - 1];
+        let Role::Leader(leading) = &self.role else { return };
+        let all = leading.others.keys().copied().chain([self.me]);
+        let matched = |id: ManagerId| leading.others.get(&id).map_or(own, |known| known.matched);
+        let index = self.membership.reached(all, matched);
         if index > self.commit && self.disk.term_at(index) == Some(self.disk.term) {
             self.commit = index;
+        }
+        let is_out = !self.membership.members().contains(&self.me);
+        if is_out && self.disk.last_change() <= self.commit {
+            (self.role, self.leader) = (Role::Follower, None); // The others go on without it.
         }
     }
 
     /// Replaces the log up to `index` with a snapshot.
     pub(crate) fn compact(&mut self, index: u64, bytes: Vec<u8>) {
         let Some(term) = self.disk.term_at(index) else { return };
+        let membership = self.disk.membership_at(index).clone();
         let n_covered = usize::try_from(index - self.disk.snapshot.index).unwrap_or(usize::MAX);
         self.disk.log.drain(..n_covered.min(self.disk.log.len()));
-        self.disk.snapshot = Arc::new(Snapshot { index, term, bytes });
+        self.disk.snapshot = Arc::new(Snapshot { index, term, membership, bytes });
         self.is_dirty = true;
     }
 

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::spec::Availability;
+use skep_common::spec::{Availability, NodeRole};
 use skep_common::{Node, NodeId};
 
 use crate::client::Wish;
 use crate::fault::Rates;
-use crate::invariants::unrest;
+use crate::invariants::{managers_rest, unrest};
 use crate::queue::START;
 use crate::seen::Seen;
 use crate::world::{Event, World};
@@ -44,6 +44,36 @@ impl Options {
     }
 }
 
+/// How often something happened that is not a fault: were it never so, nothing of it would be tried.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// Machines that became managers, and were counted.
+    pub n_promoted: u64,
+    /// Managers that became workers.
+    pub n_demoted: u64,
+    /// Containers that followed another one while no manager led.
+    pub n_attempts: u64,
+}
+
+impl Counts {
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            n_promoted: self.n_promoted + other.n_promoted,
+            n_demoted: self.n_demoted + other.n_demoted,
+            n_attempts: self.n_attempts + other.n_attempts,
+        }
+    }
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { n_promoted, n_demoted, n_attempts } = self;
+        write!(f, "{n_promoted} promoted, {n_demoted} demoted, {n_attempts} attempts")
+    }
+}
+
 /// What came of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
@@ -61,6 +91,8 @@ pub struct Report {
     pub n_entries: u64,
     /// Wishes that were granted.
     pub n_granted: usize,
+    /// What else happened.
+    pub counts: Counts,
     /// Virtual time.
     pub time: Duration,
     /// SHA-256 of every event: equal runs have equal traces.
@@ -78,12 +110,13 @@ impl fmt::Display for Report {
             ),
             None => write!(
                 f,
-                "seed {} ({}): {} events, {} entries, {} wishes granted in {:.1} s; trace {}",
+                "seed {} ({}): {} events, {} entries, {} wishes granted, {} in {:.1} s; trace {}",
                 self.seed,
                 self.rates,
                 self.n_events,
                 self.n_entries,
                 self.n_granted,
+                self.counts,
                 self.time.as_secs_f64(),
                 self.trace
             ),
@@ -113,6 +146,7 @@ pub fn run(options: Options) -> Report {
         n_events: world.n_events,
         n_entries: world.ledger.version().index,
         n_granted: world.n_granted,
+        counts: world.counts,
         time: world.now().since(START),
         trace: world.trace.digest(),
     }
@@ -148,7 +182,7 @@ fn restore_nodes(world: &mut World) {
     let mut wishes: Vec<Wish> = Vec::new();
     for machine in world.strangers() {
         let node_id = NodeId::random(&mut world.client_rng);
-        wishes.push(Wish::Join(machine, node_id));
+        wishes.push(Wish::Join(machine, node_id, NodeRole::Worker));
     }
     let is_closed = |node: &Node| node.spec.availability != Availability::Active;
     let closed = world.ledger.nodes().values().filter(|node| is_closed(node));
@@ -169,7 +203,8 @@ fn come_to_rest(world: &mut World, wait: Duration) -> bool {
         }
         let until = world.now().after(Duration::from_secs(1));
         while world.now() < until && world.violation.is_none() && world.step() {}
-        n_quiet = if unrest(world).is_ok() { n_quiet + 1 } else { 0 };
+        let rests = unrest(world).and_then(|()| managers_rest(world));
+        n_quiet = if rests.is_ok() { n_quiet + 1 } else { 0 };
         if n_quiet == N_QUIET_SECONDS {
             break;
         }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use rand::RngExt as _;
+use skep_common::spec::NodeRole;
 use skep_common::{NodeId, TaskId};
 
 use crate::client::Wish;
@@ -30,7 +31,8 @@ impl World {
     }
 
     fn any_manager(&mut self) -> MachineId {
-        self.trouble_rng.random_range(0..self.n_managers)
+        let managers = self.managers();
+        managers[self.trouble_rng.random_range(0..managers.len())]
     }
 
     fn millis(&mut self, range: std::ops::Range<u64>) -> Duration {
@@ -148,10 +150,12 @@ impl World {
     /// A leader and fewer managers than a majority are cut off from the others, in one direction or both.
     fn isolate(&mut self) {
         let Some(leader) = self.leaders().next().map(|(id, _)| id) else { return };
-        let n_with = self.trouble_rng.random_range(0..self.n_managers / 2);
-        let n_nodes_with = self.trouble_rng.random_range(0..=self.machines.len() - self.n_managers);
-        let managers = (0..self.n_managers).filter(|id| *id != leader).take(n_with);
-        let nodes = (self.n_managers..self.machines.len()).take(n_nodes_with);
+        let managers = self.managers();
+        let n_with = self.trouble_rng.random_range(0..(managers.len() / 2).max(1));
+        let n_nodes_with = self.trouble_rng.random_range(0..=self.machines.len() - managers.len());
+        let is_worker = |id: &MachineId| !managers.contains(id);
+        let nodes = (0..self.machines.len()).filter(is_worker).take(n_nodes_with);
+        let managers = managers.iter().copied().filter(|id| *id != leader).take(n_with);
         let inside: Vec<MachineId> = std::iter::once(leader).chain(managers).chain(nodes).collect();
         let time = self.millis(1000..12_000);
         let kind = self.trouble_rng.random_range(0..4);
@@ -168,7 +172,7 @@ impl World {
         }
     }
 
-    fn go_down(&mut self, machine: MachineId, time: Duration) {
+    pub(crate) fn go_down(&mut self, machine: MachineId, time: Duration) {
         let one = &mut self.machines[machine];
         (one.is_up, one.life) = (false, one.life + 1);
         one.paused_until = crate::queue::START;
@@ -219,7 +223,7 @@ impl World {
             if one.agent.sicken(task_id) {
                 self.note(format_args!("{task_id} is unhealthy"));
             }
-        } else if let Some(state) = one.agent.exit(task_id, is_failure, clock) {
+        } else if let Some(state) = one.agent.exit(task_id, is_failure, (now, clock)) {
             self.note(format_args!("{task_id} ends: {state}"));
             self.step_task(machine, task_id);
         }
@@ -236,12 +240,23 @@ impl World {
         let nodes: Vec<NodeId> = self.ledger.nodes().keys().copied().filter(is_somebody).collect();
         let workers = self.ledger.nodes().values().filter(|node| node.manager_status.is_none());
         let workers: Vec<NodeId> = workers.map(|node| node.id).collect();
+        // One that was demoted and has not heard of it yet is not promoted again: it would not be counted anew.
+        let plays_worker = |node_id: &&NodeId| {
+            self.machine_of(**node_id).is_some_and(|id| self.machines[id].manager.is_none())
+        };
+        let promotable: Vec<NodeId> = workers.iter().filter(plays_worker).copied().collect();
+        let managers = self.ledger.nodes().values().filter(|node| node.manager_status.is_some());
+        let managers: Vec<NodeId> = managers.map(|node| node.id).collect();
         let strangers: Vec<MachineId> = self.strangers();
         if !nodes.is_empty() {
             let rng = &mut self.client_rng;
             let wish = match strangers.first() {
-                Some(machine) if rng.random_bool(0.2) => Wish::Join(*machine, NodeId::random(rng)),
-                _ => Wish::draw(rng, &nodes, &workers),
+                Some(machine) if rng.random_bool(0.2) => {
+                    let is_manager = rng.random_bool(0.3);
+                    let role = if is_manager { NodeRole::Manager } else { NodeRole::Worker };
+                    Wish::Join(*machine, NodeId::random(rng), role)
+                }
+                _ => Wish::draw(rng, &nodes, (&workers, &promotable), &managers),
             };
             self.ask_somebody(wish);
         }
@@ -262,9 +277,9 @@ impl World {
     pub(crate) fn ask_somebody(&mut self, wish: Wish) -> Option<u64> {
         let is_able = |id: &MachineId| {
             let one = &self.machines[*id];
-            one.is_up && one.manager.as_ref().is_some_and(|manager| !manager.is_stopped)
+            one.is_up && one.manager.as_ref().is_some_and(|one| !one.is_stopped && one.is_counted)
         };
-        let able: Vec<MachineId> = (0..self.n_managers).filter(is_able).collect();
+        let able: Vec<MachineId> = self.managers().into_iter().filter(is_able).collect();
         if able.is_empty() {
             return None;
         }

@@ -48,10 +48,9 @@ impl World {
             return;
         }
         let session = self.next_id();
-        let n_managers = self.n_managers;
+        let hint = self.machines[machine].agent.hint.take();
+        let manager = hint.unwrap_or_else(|| self.some_manager_known_to(machine));
         let one = &mut self.machines[machine];
-        let hint = one.agent.hint.take();
-        let manager = hint.unwrap_or_else(|| one.rng.random_range(0..n_managers));
         one.agent.link = Link::Asked { session, manager };
         self.send(machine, manager, Message::Hello { session });
         self.timer(machine, WELCOME_DEADLINE, Timer::WelcomeDeadline { session });
@@ -60,7 +59,7 @@ impl World {
     /// Tries again after a while that grows.
     fn connect_later(&mut self, machine: MachineId) {
         let one = &mut self.machines[machine];
-        one.agent.link = Link::None;
+        one.agent.lose_leader();
         let millis =
             if one.agent.hint.is_some() { 0 } else { (100 << one.agent.n_failed.min(5)).min(2000) };
         one.agent.n_failed += 1;
@@ -135,7 +134,17 @@ impl World {
                     self.timer(to, Duration::ZERO, Timer::Step { task_id });
                 }
                 self.connect_later(to);
+                self.leave_managers(to);
             }
+            Message::Part { session, role, managers }
+                if self.machines[to].agent.session().is_some_and(|(open, ..)| open == session) =>
+            {
+                self.hear(to);
+                self.machines[to].agent.managers = managers;
+                self.hear_part(to, role);
+            }
+            Message::Renewed { request, role } => self.renewed(to, request, role),
+            Message::Admitted { request, is_counted } => self.admitted(to, request, is_counted),
             Message::Assignments { session, what } => {
                 let open = self.machines[to].agent.session();
                 let Some((_, _, term)) = open.filter(|(current, ..)| *current == session) else {
@@ -186,7 +195,10 @@ impl World {
             return;
         }
         self.note(format_args!("{machine} {task_id}: {stepped:?}"));
-        if stepped == Stepped::Started {
+        if matches!(stepped, Stepped::TriedAgain { .. }) {
+            self.counts.n_attempts += 1;
+        }
+        if matches!(stepped, Stepped::Started | Stepped::TriedAgain { runs: true }) {
             self.see(&Seen::Started);
         }
         self.flush(machine);

@@ -17,9 +17,12 @@ use crate::agent::Agent;
 use crate::fault::Rates;
 use crate::invariants::{self, Invariant};
 use crate::machine::{Machine, Manager};
+use crate::membership::{ManagerId, Membership};
 use crate::message::{MachineId, Message};
+use crate::part::Part;
 use crate::queue::{Queue, START};
-use crate::replica::{Entry, Payload, Replica};
+use crate::replica::{Entry, Payload};
+use crate::run::Counts;
 use crate::seen::Seen;
 use crate::service;
 use crate::trace::Trace;
@@ -56,6 +59,12 @@ pub(crate) enum Timer {
         session: u64,
         version: u64,
     },
+    /// Another part is asked for once more.
+    Part {
+        request: u64,
+    },
+    /// The leader looks at what changes the members.
+    Changes,
     /// A session's connection is found broken.
     Broken {
         session: u64,
@@ -110,7 +119,8 @@ pub(crate) struct World {
     /// Whether everything has come to rest once: what happens from then on is asked for.
     pub(crate) is_quiet: bool,
     pub(crate) machines: Vec<Machine>,
-    pub(crate) n_managers: usize,
+    /// What happened, by kind.
+    pub(crate) counts: Counts,
     /// Until when a machine does not hear another: (from, to).
     pub(crate) cuts: BTreeMap<(MachineId, MachineId), Timestamp>,
     /// When the last message of each stream arrives.
@@ -142,14 +152,17 @@ impl World {
         let mut rng = StdRng::seed_from_u64(seed);
         let n_managers = if rng.random_bool(0.6) { 3 } else { 5 };
         let n_machines = n_managers.max(rng.random_range(5..=8));
-        let mut state = State::default();
         let count = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
         let objects = service::founding(count(n_managers), count(n_machines));
         let put = |object| Action::Put { object, expect: Expect::Absent };
         let command = Arc::new(Command::new(START, objects.into_iter().map(put).collect()));
-        state.apply(1, &command);
         let payload = Payload::Command { id: 0, command };
-        let first = Arc::new(Entry { index: 1, term: 1, payload });
+        let voters = (0..n_managers).map(|id| ManagerId::new(id, 0)).collect();
+        let members = Payload::Membership(Membership::of(voters));
+        let founding: Vec<Arc<Entry>> = (1..)
+            .zip([members, payload])
+            .map(|(index, payload)| Arc::new(Entry { index, term: 1, payload }))
+            .collect();
         let machines = (0..n_machines).map(|id| Machine {
             node_id: NodeId(id as u128 + 1),
             is_up: true,
@@ -160,20 +173,10 @@ impl World {
             flaps_until: START,
             disturbed_at: START,
             session_since: START,
-            manager: (id < n_managers).then(|| Manager {
-                replica: Replica::new(id, n_managers, first.clone(), START),
-                state: State::default(),
-                leader: None,
-                is_judged: false,
-                is_due: false,
-                waiting: BTreeMap::new(),
-                asked: BTreeMap::new(),
-                requests: BTreeMap::new(),
-                is_stopped: false,
-                speaks_in: 0,
-                wakes_at: None,
-            }),
-            agent: Agent::new(),
+            manager: (id < n_managers)
+                .then(|| Manager::new(ManagerId::new(id, 0), founding.clone(), START)),
+            part: Part::default(),
+            agent: Agent::new((0..n_managers).collect()),
             rng: StdRng::seed_from_u64(rng.random()),
         });
         let machines: Vec<Machine> = machines.collect();
@@ -184,7 +187,7 @@ impl World {
             is_rough: false,
             is_quiet: false,
             machines,
-            n_managers,
+            counts: Counts::default(),
             cuts: BTreeMap::new(),
             streams: BTreeMap::new(),
             network_rng: StdRng::seed_from_u64(rng.random()),
@@ -215,8 +218,10 @@ impl World {
         self.n_ids
     }
 
-    pub(crate) fn is_manager(&self, machine: MachineId) -> bool {
-        machine < self.n_managers
+    /// The machines that are managers now, as their certificates say.
+    pub(crate) fn managers(&self) -> Vec<MachineId> {
+        let is_manager = |id: &MachineId| self.machines[*id].manager.is_some();
+        (0..self.machines.len()).filter(is_manager).collect()
     }
 
     /// The machine that is a node now.
@@ -275,9 +280,8 @@ impl World {
             self.timer(machine, Duration::ZERO, Timer::Step { task_id });
         }
         self.timer(machine, delay, Timer::Connect);
-        if self.is_manager(machine) {
-            self.start_manager(machine);
-        }
+        self.start_manager(machine);
+        self.start_part(machine);
     }
 
     /// The next event. False: there is none.
@@ -345,6 +349,7 @@ impl World {
             | Timer::Wake
             | Timer::Probed { .. }
             | Timer::Request { .. }
+            | Timer::Changes
             | Timer::RequestDeadline { .. } => {
                 let is_stopped = self.machines[machine]
                     .manager
@@ -358,6 +363,7 @@ impl World {
                 self.end_at_agent(machine, session);
                 self.end_at_manager(peer, machine, session);
             }
+            Timer::Part { request } => self.take_up_part(machine, request),
             Timer::Connect
             | Timer::WelcomeDeadline { .. }
             | Timer::Beat { .. }
@@ -377,6 +383,9 @@ impl World {
             Message::Welcome { .. }
                 | Message::Redirect { .. }
                 | Message::Removed { .. }
+                | Message::Part { .. }
+                | Message::Renewed { .. }
+                | Message::Admitted { .. }
                 | Message::Assignments { .. }
                 | Message::BeatTaken
         );

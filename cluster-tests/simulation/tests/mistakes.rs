@@ -45,6 +45,11 @@ fn a_secret_for_a_task_that_was_refused_is_caught() {
 }
 
 #[test]
+fn a_leader_that_counts_a_manager_that_was_taken_out_is_caught() {
+    expect_caught(Mistake::RemovedCounted, &["14"]);
+}
+
+#[test]
 fn a_drain_that_does_not_wait_is_caught() {
     expect_caught(Mistake::DrainWithoutWait, &["7"]);
 }

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use skep_simulation::seeds::run_all;
-use skep_simulation::{Options, run};
+use skep_simulation::{Counts, Options, run};
 
 /// Seeds of every run. `make sim SEEDS=2000` runs more.
 const N_SEEDS: u64 = 200;
@@ -18,6 +18,9 @@ fn no_seed_breaks_an_invariant() {
         .collect();
     assert!(failed.is_empty(), "{}", failed.join("\n"));
     let n_entries: u64 = reports.iter().map(|report| report.n_entries).sum();
+    let counts = reports.iter().map(|report| report.counts).fold(Counts::default(), Counts::and);
+    let is_all_tried = counts.n_promoted > N_SEEDS / 4 && counts.n_demoted > N_SEEDS / 4;
+    assert!(is_all_tried, "managers hardly change: {counts}");
     let n_granted: usize = reports.iter().map(|report| report.n_granted).sum();
     assert!(n_entries > 100 * N_SEEDS, "the swarms do little: {n_entries} entries");
     assert!(n_granted as u64 > 10 * N_SEEDS, "clients get little: {n_granted} wishes");

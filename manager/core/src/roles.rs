@@ -4,11 +4,17 @@
 //! itself. One that is demoted stays a manager until the others do not count it any more: the leader takes
 //! it out of the Raft group first, and only then is it a worker. [`retiring`] names those on the way, so
 //! that a new leader goes on where the one before stopped.
+//!
+//! A program that was told to be a manager is [admitted](admit) in two steps: its node's object says so first, and
+//! then it gets the log. In this order, so that `node rm` can undo what ended halfway.
 
-use skep_common::object::{Node, NodeState};
+use std::collections::BTreeSet;
+
+use skep_common::NodeId;
+use skep_common::object::{ManagerStatus, Node, NodeState};
 use skep_common::spec::NodeRole;
 
-use crate::level::{self, CONTROL};
+use crate::level::{self, CONTROL, TooOldToManage};
 use crate::store::State;
 
 /// Why a node keeps its part.
@@ -78,6 +84,151 @@ pub fn retired(node: &Node) -> Node {
     Node { role: None, manager_status: None, ..node.clone() }
 }
 
+/// What the leader does next with a manager that is to be a worker, once the others can do without it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Retirement {
+    /// It is the leader itself: another one is to take the lead over, and goes on.
+    HandOver,
+    /// Nobody is to count it any more; [`retired`] is written after that.
+    TakeOut {
+        /// Its Raft id.
+        raft_id: u64,
+    },
+    /// It never came so far as to be counted.
+    Note,
+}
+
+/// The next step of a manager on its way to be a worker, as the leader `own` sees it.
+pub fn retirement(node: &Node, own: u64) -> Retirement {
+    match &node.manager_status {
+        Some(manager) if manager.raft_id == own => Retirement::HandOver,
+        Some(manager) => Retirement::TakeOut { raft_id: manager.raft_id },
+        None => Retirement::Note,
+    }
+}
+
+/// Why a program does not become a manager.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotAdmitted {
+    /// Remedy: join anew.
+    #[error("node {0} was removed from the swarm")]
+    Removed(NodeId),
+    /// Remedy: promote it.
+    #[error("node {0} is to be a worker: promote it to have it join the managers")]
+    ToBeWorker(NodeId),
+    /// Remedy: upgrade it.
+    #[error(transparent)]
+    TooOld(TooOldToManage),
+}
+
+/// How far a program is that is to be a manager.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Admission {
+    /// Its node is to be written so, and then it is to be looked at anew: what was written before that may be
+    /// beyond its program.
+    Note(Box<Node>),
+    /// It may be given the log, and a vote.
+    Admitted,
+}
+
+/// Whether the program of a node becomes a manager that says so of itself; `said` is the format level that it knows,
+/// 0 where it is of before managers said it.
+pub fn admit(
+    state: &State,
+    node_id: NodeId,
+    status: &ManagerStatus,
+    said: u32,
+) -> Result<Admission, NotAdmitted> {
+    let node = state.node(node_id).ok_or(NotAdmitted::Removed(node_id))?;
+    if node.spec.role != NodeRole::Manager {
+        return Err(NotAdmitted::ToBeWorker(node_id));
+    }
+    level::check_new(state, node, said).map_err(NotAdmitted::TooOld)?;
+    if node.manager_status.as_ref() == Some(status) {
+        return Ok(Admission::Admitted);
+    }
+    let mut noted = (**node).clone();
+    noted.manager_status = Some(status.clone());
+    Ok(Admission::Note(Box::new(noted)))
+}
+
+/// Whether a node is a manager by that Raft id: one that was demoted or removed while it was admitted is not, and
+/// nobody else would take it out again.
+pub fn is_manager(state: &State, node_id: NodeId, raft_id: u64) -> bool {
+    let status = state.node(node_id).and_then(|node| node.manager_status.as_ref());
+    status.is_some_and(|status| status.raft_id == raft_id)
+}
+
+/// Why a node stays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NotRemoved {
+    /// Remedy: demote it.
+    #[error(
+        "node {0} is a cluster manager and is a member of the raft cluster. It must be demoted to worker before removal (skep node demote), or be down and removed with --force"
+    )]
+    Manager(NodeId),
+    /// Remedy: stop it.
+    #[error("node {0} is not down and can't be removed: stop it first, or use --force")]
+    NotDown(NodeId),
+}
+
+/// Whether a node may be removed. The Raft id is that of a manager, which nobody is to count any more before.
+pub fn check_removal(node: &Node, is_forced: bool) -> Result<Option<u64>, NotRemoved> {
+    let is_down = node.status.state == NodeState::Down;
+    if let Some(manager) = &node.manager_status {
+        let may_go = is_down && is_forced;
+        return may_go.then_some(Some(manager.raft_id)).ok_or(NotRemoved::Manager(node.id));
+    }
+    if node.status.state == NodeState::Ready && !is_forced {
+        return Err(NotRemoved::NotDown(node.id));
+    }
+    Ok(None)
+}
+
+/// Why a manager stays.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Needed {
+    /// Remedy: promote another one.
+    #[error("it is the last manager of the swarm: promote another node first")]
+    Last,
+    /// Remedy: start them, or remove them.
+    #[error(
+        "the swarm would lose its quorum without it: {n_silent} of the {n_others} other managers do not answer ({silent}); start them again first, or remove them from the swarm"
+    )]
+    QuorumLost {
+        /// How many do not answer.
+        n_silent: usize,
+        /// How many others there are.
+        n_others: usize,
+        /// Where those are that do not.
+        silent: String,
+    },
+}
+
+/// Whether the others of these voters keep a majority without `raft_id`, where `answers` says who answers the leader
+/// and `address` where each is.
+pub fn may_leave(
+    voters: &BTreeSet<u64>,
+    raft_id: u64,
+    answers: impl Fn(u64) -> bool,
+    address: impl Fn(u64) -> String,
+) -> Result<(), Needed> {
+    if !voters.contains(&raft_id) {
+        return Ok(());
+    }
+    if voters.len() == 1 {
+        return Err(Needed::Last);
+    }
+    let others = voters.iter().copied().filter(|voter| *voter != raft_id);
+    let (answering, silent): (Vec<u64>, Vec<u64>) = others.partition(|voter| answers(*voter));
+    if keeps_majority(voters.len(), answering.len()) {
+        return Ok(());
+    }
+    let addresses: Vec<String> = silent.iter().map(|voter| address(*voter)).collect();
+    let (n_silent, n_others) = (silent.len(), voters.len() - 1);
+    Err(Needed::QuorumLost { n_silent, n_others, silent: addresses.join(", ") })
+}
+
 /// Whether `n_voters` managers keep a majority without one of them, when `n_others` of the others answer.
 pub fn keeps_majority(n_voters: usize, n_others: usize) -> bool {
     n_voters > 1 && n_others > (n_voters - 1) / 2
@@ -143,6 +294,69 @@ mod tests {
             let refused = asked(&nodes, role).unwrap_err().to_string();
             assert!(refused.contains(why), "{why:?} in {refused}");
         }
+    }
+
+    #[test]
+    fn a_program_is_admitted_once_its_node_says_so() {
+        use NodeRole::{Manager, Worker};
+        let status = ManagerStatus { raft_id: 7, ..ManagerStatus::default() };
+        let admitted = |node: &Node, said| {
+            let mut world = World::new("", service(0), "");
+            world.put(vec![Object::Node(Box::new(node.clone()))]);
+            admit(&world.state, NodeId(1), &status, said)
+        };
+        let mut promoted = of_role(1, Manager);
+        promoted.manager_status = None;
+        let noted = match admitted(&promoted, CONTROL) {
+            Ok(Admission::Note(noted)) => *noted,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(noted.manager_status, Some(status.clone()));
+        assert_eq!(admitted(&noted, CONTROL), Ok(Admission::Admitted));
+        let worker = of_role(1, Worker);
+        assert_eq!(admitted(&worker, CONTROL), Err(NotAdmitted::ToBeWorker(NodeId(1))));
+        assert_eq!(admitted(&of_role(2, Manager), 0), Err(NotAdmitted::Removed(NodeId(1))));
+    }
+
+    #[test]
+    fn a_retiring_leader_hands_over_and_others_are_taken_out() {
+        let mut node = of_role(1, NodeRole::Worker);
+        assert_eq!(retirement(&node, 7), Retirement::Note);
+        node.manager_status = Some(ManagerStatus { raft_id: 7, ..ManagerStatus::default() });
+        assert_eq!(retirement(&node, 7), Retirement::HandOver);
+        assert_eq!(retirement(&node, 8), Retirement::TakeOut { raft_id: 7 });
+    }
+
+    #[test]
+    fn a_manager_is_removed_once_it_is_down_and_a_worker_that_answers_by_force() {
+        use NodeRole::{Manager, Worker};
+        for (role, state, is_forced, expect) in [
+            (Manager, NodeState::Ready, true, None),
+            (Manager, NodeState::Down, false, None),
+            (Manager, NodeState::Down, true, Some(Some(0))),
+            (Worker, NodeState::Ready, false, None),
+            (Worker, NodeState::Ready, true, Some(None)),
+            (Worker, NodeState::Down, false, Some(None)),
+        ] {
+            let mut node = of_role(1, role);
+            node.status.state = state;
+            let removal = check_removal(&node, is_forced);
+            assert_eq!(removal.ok(), expect, "{role:?} {state:?} {is_forced}");
+        }
+    }
+
+    #[test]
+    fn who_is_needed_is_told_who_does_not_answer() {
+        let voters: BTreeSet<u64> = [1, 2, 3].into();
+        let leave = |voters: &BTreeSet<u64>, answering: &[u64]| {
+            let answers = |id: u64| answering.contains(&id);
+            may_leave(voters, 1, answers, |id| format!("n{id}")).map_err(|why| why.to_string())
+        };
+        assert_eq!(leave(&voters, &[2, 3]), Ok(()));
+        let why = leave(&voters, &[2]).unwrap_err();
+        assert!(why.contains("1 of the 2 other managers do not answer (n3)"), "{why}");
+        assert_eq!(leave(&[2, 3].into(), &[]), Ok(()), "it has no vote");
+        assert!(leave(&[1].into(), &[]).unwrap_err().contains("last manager"));
     }
 
     #[test]

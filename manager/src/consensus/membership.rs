@@ -311,12 +311,6 @@ fn silent_others(
 ) -> Result<(), String> {
     let membership = metrics.membership_config.membership();
     let voters: BTreeSet<u64> = membership.voter_ids().collect();
-    if !voters.contains(&raft_id) {
-        return Ok(());
-    }
-    if voters.len() == 1 {
-        return Err("it is the last manager of the swarm: promote another node first".to_owned());
-    }
     let since_asked = clock::monotonic().duration_since(asked_at);
     let answers = |voter: u64| {
         let heard = metrics.heartbeat.as_ref().and_then(|peers| peers.get(&voter));
@@ -324,19 +318,10 @@ fn silent_others(
         voter == metrics.id
             || heard.is_some_and(|at| openraft::Instant::elapsed(&*at) <= since_asked)
     };
-    let others = voters.iter().copied().filter(|voter| *voter != raft_id);
-    let (answering, silent): (Vec<u64>, Vec<u64>) = others.partition(|voter| answers(*voter));
-    if roles::keeps_majority(voters.len(), answering.len()) {
-        return Ok(());
-    }
-    let address = |voter: &u64| membership.get_node(voter).map_or("?", |node| node.addr.as_str());
-    let silent: Vec<&str> = silent.iter().map(address).collect();
-    Err(format!(
-        "the swarm would lose its quorum without it: {} of the {} other managers do not answer ({}); start them again first, or remove them from the swarm",
-        silent.len(),
-        voters.len() - 1,
-        silent.join(", ")
-    ))
+    let address = |voter: u64| {
+        membership.get_node(&voter).map_or_else(|| "?".to_owned(), |node| node.addr.clone())
+    };
+    roles::may_leave(&voters, raft_id, answers, address).map_err(|needed| needed.to_string())
 }
 
 /// It votes, and no change is half done.

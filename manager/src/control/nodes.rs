@@ -1,6 +1,5 @@
 //! `node update` and `node rm`.
 
-use skep_common::object::NodeState;
 use skep_common::spec::{NodeRole, NodeSpec};
 use skep_common::{Kind, NodeId, Object, Version};
 use skep_manager_core::{Action, Expect, Refusal, node_name, remove_node, roles};
@@ -53,22 +52,12 @@ async fn try_remove(control: &ControlService, request: &RemoveNodeRequest) -> Re
     let state = control.read().await?;
     let not_found = || Error::NotFound { kind: "node", reference: request.id.clone() };
     let node = state.node(node_id).ok_or_else(not_found)?;
-    if let Some(manager) = &node.manager_status {
-        if node.status.state != NodeState::Down || !request.force {
-            let why = format!(
-                "node {node_id} is a cluster manager and is a member of the raft cluster. It must be demoted to worker before removal (skep node demote), or be down and removed with --force"
-            );
-            return Err(Error::Precondition(why));
-        }
-        control.inner.consensus.remove_manager(manager.raft_id).await.map_err(|error| {
+    let removal = roles::check_removal(node, request.force);
+    let counted = removal.map_err(|why| Error::Precondition(why.to_string()))?;
+    if let Some(raft_id) = counted {
+        control.inner.consensus.remove_manager(raft_id).await.map_err(|error| {
             Error::Precondition(format!("manager {node_id} cannot be removed: {}", reason(&error)))
         })?;
-    }
-    if node.status.state == NodeState::Ready && !request.force {
-        let why = format!(
-            "node {node_id} is not down and can't be removed: stop it first, or use --force"
-        );
-        return Err(Error::Precondition(why));
     }
     control.write(remove_node(&state, node_id, clock::now())).await?;
     Ok(())

@@ -54,9 +54,10 @@ impl Invariant for OneLog {
                 self.compare(state, &format!("the snapshot of manager {manager}"))?;
             }
             Seen::AtRest { .. } => {
-                let managers = world.machines.iter().filter_map(|machine| machine.manager.as_ref());
-                for (id, manager) in managers.enumerate() {
-                    self.compare(&manager.state, &format!("manager {id}"))?;
+                for id in world.managers() {
+                    if let Some(manager) = &world.machines[id].manager {
+                        self.compare(&manager.state, &format!("manager {id}"))?;
+                    }
                 }
             }
             _ => {}

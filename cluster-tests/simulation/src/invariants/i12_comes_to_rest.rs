@@ -10,7 +10,7 @@ use skep_common::spec::{Availability, ModeKind};
 use skep_common::{Node, Service, Task, TaskState};
 use skep_manager_core::{Dirty, LeaderMemory, State, constraint, plan};
 
-use super::{Invariant, ensure};
+use super::{Invariant, ensure, managers_rest};
 use crate::agent::Link;
 use crate::seen::Seen;
 use crate::world::World;
@@ -169,7 +169,9 @@ impl Invariant for ComesToRest {
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
         match seen {
             Seen::AtRest { is_settled: false } => {
-                Err(unrest(world).err().unwrap_or_else(|| "it settled too late".to_owned()))
+                unrest(world)?;
+                // Else the members are what does not rest.
+                managers_rest(world).map_or(Ok(()), |()| Err("it settled too late".to_owned()))
             }
             _ => Ok(()),
         }

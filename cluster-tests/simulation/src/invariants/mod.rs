@@ -17,6 +17,8 @@ mod i10_one_log;
 mod i11_plan_is_deed;
 mod i12_comes_to_rest;
 mod i13_jobs;
+mod i14_members;
+mod i16_attempts;
 #[cfg(test)]
 mod tests;
 
@@ -24,6 +26,7 @@ use crate::seen::Seen;
 use crate::world::World;
 
 pub(crate) use i12_comes_to_rest::unrest;
+pub(crate) use i14_members::managers_rest;
 
 /// One thing that must hold.
 pub(crate) trait Invariant {
@@ -50,6 +53,8 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(i11_plan_is_deed::PlanIsDeed::default()),
         Box::new(i12_comes_to_rest::ComesToRest),
         Box::new(i13_jobs::Jobs),
+        Box::new(i14_members::Members),
+        Box::new(i16_attempts::Attempts),
     ]
 }
 

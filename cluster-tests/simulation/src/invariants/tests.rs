@@ -127,6 +127,22 @@ fn a_table_with_a_task_that_does_not_run() {
 }
 
 #[test]
+fn an_entry_that_no_majority_has_and_a_manager_that_is_no_member() {
+    breaks(i14_members::Members, &[Seen::AtRest { is_settled: true }], "is no member");
+    let mut world = world();
+    let applied = |world: &mut World, index: u64| {
+        let mut state = State::default();
+        state.skip(index);
+        world.ledger = state.clone();
+        let seen = Seen::Applied { manager: 0, term: 1, proposal: None, state };
+        i14_members::Members.check(world, &seen)
+    };
+    assert_eq!(applied(&mut world, 2), Ok(()), "all begin with it");
+    let why = applied(&mut world, 3).unwrap_err();
+    assert!(why.contains("no majority"), "{why}");
+}
+
+#[test]
 fn a_deposed_leader_two_leaders_two_logs_and_a_refused_plan() {
     let accepted = |term| {
         let what = Arc::new(Assignments { tasks: None, table: None });

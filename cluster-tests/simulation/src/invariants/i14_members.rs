@@ -1,0 +1,77 @@
+//! 14. What is committed is on the disks of a majority of the managers that are counted, and of no others; and when all
+//!     has come to rest, each node has the part that the state says, and the voters are the managers of the state.
+
+use std::collections::BTreeSet;
+
+use skep_common::spec::NodeRole;
+
+use super::{Invariant, ensure};
+use crate::membership::ManagerId;
+use crate::seen::Seen;
+use crate::world::World;
+
+pub(super) struct Members;
+
+/// What of the managers is not as the state says; `Ok` where all is.
+pub(crate) fn managers_rest(world: &World) -> Result<(), String> {
+    let mut managers: BTreeSet<ManagerId> = BTreeSet::new();
+    for (id, machine) in world.machines.iter().enumerate() {
+        let Some(node) = world.ledger.node(machine.node_id) else {
+            return Err(format!("{id} is no member"));
+        };
+        let (asked, observed) = (node.spec.role, node.observed_role());
+        ensure!(asked == observed, "{id} is asked to be a {} and is none yet", asked.name());
+        let plays = world.role(id);
+        ensure!(plays == asked, "{id} plays the {}, the state says {}", plays.name(), asked.name());
+        let noted =
+            node.manager_status.as_ref().map(|status| ManagerId::of_raft_id(status.raft_id));
+        ensure!(noted.is_some() == (asked == NodeRole::Manager), "{id} is noted as {noted:?}");
+        let own = machine.manager.as_ref().map(|manager| manager.replica.id());
+        ensure!(own == noted, "{id} is {own:?}, and noted as {noted:?}");
+        managers.extend(noted);
+    }
+    for id in &managers {
+        let Some(manager) = &world.machines[id.machine()].manager else { continue };
+        let membership = manager.replica.membership();
+        ensure!(
+            !membership.is_joint(),
+            "{id:?} knows of a change that is half done: {membership:?}"
+        );
+        let is_exact = membership.voters() == managers && *membership.members() == managers;
+        ensure!(is_exact, "the managers are {managers:?}, and {id:?} counts {membership:?}");
+    }
+    Ok(())
+}
+
+impl Invariant for Members {
+    fn name(&self) -> &'static str {
+        "14: a majority of the managers that are counted decides, and those are the managers of the state"
+    }
+
+    fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
+        match seen {
+            Seen::Applied { manager, term, state, .. }
+                if state.version() == world.ledger.version() =>
+            {
+                let index = state.version().index;
+                let Some(applying) = &world.machines[*manager].manager else { return Ok(()) };
+                let has_it = |id: ManagerId| {
+                    let machine = world.machines.get(id.machine());
+                    let replica =
+                        machine.and_then(|one| one.manager.as_ref()).map(|one| &one.replica);
+                    replica.is_some_and(|one| one.id() == id && one.has_synced(index, *term))
+                };
+                // A leader counts by what its log says last, which the applying one may know already.
+                let mut memberships = applying.replica.memberships_from(index);
+                ensure!(
+                    memberships.any(|membership| membership.is_quorum(has_it)),
+                    "entry {index} is committed, and no majority of {:?} has it",
+                    applying.replica.membership()
+                );
+            }
+            Seen::AtRest { .. } => managers_rest(world)?,
+            _ => {}
+        }
+        Ok(())
+    }
+}
