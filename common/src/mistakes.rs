@@ -24,11 +24,13 @@ pub enum Mistake {
     StaleRead,
     /// A leader whose term is over still writes.
     DeposedWrite,
+    /// A manager is called a worker while the others still count its vote.
+    RetiredEarly,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::StateFalls,
         Self::DeposedAssignment,
         Self::AddressFreedEarly,
@@ -38,6 +40,7 @@ impl Mistake {
         Self::AcknowledgedEarly,
         Self::StaleRead,
         Self::DeposedWrite,
+        Self::RetiredEarly,
     ];
 }
 

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use skep_common::limits::RPC_DEADLINE;
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::Node;
 use skep_common::spec::NodeRole;
 use skep_common::{Kind, Object};
@@ -72,7 +73,9 @@ async fn retire(consensus: &Consensus, term: u64, node: &Node) -> Result<(), Str
             let is_gone = consensus.transfer_leader().await;
             return if is_gone { Ok(()) } else { Err("nobody takes the lead over".to_owned()) };
         }
-        consensus.remove_manager(raft_id).await.map_err(|error| reason(&error))?;
+        if !mistakes::is(Mistake::RetiredEarly) {
+            consensus.remove_manager(raft_id).await.map_err(|error| reason(&error))?;
+        }
     }
     let object = Object::Node(Box::new(roles::retired(node)));
     let expect = Expect::Version(node.meta.version);
