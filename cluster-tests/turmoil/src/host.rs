@@ -302,14 +302,15 @@ impl Host {
         };
         manager.found(swarm).await?;
         let founders = self.machines.inside().into_iter();
-        let others = founders.filter(|(number, _)| *number != self.number).map(|(number, other)| {
-            let (role, availability) = (NodeRole::Manager, Availability::Drain);
-            let address = address_of(number);
-            let node: Node =
-                skep_manager::join::new_node(other.node_id, role, availability, &address)
-                    .expect("it is an address");
-            Action::Put { object: Object::Node(Box::new(node)), expect: Expect::Absent }
-        });
+        let others =
+            founders.filter(|(number, _)| *number != self.number).map(|(number, other)| {
+                let (role, availability) = (NodeRole::Manager, Availability::Drain);
+                let address = address_of(number);
+                let node: Node =
+                    skep_manager::join::new_node(other.node_id, role, availability, &address)
+                        .expect("it is an address");
+                Action::Put { object: Object::Node(Box::new(node)), expect: Expect::Absent }
+            });
         let others: Vec<Action> = others.chain([put_fence(0, Expect::Absent)]).collect();
         let command = Command::new(clock::now(), others);
         let outcome = manager.consensus().propose(&command).await;
@@ -339,8 +340,10 @@ impl Host {
             while let Some(commit) = feed.next().await {
                 let version = commit.state.version().index;
                 if version < last {
-                    ledger
-                        .violate(1, format!("manager {raft_id} went back from {last} to {version}"));
+                    ledger.violate(
+                        1,
+                        format!("manager {raft_id} went back from {last} to {version}"),
+                    );
                 }
                 last = version;
                 if commit.all_changed && version > 0 {

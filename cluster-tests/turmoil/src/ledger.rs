@@ -256,6 +256,11 @@ impl Ledger {
         self.inner().seen.insert(raft_id, seen);
     }
 
+    /// Forgets what managers have said so far.
+    pub(crate) fn look_anew(&self) {
+        self.inner().seen.clear();
+    }
+
     /// The managers of a swarm at rest, where it is: each of them says the same, log and state agree, and all that was
     /// acknowledged of roles is so. The error says what is otherwise.
     pub(crate) fn at_rest(&self) -> Result<BTreeSet<u64>, String> {

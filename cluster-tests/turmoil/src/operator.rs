@@ -5,7 +5,7 @@
 //!
 //! # Invariants
 //!
-//! - At least [`MANAGERS_MIN`] managers are wanted at any time.
+//! - No manager is taken out where fewer than [`MANAGERS_MIN`] would be left, as far as it is known.
 //! - What may have been done by half is asked for again until it is done.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -32,6 +32,8 @@ use crate::network::address_of;
 const MANAGERS_MIN: usize = 2;
 /// Nobody waits for ever.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// A request whose outcome is not known has one after this time: longer than a manager tries to write it.
+const UNKNOWN_MAX: Duration = Duration::from_secs(11);
 /// Between looks at what the state says of nodes.
 const LOOK: Duration = Duration::from_millis(400);
 /// Between looks at what is waited for.
@@ -93,6 +95,8 @@ impl Operator {
             self.expel(node_id, raft_id).await;
             tokio::time::sleep(POLL).await;
         }
+        // Until then what was asked for may still be written.
+        tokio::time::sleep(UNKNOWN_MAX).await;
         let members = self.hands.wait_settled().await;
         self.hands.ledger.set_members(members);
         self.hands.wait_for(Phase::Proof).await;
@@ -120,9 +124,8 @@ impl Operator {
     async fn change_once(&mut self, token: &str) {
         let control = self.control_drawn();
         let Some(nodes) = self.hands.nodes(control).await else { return };
-        let is_wanted = |node: &Node| {
-            node.spec.role == NodeRole::Manager && node.manager_status.is_some()
-        };
+        let is_wanted =
+            |node: &Node| node.spec.role == NodeRole::Manager && node.manager_status.is_some();
         let machines = &self.hands.machines;
         let wanted: Vec<(u64, Identity, Node)> = machines
             .inside()
@@ -230,6 +233,9 @@ impl Operator {
     }
 
     async fn prove_removal(&mut self, mut members: BTreeSet<u64>) -> Result<BTreeSet<u64>, String> {
+        if members.len() < MANAGERS_MIN {
+            return Ok(members);
+        }
         let ledger = Arc::clone(&self.hands.ledger);
         let term = ledger.term();
         let leader = ledger.leader().filter(|leader| members.contains(leader));
@@ -292,6 +298,7 @@ impl Operator {
             Err(status) if status.message().contains("would lose its quorum") => {}
             other => return Err(format!("{leader} is needed, and is demoted: {other:?}")),
         }
+        self.hands.ledger.look_anew();
         self.hands.wait_members(|now| now == members).await.map(drop)
     }
 
@@ -419,9 +426,8 @@ impl Hands {
             let control = self.control_drawn(&mut rng);
             let Some(nodes) = self.nodes(control).await else { continue };
             for (number, Identity { node_id, raft_id, .. }) in inside {
-                let is_out = nodes
-                    .get(&node_id)
-                    .is_none_or(|node| node.observed_role() == NodeRole::Worker);
+                let is_out =
+                    nodes.get(&node_id).is_none_or(|node| node.observed_role() == NodeRole::Worker);
                 if !is_out {
                     continue;
                 }

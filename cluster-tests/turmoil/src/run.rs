@@ -112,7 +112,8 @@ impl fmt::Display for Report {
             write!(
                 f,
                 "seed {seed}: {time:.1} s, {n_faults} faults, {n_crashes} crashes, {n_stops} stops, \
-                 {n_added} managers added, {n_removed} removed, {n_refused} changes refused, {terms} terms, {n_acknowledged} writes acknowledged, {n_unknown} unknown, {n_reads} reads, \
+                 {n_added} managers added, {n_removed} removed, {n_refused} changes refused, {terms} terms, \
+                 {n_acknowledged} writes acknowledged, {n_unknown} unknown, {n_reads} reads, \
                  {digests} digests, {n_snapshots} snapshots, {syncs} syncs, trace {trace}",
                 terms = self.n_terms,
                 digests = self.n_digests,

@@ -79,11 +79,13 @@ pub async fn serve(
     use futures::StreamExt as _;
     let layer = AccessLayer::new(gate.clone());
     let connections = connections.map(|(stream, caller)| {
-        Ok::<_, io::Error>(Connection { stream, caller, end: Box::pin(gate.clone().end_of(caller)) })
+        Ok::<_, io::Error>(Connection {
+            stream,
+            caller,
+            end: Box::pin(gate.clone().end_of(caller)),
+        })
     });
     let shutdown = tasks.token().cancelled_owned();
-    server(layer, routes)
-        .serve_with_incoming_shutdown(connections, shutdown)
-        .await?;
+    server(layer, routes).serve_with_incoming_shutdown(connections, shutdown).await?;
     Ok(())
 }
