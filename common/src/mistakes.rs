@@ -26,11 +26,13 @@ pub enum Mistake {
     DeposedWrite,
     /// A leader counts a manager that was taken out towards its majority.
     RemovedCounted,
+    /// A manager is called a worker while the others still count its vote.
+    RetiredEarly,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::StateFalls,
         Self::DeposedAssignment,
         Self::AddressFreedEarly,
@@ -41,6 +43,7 @@ impl Mistake {
         Self::StaleRead,
         Self::DeposedWrite,
         Self::RemovedCounted,
+        Self::RetiredEarly,
     ];
 }
 

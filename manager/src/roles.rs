@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use skep_common::limits::RPC_DEADLINE;
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::Node;
 use skep_common::spec::NodeRole;
 use skep_common::{Kind, Object};
@@ -75,7 +76,9 @@ async fn retire(consensus: &Consensus, term: u64, node: &Node) -> Result<(), Str
         }
         Retirement::TakeOut { raft_id } => {
             consensus.ask_to_remove(raft_id).await.map_err(|error| reason(&error))?;
-            consensus.remove_manager(raft_id).await.map_err(|error| reason(&error))?;
+            if !mistakes::is(Mistake::RetiredEarly) {
+                consensus.remove_manager(raft_id).await.map_err(|error| reason(&error))?;
+            }
         }
         Retirement::Note => {}
     }

@@ -19,7 +19,8 @@ use tonic::{Code, Status};
 
 use crate::history::{Call, Operation, Outcome};
 use crate::ledger::{Ledger, Phase};
-use crate::network::{PORT, ip_of};
+use crate::machines::{Machines, machine_of};
+use crate::network::address_of;
 
 /// The label that says which write a value is of.
 const LABEL: &str = "mark";
@@ -45,7 +46,7 @@ pub(crate) struct Owed {
 #[derive(Debug)]
 pub(crate) struct Client {
     number: u64,
-    n_managers: u64,
+    machines: Arc<Machines>,
     rng: StdRng,
     pool: ChannelPool,
     ledger: Arc<Ledger>,
@@ -57,10 +58,10 @@ pub(crate) struct Client {
 }
 
 impl Client {
-    /// User `number` of a swarm of `n_managers`.
+    /// User `number` of the swarm of these machines.
     pub(crate) fn new(
         number: u64,
-        n_managers: u64,
+        machines: Arc<Machines>,
         seed: u64,
         tls: Tls,
         ledger: Arc<Ledger>,
@@ -69,14 +70,14 @@ impl Client {
         let rng = StdRng::seed_from_u64(seed ^ (number + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         let pool = ChannelPool::new(tls);
         let (own, n_own, n_marks) = (BTreeMap::new(), 0, 0);
-        Self { number, n_managers, rng, pool, ledger, owed, own, n_own, n_marks }
+        Self { number, machines, rng, pool, ledger, owed, own, n_own, n_marks }
     }
 
     /// Works as long as things fail, and proves in the end that all is well.
     pub(crate) async fn run(mut self) -> turmoil::Result {
         self.wait_for(Phase::Faults).await;
         while self.ledger.phase() == Phase::Faults {
-            let manager = self.rng.random_range(1..=self.n_managers);
+            let manager = self.manager_drawn();
             match self.rng.random_range(0..10) {
                 0..5 => self.update(manager).await,
                 5..7 => {
@@ -90,8 +91,9 @@ impl Client {
             tokio::time::sleep(pause).await;
         }
         self.wait_for(Phase::Proof).await;
-        if let Err(why) = Box::pin(self.prove()).await {
-            self.ledger.violate(12, why);
+        match Box::pin(self.prove()).await {
+            Ok(()) => self.ledger.proved(self.number),
+            Err(why) => self.ledger.violate(12, why),
         }
         Ok(())
     }
@@ -103,8 +105,13 @@ impl Client {
     }
 
     fn control(&self, manager: u64) -> ControlClient<Channel> {
-        let address = format!("{}:{PORT}", ip_of(manager));
-        ControlClient::new(self.pool.channel(&address, Peer::Manager))
+        ControlClient::new(self.pool.channel(&address_of(manager), Peer::Manager))
+    }
+
+    /// The number of a machine whose manager was a voter: it may be none any more, and not know it.
+    fn manager_drawn(&mut self) -> u64 {
+        let voters = self.machines.voters();
+        voters.get(self.rng.random_range(0..voters.len().max(1))).copied().unwrap_or(1)
     }
 
     fn key_drawn(&mut self) -> String {
@@ -135,7 +142,7 @@ impl Client {
     async fn update(&mut self, manager: u64) {
         let key = self.key_drawn();
         let Some(found) = self.read(manager, key.clone()).await else { return };
-        let manager = self.rng.random_range(1..=self.n_managers);
+        let manager = self.manager_drawn();
         self.write(manager, key, found, PATIENCE).await;
     }
 
@@ -239,15 +246,17 @@ impl Client {
     async fn prove(&mut self) -> Result<(), String> {
         let key = format!("proof-{}", self.number);
         let mut found = None;
+        let members = self.ledger.members().unwrap_or_default();
+        let managers: Vec<u64> = members.into_iter().map(machine_of).collect();
         for round in 0..N_PROOFS {
-            for manager in 1..=self.n_managers {
+            for (at, manager) in managers.iter().copied().enumerate() {
                 let outcome = self.write(manager, key.clone(), found, PROMPT).await;
                 let Outcome::Done(version) = outcome else {
                     return Err(format!(
                         "write {round} through manager {manager} of a swarm without faults: {outcome:?}"
                     ));
                 };
-                let reader = manager % self.n_managers + 1;
+                let reader = managers[(at + 1) % managers.len()];
                 found = self.read(reader, key.clone()).await.flatten();
                 if found.as_ref().is_none_or(|service| service.meta.version.index != version) {
                     return Err(format!(
@@ -256,7 +265,7 @@ impl Client {
                 }
             }
         }
-        for manager in 1..=self.n_managers {
+        for manager in managers {
             self.settle_up(manager).await?;
         }
         Ok(())

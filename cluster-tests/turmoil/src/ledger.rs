@@ -1,11 +1,12 @@
 //! What is known of a run by whoever watches all managers at once, and what must hold of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
+use tonic::Status;
 
 use crate::history::Operation;
 
@@ -23,6 +24,34 @@ pub(crate) enum Phase {
     Settling,
     /// Everything has to succeed.
     Proof,
+    /// So have changes of the managers, one at a time.
+    Changes,
+}
+
+/// What a manager says of the managers when nothing changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Seen {
+    /// The term that it is in.
+    pub(crate) term: u64,
+    /// Who votes by the log, by Raft id.
+    pub(crate) voters: BTreeSet<u64>,
+    /// Who gets the log and has no vote.
+    pub(crate) learners: BTreeSet<u64>,
+    /// Who is a manager by the state.
+    pub(crate) managers: BTreeSet<u64>,
+    /// Who is on the way to be a manager no more.
+    pub(crate) retiring: BTreeSet<u64>,
+}
+
+/// What was acknowledged of who is a manager.
+#[derive(Debug, Default)]
+struct Roles {
+    /// Joined, and nobody has asked for anything else since.
+    joined: BTreeSet<u64>,
+    /// To be a manager no more; it may take a while.
+    leaving: BTreeSet<u64>,
+    /// A manager no more.
+    left: BTreeSet<u64>,
 }
 
 /// Shared by all that runs in one simulation.
@@ -42,6 +71,11 @@ struct Inner {
     current: Option<(u64, u64)>,
     digests: BTreeMap<u64, (u64, String)>,
     fenced: BTreeMap<u64, u64>,
+    roles: Roles,
+    seen: BTreeMap<u64, Seen>,
+    proved: BTreeSet<u64>,
+    /// The managers of a swarm at rest, by Raft id.
+    members: Option<BTreeSet<u64>>,
     counts: Counts,
     trace: Sha256,
     n_digests: u64,
@@ -65,6 +99,12 @@ pub struct Counts {
     pub n_faults: u64,
     /// Snapshots that a manager took over from another one.
     pub n_snapshots: u64,
+    /// Managers that joined after the swarm was founded.
+    pub n_added: u64,
+    /// Managers that were taken out.
+    pub n_removed: u64,
+    /// Changes of the managers that were refused.
+    pub n_refused: u64,
 }
 
 impl Ledger {
@@ -93,6 +133,16 @@ impl Ledger {
     pub(crate) fn set_phase(&self, phase: Phase) {
         self.note(&format!("phase {phase:?}"));
         self.inner().phase = phase;
+    }
+
+    /// This client has proved that all is well.
+    pub(crate) fn proved(&self, client: u64) {
+        self.inner().proved.insert(client);
+    }
+
+    /// Clients that have.
+    pub(crate) fn n_proved(&self) -> u64 {
+        self.inner().proved.len() as u64
     }
 
     /// Adds a line to the trace.
@@ -167,6 +217,72 @@ impl Ledger {
         if other != raft_id {
             self.violate(9, format!("managers {other} and {raft_id} both lead term {term}"));
         }
+        if self.inner().roles.left.contains(&raft_id) {
+            self.violate(9, format!("manager {raft_id}, which was taken out, leads term {term}"));
+        }
+    }
+
+    /// A manager was told that it is one.
+    pub(crate) fn joined(&self, raft_id: u64) {
+        self.inner().roles.joined.insert(raft_id);
+    }
+
+    /// Somebody asks for a manager to be none: from now on nobody may count on it. True: it was counted on.
+    pub(crate) fn asked_out(&self, raft_id: u64) -> bool {
+        self.inner().roles.joined.remove(&raft_id)
+    }
+
+    /// A change of the managers was refused, or its outcome is not known. Where nothing fails, none is.
+    pub(crate) fn refuse_change(&self, status: &Status) {
+        self.count(|counts| counts.n_refused += 1);
+        if self.phase() == Phase::Changes {
+            self.violate(12, format!("a change of the managers is refused: {}", status.message()));
+        }
+    }
+
+    /// It was acknowledged that a manager is to be one no more.
+    pub(crate) fn leaving(&self, raft_id: u64) {
+        self.inner().roles.leaving.insert(raft_id);
+    }
+
+    /// It was acknowledged that a manager is one no more.
+    pub(crate) fn left(&self, raft_id: u64) {
+        self.leaving(raft_id);
+        self.inner().roles.left.insert(raft_id);
+    }
+
+    /// What a manager says of all.
+    pub(crate) fn sees(&self, raft_id: u64, seen: Seen) {
+        self.inner().seen.insert(raft_id, seen);
+    }
+
+    /// Forgets what managers have said so far.
+    pub(crate) fn look_anew(&self) {
+        self.inner().seen.clear();
+    }
+
+    /// The managers of a swarm at rest, where it is: each of them says the same, log and state agree, and all that was
+    /// acknowledged of roles is so. The error says what is otherwise.
+    pub(crate) fn at_rest(&self) -> Result<BTreeSet<u64>, String> {
+        judge(&self.inner())
+    }
+
+    /// The newest term that a manager at rest is in.
+    pub(crate) fn term(&self) -> u64 {
+        let inner = self.inner();
+        let of_members = inner.members.iter().flatten().filter_map(|id| inner.seen.get(id));
+        of_members.map(|seen| seen.term).max().unwrap_or(0)
+    }
+
+    /// These are the managers, and nothing changes that.
+    pub(crate) fn set_members(&self, members: BTreeSet<u64>) {
+        self.note(&format!("the managers are {members:?}"));
+        self.inner().members = Some(members);
+    }
+
+    /// The managers of the swarm at rest, once it is.
+    pub(crate) fn members(&self) -> Option<BTreeSet<u64>> {
+        self.inner().members.clone()
     }
 
     /// The leader of the newest term.
@@ -218,9 +334,80 @@ impl Ledger {
     }
 }
 
+/// Managers that were taken out and have not heard of it say what was, so that only those are asked whom a set names.
+fn judge(inner: &Inner) -> Result<BTreeSet<u64>, String> {
+    let is_settled = |members: &BTreeSet<u64>| {
+        let says_so = |raft_id: &u64| inner.seen.get(raft_id).is_some_and(|seen| seen.is(members));
+        !members.is_empty() && members.iter().all(says_so)
+    };
+    let sets: BTreeSet<&BTreeSet<u64>> = inner.seen.values().map(|seen| &seen.managers).collect();
+    let settled: Vec<&BTreeSet<u64>> = sets.into_iter().filter(|set| is_settled(set)).collect();
+    let [members] = settled.as_slice() else {
+        return Err(format!("the managers do not agree who they are: {:?}", inner.seen));
+    };
+    let Roles { joined, leaving, .. } = &inner.roles;
+    if let Some(lost) = joined.difference(members).next() {
+        return Err(format!("manager {lost} has joined, and {members:?} are the managers"));
+    }
+    if let Some(kept) = leaving.intersection(members).next() {
+        return Err(format!("manager {kept} was to be one no more, and {members:?} are"));
+    }
+    Ok((*members).clone())
+}
+
+impl Seen {
+    /// It says that these are the managers, and nothing else.
+    fn is(&self, members: &BTreeSet<u64>) -> bool {
+        let is_quiet = self.learners.is_empty() && self.retiring.is_empty();
+        is_quiet && self.voters == *members && self.managers == *members
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn seen(voters: &[u64], managers: &[u64]) -> Seen {
+        let set = |ids: &[u64]| ids.iter().copied().collect();
+        let (learners, retiring) = (BTreeSet::new(), BTreeSet::new());
+        Seen { term: 3, voters: set(voters), learners, managers: set(managers), retiring }
+    }
+
+    fn rest_of(acts: impl FnOnce(&Ledger)) -> String {
+        let ledger = Ledger::default();
+        ledger.sees(1, seen(&[1, 2], &[1, 2]));
+        ledger.sees(2, seen(&[1, 2], &[1, 2]));
+        acts(&ledger);
+        ledger.at_rest().map_or_else(|why| why, |members| format!("{members:?}"))
+    }
+
+    #[test]
+    fn a_swarm_is_at_rest_where_log_state_and_what_was_acknowledged_agree() {
+        let fine = "{1, 2}";
+        assert_eq!(rest_of(|_| {}), fine);
+        assert_eq!(rest_of(|ledger| ledger.sees(9, seen(&[1, 2, 9], &[1, 2, 9]))), fine);
+        assert_eq!(rest_of(|ledger| ledger.left(9)), fine);
+        let asked_out = rest_of(|ledger| {
+            ledger.joined(9);
+            ledger.asked_out(9);
+        });
+        assert_eq!(asked_out, fine);
+        let differ = "do not agree";
+        let retiring = Seen { retiring: BTreeSet::from([2]), ..seen(&[1, 2], &[1, 2]) };
+        let learning = Seen { learners: BTreeSet::from([9]), ..seen(&[1, 2], &[1, 2]) };
+        for (why, wrong) in [
+            (differ, rest_of(|ledger| ledger.sees(2, seen(&[1, 2, 9], &[1, 2])))),
+            (differ, rest_of(|ledger| ledger.sees(2, seen(&[1, 2], &[1])))),
+            (differ, rest_of(|ledger| ledger.sees(2, retiring))),
+            (differ, rest_of(|ledger| ledger.sees(2, learning))),
+            (differ, rest_of(|ledger| ledger.sees(9, seen(&[9], &[9])))),
+            (differ, Ledger::default().at_rest().unwrap_err()),
+            ("manager 9 has joined", rest_of(|ledger| ledger.joined(9))),
+            ("manager 2 was to be one no more", rest_of(|ledger| ledger.leaving(2))),
+        ] {
+            assert!(wrong.contains(why), "{why:?} in {wrong:?}");
+        }
+    }
 
     fn violation_of(acts: impl FnOnce(&Ledger)) -> String {
         let ledger = Ledger::default();
@@ -246,6 +433,11 @@ mod tests {
             ledger.leads(2, 4);
         });
         assert!(two_leaders.starts_with("9: managers 1 and 2 both lead"), "{two_leaders}");
+        let removed = violation_of(|ledger| {
+            ledger.left(2);
+            ledger.leads(2, 4);
+        });
+        assert!(removed.starts_with("9: manager 2, which was taken out"), "{removed}");
         for (first, second) in [((10, 5), (12, 4)), ((12, 4), (10, 5))] {
             let deposed = violation_of(|ledger| {
                 ledger.fenced(first.0, first.1);

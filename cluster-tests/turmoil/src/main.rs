@@ -67,10 +67,12 @@ fn main() -> ExitCode {
     let hours = reports.iter().map(|report| report.time.as_secs_f64()).sum::<f64>() / 3600.0;
     let sum = |of: fn(&Report) -> u64| reports.iter().map(of).sum::<u64>();
     println!(
-        "{} seeds, {} with a violation; {hours:.2} simulated hours, {} crashes, {} writes acknowledged, {} syncs, {:.1} s",
+        "{} seeds, {} with a violation; {hours:.2} simulated hours, {} crashes, {} managers added, {} removed, {} writes acknowledged, {} syncs, {:.1} s",
         reports.len(),
         failed.len(),
         sum(|report| report.counts.n_crashes),
+        sum(|report| report.counts.n_added),
+        sum(|report| report.counts.n_removed),
         sum(|report| report.counts.n_acknowledged),
         sum(|report| report.n_syncs),
         time.as_secs_f64()

@@ -3,21 +3,23 @@
 use std::cell::RefCell;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::{FutureExt as _, Stream};
 use rand::RngExt as _;
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::NodeId;
 use skep_common::Timestamp;
 use skep_common::spec::NodeRole;
 use skep_runtime::access::Caller;
 use skep_runtime::simulation::{Bytes, Dialled, Machine};
 use turmoil::net::{TcpListener, TcpStream};
 
+use crate::machines::Machines;
+
 /// The one port of a manager.
-pub(crate) const PORT: u16 = 2377;
+const PORT: u16 = 2377;
 /// Wall-clock time at which every run begins.
 const EPOCH: Timestamp = Timestamp::from_secs(1_800_000_000);
 
@@ -51,30 +53,36 @@ fn dial(address: &str) -> Dialled {
     .boxed()
 }
 
-/// The address of manager `number`.
+/// The address of machine `number`.
 pub(crate) fn ip_of(number: u64) -> IpAddr {
     let last = u8::try_from(number).expect("there are few managers");
     IpAddr::V4(Ipv4Addr::new(192, 168, 77, last))
 }
 
-/// The node of manager `number`.
-pub(crate) fn node_of(number: u64) -> NodeId {
-    NodeId(u128::from(number))
+/// Where it is reached, as a manager: `ip:port`.
+pub(crate) fn address_of(number: u64) -> String {
+    format!("{}:{PORT}", ip_of(number))
 }
 
-/// Connections to a manager of a swarm of `n_managers`, each with who is at its other end.
+/// Waits for connections.
+pub(crate) async fn listen() -> io::Result<TcpListener> {
+    TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)).await
+}
+
+/// Connections to a manager, each with who is at its other end: a machine with a certificate or without, or a user.
 pub(crate) fn connections(
     listener: TcpListener,
-    n_managers: u64,
+    machines: Arc<Machines>,
 ) -> impl Stream<Item = (Box<dyn Bytes>, Caller)> {
-    futures::stream::unfold(listener, move |listener| async move {
+    futures::stream::unfold((listener, machines), async |(listener, machines)| {
         let (stream, peer) = listener.accept().await.ok()?;
-        let manager = (1..=n_managers).find(|number| ip_of(*number) == peer.ip());
-        let caller = match manager {
-            Some(number) => Caller::Node(node_of(number), NodeRole::Manager),
+        let machine = machines.numbers().find(|number| ip_of(*number) == peer.ip());
+        let caller = match machine.map(|number| machines.identity(number)) {
+            Some(Some(identity)) => Caller::Node(identity.node_id, NodeRole::Manager),
+            Some(None) => Caller::Anonymous,
             None => Caller::Local { uid: None, pid: None },
         };
         let stream: Box<dyn Bytes> = Box::new(stream);
-        Some(((stream, caller), listener))
+        Some(((stream, caller), (listener, machines)))
     })
 }

@@ -3,14 +3,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use skep_common::ClusterId;
 use skep_common::spec::NodeRole;
+use skep_common::{ClusterId, NodeId};
 use skep_runtime::clock;
 use skep_runtime::identity::{Authority, Credentials, Csr};
 use skep_runtime::transport::Tls;
@@ -22,7 +21,9 @@ use crate::fault::Fault;
 use crate::history;
 use crate::host::Host;
 use crate::ledger::{Counts, Ledger, Phase};
-use crate::network::{self, ip_of, node_of};
+use crate::machines::{Machines, machine_of};
+use crate::network::{self, ip_of};
+use crate::operator::Operator;
 use crate::panics;
 
 /// How long things fail, unless told otherwise.
@@ -30,6 +31,8 @@ pub const FAULTS: Duration = Duration::from_secs(20);
 /// After the last fault everything works within this time: hanging connections are given up, managers whose
 /// disk failed are started again, a leader is found and the others catch up.
 const SETTLE: Duration = Duration::from_secs(12);
+/// When that has passed, changes of the managers that were under way are complete within this time.
+const COMPLETE: Duration = Duration::from_secs(60);
 /// Within which a swarm is founded.
 const FOUND: Duration = Duration::from_secs(30);
 /// Within which all is proved.
@@ -97,6 +100,9 @@ impl fmt::Display for Report {
             n_stops,
             n_faults,
             n_snapshots,
+            n_added,
+            n_removed,
+            n_refused,
         } = self.counts;
         let (seed, time, seconds) = (self.seed, self.time.as_secs_f64(), self.faults.as_secs());
         if let Some(violation) = &self.violation {
@@ -106,7 +112,8 @@ impl fmt::Display for Report {
             write!(
                 f,
                 "seed {seed}: {time:.1} s, {n_faults} faults, {n_crashes} crashes, {n_stops} stops, \
-                 {terms} terms, {n_acknowledged} writes acknowledged, {n_unknown} unknown, {n_reads} reads, \
+                 {n_added} managers added, {n_removed} removed, {n_refused} changes refused, {terms} terms, \
+                 {n_acknowledged} writes acknowledged, {n_unknown} unknown, {n_reads} reads, \
                  {digests} digests, {n_snapshots} snapshots, {syncs} syncs, trace {trace}",
                 terms = self.n_terms,
                 digests = self.n_digests,
@@ -156,7 +163,7 @@ fn data_dir() -> tempfile::TempDir {
 
 struct Swarm {
     options: Options,
-    n_managers: u64,
+    machines: Arc<Machines>,
     hosts: BTreeMap<u64, Arc<Host>>,
     tls: Tls,
     ledger: Arc<Ledger>,
@@ -165,7 +172,8 @@ struct Swarm {
 impl Swarm {
     fn new(options: Options, dir: &Path) -> Self {
         let ledger = Arc::new(Ledger::new(options.is_printed));
-        let n_managers = if options.seed % 5 == 4 { 5 } else { 3 };
+        let (n_founders, n_spares) = if options.seed % 5 == 4 { (5, 1) } else { (3, 2) };
+        let machines = Arc::new(Machines::new(n_founders, n_spares));
         let authority = Authority::generate(clock::now()).expect("keys can be made");
         let tls = credentials(&authority);
         let host = |number: u64| {
@@ -173,19 +181,18 @@ impl Swarm {
             let disk_seed = options.seed.wrapping_mul(31).wrapping_add(number);
             let host = Host {
                 number,
-                n_managers,
+                machines: Arc::clone(&machines),
                 disk: ForgetfulDisk::new(disk_seed, &dir.join("trash"))
                     .expect("the directory is there"),
                 dir,
                 tls: tls.clone(),
                 authority: (authority.root_pem().to_owned(), authority.key_pem().to_owned()),
                 ledger: Arc::clone(&ledger),
-                has_joined: AtomicBool::new(false),
             };
             (number, Arc::new(host))
         };
-        let hosts = (1..=n_managers).map(host).collect();
-        Self { options, n_managers, hosts, tls, ledger }
+        let hosts = machines.numbers().map(host).collect();
+        Self { options, machines, hosts, tls, ledger }
     }
 
     /// Runs it to the end; gives the time that it took, and why it did not come to one.
@@ -193,7 +200,7 @@ impl Swarm {
         let mut sim = turmoil::Builder::new()
             .rng_seed(self.options.seed)
             .tick_duration(TICK)
-            .simulation_duration(FOUND + self.options.faults + SETTLE + PROVE)
+            .simulation_duration(FOUND + self.options.faults + SETTLE + COMPLETE + PROVE)
             .min_message_latency(Duration::ZERO)
             .max_message_latency(LATENCY)
             .repair_rate(REPAIR)
@@ -207,9 +214,13 @@ impl Swarm {
         for number in 0..N_CLIENTS {
             let (tls, ledger, owed) =
                 (self.tls.clone(), Arc::clone(&self.ledger), Arc::clone(&owed));
-            let client = Client::new(number, self.n_managers, self.options.seed, tls, ledger, owed);
+            let machines = Arc::clone(&self.machines);
+            let client = Client::new(number, machines, self.options.seed, tls, ledger, owed);
             sim.client(client_name(number), client.run());
         }
+        let (machines, ledger) = (Arc::clone(&self.machines), Arc::clone(&self.ledger));
+        let operator = Operator::new(self.options.seed, self.tls.clone(), machines, ledger);
+        sim.client("operator", operator.run());
         let mut trouble = Trouble::new(self);
         loop {
             match sim.step() {
@@ -230,7 +241,7 @@ fn credentials(authority: &Authority) -> Tls {
     let csr = Csr::generate().expect("keys can be made");
     let (now, role) = (clock::now(), NodeRole::Manager);
     let certificate_pem = authority
-        .sign(&csr.csr_pem, node_of(1), role, ClusterId(1), now, LIFE)
+        .sign(&csr.csr_pem, NodeId(1), role, ClusterId(1), now, LIFE)
         .expect("it is its own request");
     let (key_pem, root_pem) = (csr.key_pem, authority.root_pem().to_owned());
     Tls::new(Credentials { certificate_pem, key_pem, root_pem }).expect("they are good credentials")
@@ -268,9 +279,8 @@ impl<'a> Trouble<'a> {
         let ledger = &self.swarm.ledger;
         match ledger.phase() {
             Phase::Founding => {
-                let is_founded =
-                    self.swarm.hosts.values().all(|host| host.has_joined.load(Ordering::Relaxed));
-                if is_founded {
+                let inside = self.swarm.machines.inside();
+                if inside.iter().all(|(_, identity)| identity.is_voter) {
                     ledger.set_phase(Phase::Faults);
                     self.next_phase = now + self.swarm.options.faults;
                 } else if now > self.next_phase {
@@ -290,17 +300,39 @@ impl<'a> Trouble<'a> {
                     self.next_fault = now + Fault::pause(&mut self.rng);
                 }
             }
-            Phase::Settling if now >= self.next_phase => ledger.set_phase(Phase::Proof),
+            Phase::Settling if now >= self.next_phase + COMPLETE => {
+                let why = ledger.at_rest().map_or_else(|why| why, |_| "a machine is".to_owned());
+                ledger.violate(12, format!("the managers do not come to rest: {why}"));
+            }
+            Phase::Settling if now >= self.next_phase && ledger.members().is_some() => {
+                ledger.set_phase(Phase::Proof);
+            }
+            Phase::Proof if ledger.n_proved() == N_CLIENTS => ledger.set_phase(Phase::Changes),
+            Phase::Changes => self.switch(sim),
             Phase::Settling | Phase::Proof => {}
         }
     }
 
-    fn manager_drawn(&mut self) -> u64 {
-        self.rng.random_range(1..=self.swarm.n_managers)
+    /// Machines are off or on, as the operator wants.
+    fn switch(&self, sim: &mut Sim<'_>) {
+        for number in self.swarm.machines.numbers() {
+            match (self.swarm.machines.is_off(number), sim.is_host_running(ip_of(number))) {
+                (true, true) => self.swarm.crash(sim, number, false),
+                (false, false) => self.end(sim, End::Bounce(number)),
+                (true, false) | (false, true) => {}
+            }
+        }
+    }
+
+    /// A machine that is in the swarm, or was a moment ago.
+    fn machine_drawn(&mut self) -> u64 {
+        let inside = self.swarm.machines.inside();
+        let drawn = inside.get(self.rng.random_range(0..inside.len().max(1)));
+        drawn.map_or(1, |(number, _)| *number)
     }
 
     fn others(&self, number: u64) -> impl Iterator<Item = u64> + use<> {
-        (1..=self.swarm.n_managers).filter(move |other| *other != number)
+        self.swarm.machines.numbers().filter(move |other| *other != number)
     }
 
     /// Ends machines whose power failed in the middle of a sync.
@@ -339,7 +371,7 @@ impl<'a> Trouble<'a> {
             }
             End::Bounce(number) => {
                 if !sim.is_host_running(ip_of(number)) {
-                    self.swarm.ledger.note(&format!("manager {number} starts again"));
+                    self.swarm.ledger.note(&format!("machine {number} starts again"));
                     sim.bounce(ip_of(number));
                 }
             }
@@ -348,7 +380,7 @@ impl<'a> Trouble<'a> {
 
     /// Ends all that is wrong.
     fn heal(&mut self, sim: &mut Sim<'_>) {
-        for number in 1..=self.swarm.n_managers {
+        for number in self.swarm.machines.numbers() {
             self.swarm.hosts[&number].disk.set_crash(None);
             for end in [End::Lines(number), End::Disk(number), End::Bounce(number)] {
                 self.end(sim, end);
@@ -359,11 +391,13 @@ impl<'a> Trouble<'a> {
 
     fn begin(&mut self, sim: &mut Sim<'_>, fault: Fault, now: Duration) {
         let number = match fault {
-            Fault::IsolateLeader | Fault::DeafLeader => self.swarm.ledger.leader().unwrap_or(1),
-            _ => self.manager_drawn(),
+            Fault::IsolateLeader | Fault::DeafLeader => {
+                self.swarm.ledger.leader().map_or(1, machine_of)
+            }
+            _ => self.machine_drawn(),
         };
-        let offset = self.rng.random_range(1..self.swarm.n_managers);
-        let other = (number + offset - 1) % self.swarm.n_managers + 1;
+        let others: Vec<u64> = self.others(number).collect();
+        let other = others[self.rng.random_range(0..others.len())];
         let length = fault.length(&mut self.rng);
         let (ip, ip_other) = (ip_of(number), ip_of(other));
         let disk = &self.swarm.hosts[&number].disk;
@@ -428,7 +462,7 @@ impl<'a> Trouble<'a> {
 impl Swarm {
     /// Ends a manager at once, with its machine where that loses power.
     fn crash(&self, sim: &mut Sim<'_>, number: u64, loses_power: bool) {
-        self.ledger.note(&format!("manager {number} crashes, power lost: {loses_power}"));
+        self.ledger.note(&format!("machine {number} crashes, power lost: {loses_power}"));
         if sim.is_host_running(ip_of(number)) {
             self.ledger.count(|counts| counts.n_crashes += 1);
             sim.crash(ip_of(number));

@@ -34,3 +34,8 @@ fn a_read_that_asks_no_majority_is_caught() {
 fn a_write_of_a_deposed_leader_is_caught() {
     expect_caught(Mistake::DeposedWrite, &["9"]);
 }
+
+#[test]
+fn a_manager_that_is_called_a_worker_before_the_log_says_so_is_caught() {
+    expect_caught(Mistake::RetiredEarly, &["12"]);
+}

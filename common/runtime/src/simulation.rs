@@ -14,6 +14,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::TaskSet;
 use crate::access::{AccessLayer, Caller};
+use crate::gate::Gate;
 use crate::transport::{Connection, ServeError, server};
 
 /// What a connection is.
@@ -68,19 +69,23 @@ pub(crate) fn channel(endpoint: &Endpoint, machine: Machine, address: &str) -> C
     }))
 }
 
-/// Serves `routes` to connections, each with its caller, until the task set is cancelled.
+/// Serves `routes` to those connections, each with its caller, that `gate` lets in, until the task set is cancelled.
 pub async fn serve(
     connections: impl Stream<Item = (Box<dyn Bytes>, Caller)>,
+    gate: Gate,
     routes: Routes,
     tasks: &TaskSet,
 ) -> Result<(), ServeError> {
     use futures::StreamExt as _;
+    let layer = AccessLayer::new(gate.clone());
     let connections = connections.map(|(stream, caller)| {
-        Ok::<_, io::Error>(Connection { stream, caller, end: Box::pin(std::future::pending()) })
+        Ok::<_, io::Error>(Connection {
+            stream,
+            caller,
+            end: Box::pin(gate.clone().end_of(caller)),
+        })
     });
     let shutdown = tasks.token().cancelled_owned();
-    server(AccessLayer::default(), routes)
-        .serve_with_incoming_shutdown(connections, shutdown)
-        .await?;
+    server(layer, routes).serve_with_incoming_shutdown(connections, shutdown).await?;
     Ok(())
 }

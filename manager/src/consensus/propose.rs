@@ -35,7 +35,7 @@ pub(crate) const QUEUE_LENGTH: usize = 4096;
 /// Why a command has no outcome. [`Error::may_still_commit`] says whether it may get one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// This manager does not lead in that term. The command was not taken: plan anew.
+    /// This manager does not lead in that term, and never will again. The command was not taken: plan anew.
     #[error("this manager is not the leader of term {term}")]
     NotLeader {
         /// The term that the command was planned in.
@@ -124,7 +124,8 @@ impl Consensus {
         }
     }
 
-    /// Proposes a command that was planned as leader of `term`: it is taken in that term only.
+    /// Proposes a command that was planned as leader of `term`: it is taken in that term only. May return at once, without
+    /// ever waiting: who tries again after an error waits for something else first.
     pub async fn propose_as_leader(&self, term: u64, command: &Command) -> Result<Outcome, Error> {
         let payload = encode(command)?;
         let waited = self.inner.timing.patience;
@@ -147,6 +148,10 @@ impl Consensus {
                 Attempt::NotTaken(Some(ForwardReason::LeaseExpired)) if !deadline.has_passed() => {
                     deadline.back_off().await;
                 }
+                Attempt::NotTaken(Some(ForwardReason::LeaseExpired)) => {
+                    return Err(Error::NoLeader { waited });
+                }
+                // Its term is over, or about to be: a leader that hands over takes nothing any more.
                 Attempt::NotTaken(_) => return Err(Error::NotLeader { term }),
             }
         }

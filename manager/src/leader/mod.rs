@@ -47,9 +47,6 @@ use sessions::Sessions;
 const TICK: Duration = Duration::from_millis(200);
 /// A machine that does not even refuse a connection within this time counts as a failed probe.
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
-/// Between a command that was not taken and the next: whether this manager still leads may take a moment to show, and
-/// a loop that asked again at once would keep its processor from finding out.
-const RETRY_DELAY: Duration = Duration::from_millis(20);
 /// Events taken in one go: bounds how long a commit waits behind reports.
 const EVENTS_AT_ONCE: usize = 512;
 /// Facts and nodes written by one command: bounds its size, and what one refusal throws back.
@@ -400,13 +397,7 @@ impl Leader {
 
     fn propose(&mut self, command: Command, carried: Carried) {
         let (consensus, term) = (self.consensus.clone(), self.term);
-        let proposal = async move {
-            let outcome = consensus.propose_as_leader(term, &command).await;
-            if outcome.is_err() {
-                tokio::time::sleep(RETRY_DELAY).await;
-            }
-            outcome
-        };
+        let proposal = async move { propose_in(&consensus, term, &command).await };
         self.in_flight = Some((proposal.boxed(), carried));
     }
 
@@ -420,7 +411,6 @@ impl Leader {
                 self.retry(carried);
             }
             Err(error) => {
-                // Not leading any more, mostly: then this loop ends before it could try again.
                 tracing::info!(%error, "a decision was not committed");
                 self.is_uncertain = true;
                 self.retry(carried);
@@ -478,6 +468,28 @@ impl Leader {
     }
 }
 
+/// Has a command written in `term`, and says what came of it while that is of use.
+///
+/// Where the term is over it never returns: [`run`] hears of it and ends the loop. openraft's metrics tell it to a
+/// proposal a moment before they tell `run`, and without being asked to wait for anything: a loop that decided again at
+/// once would be refused again at once, for ever, and never let `run` look.
+async fn propose_in(
+    consensus: &Consensus,
+    term: u64,
+    command: &Command,
+) -> Result<Outcome, propose::Error> {
+    use propose::Error;
+    let outcome = consensus.propose_as_leader(term, command).await;
+    match &outcome {
+        Err(Error::NotLeader { .. } | Error::Stopped { .. }) => std::future::pending().await,
+        // The state at the next tick may make for a smaller one.
+        Err(Error::TooLarge { .. }) => tokio::time::sleep(TICK).await,
+        // These have waited already.
+        Err(Error::NoLeader { .. } | Error::Timeout { .. } | Error::Lost) | Ok(_) => {}
+    }
+    outcome
+}
+
 /// A node's state is a fact of the cluster that operators look for.
 fn log_transition(action: &Action) {
     if let Action::Put { object: skep_common::Object::Node(node), .. } = action {
@@ -498,5 +510,44 @@ async fn in_flight(
             (outcome, carried)
         }
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::consensus::{CallError, DataKey, Options, RaftRequest, RaftTransport};
+
+    #[derive(Debug)]
+    struct Nobody;
+
+    impl RaftTransport for Nobody {
+        fn call(
+            &self,
+            _: u64,
+            _: &str,
+            _: RaftRequest,
+            _: Duration,
+        ) -> BoxFuture<'static, Result<Bytes, CallError>> {
+            std::future::pending().boxed()
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_loop_whose_term_is_over_lets_whoever_ends_it_look() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = DataKey::new(1, [1; 32]);
+        let options = Options::new(1, dir.path().join("raft"), key, Arc::new(Nobody));
+        let consensus = Consensus::start(options).await.unwrap();
+        let command = Command::new(clock::now(), Vec::new());
+        // It is no leader, and that is known without a wait.
+        let refused = consensus.propose_as_leader(1, &command).now_or_never();
+        assert_eq!(refused, Some(Err(propose::Error::NotLeader { term: 1 })));
+        assert_eq!(propose_in(&consensus, 1, &command).now_or_never(), None);
+        consensus.shutdown().await;
     }
 }
