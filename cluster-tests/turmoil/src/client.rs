@@ -125,6 +125,8 @@ impl Client {
         let answer = asked(PATIENCE, self.control(manager).get(request)).await;
         let answered = self.ledger.moment();
         let found = match answer {
+            // What a manager without a quorum last knew, as it says.
+            Ok(document) if !document.get_ref().stale.is_empty() => return None,
             Ok(document) => {
                 Some(serde_json::from_str::<Service>(&document.into_inner().json).ok()?)
             }
