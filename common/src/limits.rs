@@ -13,6 +13,9 @@ pub const MASS_SILENCE_WAIT: Duration = Duration::from_secs(15);
 pub const HANGING_DAEMON_WAIT: Duration = Duration::from_secs(15);
 /// How long the removal of a task waits for the balancers of nodes that are not down.
 pub const DRAIN_ACK_WAIT: Duration = Duration::from_secs(2);
+/// The same for a node that is heard: it is at work, only slow, and goes on sending connections there until it has the
+/// table. A node that lets this pass is given [`DRAIN_ACK_WAIT`] alone until it acknowledges something.
+pub const DRAIN_ACK_WAIT_HEARD: Duration = Duration::from_secs(10);
 /// Finished tasks kept per slot. SwarmKit's `TaskHistoryRetentionLimit`.
 pub const TASK_HISTORY_LIMIT: i64 = 5;
 /// The highest `MaxAttempts` of a restart policy that is a limit.

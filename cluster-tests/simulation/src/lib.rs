@@ -5,7 +5,7 @@
 //! random, and a calm one, in which everything must come to rest and an update must keep its promise. All
 //! the while invariants are shown what happens.
 //!
-//! Reading order: [`run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `part`
+//! Reading order: [`mod@run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `part`
 //! and `changing` (who is a manager), `trouble` with [`fault`] and `client`, `invariants`; [`seeds`].
 
 mod agent;

@@ -8,9 +8,9 @@
 //!
 //! - A backend is running, healthy, wanted, and on a node that is not silent.
 //! - A task that was in the table is told to stop when every node that may balance to it acknowledged a
-//!   table without it, and in any case [`DRAIN_ACK_WAIT`] after it was taken out. The nodes that were not
-//!   waited for any longer are named. A node may balance while it has a session, and without one until it
-//!   counts as down: its kernel needs no daemon.
+//!   table without it, and in any case [`DRAIN_ACK_WAIT`] after it was taken out, or [`DRAIN_ACK_WAIT_HEARD`]
+//!   where a node that lacks the table is heard. The nodes that were not waited for any longer are named. A node
+//!   may balance while it has a session, and without one until it counts as down: its kernel needs no daemon.
 //! - Tables differ in version exactly where they differ. A node that is told nothing of a version has it.
 
 mod ingress;
@@ -23,7 +23,7 @@ use std::sync::Arc;
 
 use imbl::OrdMap;
 use imbl::ordmap::DiffItem;
-use skep_common::limits::DRAIN_ACK_WAIT;
+use skep_common::limits::{DRAIN_ACK_WAIT, DRAIN_ACK_WAIT_HEARD};
 use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{Node, NodeState};
 use skep_common::serving::withheld;
@@ -146,6 +146,8 @@ struct Progress {
     sent: u64,
     /// The last version up to which there was nothing more to send.
     current: u64,
+    /// A stop was not held back any longer for it, and it has acknowledged nothing since.
+    is_late: bool,
 }
 
 impl Progress {
@@ -192,10 +194,11 @@ pub struct Drain {
     overdue: BTreeMap<TaskId, u64>,
     /// The nodes with a live session.
     sessions: BTreeMap<NodeId, Progress>,
+    deadline: Option<Timestamp>,
 }
 
 impl Drain {
-    /// Starts to lead. Tasks that are to stop may still be in the tables of nodes, so they count as
+    /// Starts to lead. Tasks that run and are not balanced to may still be in the tables of nodes, so they count as
     /// withdrawn now.
     pub fn new(state: &State, not_in_balancer: &BTreeSet<NodeId>, now: Timestamp) -> Self {
         let is_balanced_to = |task: &Task| {
@@ -203,10 +206,10 @@ impl Drain {
             service.is_some_and(|service| !service.endpoint.ports.is_empty())
                 || task.networks_attachments.iter().any(|place| place.network_id.is_some())
         };
-        let stopping = state.tasks().values().filter(|task| {
-            !task.desired_state.wants_run()
-                && task.status.state == TaskState::Running
+        let taken_out = state.tasks().values().filter(|task| {
+            task.status.state == TaskState::Running
                 && is_balanced_to(task)
+                && !is_serving(state, not_in_balancer, task)
         });
         Self {
             version: 1,
@@ -214,9 +217,10 @@ impl Drain {
             networks: NetworkTables::new(state, not_in_balancer),
             state: state.clone(),
             not_in_balancer: not_in_balancer.clone(),
-            withdrawn: stopping.map(|task| (task.id, (1, now))).collect(),
+            withdrawn: taken_out.map(|task| (task.id, (1, now))).collect(),
             overdue: BTreeMap::new(),
             sessions: BTreeMap::new(),
+            deadline: None,
         }
     }
 
@@ -313,23 +317,36 @@ impl Drain {
     pub fn acknowledge(&mut self, node_id: NodeId, version: u64) {
         if let Some(progress) = self.sessions.get_mut(&node_id) {
             progress.acknowledged = version.max(progress.acknowledged);
+            progress.is_late = false;
         }
     }
 
     /// Tasks that are to stop but whose node must not be told yet.
     pub fn held_back(&mut self, state: &State, now: Timestamp) -> BTreeSet<TaskId> {
+        self.deadline = None;
         if self.withdrawn.is_empty() {
             return BTreeSet::new();
         }
-        let oldest = self.oldest(state);
-        let overdue = &mut self.overdue;
+        let (oldest, oldest_heard) = (self.oldest(state), self.oldest_of(Self::is_heard));
+        let (overdue, deadline) = (&mut self.overdue, &mut self.deadline);
+        let mut given_up = 0;
         self.withdrawn.retain(|task_id, (version, at)| {
-            let is_in_time = now < at.after(DRAIN_ACK_WAIT);
-            if oldest < *version && !is_in_time {
-                overdue.insert(*task_id, *version);
+            if oldest >= *version {
+                return false;
             }
-            oldest < *version && is_in_time
+            let is_slow = oldest_heard < *version;
+            let until = at.after(if is_slow { DRAIN_ACK_WAIT_HEARD } else { DRAIN_ACK_WAIT });
+            if now >= until {
+                overdue.insert(*task_id, *version);
+                given_up = given_up.max(if is_slow { *version } else { 0 });
+                return false;
+            }
+            *deadline = Some(deadline.map_or(until, |soonest: Timestamp| soonest.min(until)));
+            true
         });
+        for progress in self.sessions.values_mut() {
+            progress.is_late |= progress.version() < given_up;
+        }
         let is_stopping = |task_id: &&TaskId| is_to_stop(state, **task_id);
         if mistakes::is(Mistake::DrainWithoutWait) {
             return BTreeSet::new();
@@ -377,11 +394,22 @@ impl Drain {
         if self.absent(state).next().is_some() {
             return 0;
         }
-        self.sessions.values().map(|progress| progress.version()).min().unwrap_or(u64::MAX)
+        self.oldest_of(|_, _, _| true)
     }
 
-    /// When waiting for acknowledgements ends.
+    /// The version that each of those nodes with a session has.
+    fn oldest_of(&self, is_one: impl Fn(&Self, NodeId, Progress) -> bool) -> u64 {
+        let those = self.sessions.iter().filter(|(id, progress)| is_one(self, **id, **progress));
+        those.map(|(_, progress)| progress.version()).min().unwrap_or(u64::MAX)
+    }
+
+    /// Whether a node with a session is at work, and did not keep a stop waiting in vain since its last acknowledgement.
+    fn is_heard(&self, node_id: NodeId, progress: Progress) -> bool {
+        !progress.is_late && !self.not_in_balancer.contains(&node_id)
+    }
+
+    /// When the next wait for acknowledgements ends, as of [`Drain::held_back`].
     pub fn deadline(&self) -> Option<Timestamp> {
-        self.withdrawn.values().map(|(_, at)| at.after(DRAIN_ACK_WAIT)).min()
+        self.deadline
     }
 }

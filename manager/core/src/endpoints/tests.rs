@@ -138,7 +138,7 @@ fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
     assert!(drain.update(&world.state, &nobody(), NOW));
     assert_eq!(drain.version(), 2);
     assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
-    assert_eq!(drain.deadline(), Some(NOW.after(DRAIN_ACK_WAIT)));
+    assert_eq!(drain.deadline(), Some(NOW.after(DRAIN_ACK_WAIT_HEARD)));
     drain.acknowledge(NodeId(1), 2);
     assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into(), "one of two");
     drain.session_closed(NodeId(2));
@@ -220,16 +220,56 @@ fn nothing() -> BTreeSet<TaskId> {
     BTreeSet::new()
 }
 
+/// Node 1 is heard all the time, node 2 has no session, or has become silent.
 #[test]
-fn a_stop_waits_two_seconds_at_most() {
+fn a_stop_waits_longer_for_a_node_that_is_heard_than_for_one_that_is_not() {
+    let before = |wait: Duration| NOW.after(wait - Duration::from_millis(1));
+    for (name, opens, silent, wait) in [
+        ("both lack it", true, nobody(), DRAIN_ACK_WAIT_HEARD),
+        ("one without a session lacks it", false, nobody(), DRAIN_ACK_WAIT),
+        ("a silent one lacks it", true, [NodeId(2)].into(), DRAIN_ACK_WAIT),
+    ] {
+        let (mut world, tasks) = running();
+        let on_first = |id: &&TaskId| world.state.task(**id).unwrap().node_id == Some(NodeId(1));
+        let task_id = *tasks.iter().find(on_first).unwrap();
+        let mut drain = Drain::new(&world.state, &nobody(), NOW);
+        drain.session_opened(NodeId(1));
+        if opens {
+            drain.session_opened(NodeId(2));
+        }
+        desire(&mut world, task_id, TaskState::Remove);
+        drain.update(&world.state, &silent, NOW);
+        if wait == DRAIN_ACK_WAIT {
+            drain.acknowledge(NodeId(1), drain.version());
+        }
+        assert_eq!(drain.held_back(&world.state, before(wait)), [task_id].into(), "{name}");
+        assert_eq!(drain.deadline(), Some(NOW.after(wait)), "{name}");
+        assert_eq!(drain.held_back(&world.state, NOW.after(wait)), nothing(), "{name}");
+        assert_eq!(drain.deadline(), None, "{name}");
+    }
+}
+
+#[test]
+fn a_node_that_kept_a_stop_waiting_in_vain_is_given_less_until_it_acknowledges() {
     let (mut world, tasks) = running();
     let mut drain = Drain::new(&world.state, &nobody(), NOW);
-    drain.session_opened(NodeId(1));
-    desire(&mut world, tasks[0], TaskState::Remove);
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.session_opened(node_id);
+        drain.acknowledge(node_id, drain.version());
+    }
+    desire(&mut world, tasks[0], TaskState::Shutdown);
     drain.update(&world.state, &nobody(), NOW);
-    let just_before = NOW.after(DRAIN_ACK_WAIT - Duration::from_millis(1));
-    assert_eq!(drain.held_back(&world.state, just_before), [tasks[0]].into());
-    assert_eq!(drain.held_back(&world.state, NOW.after(DRAIN_ACK_WAIT)), nothing());
+    drain.acknowledge(NodeId(1), drain.version());
+    let late = NOW.after(DRAIN_ACK_WAIT_HEARD);
+    assert_eq!(drain.held_back(&world.state, late), nothing(), "node 2 says nothing");
+    desire(&mut world, tasks[1], TaskState::Shutdown);
+    drain.update(&world.state, &nobody(), late);
+    drain.acknowledge(NodeId(1), drain.version());
+    assert_eq!(drain.held_back(&world.state, late), [tasks[1]].into());
+    assert_eq!(drain.deadline(), Some(late.after(DRAIN_ACK_WAIT)));
+    drain.acknowledge(NodeId(2), drain.version() - 1);
+    assert_eq!(drain.held_back(&world.state, late), [tasks[1]].into());
+    assert_eq!(drain.deadline(), Some(late.after(DRAIN_ACK_WAIT_HEARD)), "it is at work again");
 }
 
 /// Node 2 has a session and says nothing.
@@ -250,7 +290,7 @@ fn nodes_that_are_not_waited_for_any_longer_are_named() {
     drain.acknowledge(NodeId(1), 2);
     assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
     assert_eq!(drain.take_missed(&world.state), BTreeMap::new(), "it is still waited for");
-    let late = NOW.after(DRAIN_ACK_WAIT);
+    let late = NOW.after(DRAIN_ACK_WAIT_HEARD);
     assert_eq!(drain.held_back(&world.state, late), nothing());
     assert_eq!(drain.take_missed(&world.state), [(tasks[0], vec![NodeId(2)])].into());
     assert_eq!(drain.take_missed(&world.state), BTreeMap::new(), "once");
@@ -273,7 +313,7 @@ fn a_late_acknowledgement_of_a_task_that_goes_on_counts() {
     let patch = TaskPatch { status: Some(status), ..TaskPatch::of(tasks[0]) };
     world.apply(vec![Action::PatchTask(patch)]);
     drain.update(&world.state, &nobody(), NOW);
-    let late = NOW.after(DRAIN_ACK_WAIT);
+    let late = NOW.after(DRAIN_ACK_WAIT_HEARD);
     assert_eq!(drain.held_back(&world.state, late), nothing());
     for node_id in [NodeId(1), NodeId(2)] {
         drain.acknowledge(node_id, drain.version());
@@ -293,6 +333,20 @@ fn a_task_that_was_in_no_table_is_not_held() {
     desire(&mut world, TaskId(2), TaskState::Shutdown);
     assert!(!drain.update(&world.state, &nobody(), NOW));
     assert_eq!(drain.held_back(&world.state, NOW), nothing());
+}
+
+#[test]
+fn a_new_leader_holds_also_what_the_one_before_had_taken_out_for_another_reason() {
+    let (mut world, tasks) = running();
+    let mut status = world.state.task(tasks[0]).unwrap().status.clone();
+    status.unhealthy = true;
+    let patch = TaskPatch { status: Some(status), ..TaskPatch::of(tasks[0]) };
+    world.apply(vec![Action::PatchTask(patch)]);
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    assert_eq!(drain.held_back(&world.state, NOW), nothing(), "it goes on");
+    desire(&mut world, tasks[0], TaskState::Shutdown);
+    drain.update(&world.state, &nobody(), NOW);
+    assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
 }
 
 #[test]
