@@ -35,9 +35,9 @@ pub struct LoadOptions {
     /// How many requests are due in a second, whatever becomes of them; without it each client sends as
     /// soon as it has its answer. Only those that fail are recorded then.
     pub rate: Option<u64>,
-    /// The first of as many ports as there are requests, each of which is sent from one of its own: what the kernel gives
-    /// is used again soon, through another node too. A task that still remembers the connection of before has the
-    /// client ask twice, and the second time it is another task's turn.
+    /// The first of as many ports as there are requests, each of which is sent from one of its own: what the kernel
+    /// gives is used again soon, through another node too. A task that still remembers the connection of before has
+    /// the client ask twice, and the second time it is another task's turn.
     pub ports_from: Option<u16>,
     /// How long to wait for a connection, and for each part of an answer.
     pub timeout: Duration,

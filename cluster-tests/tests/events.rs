@@ -80,7 +80,7 @@ fn who_wrote_is_in_the_log(lab: &Lab, via: &str) {
     // What nodes ask of managers; the first manager is asked by those that join.
     let logs: String = MANAGERS.map(|name| lab.node(name).log()).concat();
     for parts in [
-        ["caller=\"anonymous\" method=\"Issue\"", "object=\"node/n2 as manager\""],
+        ["caller=\"anonymous\" method=\"Issue\"", "object=\"node/"],
         ["caller=\"node:", "method=\"AddManager\""],
         ["caller=\"node:", "method=\"RunContainer\" object=\"container/alone\""],
         ["caller=\"node:", "method=\"RemoveContainer\" object=\"container/alone\""],

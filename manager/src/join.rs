@@ -17,7 +17,7 @@ use skep_runtime::telemetry::Chain;
 use tonic::{Request, Response, Status};
 
 use crate::consensus::Consensus;
-use crate::control::audit::{self, audited};
+use crate::control::audit::{self, audited_try};
 use crate::control::error::Error;
 
 /// The service behind `skep.v1.Ca`.
@@ -41,10 +41,10 @@ impl CaService {
         &self,
         request: &IssueRequest,
         state: State,
+        node_id: NodeId,
         role: NodeRole,
     ) -> Result<Response<IssueResponse>, Status> {
         let availability = parse_availability(&request.availability)?;
-        let node_id = NodeId::random(&mut rand::rng());
         Self::sign(&state, &request.csr_pem, node_id, role)?; // Refused before anything is written.
         let node = new_node(node_id, role, availability, &request.advertise_addr)?;
         commit(&self.consensus, Object::Node(Box::new(node)), Expect::Absent).await?;
@@ -146,9 +146,10 @@ impl Ca for CaService {
             request.token.parse().map_err(|error| Status::invalid_argument(format!("{error}")))?;
         let state = self.read().await?;
         let role = Self::role_of(&state, &token)?;
+        let node_id = NodeId::random(&mut rand::rng());
         // Only of whoever has a token: strangers could write any number of lines.
-        let object = format!("node/{} as {}", request.hostname, role.name());
-        audited(caller, "Issue", &object, self.admit(&request, state, role)).await
+        let answer = self.admit(&request, state, node_id, role);
+        audited_try(caller, "Issue", &format!("node/{node_id}"), answer).await
     }
 
     async fn renew(

@@ -22,7 +22,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::consensus::{CallError, Consensus, RaftRequest, RaftTransport};
-use crate::control::audit::audited;
+use crate::control::audit::audited_try;
 use crate::join::add_manager;
 use crate::roles;
 
@@ -198,7 +198,7 @@ impl Raft for RaftService {
             add_manager(&self.consensus, node_id, raft_id, &addr, format_level).await?;
             Ok(Response::new(AddManagerResponse {}))
         };
-        audited(caller, "AddManager", &format!("node/{node_id}"), answer).await
+        audited_try(caller, "AddManager", &format!("node/{node_id}"), answer).await
     }
 
     async fn remove_manager(
@@ -206,10 +206,10 @@ impl Raft for RaftService {
         request: Request<RemoveManagerRequest>,
     ) -> Result<Response<RemoveManagerResponse>, Status> {
         let (caller, request) = (Caller::of(&request), request.into_inner());
-        let object = format!("manager/{}", request.raft_id);
+        let object = format!("manager/{:x}", request.raft_id);
         let answer =
             async { Ok(Response::new(roles::remove_manager(&self.consensus, request).await?)) };
-        audited(caller, "RemoveManager", &object, answer).await
+        audited_try(caller, "RemoveManager", &object, answer).await
     }
 
     async fn status(

@@ -37,7 +37,6 @@ struct Session {
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
     told_part: Option<(NodeRole, Vec<MachineId>)>,
-    opened_at: Timestamp,
     heard_at: Timestamp,
 }
 
@@ -52,6 +51,7 @@ struct Carried {
 #[derive(Debug)]
 pub(crate) struct Leader {
     pub(crate) term: u64,
+    pub(crate) began_at: Timestamp,
     pub(crate) state: State,
     /// The newest state that was looked at for what it has for whom.
     looked_at: State,
@@ -84,6 +84,7 @@ impl Leader {
     ) -> Self {
         Self {
             term,
+            began_at: monotonic,
             dirty: Dirty::all(),
             memory: LeaderMemory::default(),
             rng: StdRng::seed_from_u64(seed),
@@ -109,9 +110,9 @@ impl Leader {
         self.sessions.values().map(|session| (session.machine, session.id))
     }
 
-    /// Nodes that have a session, since when.
-    pub(crate) fn nodes(&self) -> impl Iterator<Item = (NodeId, Timestamp)> {
-        self.sessions.iter().map(|(node_id, session)| (*node_id, session.opened_at))
+    /// Nodes that have a session.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = NodeId> {
+        self.sessions.keys().copied()
     }
 
     /// Takes what was applied on this manager.
@@ -177,7 +178,6 @@ impl Leader {
             told_table: None,
             is_dirty: true,
             told_part: None,
-            opened_at: monotonic,
             heard_at: monotonic,
         };
         self.sessions.insert(node_id, session);

@@ -157,7 +157,7 @@ pub(crate) fn spec(number: u16, rng: &mut StdRng) -> ServiceSpec {
         6 => template.placement = Some(on_fast_disks()),
         7 | 8 => {
             let policy = template.restart_policy.get_or_insert_default();
-            policy.max_attempts = Some(3);
+            policy.max_attempts = Some(if number == 7 { 1 } else { 3 });
         }
         _ => {
             let mode = Some(PublishMode::Host);

@@ -14,6 +14,8 @@ use crate::world::{Timer, World};
 
 const WELCOME_DEADLINE: Duration = Duration::from_secs(3);
 const BEAT: Duration = Duration::from_secs(1);
+/// When the first one of a session is sent, in periods, as agents do.
+const FIRST_BEAT: std::ops::Range<f64> = 0.25..1.0;
 /// A session whose leader is silent for so long is over.
 const KEEP_ALIVE: Duration = Duration::from_millis(1500);
 
@@ -118,7 +120,8 @@ impl World {
                 let one = &mut self.machines[to];
                 if one.agent.welcome(session, term, now) {
                     one.session_since = now;
-                    self.timer(to, Duration::ZERO, Timer::Beat { session });
+                    let first = BEAT.mul_f64(one.rng.random_range(FIRST_BEAT));
+                    self.timer(to, first, Timer::Beat { session });
                     self.flush(to);
                 } else {
                     self.note(format_args!("{to} ignores a deposed leader of term {term}"));

@@ -233,7 +233,7 @@ impl Operator {
     }
 
     async fn prove_removal(&mut self, mut members: BTreeSet<u64>) -> Result<BTreeSet<u64>, String> {
-        if members.len() < MANAGERS_MIN {
+        if members.len() <= MANAGERS_MIN {
             return Ok(members);
         }
         let ledger = Arc::clone(&self.hands.ledger);

@@ -301,7 +301,10 @@ impl<'a> Trouble<'a> {
                 }
             }
             Phase::Settling if now >= self.next_phase + COMPLETE => {
-                let why = ledger.at_rest().map_or_else(|why| why, |_| "a machine is".to_owned());
+                let why = ledger.at_rest().map_or_else(
+                    |why| why,
+                    |_| "a machine is neither a manager nor outside".to_owned(),
+                );
                 ledger.violate(12, format!("the managers do not come to rest: {why}"));
             }
             Phase::Settling if now >= self.next_phase && ledger.members().is_some() => {

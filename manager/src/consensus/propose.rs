@@ -124,8 +124,8 @@ impl Consensus {
         }
     }
 
-    /// Proposes a command that was planned as leader of `term`: it is taken in that term only. May return at once, without
-    /// ever waiting: who tries again after an error waits for something else first.
+    /// Proposes a command that was planned as leader of `term`: it is taken in that term only. May return at once,
+    /// without ever waiting: who tries again after an error waits for something else first.
     pub async fn propose_as_leader(&self, term: u64, command: &Command) -> Result<Outcome, Error> {
         let payload = encode(command)?;
         let waited = self.inner.timing.patience;

@@ -13,7 +13,7 @@ use skep_manager_core::command::Actor;
 use skep_proto::control_server::Control;
 use skep_proto::*;
 use skep_runtime::access::Caller;
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::{Answer, ControlService};
 
@@ -65,7 +65,7 @@ impl Asked {
             }
             Err(status) => {
                 // Why a request is invalid may quote it, and with it what is nobody's to read.
-                let is_quoting = status.code() == tonic::Code::InvalidArgument;
+                let is_quoting = status.code() == Code::InvalidArgument;
                 let (code, error) = (status.code(), if is_quoting { "" } else { status.message() });
                 tracing::info!(target: "audit", caller, method, object, version, outcome = "refused", ?code, error);
             }
@@ -83,6 +83,23 @@ pub(crate) async fn audited<T>(
     let asked = Arc::new(Asked { caller, method, version: AtomicU64::new(0) });
     let answer = ASKED.scope(Arc::clone(&asked), answer).await;
     asked.tell(object, &answer);
+    answer
+}
+
+/// The same for what a node asks for, again and again by itself where there is no quorum: that has no line.
+pub(crate) async fn audited_try<T>(
+    caller: Caller,
+    method: &'static str,
+    object: &str,
+    answer: impl Future<Output = Answer<T>>,
+) -> Answer<T> {
+    let asked = Arc::new(Asked { caller, method, version: AtomicU64::new(0) });
+    let answer = ASKED.scope(Arc::clone(&asked), answer).await;
+    let is_no_answer =
+        |status: &Status| matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
+    if !answer.as_ref().is_err_and(is_no_answer) {
+        asked.tell(object, &answer);
+    }
     answer
 }
 

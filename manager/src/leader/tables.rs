@@ -100,8 +100,8 @@ impl Encoded {
 }
 
 /// The same for equal tables, whichever leader made them, and brought up to date change by change: the sum of the
-/// digests of all peers and ports as they are sent. Who made two entries of one digest could keep nodes from a change
-/// of what is its own, and of nothing else.
+/// digests of all peers and ports as they are sent. Whoever may create services could make entries that together hide
+/// a change from nodes, and may as well remove what they lead to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct TableDigest(u128);
 

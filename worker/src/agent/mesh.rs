@@ -45,8 +45,8 @@ impl MeshState {
         self.pool = Some(pool);
     }
 
-    /// Takes over an update; whole ones replace everything, those that keep peers and ports every network. Entries that this program cannot read are
-    /// left out with a word in the log: the rest must go on.
+    /// Takes over an update; whole ones replace everything, those that keep peers and ports replace the networks.
+    /// Entries that this program cannot read are left out with a word in the log: the rest must go on.
     pub(super) fn update(&mut self, update: MeshUpdate) {
         let are_networks_whole = update.whole || update.kept;
         self.networks.update(are_networks_whole, update.networks, &update.removed_networks);
@@ -368,6 +368,24 @@ mod tests {
         let without = MeshPeer { has_ipv6: false, ..peers[0].clone() };
         state.update(MeshUpdate { version: 5, peers: vec![without], ..MeshUpdate::default() });
         assert_eq!(ipv6(&state), BTreeMap::new(), "it serves IPv4 alone now");
+    }
+
+    #[test]
+    fn a_leader_that_keeps_the_table_of_before_names_all_networks() {
+        let network = |id: u128| {
+            let id = skep_common::NetworkId(id).to_string();
+            skep_proto::NetworkUpdate { id, whole: true, ..Default::default() }
+        };
+        let ids = |state: &MeshState| -> Vec<u128> {
+            state.networks().networks.keys().map(|id| id.0).collect()
+        };
+        let mut state = MeshState::default();
+        let (ports, networks) = (vec![port(8080, &[1])], vec![network(1), network(2)]);
+        state.update(MeshUpdate { whole: true, ports, networks, ..MeshUpdate::default() });
+        assert_eq!(ids(&state), [1, 2]);
+        let networks = vec![network(2), network(3)];
+        state.update(MeshUpdate { kept: true, networks, ..MeshUpdate::default() });
+        assert_eq!((ids(&state), backends(&state, 8080).len()), (vec![2, 3], 1));
     }
 
     #[test]

@@ -85,11 +85,12 @@ impl Balancer {
         let Some((id, leader)) = world.leaders().find(|(_, leader)| leader.term == term) else {
             return Ok(());
         };
-        let since = self.withdrawn.get(&(term, task_id)).copied();
+        // What is in none of its tables was taken out by a leader before, and counts from its beginning.
+        let since = self.withdrawn.get(&(term, task_id)).copied().unwrap_or(leader.began_at);
         // A clock that jumped may have cut the wait short.
         let runs = world.machines.iter().any(|machine| machine.agent.running.contains(&task_id));
         let had_time = !runs
-            || since.is_none_or(|at| now >= at.after(DRAIN_ACK_WAIT))
+            || now >= since.after(DRAIN_ACK_WAIT)
             || !world.machines[id].is_calm(now, DRAIN_ACK_WAIT * 2);
         if had_time {
             return Ok(());
@@ -100,7 +101,7 @@ impl Balancer {
                 matches!(node.status.state, NodeState::Ready | NodeState::Disconnected)
             });
         let waited_for: BTreeSet<NodeId> =
-            leader.nodes().map(|(id, _)| id).chain(may_balance.map(|node| node.id)).collect();
+            leader.nodes().chain(may_balance.map(|node| node.id)).collect();
         for node_id in waited_for {
             let Some(machine) = world.machine_of(node_id) else { continue };
             let kernel = &world.machines[machine].agent.kernel;

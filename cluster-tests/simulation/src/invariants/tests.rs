@@ -127,6 +127,31 @@ fn a_table_with_a_task_that_does_not_run() {
 }
 
 #[test]
+fn attempts_past_the_limit_and_attempts_that_nobody_counted() {
+    let mut web = service(1);
+    let policy = web.spec.task_template.restart_policy.get_or_insert_default();
+    policy.max_attempts = Some(1);
+    let mut world = world();
+    let task = Arc::new(parse_task(&web, 1, "1@1:running"));
+    let desired_state = TaskState::Running;
+    let message = skep_manager_core::assignments::AssignedTask { task, desired_state };
+    world.place_for_test(0, &message);
+    world.ledger = Tables::new("1", web, "1@1:running").state;
+    let look = |world: &mut World, n_attempts: u32, seen: &Seen| {
+        let held = world.machines[0].agent.held.get_mut(&TaskId(1)).unwrap();
+        held.status.n_attempts = n_attempts;
+        i16_attempts::Attempts.check(world, seen)
+    };
+    let at_rest = Seen::AtRest { is_settled: true };
+    assert_eq!(look(&mut world, 0, &at_rest), Ok(()));
+    assert_eq!(look(&mut world, 1, &Seen::Started), Ok(()), "one is allowed");
+    let why = look(&mut world, 2, &Seen::Started).unwrap_err();
+    assert!(why.contains("1 are allowed"), "{why}");
+    let why = look(&mut world, 1, &at_rest).unwrap_err();
+    assert!(why.contains("the state has 0"), "{why}");
+}
+
+#[test]
 fn an_entry_that_no_majority_has_and_a_manager_that_is_no_member() {
     breaks(i14_members::Members, &[Seen::AtRest { is_settled: true }], "is no member");
     let mut world = world();

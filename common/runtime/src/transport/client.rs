@@ -8,7 +8,7 @@ use std::time::Duration;
 use hyper_util::rt::TokioIo;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, SignatureScheme, version};
+use rustls::{ClientConfig, DigitallySignedStruct, HandshakeKind, SignatureScheme, version};
 use skep_common::NodeId;
 use skep_common::limits::{CONNECT_DEADLINE, RPC_DEADLINE, TLS_DEADLINE};
 use skep_common::spec::NodeRole;
@@ -19,7 +19,8 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::Tls;
 use super::server::{CONNECTION_WINDOW_BYTES, STREAM_WINDOW_BYTES};
-use super::tls::root_store;
+use super::tls::{check_unexpired, root_store, subject_of};
+use crate::clock;
 use crate::identity::{Error, NODE_SERVER_NAME, node_server_name};
 
 /// A join crosses whatever network there is: it may take longer than a call between members.
@@ -191,6 +192,13 @@ fn connect_lazily(
             let stream = tokio::time::timeout(deadline.max(TLS_DEADLINE), handshake).await;
             let stream =
                 stream.map_err(|_| late("handshake with", deadline.max(TLS_DEADLINE)))??;
+            let session = stream.get_ref().1;
+            // Resuming one does not look at the peer's certificate again, which was looked at when it began.
+            if session.handshake_kind() == Some(HandshakeKind::Resumed)
+                && let Some(peer) = subject_of(session.peer_certificates())?
+            {
+                check_unexpired(&peer, clock::now())?;
+            }
             Ok::<_, io::Error>(TokioIo::new(stream))
         }
     }))

@@ -18,9 +18,9 @@ use tonic::transport::Server;
 use tonic::transport::server::Connected;
 
 use super::Tls;
+use super::tls::{check_unexpired, subject_of};
 use crate::access::{AccessLayer, Caller};
 use crate::gate::Gate;
-use crate::identity::Subject;
 use crate::{TaskSet, clock};
 
 /// A peer that does not finish its handshake within this time is dropped: it holds a task, no more.
@@ -188,16 +188,13 @@ async fn handshake(
 ) -> io::Result<Connection<tokio_rustls::server::TlsStream<TcpStream>>> {
     stream.set_nodelay(true)?;
     let stream = TlsAcceptor::from(tls.server()).accept(stream).await?;
-    let caller = match stream.get_ref().1.peer_certificates().and_then(|chain| chain.first()) {
+    let caller = match subject_of(stream.get_ref().1.peer_certificates())? {
         None => Caller::Anonymous,
-        Some(certificate) => {
-            let subject = Subject::of_der(certificate).map_err(io::Error::other)?;
+        Some(subject) => {
             if subject.cluster_id != tls.subject().cluster_id {
                 return Err(io::Error::other("the certificate is of another swarm"));
             }
-            if subject.not_after < clock::now() {
-                return Err(io::Error::other("the certificate has expired"));
-            }
+            check_unexpired(&subject, clock::now())?;
             Caller::Node(subject.node_id, subject.role)
         }
     };

@@ -176,6 +176,20 @@ async fn the_connections_of_a_removed_node_end_and_it_is_told_why() {
     tasks.shutdown().await;
 }
 
+#[test]
+fn a_certificate_that_has_ended_is_refused_also_where_a_session_is_resumed() {
+    let authority = Authority::generate(clock::now()).unwrap();
+    let credentials = credentials(&authority, ClusterId(1), NodeId(7), NodeRole::Worker);
+    let chain = crate::identity::certificates(&credentials.certificate_pem).unwrap();
+    let subject = super::tls::subject_of(Some(&chain)).unwrap().unwrap();
+    assert_eq!((subject.node_id, super::tls::subject_of(None).unwrap()), (NodeId(7), None));
+    let end = subject.not_after;
+    assert!(super::tls::check_unexpired(&subject, end).is_ok());
+    let error =
+        super::tls::check_unexpired(&subject, end.after(Duration::from_secs(1))).unwrap_err();
+    assert_eq!(error.to_string(), "the certificate has expired");
+}
+
 /// Other nodes that connect between two connections of one: as many as come back at once after a leader's end.
 const N_OTHERS: u128 = 200;
 

@@ -2,18 +2,21 @@
 //!
 //! Connections that are open go on with what they began with; each new one takes what is current.
 //!
-//! A node's next connection to the same peer resumes the session of the one before, as that of an agent's heartbeats
-//! does, and signs and verifies nothing. Sessions are resumed among connections with the same settings alone: other
+//! A node's next connection to the peer that it connected to last, by the same name, resumes that session, as the one of
+//! an agent's heartbeats does, and signs and verifies nothing. Both ends look at the other's certificate all the same:
+//! whose it is, and whether it has expired. Sessions are resumed among connections with the same settings alone: other
 //! credentials or roots, at either end, begin with a whole handshake. The ticket carries the peer's certificate, sealed
 //! by whom it is for, so that callers of resumed connections are checked as all others are.
 
+use std::io;
 use std::sync::{Arc, RwLock};
 
-use rustls::pki_types::PrivateKeyDer;
 use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
+use skep_common::Timestamp;
 use tokio::sync::watch;
 
 use crate::identity::{Credentials, Error, Subject, certificates};
@@ -107,6 +110,20 @@ fn held(credentials: Credentials) -> Result<Held, Error> {
         .with_client_cert_resolver(own);
     client.alpn_protocols = vec![b"h2".to_vec()];
     Ok(Held { credentials, subject, server: Arc::new(server), client: Arc::new(client) })
+}
+
+/// Whose certificate a peer has shown; none where it has shown none.
+pub(super) fn subject_of(shown: Option<&[CertificateDer<'_>]>) -> io::Result<Option<Subject>> {
+    let certificate = shown.and_then(|chain| chain.first());
+    certificate.map(|der| Subject::of_der(der)).transpose().map_err(io::Error::other)
+}
+
+/// Refuses a certificate that has ended. Of a resumed session nobody else looks.
+pub(super) fn check_unexpired(subject: &Subject, now: Timestamp) -> io::Result<()> {
+    match subject.not_after < now {
+        true => Err(io::Error::other("the certificate has expired")),
+        false => Ok(()),
+    }
 }
 
 pub(super) fn root_store(roots_pem: &str) -> Result<RootCertStore, Error> {
