@@ -9,18 +9,19 @@ use std::time::Duration;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::object::TaskStatus;
+use skep_common::object::{NodeDescription, TaskStatus};
 use skep_common::spec::NodeRole;
-use skep_common::{Node, NodeId, TaskId, Timestamp};
+use skep_common::{Node, NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
-use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan};
+use skep_manager_core::{Action, Change, Command, Dirty, Expect, LeaderMemory, State, plan};
 
 use crate::membership::ManagerId;
 use crate::message::{Assignments, MachineId, Message};
 use crate::seen::Seen;
+use crate::service as samples;
 
 /// How often liveness is looked at though nothing happens.
 pub(crate) const TICK: Duration = Duration::from_millis(200);
@@ -33,6 +34,8 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Session {
     id: u64,
     machine: MachineId,
+    /// What it says of itself.
+    said: NodeDescription,
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
@@ -162,7 +165,7 @@ impl Leader {
     pub(crate) fn open_session(
         &mut self,
         node_id: NodeId,
-        machine: MachineId,
+        (machine, level): (MachineId, u32),
         id: u64,
         now: Timestamp,
         monotonic: Timestamp,
@@ -173,6 +176,7 @@ impl Leader {
         let session = Session {
             id,
             machine,
+            said: samples::description(machine, level),
             stream: Stream::default(),
             told_table: None,
             is_dirty: true,
@@ -231,12 +235,16 @@ impl Leader {
             self.in_flight = Some((id, monotonic, Carried::default()));
             return Some((Command::new(now, Vec::new()), false));
         }
+        let described = self.descriptions();
         let verdict = self.liveness.decide(&self.state, now);
         self.probes.extend(verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;
         let mut carried = Carried::default();
-        let mut actions = verdict.actions;
+        let mut actions = described;
+        if actions.is_empty() {
+            actions = verdict.actions;
+        }
         if actions.is_empty() {
             actions = self.plan(now, seen);
             carried.is_plan = true;
@@ -249,6 +257,22 @@ impl Leader {
         let is_plan = carried.is_plan;
         self.in_flight = Some((id, monotonic, carried));
         Some((Command::new(now, actions), is_plan))
+    }
+
+    /// What nodes with a session say of themselves, where the store has something else.
+    fn descriptions(&self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        for (node_id, session) in &self.sessions {
+            let Some(node) = self.state.node(*node_id) else { continue };
+            if node.description.as_ref() == Some(&session.said) {
+                continue;
+            }
+            let mut changed = Node::clone(node);
+            changed.description = Some(session.said.clone());
+            let expect = Expect::Version(node.meta.version);
+            actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
+        }
+        actions
     }
 
     fn plan(&mut self, now: Timestamp, seen: &mut Vec<Seen>) -> Vec<Action> {

@@ -28,6 +28,7 @@ mod seen;
 mod service;
 mod trace;
 mod trouble;
+mod upgrade;
 mod working;
 mod world;
 

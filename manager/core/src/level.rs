@@ -5,6 +5,7 @@
 //! manager would not understand it ([`check`]); what the leader writes by itself waits until [`of_managers`]
 //! says that all do. A program that would stop at the state does not become a manager ([`check_new`]).
 
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{Cluster, NetworkAttachment, Node, Service, Task, TaskStatus};
 use skep_common::spec::{
     ModeKind, NetworkAttachmentConfig, PublishMode, ServiceSpec, TaskSpec, predefined,
@@ -76,7 +77,7 @@ pub enum Unmet {
 
 /// Whether every manager understands a level. The one that asks, `own`, is this program.
 pub fn check(state: &State, level: u32, own: NodeId) -> Result<(), Unmet> {
-    if level <= FIRST {
+    if level <= FIRST || mistakes::is(Mistake::LevelIgnored) {
         return Ok(());
     }
     let others = state.nodes().values().filter(|node| node.id != own && is_manager(node));
