@@ -13,10 +13,11 @@ use skep_common::object::{NodeDescription, TaskStatus};
 use skep_common::spec::NodeRole;
 use skep_common::{Node, NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
+use skep_manager_core::description::describe;
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
-use skep_manager_core::{Action, Change, Command, Dirty, Expect, LeaderMemory, State, plan};
+use skep_manager_core::{Action, Change, Command, Dirty, Expect, LeaderMemory, State, level, plan};
 
 use crate::membership::ManagerId;
 use crate::message::{Assignments, MachineId, Message};
@@ -261,14 +262,16 @@ impl Leader {
 
     /// What nodes with a session say of themselves, where the store has something else.
     fn descriptions(&self) -> Vec<Action> {
-        let mut actions = Vec::new();
+        let (level, mut actions) = (level::of_managers(&self.state), Vec::new());
         for (node_id, session) in &self.sessions {
             let Some(node) = self.state.node(*node_id) else { continue };
             if node.description.as_ref() == Some(&session.said) {
+                continue; // Nearly always: nothing is cloned for that.
+            }
+            let changed = describe(node, session.said.clone(), None, level);
+            if changed == **node {
                 continue;
             }
-            let mut changed = Node::clone(node);
-            changed.description = Some(session.said.clone());
             let expect = Expect::Version(node.meta.version);
             actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
         }

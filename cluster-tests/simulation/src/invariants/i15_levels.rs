@@ -1,10 +1,12 @@
-//! 15. No manager is sent or applies what its program does not know, and no command has a higher format level than the
-//!     lowest of the managers in the state that it was decided on; and when all has come to rest, the state says of every
+//! 15. No manager is sent or applies what its program does not know, and no command has a higher format level than
+//!     the managers in the state that it was decided on know and said, but where that state is of that level already; and when all has come to rest, the state says of every
 //!     machine what its program knows.
 
+use skep_manager_core::State;
 use skep_manager_core::command::FORMAT_LEVEL;
 
 use super::{Invariant, ensure};
+use crate::message::MachineId;
 use crate::seen::Seen;
 use crate::world::World;
 
@@ -38,21 +40,28 @@ impl Invariant for Levels {
                 ensure!(*level <= known, "{manager}, which knows {known}, applies level {level}");
             }
             Seen::Proposed { manager, level, state } => {
-                let own = &world.machines[*manager];
-                for node in state.nodes().values().filter(|node| node.manager_status.is_some()) {
-                    let said = node.description.as_ref().map_or(0, |said| said.format_level);
-                    // Who proposes knows of itself what it has not told yet.
-                    let known = if node.id == own.node_id { own.level } else { said.max(1) };
-                    ensure!(
-                        *level <= known,
-                        "{manager} proposes level {level} while a manager knows {known}: {:?}",
-                        node.hostname()
-                    );
-                }
+                check_proposal(world, *manager, *level, state)?;
             }
             Seen::AtRest { .. } => levels_rest(world)?,
             _ => {}
         }
         Ok(())
     }
+}
+
+fn check_proposal(world: &World, by: MachineId, level: u32, state: &State) -> Result<(), String> {
+    for node in state.nodes().values().filter(|node| node.manager_status.is_some()) {
+        let name = node.hostname();
+        let machine = world.machine_of(node.id).map(|id| &world.machines[id]);
+        let known = machine.map_or(level, |machine| machine.level);
+        ensure!(level <= known, "{by} proposes level {level}, and {name:?} knows {known}");
+        // Who proposes knows of itself what it has not told yet; and what follows from what is there waits for nobody.
+        let said = node.description.as_ref().map_or(1, |said| said.format_level.max(1));
+        let is_said = level <= said || node.id == world.machines[by].node_id;
+        ensure!(
+            is_said || level <= state.level(),
+            "{by} proposes level {level}, and {name:?} has said that it knows {said}"
+        );
+    }
+    Ok(())
 }

@@ -139,7 +139,7 @@ fn what_a_manager_does_not_know() {
         world.state
     };
     let proposed = |known| Seen::Proposed { manager: 0, level, state: state(known) };
-    breaks(i15_levels::Levels, &[proposed(level), proposed(level - 1)], "while a manager knows");
+    breaks(i15_levels::Levels, &[proposed(level), proposed(level - 1)], "has said that it knows");
 }
 
 #[test]
