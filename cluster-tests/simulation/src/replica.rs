@@ -518,9 +518,12 @@ impl Replica {
     /// Takes an entry as the leader; its place.
     pub(crate) fn append(&mut self, payload: Payload) -> u64 {
         let (index, term) = (self.disk.last_index() + 1, self.disk.term);
+        let is_change = matches!(payload, Payload::Membership(_));
         self.disk.log.push(Arc::new(Entry { index, term, payload }));
         self.is_dirty = true;
-        self.note_membership();
+        if is_change {
+            self.note_membership();
+        }
         index
     }
 
@@ -715,6 +718,7 @@ impl Replica {
             return;
         }
         let matched = before + entries.len() as u64;
+        let mut is_news = false;
         for entry in entries {
             match self.disk.term_at(entry.index) {
                 _ if entry.index <= self.disk.snapshot.index => continue,
@@ -723,9 +727,13 @@ impl Replica {
                 None => {}
             }
             self.disk.log.push(entry);
-            self.is_dirty = true;
+            is_news = true;
         }
-        self.note_membership();
+        // Not at every heartbeat: it walks the log.
+        if is_news {
+            self.is_dirty = true;
+            self.note_membership();
+        }
         self.commit = self.commit.max(commit.min(matched));
         let term = self.disk.term;
         self.waiting

@@ -29,6 +29,10 @@ impl World {
         if !back.is_empty() && self.upgrade_rng.random_bool(CHANCE_BACK) {
             let machine = back[self.upgrade_rng.random_range(0..back.len())];
             self.counts.n_downgraded += 1;
+            if self.machines[machine].manager.is_none() && self.upgrade_rng.random_bool(0.5) {
+                // What its session said is not true any more when it asks to be counted.
+                self.ask_somebody(Wish::Promote(self.machines[machine].node_id));
+            }
             self.change_program(machine, self.first_level);
         } else {
             self.upgrade_one();
