@@ -213,9 +213,8 @@ fn come_to_rest(world: &mut World, wait: Duration) -> bool {
         }
         let until = world.now().after(Duration::from_secs(1));
         while world.now() < until && world.violation.is_none() && world.step() {}
-        let rests = unrest(world)
-            .and_then(|()| managers_rest(world))
-            .and_then(|()| levels_rest(world));
+        let rests =
+            unrest(world).and_then(|()| managers_rest(world)).and_then(|()| levels_rest(world));
         n_quiet = if rests.is_ok() { n_quiet + 1 } else { 0 };
         if n_quiet == N_QUIET_SECONDS {
             break;

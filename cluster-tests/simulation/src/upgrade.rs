@@ -81,7 +81,10 @@ impl World {
             node.is_some_and(|node| {
                 node.manager_status.is_some()
                     && other.level < FORMAT_LEVEL
-                    && node.description.as_ref().is_some_and(|said| said.format_level == other.level)
+                    && node
+                        .description
+                        .as_ref()
+                        .is_some_and(|said| said.format_level == other.level)
             })
         };
         let n_old = self.machines.iter().filter(is_old).count();

@@ -55,7 +55,10 @@ mod tests {
         let bare = NodeDescription::default();
         let kept = describe(&whole, bare.clone(), None, CONTROL - 1);
         assert_eq!(kept, whole, "no reason to forget it");
-        assert_eq!(describe(&whole, bare, Some(&Vec::new()), CONTROL).description.unwrap().tls_info, None);
+        assert_eq!(
+            describe(&whole, bare, Some(&Vec::new()), CONTROL).description.unwrap().tls_info,
+            None
+        );
         assert!(describe(&whole, said, Some(&Vec::new()), 1).status.port_conditions.is_empty());
     }
 }

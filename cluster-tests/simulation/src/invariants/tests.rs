@@ -168,8 +168,13 @@ fn a_deposed_leader_two_leaders_two_logs_and_a_refused_plan() {
     let led = |manager| Seen::Led { manager, term: 4 };
     breaks(i09_deposed::Deposed::default(), &[led(0), led(0), led(1)], "lead in term 4");
 
-    let applied_by =
-        |manager, term| Seen::Applied { manager, term, proposal: None, level: 1, state: State::default() };
+    let applied_by = |manager, term| Seen::Applied {
+        manager,
+        term,
+        proposal: None,
+        level: 1,
+        state: State::default(),
+    };
     let seen = [applied_by(0, 1), applied_by(1, 1), applied_by(2, 2)];
     breaks(i10_one_log::OneLog::default(), &seen, "was committed");
     let mut other = tables("1@1:running");

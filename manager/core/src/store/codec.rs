@@ -116,7 +116,10 @@ impl State {
     ///
     /// Without the level that was used: one whose snapshot is of before it was noted has only seen what came after.
     pub fn digest(&self) -> String {
-        Sha256::digest(self.encode_with(|_| None)).iter().map(|byte| format!("{byte:02x}")).collect()
+        Sha256::digest(self.encode_with(|_| None))
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 
     /// Every object, ordered by kind and id.
