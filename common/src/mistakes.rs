@@ -28,11 +28,13 @@ pub enum Mistake {
     RemovedCounted,
     /// A manager is called a worker while the others still count its vote.
     RetiredEarly,
+    /// A manager writes for a user what another manager does not understand.
+    LevelIgnored,
 }
 
 impl Mistake {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::StateFalls,
         Self::DeposedAssignment,
         Self::AddressFreedEarly,
@@ -44,6 +46,7 @@ impl Mistake {
         Self::DeposedWrite,
         Self::RemovedCounted,
         Self::RetiredEarly,
+        Self::LevelIgnored,
     ];
 }
 

@@ -15,6 +15,7 @@ use crate::machine::Waiter;
 use crate::membership::ManagerId;
 use crate::message::{MachineId, Message};
 use crate::replica::{Outgoing, Payload, Replica, SILENCE_MAX};
+use crate::seen::Seen;
 use crate::world::{Timer, World};
 
 /// How long a leader tries a change.
@@ -258,6 +259,8 @@ impl World {
         let object = Object::Node(Box::new(roles::retired(node)));
         let expect = Expect::Version(node.meta.version);
         let command = Arc::new(Command::new(clock, vec![Action::Put { object, expect }]));
+        let (level, state) = (command.level, self.manager(machine).state.clone());
+        self.see(&Seen::Proposed { manager: machine, level, state });
         let manager = self.manager(machine);
         manager.replica.append(Payload::Command { id, command });
         manager.replica.speak(now, out);

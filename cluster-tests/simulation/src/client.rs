@@ -8,7 +8,6 @@ use skep_common::spec::{Base64, ContainerSpec, NodeRole, NodeSpec, TaskSpec};
 use skep_common::{
     Kind, NetworkId, Node, NodeId, Object, Service, ServiceId, TaskId, TaskState, Timestamp,
 };
-use skep_manager_core::command::FORMAT_LEVEL;
 use skep_manager_core::roles::{self, Admission};
 use skep_manager_core::{Action, Expect, State, container, network, secrets, service};
 
@@ -39,8 +38,8 @@ pub(crate) enum Wish {
     Join(MachineId, NodeId, NodeRole),
     /// A node asks for a certificate.
     Renew(NodeId),
-    /// A program is to be counted among the managers.
-    Admit(NodeId, ManagerId),
+    /// A program of a format level is to be counted among the managers.
+    Admit(NodeId, ManagerId, u32),
     RunContainer(NodeId),
     StopContainer(NodeId),
     RemoveContainer(NodeId, bool),
@@ -123,7 +122,9 @@ pub(crate) fn decide(
             let node = state.node(*node_id).ok_or("it was removed")?;
             Ok(Decision::Part(node.observed_role()))
         }
-        Wish::Admit(node_id, manager) => admit(state, *node_id, *manager, has_changed),
+        Wish::Admit(node_id, manager, level) => {
+            admit(state, *node_id, (*manager, *level), has_changed)
+        }
         _ => Ok(match decide_write(wish, state, seed, now)? {
             Some((actions, about)) => Decision::Write { actions, about, goes_on: false },
             None => Decision::Nothing,
@@ -172,7 +173,7 @@ fn about_part(wish: &Wish, state: &State, now: Timestamp) -> Result<Decision, St
 fn admit(
     state: &State,
     node_id: NodeId,
-    manager: ManagerId,
+    (manager, level): (ManagerId, u32),
     has_changed: bool,
 ) -> Result<Decision, String> {
     let raft_id = manager.raft_id();
@@ -186,7 +187,7 @@ fn admit(
     }
     let addr = samples::node(u16::try_from(manager.machine() + 1).map_err(text)?).address();
     let status = ManagerStatus { raft_id, addr, ..ManagerStatus::default() };
-    Ok(match roles::admit(state, node_id, &status, FORMAT_LEVEL).map_err(text)? {
+    Ok(match roles::admit(state, node_id, &status, level).map_err(text)? {
         Admission::Admitted => {
             Decision::Change { change: Change::Add(manager), then: None, about: None }
         }
@@ -241,6 +242,7 @@ fn decide_write(wish: &Wish, state: &State, seed: u64, now: Timestamp) -> Result
             let mut node = samples::node(number);
             (node.id, node.number, node.status.state) = (*node_id, 0, NodeState::Unknown);
             node.spec.role = *role;
+            node.description = None;
             let object = Object::Node(Box::new(node));
             let put = Action::Put { object, expect: Expect::Absent };
             Ok(Some((vec![put], Some((Kind::Node, node_id.0)))))
@@ -311,7 +313,11 @@ fn rotate_secret(
     now: Timestamp,
 ) -> Result<Written, String> {
     let id = samples::secret_id(number);
-    let old = state.secret(id).ok_or("no such secret")?;
+    let Some(old) = state.secret(id) else {
+        let object = Object::Secret(Box::new(samples::secret(number)));
+        let put = Action::Put { object, expect: Expect::Absent };
+        return Ok(Some((vec![put], Some((Kind::Secret, id.0)))));
+    };
     let mut spec = old.spec.clone();
     spec.data = Some(Base64(rng.random_range(0..u64::MAX).to_le_bytes().to_vec()));
     let update = secrets::update(state, &**old, spec, now, |_| true).map_err(text)?;

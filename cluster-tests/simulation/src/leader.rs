@@ -9,18 +9,20 @@ use std::time::Duration;
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use skep_common::object::TaskStatus;
+use skep_common::object::{NodeDescription, TaskStatus};
 use skep_common::spec::NodeRole;
-use skep_common::{Node, NodeId, TaskId, Timestamp};
+use skep_common::{Node, NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
+use skep_manager_core::description::describe;
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
-use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan};
+use skep_manager_core::{Action, Change, Command, Dirty, Expect, LeaderMemory, State, level, plan};
 
 use crate::membership::ManagerId;
 use crate::message::{Assignments, MachineId, Message};
 use crate::seen::Seen;
+use crate::service as samples;
 
 /// How often liveness is looked at though nothing happens.
 pub(crate) const TICK: Duration = Duration::from_millis(200);
@@ -33,10 +35,13 @@ const PATIENCE: Duration = Duration::from_secs(10);
 struct Session {
     id: u64,
     machine: MachineId,
+    /// What it says of itself.
+    said: NodeDescription,
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
     told_part: Option<(NodeRole, Vec<MachineId>)>,
+    opened_at: Timestamp,
     heard_at: Timestamp,
 }
 
@@ -110,9 +115,9 @@ impl Leader {
         self.sessions.values().map(|session| (session.machine, session.id))
     }
 
-    /// Nodes that have a session.
-    pub(crate) fn nodes(&self) -> impl Iterator<Item = NodeId> {
-        self.sessions.keys().copied()
+    /// Nodes that have a session, since when.
+    pub(crate) fn nodes(&self) -> impl Iterator<Item = (NodeId, Timestamp)> {
+        self.sessions.iter().map(|(node_id, session)| (*node_id, session.opened_at))
     }
 
     /// Takes what was applied on this manager.
@@ -163,7 +168,7 @@ impl Leader {
     pub(crate) fn open_session(
         &mut self,
         node_id: NodeId,
-        machine: MachineId,
+        (machine, level): (MachineId, u32),
         id: u64,
         now: Timestamp,
         monotonic: Timestamp,
@@ -174,10 +179,12 @@ impl Leader {
         let session = Session {
             id,
             machine,
+            said: samples::description(machine, level),
             stream: Stream::default(),
             told_table: None,
             is_dirty: true,
             told_part: None,
+            opened_at: monotonic,
             heard_at: monotonic,
         };
         self.sessions.insert(node_id, session);
@@ -231,12 +238,16 @@ impl Leader {
             self.in_flight = Some((id, monotonic, Carried::default()));
             return Some((Command::new(now, Vec::new()), false));
         }
+        let described = self.descriptions();
         let verdict = self.liveness.decide(&self.state, now);
         self.probes.extend(verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
         self.deadline = verdict.deadline;
         let mut carried = Carried::default();
-        let mut actions = verdict.actions;
+        let mut actions = described;
+        if actions.is_empty() {
+            actions = verdict.actions;
+        }
         if actions.is_empty() {
             actions = self.plan(now, seen);
             carried.is_plan = true;
@@ -249,6 +260,24 @@ impl Leader {
         let is_plan = carried.is_plan;
         self.in_flight = Some((id, monotonic, carried));
         Some((Command::new(now, actions), is_plan))
+    }
+
+    /// What nodes with a session say of themselves, where the store has something else.
+    fn descriptions(&self) -> Vec<Action> {
+        let (level, mut actions) = (level::of_managers(&self.state), Vec::new());
+        for (node_id, session) in &self.sessions {
+            let Some(node) = self.state.node(*node_id) else { continue };
+            if node.description.as_ref() == Some(&session.said) {
+                continue; // Nearly always: nothing is cloned for that.
+            }
+            let changed = describe(node, session.said.clone(), None, level);
+            if changed == **node {
+                continue;
+            }
+            let expect = Expect::Version(node.meta.version);
+            actions.push(Action::Put { object: Object::Node(Box::new(changed)), expect });
+        }
+        actions
     }
 
     fn plan(&mut self, now: Timestamp, seen: &mut Vec<Seen>) -> Vec<Action> {

@@ -6,7 +6,8 @@
 //! the while invariants are shown what happens.
 //!
 //! Reading order: [`mod@run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `part`
-//! and `changing` (who is a manager), `trouble` with [`fault`] and `client`, `invariants`; [`seeds`].
+//! and `changing` (who is a manager), `upgrade` (which program a machine has), `trouble` with [`fault`] and
+//! `client`, `invariants`; [`seeds`].
 
 mod agent;
 mod changing;
@@ -28,6 +29,7 @@ mod seen;
 mod service;
 mod trace;
 mod trouble;
+mod upgrade;
 mod working;
 mod world;
 

@@ -113,6 +113,8 @@ impl Manager {
 #[derive(Debug)]
 pub(crate) struct Machine {
     pub(crate) node_id: NodeId,
+    /// The format level that its program knows.
+    pub(crate) level: u32,
     /// Whether its daemon runs.
     pub(crate) is_up: bool,
     /// Counts the daemon's lives: what was asked for in one does not happen in the next.

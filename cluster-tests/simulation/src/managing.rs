@@ -7,7 +7,7 @@ use rand::RngExt as _;
 use skep_common::NodeId;
 use skep_common::spec::NodeRole;
 use skep_manager_core::liveness::Answer;
-use skep_manager_core::{Action, Command, Outcome, State, kept_out};
+use skep_manager_core::{Action, Command, Outcome, State, kept_out, level};
 
 use crate::changing::{Changes, Verdict};
 use crate::client::{self, Decision};
@@ -51,7 +51,7 @@ impl World {
         (manager.speaks_in, manager.wakes_at) = (0, None);
         manager.changes = Changes::default();
         let state = manager.state.clone();
-        self.see(&Seen::Restored { manager: machine, state });
+        self.see(&Seen::Restored { manager: machine, level: snapshot.level, state });
         self.timer(machine, HEARTBEAT, Timer::Election);
     }
 
@@ -149,6 +149,9 @@ impl World {
                 if to_id != manager.replica.id() || self.is_turned_away(from, to) {
                     return;
                 }
+                if message.level() > 0 && self.is_member(from, to_id) {
+                    self.see(&Seen::Sent { manager: to, level: message.level() });
+                }
                 let one = &mut self.machines[to];
                 let Some(manager) = &mut one.manager else { return };
                 manager.replica.handle(from_id, message, now, &mut one.rng, &mut out);
@@ -158,8 +161,8 @@ impl World {
             Message::Renew { request, node_id } => {
                 self.begin_asked(to, client::Wish::Renew(node_id), (from, request));
             }
-            Message::Admit { request, node_id, manager } => {
-                let wish = client::Wish::Admit(node_id, manager);
+            Message::Admit { request, node_id, manager, level } => {
+                let wish = client::Wish::Admit(node_id, manager, level);
                 self.begin_asked(to, wish, (from, request));
             }
             Message::AskIndex { request } => {
@@ -196,6 +199,12 @@ impl World {
         self.pump(to, out);
     }
 
+    /// Whether a leader counts another manager, as a voter or a learner.
+    fn is_member(&self, leader: MachineId, id: ManagerId) -> bool {
+        let leader = self.machines[leader].manager.as_ref();
+        leader.is_some_and(|leader| leader.replica.membership().members().contains(&id))
+    }
+
     /// Whether a manager refuses another one: it was removed, or is to its knowledge no manager. One that has
     /// not heard of a leader may know too little for that.
     fn is_turned_away(&self, from: MachineId, to: MachineId) -> bool {
@@ -218,7 +227,7 @@ impl World {
             let leader = manager.replica.leader().map(ManagerId::machine);
             let leader = leader.filter(|leader| *leader != to);
             match message {
-                Message::Hello { session } => {
+                Message::Hello { session, .. } => {
                     self.send(to, from, Message::Redirect { session, leader });
                 }
                 Message::Beat { session } => self.send(to, from, Message::End { session }),
@@ -227,9 +236,9 @@ impl World {
             return;
         };
         match message {
-            Message::Hello { session } => {
+            Message::Hello { session, level } => {
                 let term = leader.term;
-                let is_member = leader.open_session(node_id, from, session, clock, now);
+                let is_member = leader.open_session(node_id, (from, level), session, clock, now);
                 let answer = match is_member {
                     true => Message::Welcome { session, term },
                     false => Message::Removed { session },
@@ -314,13 +323,15 @@ impl World {
                 break;
             }
             let Some(entry) = manager.replica.committed(next) else {
-                let bytes = &manager.replica.snapshot().bytes;
-                manager.state = State::decode(bytes).expect("a snapshot is what was encoded");
-                let state = manager.state.clone();
-                self.see(&Seen::Restored { manager: machine, state });
+                let snapshot = manager.replica.snapshot().clone();
+                manager.state =
+                    State::decode(&snapshot.bytes).expect("a snapshot is what was encoded");
+                let (level, state) = (snapshot.level, manager.state.clone());
+                self.see(&Seen::Restored { manager: machine, level, state });
                 continue;
             };
             let before = manager.state.clone();
+            let level = entry.level();
             let (outcome, changes, proposal) = match &entry.payload {
                 Payload::Blank | Payload::Membership(_) => {
                     manager.state.skip(next);
@@ -337,7 +348,7 @@ impl World {
                 manager.is_due = true;
             }
             self.note_committed(&before, &state, outcome.as_ref(), changes, proposal);
-            self.see(&Seen::Applied { manager: machine, term: entry.term, proposal, state });
+            self.see(&Seen::Applied { manager: machine, term: entry.term, proposal, level, state });
             if let (Some(id), Some((outcome, _))) = (proposal, outcome) {
                 self.resolve(machine, id, &outcome);
             }
@@ -345,8 +356,8 @@ impl World {
         let manager = self.manager(machine);
         let applied = manager.state.version().index;
         if applied >= manager.replica.snapshot().index + SNAPSHOT_EVERY {
-            let bytes = manager.state.encode();
-            manager.replica.compact(applied, bytes);
+            let (level, bytes) = (manager.state.level(), manager.state.encode());
+            manager.replica.compact(applied, level, bytes);
         }
     }
 
@@ -525,7 +536,23 @@ impl World {
         let manager = self.manager(machine);
         let Some(request) = manager.requests.get_mut(&id) else { return };
         request.stage = Stage::Proposed;
+        let is_own = request.asked_by.is_none();
         let command = Arc::new(Command::new(clock, actions));
+        let (level, state) = (command.level, manager.state.clone());
+        let own = &self.machines[machine];
+        if is_own {
+            let checked = level::check(&state, level, own.node_id).map_err(|why| why.to_string());
+            let is_known = level <= own.level;
+            if let Err(why) = checked.and_then(|()| {
+                is_known.then_some(()).ok_or_else(|| "an older program does not know it".to_owned())
+            }) {
+                self.note(format_args!("{machine} refuses {id}: {why}"));
+                self.end_request(machine, id, None);
+                return;
+            }
+        }
+        self.see(&Seen::Proposed { manager: machine, level, state });
+        let manager = self.manager(machine);
         if manager.replica.is_leader() {
             manager.replica.append(Payload::Command { id, command });
             manager.replica.speak(now, out);
@@ -677,6 +704,8 @@ impl World {
         let mut seen = Vec::new();
         if let Some((command, is_plan)) = leader.decide(clock, now, id, &mut seen) {
             let (command, view) = (Arc::new(command), leader.state.version().index);
+            let (level, state) = (command.level, leader.state.clone());
+            seen.push(Seen::Proposed { manager: machine, level, state });
             if is_plan {
                 seen.push(Seen::Decided { proposal: id, view });
             }

@@ -23,9 +23,10 @@ pub(crate) enum Message {
         to: ManagerId,
         message: RaftMessage,
     },
-    /// An agent asks for a session.
+    /// An agent asks for a session, and says which format level its program knows.
     Hello {
         session: u64,
+        level: u32,
     },
     Welcome {
         session: u64,
@@ -104,6 +105,7 @@ pub(crate) enum Message {
         request: u64,
         node_id: NodeId,
         manager: ManagerId,
+        level: u32,
     },
     Admitted {
         request: u64,
@@ -121,7 +123,7 @@ impl Message {
     /// The session whose stream it travels in.
     pub(crate) fn stream(&self) -> Option<u64> {
         match self {
-            Self::Hello { session }
+            Self::Hello { session, .. }
             | Self::Welcome { session, .. }
             | Self::Part { session, .. }
             | Self::Redirect { session, .. }

@@ -87,13 +87,13 @@ impl World {
     fn ask_for_part(&mut self, machine: MachineId) {
         let (own, request) = (self.role(machine), self.next_id());
         let one = &self.machines[machine];
-        let node_id = one.node_id;
+        let (node_id, level) = (one.node_id, one.level);
         let is_other = one.part.told.is_some_and(|told| told != own);
         let uncounted = one.manager.as_ref().filter(|manager| !manager.is_counted);
         let uncounted = uncounted.map(|manager| manager.replica.id());
         let (message, patience) = match uncounted {
             _ if is_other => (Message::Renew { request, node_id }, RENEW_PATIENCE),
-            Some(manager) => (Message::Admit { request, node_id, manager }, ADMIT_PATIENCE),
+            Some(manager) => (Message::Admit { request, node_id, manager, level }, ADMIT_PATIENCE),
             None => return,
         };
         self.machines[machine].part.request = Some(request);

@@ -58,12 +58,24 @@ pub(crate) struct Entry {
     pub(crate) payload: Payload,
 }
 
+impl Entry {
+    /// The format level that it is understood at; 0 where every program understands it.
+    pub(crate) fn level(&self) -> u32 {
+        match &self.payload {
+            Payload::Command { command, .. } => command.level,
+            Payload::Blank | Payload::Membership(_) => 0,
+        }
+    }
+}
+
 /// All up to one place of the log, as bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Snapshot {
     pub(crate) index: u64,
     pub(crate) term: u64,
     pub(crate) membership: Membership,
+    /// The format level of the bytes.
+    pub(crate) level: u32,
     pub(crate) bytes: Vec<u8>,
 }
 
@@ -195,6 +207,22 @@ struct Read {
     id: u64,
     index: u64,
     round: u64,
+}
+
+impl RaftMessage {
+    /// The highest format level of what it brings.
+    pub(crate) fn level(&self) -> u32 {
+        match self {
+            Self::Install { snapshot, .. } => snapshot.level,
+            Self::Append { entries, .. } => {
+                entries.iter().map(|entry| entry.level()).max().unwrap_or(0)
+            }
+            Self::Vote { .. }
+            | Self::VoteReply { .. }
+            | Self::AppendReply { .. }
+            | Self::HandOver { .. } => 0,
+        }
+    }
 }
 
 /// A message and whom it is for.
@@ -360,6 +388,12 @@ impl Replica {
         &self.disk.snapshot
     }
 
+    /// The highest format level of what is on its disk.
+    pub(crate) fn level(&self) -> u32 {
+        let log = self.disk.log.iter().map(|entry| entry.level());
+        log.fold(self.disk.snapshot.level, u32::max)
+    }
+
     pub(crate) fn commit(&self) -> u64 {
         self.commit
     }
@@ -484,9 +518,12 @@ impl Replica {
     /// Takes an entry as the leader; its place.
     pub(crate) fn append(&mut self, payload: Payload) -> u64 {
         let (index, term) = (self.disk.last_index() + 1, self.disk.term);
+        let is_change = matches!(payload, Payload::Membership(_));
         self.disk.log.push(Arc::new(Entry { index, term, payload }));
         self.is_dirty = true;
-        self.note_membership();
+        if is_change {
+            self.note_membership();
+        }
         index
     }
 
@@ -681,6 +718,7 @@ impl Replica {
             return;
         }
         let matched = before + entries.len() as u64;
+        let mut is_news = false;
         for entry in entries {
             match self.disk.term_at(entry.index) {
                 _ if entry.index <= self.disk.snapshot.index => continue,
@@ -689,9 +727,13 @@ impl Replica {
                 None => {}
             }
             self.disk.log.push(entry);
-            self.is_dirty = true;
+            is_news = true;
         }
-        self.note_membership();
+        // Not at every heartbeat: it walks the log.
+        if is_news {
+            self.is_dirty = true;
+            self.note_membership();
+        }
         self.commit = self.commit.max(commit.min(matched));
         let term = self.disk.term;
         self.waiting
@@ -777,12 +819,12 @@ impl Replica {
     }
 
     /// Replaces the log up to `index` with a snapshot.
-    pub(crate) fn compact(&mut self, index: u64, bytes: Vec<u8>) {
+    pub(crate) fn compact(&mut self, index: u64, level: u32, bytes: Vec<u8>) {
         let Some(term) = self.disk.term_at(index) else { return };
         let membership = self.disk.membership_at(index).clone();
         let n_covered = usize::try_from(index - self.disk.snapshot.index).unwrap_or(usize::MAX);
         self.disk.log.drain(..n_covered.min(self.disk.log.len()));
-        self.disk.snapshot = Arc::new(Snapshot { index, term, membership, bytes });
+        self.disk.snapshot = Arc::new(Snapshot { index, term, membership, level, bytes });
         self.is_dirty = true;
     }
 

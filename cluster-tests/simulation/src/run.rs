@@ -10,7 +10,7 @@ use skep_common::{Node, NodeId};
 
 use crate::client::Wish;
 use crate::fault::Rates;
-use crate::invariants::{managers_rest, unrest};
+use crate::invariants::{levels_rest, managers_rest, unrest};
 use crate::queue::START;
 use crate::seen::Seen;
 use crate::world::{Event, World};
@@ -51,6 +51,10 @@ pub struct Counts {
     pub n_promoted: u64,
     /// Managers that became workers.
     pub n_demoted: u64,
+    /// Programs that were replaced by the newest.
+    pub n_upgraded: u64,
+    /// Programs that were replaced by an older one.
+    pub n_downgraded: u64,
     /// Containers that followed another one while no manager led.
     pub n_attempts: u64,
 }
@@ -62,6 +66,8 @@ impl Counts {
         Self {
             n_promoted: self.n_promoted + other.n_promoted,
             n_demoted: self.n_demoted + other.n_demoted,
+            n_upgraded: self.n_upgraded + other.n_upgraded,
+            n_downgraded: self.n_downgraded + other.n_downgraded,
             n_attempts: self.n_attempts + other.n_attempts,
         }
     }
@@ -69,8 +75,11 @@ impl Counts {
 
 impl fmt::Display for Counts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { n_promoted, n_demoted, n_attempts } = self;
-        write!(f, "{n_promoted} promoted, {n_demoted} demoted, {n_attempts} attempts")
+        let Self { n_promoted, n_demoted, n_upgraded, n_downgraded, n_attempts } = self;
+        write!(
+            f,
+            "{n_promoted} promoted, {n_demoted} demoted, {n_upgraded} upgraded, {n_downgraded} downgraded, {n_attempts} attempts"
+        )
     }
 }
 
@@ -199,11 +208,13 @@ fn come_to_rest(world: &mut World, wait: Duration) -> bool {
     while world.now() < deadline && world.violation.is_none() {
         if world.now() >= restore_at {
             restore_nodes(world);
+            world.upgrade_one();
             restore_at = world.now().after(RESTORE_PERIOD);
         }
         let until = world.now().after(Duration::from_secs(1));
         while world.now() < until && world.violation.is_none() && world.step() {}
-        let rests = unrest(world).and_then(|()| managers_rest(world));
+        let rests =
+            unrest(world).and_then(|()| managers_rest(world)).and_then(|()| levels_rest(world));
         n_quiet = if rests.is_ok() { n_quiet + 1 } else { 0 };
         if n_quiet == N_QUIET_SECONDS {
             break;

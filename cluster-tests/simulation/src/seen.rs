@@ -24,9 +24,13 @@ pub(crate) enum Seen {
         outcome: Outcome,
     },
     /// A manager applied an entry, or was given all up to it.
-    Applied { manager: MachineId, term: u64, proposal: Option<u64>, state: State },
-    /// A manager's state after a restart, from its disk.
-    Restored { manager: MachineId, state: State },
+    Applied { manager: MachineId, term: u64, proposal: Option<u64>, level: u32, state: State },
+    /// A member was sent a part of the log, or a snapshot, of this format level.
+    Sent { manager: MachineId, level: u32 },
+    /// A manager proposes a command of this format level, decided on that state.
+    Proposed { manager: MachineId, level: u32, state: State },
+    /// A manager's state after a restart, from a snapshot of this format level.
+    Restored { manager: MachineId, level: u32, state: State },
     /// A leader decided.
     Planned { state: State, actions: Arc<Vec<Action>>, now: Timestamp },
     /// A leader proposes, on a view of this version.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use skep_common::object::{DataVersion, Image, Secret};
+use skep_common::object::{DataVersion, Image, NodeDescription, Secret};
 use skep_common::spec::{
     Availability, Base64, ContainerSpec, EndpointSpec, FileTarget, ModeKind, Nanos,
     NetworkAttachmentConfig, NetworkSpec, NodeSpec, Placement, PortConfig, PublishMode,
@@ -51,6 +51,13 @@ pub(crate) fn node(number: u16) -> Node {
     node
 }
 
+/// What a machine says of itself.
+pub(crate) fn description(machine: usize, level: u32) -> NodeDescription {
+    let number = u16::try_from(machine + 1).unwrap_or(u16::MAX);
+    let description = node(number).description.unwrap_or_default();
+    NodeDescription { format_level: level, ..description }
+}
+
 /// The object of a manager's node.
 pub(crate) fn manager(number: u16) -> Node {
     let mut node = node(number);
@@ -63,15 +70,23 @@ pub(crate) fn manager(number: u16) -> Node {
     node
 }
 
-/// All that a swarm begins with.
-pub(crate) fn founding(n_managers: u16, n_nodes: u16) -> Vec<Object> {
+/// All that a swarm begins with whose programs know `level`.
+pub(crate) fn founding(n_managers: u16, n_nodes: u16, level: u32) -> Vec<Object> {
     let mut objects = vec![Object::Cluster(Box::new(testing::cluster()))];
     let nodes = (1..=n_nodes).map(|n| if n <= n_managers { manager(n) } else { node(n) });
-    objects.extend(nodes.map(|node| Object::Node(Box::new(node))));
+    let described = nodes.map(|mut node| {
+        if let Some(description) = &mut node.description {
+            description.format_level = level;
+        }
+        Object::Node(Box::new(node))
+    });
+    objects.extend(described);
     let holders: BTreeSet<NodeId> = (1..=n_managers).map(|number| NodeId(number.into())).collect();
     let images = (1..=N_IMAGES).map(|number| image_record(number, holders.clone()));
     objects.extend(images.map(|image| Object::Image(Box::new(image))));
-    objects.extend((1..=N_SECRETS).map(|number| Object::Secret(Box::new(secret(number)))));
+    if level >= skep_manager_core::level::CONTROL {
+        objects.extend((1..=N_SECRETS).map(|number| Object::Secret(Box::new(secret(number)))));
+    }
     objects
 }
 
@@ -80,7 +95,7 @@ pub(crate) fn secret_id(number: u16) -> SecretId {
     SecretId(7_000 + u128::from(number))
 }
 
-fn secret(number: u16) -> Secret {
+pub(crate) fn secret(number: u16) -> Secret {
     let first = DataVersion {
         data: Some(Base64(number.to_le_bytes().to_vec())),
         digest: format!("sha256:{number}"),

@@ -258,7 +258,10 @@ impl World {
                 }
                 _ => Wish::draw(rng, &nodes, (&workers, &promotable), &managers),
             };
-            self.ask_somebody(wish);
+            let is_removal = matches!(wish, Wish::RemoveNode(..));
+            if !is_removal || !(0..self.machines.len()).any(|id| self.is_going_back(id)) {
+                self.ask_somebody(wish);
+            }
         }
         let delay = self.client_rng.random_range(50..1200);
         self.queue.after(Duration::from_millis(delay), Event::Wish);

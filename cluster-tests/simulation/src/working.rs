@@ -54,7 +54,8 @@ impl World {
         let manager = hint.unwrap_or_else(|| self.some_manager_known_to(machine));
         let one = &mut self.machines[machine];
         one.agent.link = Link::Asked { session, manager };
-        self.send(machine, manager, Message::Hello { session });
+        let level = one.level;
+        self.send(machine, manager, Message::Hello { session, level });
         self.timer(machine, WELCOME_DEADLINE, Timer::WelcomeDeadline { session });
     }
 

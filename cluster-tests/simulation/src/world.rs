@@ -11,6 +11,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use skep_common::{NodeId, TaskId, Timestamp};
+use skep_manager_core::command::FORMAT_LEVEL;
 use skep_manager_core::{Action, Command, Expect, State};
 
 use crate::agent::Agent;
@@ -119,6 +120,8 @@ pub(crate) struct World {
     /// Whether everything has come to rest once: what happens from then on is asked for.
     pub(crate) is_quiet: bool,
     pub(crate) machines: Vec<Machine>,
+    /// The format level that programs knew at first.
+    pub(crate) first_level: u32,
     /// What happened, by kind.
     pub(crate) counts: Counts,
     /// Until when a machine does not hear another: (from, to).
@@ -128,6 +131,7 @@ pub(crate) struct World {
     pub(crate) network_rng: StdRng,
     pub(crate) trouble_rng: StdRng,
     pub(crate) client_rng: StdRng,
+    pub(crate) upgrade_rng: StdRng,
     pub(crate) n_ids: u64,
     /// The state that the swarm agreed on, by whoever was first.
     pub(crate) ledger: State,
@@ -153,7 +157,14 @@ impl World {
         let n_managers = if rng.random_bool(0.6) { 3 } else { 5 };
         let n_machines = n_managers.max(rng.random_range(5..=8));
         let count = |n: usize| u16::try_from(n).unwrap_or(u16::MAX);
-        let objects = service::founding(count(n_managers), count(n_machines));
+        // Some swarms are upgraded, from an earlier level or the one before that.
+        let mut upgrade_rng = StdRng::seed_from_u64(seed ^ u64::from_be_bytes(*b"upgrades"));
+        let first_level = if upgrade_rng.random_bool(0.3) {
+            upgrade_rng.random_range(FORMAT_LEVEL - 2..FORMAT_LEVEL)
+        } else {
+            FORMAT_LEVEL
+        };
+        let objects = service::founding(count(n_managers), count(n_machines), first_level);
         let put = |object| Action::Put { object, expect: Expect::Absent };
         let command = Arc::new(Command::new(START, objects.into_iter().map(put).collect()));
         let payload = Payload::Command { id: 0, command };
@@ -165,6 +176,7 @@ impl World {
             .collect();
         let machines = (0..n_machines).map(|id| Machine {
             node_id: NodeId(id as u128 + 1),
+            level: first_level,
             is_up: true,
             life: 0,
             paused_until: START,
@@ -187,12 +199,14 @@ impl World {
             is_rough: false,
             is_quiet: false,
             machines,
+            first_level,
             counts: Counts::default(),
             cuts: BTreeMap::new(),
             streams: BTreeMap::new(),
             network_rng: StdRng::seed_from_u64(rng.random()),
             trouble_rng: StdRng::seed_from_u64(rng.random()),
             client_rng: StdRng::seed_from_u64(rng.random()),
+            upgrade_rng,
             n_ids: 0,
             ledger: State::default(),
             n_granted: 0,
@@ -320,6 +334,7 @@ impl World {
             }
             Event::Second => {
                 self.trouble();
+                self.upgrade_sometimes();
                 self.see(&Seen::Second);
                 self.queue.after(Duration::from_secs(1), Event::Second);
             }

@@ -53,3 +53,8 @@ fn a_leader_that_counts_a_manager_that_was_taken_out_is_caught() {
 fn a_drain_that_does_not_wait_is_caught() {
     expect_caught(Mistake::DrainWithoutWait, &["7"]);
 }
+
+#[test]
+fn a_write_that_an_older_manager_does_not_know_is_caught() {
+    expect_caught(Mistake::LevelIgnored, &["15"]);
+}

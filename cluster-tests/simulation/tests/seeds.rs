@@ -22,6 +22,8 @@ fn no_seed_breaks_an_invariant() {
     let is_all_tried = counts.n_promoted > N_SEEDS / 4 && counts.n_demoted > N_SEEDS / 4;
     assert!(is_all_tried, "managers hardly change: {counts}");
     assert!(counts.n_attempts > N_SEEDS / 10, "nodes hardly try by themselves: {counts}");
+    let are_levels_tried = counts.n_upgraded > N_SEEDS && counts.n_downgraded > N_SEEDS / 10;
+    assert!(are_levels_tried, "programs hardly change: {counts}");
     let n_granted: usize = reports.iter().map(|report| report.n_granted).sum();
     assert!(n_entries > 100 * N_SEEDS, "the swarms do little: {n_entries} entries");
     assert!(n_granted as u64 > 10 * N_SEEDS, "clients get little: {n_granted} wishes");

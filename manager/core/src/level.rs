@@ -3,8 +3,10 @@
 //! A command and a snapshot have the lowest level that they are understood at, so that managers of an
 //! earlier version go on in a swarm that does not use what is new. What users ask for is refused while a
 //! manager would not understand it ([`check`]); what the leader writes by itself waits until [`of_managers`]
-//! says that all do. A program that would stop at the state does not become a manager ([`check_new`]).
+//! says that all do. A program that would stop at the state, or at what was ever written, does not become a
+//! manager ([`check_new`]).
 
+use skep_common::mistakes::{self, Mistake};
 use skep_common::object::{Cluster, NetworkAttachment, Node, Service, Task, TaskStatus};
 use skep_common::spec::{
     ModeKind, NetworkAttachmentConfig, PublishMode, ServiceSpec, TaskSpec, predefined,
@@ -76,7 +78,7 @@ pub enum Unmet {
 
 /// Whether every manager understands a level. The one that asks, `own`, is this program.
 pub fn check(state: &State, level: u32, own: NodeId) -> Result<(), Unmet> {
-    if level <= FIRST {
+    if level <= FIRST || mistakes::is(Mistake::LevelIgnored) {
         return Ok(());
     }
     let others = state.nodes().values().filter(|node| node.id != own && is_manager(node));
@@ -102,7 +104,7 @@ fn is_manager(node: &Node) -> bool {
     "the swarm uses format level {level}, and this node's program knows {known}: upgrade it, then let it join the managers"
 )]
 pub struct TooOldToManage {
-    /// What the swarm's state uses.
+    /// What the swarm's state and log use.
     pub level: u32,
     /// What the node knows.
     pub known: u32,
@@ -112,7 +114,8 @@ pub struct TooOldToManage {
 /// then its session may have.
 pub fn check_new(state: &State, node: &Node, said: u32) -> Result<(), TooOldToManage> {
     let described = node.description.as_ref().map_or(0, |description| description.format_level);
-    let (level, known) = (state.level(), if said == 0 { described.max(FIRST) } else { said });
+    let known = if said == 0 { described.max(FIRST) } else { said };
+    let level = state.level_of_log();
     if known < level { Err(TooOldToManage { level, known }) } else { Ok(()) }
 }
 
@@ -451,5 +454,19 @@ mod tests {
                 expect.map_or(Ok(()), |known| Err(TooOldToManage { level: CONTROL, known }));
             assert_eq!(check_new(&world.state, &joining, said), expect, "{name}");
         }
+        let forgiving = Object::Cluster(Box::new(crate::testing::cluster()));
+        world.replace(forgiving);
+        let old = |state: &State| check_new(state, &node(2), FACTS);
+        let too_old = Err(TooOldToManage { level: CONTROL, known: FACTS });
+        assert_eq!(world.state.level(), FIRST, "what was new is gone");
+        assert_eq!(old(&world.state), too_old, "it is still in the log");
+        let restored = State::decode(&world.state.encode()).unwrap();
+        assert_eq!(old(&restored), too_old, "also after a restart");
+        assert_eq!(restored.digest(), world.state.digest());
+        let refused = Action::Delete { kind: Kind::Secret, id: 1 };
+        let mut state = World::new("", service(0), "").state;
+        assert_eq!(old(&state), Ok(()));
+        state.apply(9, &Command::new(NOW, vec![refused]));
+        assert_eq!(old(&state), too_old, "one that came to nothing is in the log too");
     }
 }

@@ -21,6 +21,7 @@ mod by_id;
 pub mod conditions;
 pub mod constraint;
 pub mod container;
+pub mod description;
 pub mod endpoints;
 pub mod events;
 pub mod explain;

@@ -30,6 +30,8 @@ pub struct Reports {
     statuses: Statuses,
     /// Tasks that were told to stop without the acknowledgement of these nodes, until that is stored.
     missed: BTreeMap<TaskId, Vec<String>>,
+    /// The newest with attempts that a manager of before would stop at, until all managers know them.
+    withheld: Statuses,
 }
 
 impl Reports {
@@ -80,12 +82,25 @@ impl Reports {
             }
             !is_stored
         });
+        if level >= level::CONTROL {
+            for (task_id, told) in std::mem::take(&mut self.withheld) {
+                let Some(task) = state.task(task_id) else { continue };
+                if task.status.n_attempts >= told.n_attempts {
+                    continue; // A later report brought them.
+                }
+                let status = statuses.entry(task_id).or_insert_with(|| task.status.clone());
+                if status.n_attempts < told.n_attempts {
+                    (status.attempts, status.n_attempts) = (told.attempts, told.n_attempts);
+                }
+            }
+        }
+        self.withheld.retain(|task_id, _| state.task(*task_id).is_some());
         for (task_id, status) in statuses {
             let stored = || state.task(*task_id).map(|task| task.status.unacknowledged.clone());
             let missed = self.missed.get(task_id).cloned();
             status.unacknowledged = missed.or_else(stored).unwrap_or_default();
-            if level < level::CONTROL {
-                // A manager of before would stop at it; the node has it, and says it again in its next report.
+            if level < level::CONTROL && status.n_attempts > 0 {
+                self.withheld.insert(*task_id, status.clone());
                 (status.attempts, status.n_attempts) = (Vec::new(), 0);
             }
         }
@@ -198,6 +213,7 @@ mod tests {
             reports.take(&world.state, NODE, TASK, told).unwrap();
             let next = reports.next(&world.state);
             assert_eq!(next[&TASK].state, TaskState::Running);
+            world.apply(patches(&next).collect());
             assert_eq!(
                 (next[&TASK].attempts.len(), next[&TASK].n_attempts),
                 (n_stored, n_stored as u32),
@@ -205,6 +221,14 @@ mod tests {
             );
             let command = crate::Command::new(crate::testing::NOW, patches(&next).collect());
             assert!(command.level <= format_level);
+            assert_eq!(reports.next(&world.state), Statuses::new(), "nothing is new");
+            let mut upgraded = crate::testing::node(2);
+            upgraded.description.as_mut().unwrap().format_level = level::CONTROL;
+            upgraded.manager_status = Some(skep_common::object::ManagerStatus::default());
+            world.replace(skep_common::Object::Node(Box::new(upgraded)));
+            world.apply(patches(&reports.next(&world.state)).collect());
+            assert_eq!(world.state.task(TASK).unwrap().status.n_attempts, 1, "once all know it");
+            assert_eq!(reports.next(&world.state), Statuses::new());
         }
     }
 }

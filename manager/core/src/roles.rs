@@ -144,11 +144,18 @@ pub fn admit(
         return Err(NotAdmitted::ToBeWorker(node_id));
     }
     level::check_new(state, node, said).map_err(NotAdmitted::TooOld)?;
-    if node.manager_status.as_ref() == Some(status) {
+    // Its session may have said more of another program: until its next one says what this program knows, nothing is
+    // to be written that it does not.
+    let has_said_more = said > 0
+        && node.description.as_ref().is_some_and(|description| description.format_level > said);
+    if node.manager_status.as_ref() == Some(status) && !has_said_more {
         return Ok(Admission::Admitted);
     }
     let mut noted = (**node).clone();
     noted.manager_status = Some(status.clone());
+    if let Some(description) = noted.description.as_mut().filter(|_| has_said_more) {
+        description.format_level = said;
+    }
     Ok(Admission::Note(Box::new(noted)))
 }
 
@@ -237,6 +244,7 @@ pub fn keeps_majority(n_voters: usize, n_others: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::level::FACTS;
     use crate::testing::{World, node, service};
     use skep_common::Object;
     use skep_common::object::ManagerStatus;
@@ -313,6 +321,14 @@ mod tests {
         };
         assert_eq!(noted.manager_status, Some(status.clone()));
         assert_eq!(admitted(&noted, CONTROL), Ok(Admission::Admitted));
+        let noted = match admitted(&noted, FACTS) {
+            Ok(Admission::Note(noted)) => *noted,
+            other => panic!("an older program than its session said: {other:?}"),
+        };
+        assert_eq!(noted.description.as_ref().unwrap().format_level, FACTS);
+        assert_eq!(admitted(&noted, FACTS), Ok(Admission::Admitted));
+        assert_eq!(admitted(&noted, CONTROL), Ok(Admission::Admitted), "it was upgraded");
+        assert_eq!(admitted(&noted, 0), Ok(Admission::Admitted), "one that does not say so");
         let worker = of_role(1, Worker);
         assert_eq!(admitted(&worker, CONTROL), Err(NotAdmitted::ToBeWorker(NodeId(1))));
         assert_eq!(admitted(&of_role(2, Manager), 0), Err(NotAdmitted::Removed(NodeId(1))));

@@ -18,6 +18,7 @@ use skep_common::spec::PortProtocol;
 use skep_common::{NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
 use skep_manager_core::claims::Claims;
+use skep_manager_core::description::describe;
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::{Action, Expect, State, level, rotation, store};
 use skep_proto::dispatcher_message::Message;
@@ -223,25 +224,14 @@ impl Sessions {
                 self.not_accepted.remove(&node_id);
                 continue;
             };
-            let mut description = self.claims.accept(node_id, &session.description);
+            let description = self.claims.accept(node_id, &session.description);
             match description == session.description {
                 true => self.not_accepted.remove(&node_id),
                 false => self.not_accepted.insert(node_id),
             };
-            if level < level::CONTROL {
-                // A manager that has not said its level yet is no reason to forget what is stored.
-                let stored = node.description.as_ref();
-                description.tls_info = stored.and_then(|stored| stored.tls_info.clone());
-            }
-            let mut changed = (**node).clone();
-            changed.description = Some(description);
+            let mut changed = describe(node, description, session.conditions.as_ref(), level);
             changed.status.addr = session.address.ip().to_string();
             changed.status.port = session.address.port();
-            let conditions = session.conditions.as_ref();
-            let is_known = level >= level::FACTS;
-            if let Some(conditions) = conditions.filter(|said| is_known || said.is_empty()) {
-                changed.status.port_conditions.clone_from(conditions);
-            }
             if changed == **node {
                 continue;
             }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use skep_common::spec::PublishMode;
-use skep_common::{NetworkId, Task, TaskState};
+use skep_common::{NetworkId, Task, TaskId, TaskState};
 use skep_manager_core::State;
 
 use super::{Invariant, ensure};
@@ -24,20 +24,23 @@ fn addresses(task: &Task) -> impl Iterator<Item = Place> {
 }
 
 fn check_store(state: &State) -> Result<(), String> {
-    let mut holders: BTreeMap<Place, String> = BTreeMap::new();
+    let mut holders: BTreeMap<Place, TaskId> = BTreeMap::new();
+    let mut balanced: BTreeMap<Place, &String> = BTreeMap::new();
     let mut ports = BTreeMap::new();
     let mut vnis = BTreeMap::new();
     for task in state.tasks().values().filter(|task| !task.status.state.is_terminal()) {
         for place in addresses(task) {
-            if let Some(other) = holders.insert(place, task.name()) {
-                return Err(format!("{other} and {} have the address {place:?}", task.name()));
+            if let Some(other) = holders.insert(place, task.id) {
+                return Err(format!("{other} and {} have the address {place:?}", task.id));
             }
         }
     }
     for service in state.services().values() {
         for vip in &service.endpoint.virtual_ips {
             let place = (Some(vip.network_id), vip.addr.addr());
-            if let Some(other) = holders.insert(place, service.spec.name.clone()) {
+            let other = holders.get(&place).map(ToString::to_string);
+            let other = other.or_else(|| balanced.insert(place, &service.spec.name).cloned());
+            if let Some(other) = other {
                 return Err(format!(
                     "{other} and {} have the address {place:?}",
                     service.spec.name
@@ -66,13 +69,13 @@ fn check_store(state: &State) -> Result<(), String> {
 
 /// Containers that run and whose tasks managers have not given up.
 pub(super) fn check_containers(world: &World) -> Result<(), String> {
-    let mut holders: BTreeMap<Place, String> = BTreeMap::new();
+    let mut holders: BTreeMap<Place, TaskId> = BTreeMap::new();
     for machine in &world.machines {
         for task_id in &machine.agent.running {
             let is_given_up = |task: &Task| task.status.state == TaskState::Orphaned;
             let known = world.ledger.task(*task_id).filter(|task| !is_given_up(task));
             for place in known.iter().flat_map(|task| addresses(task)) {
-                if let Some(other) = holders.insert(place, task_id.to_string()) {
+                if let Some(other) = holders.insert(place, *task_id) {
                     return Err(format!(
                         "containers {other} and {task_id} run with the address {place:?}"
                     ));

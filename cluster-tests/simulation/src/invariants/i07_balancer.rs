@@ -101,8 +101,15 @@ impl Balancer {
                 matches!(node.status.state, NodeState::Ready | NodeState::Disconnected)
             });
         let waited_for: BTreeSet<NodeId> =
-            leader.nodes().chain(may_balance.map(|node| node.id)).collect();
-        for node_id in waited_for {
+            leader.nodes().map(|(id, _)| id).chain(may_balance.map(|node| node.id)).collect();
+        // One that was down was not waited for, and is told of the stop and of the table in its first message.
+        let is_back = |node_id: NodeId| {
+            let is_new = |(id, opened_at): (NodeId, Timestamp)| id == node_id && opened_at == now;
+            let node = leader.state.node(node_id);
+            node.is_some_and(|node| node.status.state == NodeState::Down)
+                && leader.nodes().any(is_new)
+        };
+        for node_id in waited_for.into_iter().filter(|node_id| !is_back(*node_id)) {
             let Some(machine) = world.machine_of(node_id) else { continue };
             let kernel = &world.machines[machine].agent.kernel;
             let still = backends(&kernel.table.table).contains(&task_id);

@@ -38,7 +38,7 @@ impl Invariant for OneLog {
 
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {
         match seen {
-            Seen::Applied { manager, term, proposal, state } => {
+            Seen::Applied { manager, term, proposal, state, .. } => {
                 let index = state.version().index;
                 let first = self.entries.entry(index).or_insert((*term, *proposal));
                 let entry = (*term, *proposal);
@@ -50,7 +50,7 @@ impl Invariant for OneLog {
                     self.compare(state, &format!("manager {manager}"))?;
                 }
             }
-            Seen::Restored { manager, state } if state.version().index > 0 => {
+            Seen::Restored { manager, state, .. } if state.version().index > 0 => {
                 self.compare(state, &format!("the snapshot of manager {manager}"))?;
             }
             Seen::AtRest { .. } => {

@@ -18,6 +18,7 @@ mod i11_plan_is_deed;
 mod i12_comes_to_rest;
 mod i13_jobs;
 mod i14_members;
+mod i15_levels;
 mod i16_attempts;
 #[cfg(test)]
 mod tests;
@@ -27,6 +28,7 @@ use crate::world::World;
 
 pub(crate) use i12_comes_to_rest::unrest;
 pub(crate) use i14_members::managers_rest;
+pub(crate) use i15_levels::levels_rest;
 
 /// One thing that must hold.
 pub(crate) trait Invariant {
@@ -54,6 +56,7 @@ pub(crate) fn all() -> Vec<Box<dyn Invariant>> {
         Box::new(i12_comes_to_rest::ComesToRest),
         Box::new(i13_jobs::Jobs),
         Box::new(i14_members::Members),
+        Box::new(i15_levels::Levels),
         Box::new(i16_attempts::Attempts),
     ]
 }

@@ -152,6 +152,22 @@ fn attempts_past_the_limit_and_attempts_that_nobody_counted() {
 }
 
 #[test]
+fn what_a_manager_does_not_know() {
+    let level = skep_manager_core::command::FORMAT_LEVEL;
+    let sent = |level| Seen::Sent { manager: 0, level };
+    breaks(i15_levels::Levels, &[sent(level), sent(level + 1)], "is sent");
+    let state = |known: u32| {
+        let mut world = Tables::new("", service(0), "");
+        let mut node = crate::service::manager(2);
+        node.description.as_mut().unwrap().format_level = known;
+        world.put(vec![Object::Node(Box::new(node))]);
+        world.state
+    };
+    let proposed = |known| Seen::Proposed { manager: 0, level, state: state(known) };
+    breaks(i15_levels::Levels, &[proposed(level), proposed(level - 1)], "has said that it knows");
+}
+
+#[test]
 fn an_entry_that_no_majority_has_and_a_manager_that_is_no_member() {
     breaks(i14_members::Members, &[Seen::AtRest { is_settled: true }], "is no member");
     let mut world = world();
@@ -159,7 +175,7 @@ fn an_entry_that_no_majority_has_and_a_manager_that_is_no_member() {
         let mut state = State::default();
         state.skip(index);
         world.ledger = state.clone();
-        let seen = Seen::Applied { manager: 0, term: 1, proposal: None, state };
+        let seen = Seen::Applied { manager: 0, term: 1, proposal: None, level: 1, state };
         i14_members::Members.check(world, &seen)
     };
     assert_eq!(applied(&mut world, 2), Ok(()), "all begin with it");
@@ -177,12 +193,17 @@ fn a_deposed_leader_two_leaders_two_logs_and_a_refused_plan() {
     let led = |manager| Seen::Led { manager, term: 4 };
     breaks(i09_deposed::Deposed::default(), &[led(0), led(0), led(1)], "lead in term 4");
 
-    let applied_by =
-        |manager, term| Seen::Applied { manager, term, proposal: None, state: State::default() };
+    let applied_by = |manager, term| Seen::Applied {
+        manager,
+        term,
+        proposal: None,
+        level: 1,
+        state: State::default(),
+    };
     let seen = [applied_by(0, 1), applied_by(1, 1), applied_by(2, 2)];
     breaks(i10_one_log::OneLog::default(), &seen, "was committed");
     let mut other = tables("1@1:running");
-    let restored = |state: &State| Seen::Restored { manager: 0, state: state.clone() };
+    let restored = |state: &State| Seen::Restored { manager: 0, level: 1, state: state.clone() };
     let first = restored(&other);
     let status = TaskStatus { state: TaskState::Failed, ..TaskStatus::default() };
     let patch = TaskPatch { status: Some(status), ..TaskPatch::of(TaskId(1)) };

@@ -24,6 +24,7 @@ impl State {
     /// Applies the entry at Raft index `index`, and says what became of it and what it changed.
     pub fn apply(&mut self, index: u64, command: &Command) -> (Outcome, Vec<Change>) {
         let version = Version { index };
+        self.used_level = self.used_level.max(command.level);
         let mut next = self.clone();
         next.version = version;
         let mut changes = Vec::new();

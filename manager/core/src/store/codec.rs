@@ -21,6 +21,9 @@ const UNCHECKED_LEVEL: u32 = 1;
 struct Header {
     level: u32,
     version: Version,
+    /// Where it is higher than the level of the objects.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    used_level: Option<u32>,
 }
 
 /// Why bytes are not a state.
@@ -54,6 +57,10 @@ pub enum DecodeError {
 impl State {
     /// The whole state as bytes.
     pub fn encode(&self) -> Vec<u8> {
+        self.encode_with(|level| Some(self.used_level).filter(|used| *used > level))
+    }
+
+    fn encode_with(&self, used_level: impl Fn(u32) -> Option<u32>) -> Vec<u8> {
         let mut objects = Vec::new();
         // That of its objects: managers of an earlier version read what does not use what is new.
         let mut level = UNCHECKED_LEVEL;
@@ -62,7 +69,8 @@ impl State {
             write_line(&mut objects, &object);
         }
         let mut bytes = Vec::new();
-        write_line(&mut bytes, &Header { level, version: self.version });
+        let header = Header { level, version: self.version, used_level: used_level(level) };
+        write_line(&mut bytes, &header);
         bytes.append(&mut objects);
         bytes
     }
@@ -71,6 +79,14 @@ impl State {
     pub fn level(&self) -> u32 {
         let levels = self.objects().map(|object| level::of_object(&object));
         levels.fold(UNCHECKED_LEVEL, u32::max)
+    }
+
+    /// The format level that a program needs which is given the whole log of this state, or the state.
+    ///
+    /// It never falls: a command stays in the log when what it made is removed, and a log is as long as each manager
+    /// keeps it.
+    pub fn level_of_log(&self) -> u32 {
+        self.level().max(self.used_level)
     }
 
     /// Reads what [`State::encode`] wrote.
@@ -92,12 +108,18 @@ impl State {
                 .map_err(|outcome| DecodeError::Inconsistent { line: line_number, outcome })?;
         }
         state.version = header.version;
+        state.used_level = header.used_level.unwrap_or_default().max(header.level);
         Ok(state)
     }
 
-    /// SHA-256 of [`State::encode`] in hexadecimal: equal on all managers at one version.
+    /// SHA-256 of the version and all objects in hexadecimal: equal on all managers at one version.
+    ///
+    /// Without the level that was used: one whose snapshot is of before it was noted has only seen what came after.
     pub fn digest(&self) -> String {
-        Sha256::digest(self.encode()).iter().map(|byte| format!("{byte:02x}")).collect()
+        Sha256::digest(self.encode_with(|_| None))
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 
     /// Every object, ordered by kind and id.

@@ -68,6 +68,8 @@ pub struct Change {
 #[derive(Debug, Clone, Default)]
 pub struct State {
     version: Version,
+    /// The highest level of any command so far: it may still be in a manager's log, whatever became of it.
+    used_level: u32,
     cluster: Option<Arc<Cluster>>,
     nodes: Table<NodeId, Node>,
     services: Table<ServiceId, Service>,
