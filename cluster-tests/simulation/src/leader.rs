@@ -16,7 +16,7 @@ use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
-use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan};
+use skep_manager_core::{Action, Change, Command, Dirty, LeaderMemory, State, plan, roles};
 
 use crate::membership::ManagerId;
 use crate::message::{Assignments, MachineId, Message};
@@ -36,7 +36,7 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
-    told_part: Option<(NodeRole, Vec<MachineId>)>,
+    told_part: Option<(NodeRole, u64, Vec<MachineId>)>,
     opened_at: Timestamp,
     heard_at: Timestamp,
 }
@@ -339,12 +339,13 @@ impl Leader {
         let mut out = Vec::new();
         for (node_id, session) in &mut self.sessions {
             let Some(node) = self.state.node(*node_id) else { continue };
-            let part = Some((node.observed_role(), managers.clone()));
+            let (role, raft_id) = (node.observed_role(), roles::counted(node));
+            let part = Some((role, raft_id, managers.clone()));
             if session.told_part != part {
                 session.told_part = part;
                 let (session, machine) = (session.id, session.machine);
-                let (role, managers) = (node.observed_role(), managers.clone());
-                out.push((machine, Message::Part { session, role, managers }));
+                let managers = managers.clone();
+                out.push((machine, Message::Part { session, role, raft_id, managers }));
             }
         }
         out
