@@ -106,3 +106,46 @@ fn a_manager_leaves_the_others_first_and_stays_where_they_need_it() {
     assert!(last.contains("last manager") && last.contains("--force"), "{last}");
     lab.down();
 }
+
+/// The Raft id that a node's daemon has written down.
+#[track_caller]
+fn raft_id(lab: &Lab, node: &str) -> u64 {
+    let record = std::fs::read(lab.data_dir(node).join("node.json")).expect("a member's record");
+    let record: serde_json::Value = serde_json::from_slice(&record).expect("a record is JSON");
+    record["RaftId"].as_u64().expect("a manager has a Raft id")
+}
+
+#[test]
+fn a_manager_that_missed_its_demotion_is_counted_again_once_it_is_promoted() {
+    if !is_root_or_skip() {
+        return;
+    }
+    let lab = Lab::start(LabOptions { managers: 3, workers: 0, ..LabOptions::default() });
+    let n1 = lab.node("n1");
+    assert_eq!(lab.wait_for_leader("n1"), "n1", "the founder leads on");
+    let before = raft_id(&lab, "n3");
+
+    // Both while its session is not known to have ended: only a node that is ready is promoted.
+    lab.cut(&["n3"]);
+    n1.skep(&["node", "demote", "n3"]).ok();
+    wait_for_part(&lab, "n1", "n3", str::is_empty);
+    n1.skep(&["node", "promote", "n3"]).ok();
+    n1.skep(&["node", "update", "--label-add", "written=meanwhile", "n3"]).ok();
+    let believes = lab.node("n3").skep(&["info", "--format", "{{.Swarm.ControlAvailable}}"]).ok();
+    assert_eq!((believes.text(), raft_id(&lab, "n3")), ("true", before));
+
+    lab.heal(&["n3"]);
+    wait_for_part(&lab, "n1", "n3", |status| status == "Reachable");
+    assert_ne!(raft_id(&lab, "n3"), before, "a Raft id is never used again");
+    wait_until_plays(&lab, "n3", true);
+    lab.wait_for_node("n3", "n3", "Ready");
+    lab.node("n3").skep(&["node", "update", "--label-add", "through=n3", "n1"]).ok();
+    lab.wait_until_alike("n1", 3);
+
+    // It counts as any other: with it, two of three are a majority.
+    lab.kill_daemon(&["n2"]);
+    n1.skep(&["node", "update", "--label-add", "with=n3", "n3"]).ok();
+    lab.start_nodes(&["n2"]);
+    lab.wait_until_alike("n1", 3);
+    lab.down();
+}

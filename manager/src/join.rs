@@ -160,11 +160,13 @@ impl Ca for CaService {
         let state = self.read().await?;
         let gone =
             || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
-        let role = state.node(node_id).ok_or_else(gone)?.observed_role();
+        let node = state.node(node_id).ok_or_else(gone)?;
+        let (role, raft_id) = (node.observed_role(), Some(roles::counted(node)));
         let (certificate_pem, _) =
             Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
         let role = role.name().to_owned();
-        Ok(Response::new(RenewResponse { certificate_pem, role, ..RenewResponse::default() }))
+        let answer = RenewResponse { certificate_pem, role, raft_id, ..RenewResponse::default() };
+        Ok(Response::new(answer))
     }
 }
 

@@ -22,4 +22,5 @@ pub mod space;
 
 pub use manager::{Manager, ManagerOptions, NewSwarm};
 pub use skep_manager_core::command::FORMAT_LEVEL;
+pub use skep_manager_core::roles::is_over;
 pub use skep_manager_core::{State, swarm};

@@ -1,4 +1,5 @@
-//! Managers that are to be workers: how they leave the Raft group, and what they wait for.
+//! Managers that are to be workers: how they leave the Raft group, and what they wait for. And members of the
+//! group that no node names any more.
 //!
 //! The leader takes them out, one after the other, and begins with what it finds in the store: a new leader
 //! goes on where the one before stopped. It gives the lead away before it is taken out itself.
@@ -27,16 +28,28 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How long whoever asks to leave waits until nobody counts it: longer than the lead takes to change.
 const PATIENCE: Duration = RPC_DEADLINE;
 
-/// Takes out whoever is to be a worker, for as long as this manager leads in `term`.
+/// Takes out whoever is to be a worker, and whoever no node names, for as long as this manager leads in `term`.
 pub(crate) async fn run(consensus: Consensus, term: u64) {
     let mut feed = consensus.subscribe();
     let mut told = None;
     loop {
+        // In this order: a manager is named before it is added.
+        let members = consensus.members();
         let state = consensus.state();
         let mut failure = None;
         for node in roles::retiring(&state) {
             if let Err(why) = retire(&consensus, term, node).await {
                 failure = Some(format!("node {}: {why}", node_name(node)));
+            }
+        }
+        let raft_ids: Vec<u64> = members.iter().map(|member| member.raft_id).collect();
+        for raft_id in roles::unnamed(&state, &raft_ids, consensus.raft_id()) {
+            match consensus.remove_unnamed(raft_id).await {
+                Ok(true) => tracing::info!(raft_id, "a manager that no node names is taken out"),
+                Ok(false) => {} // It was named meanwhile.
+                Err(error) => {
+                    failure = Some(format!("manager {raft_id:x}: {}", reason(&error)));
+                }
             }
         }
         let is_waiting = failure.is_some();
@@ -50,6 +63,7 @@ pub(crate) async fn run(consensus: Consensus, term: u64) {
         };
         tokio::select! {
             has_changed = nodes_changed(&mut feed) => if !has_changed { return },
+            has_changed = consensus.members_changed(&members) => if !has_changed { return },
             () = retry => {}
         }
     }

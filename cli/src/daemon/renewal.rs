@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rand::RngExt as _;
-use skep_proto::RenewRequest;
 use skep_proto::ca_client::CaClient;
+use skep_proto::{RenewRequest, RenewResponse};
 use skep_runtime::clock;
 use skep_runtime::identity::{Credentials, Csr, Files, RaftKey, is_trusted_by};
 use skep_runtime::telemetry::Chain;
@@ -42,12 +42,13 @@ impl Identity {
         Self { tls, files, raft_key, changing: Arc::default() }
     }
 
-    /// Gets another certificate, for the part that the managers give this node.
+    /// Gets another certificate, for the part that the managers give this node. By which Raft id they count it,
+    /// 0: by none; `None` where the manager asked does not say so.
     pub(super) async fn renew(
         &self,
         managers: &Managers,
         pool: &ChannelPool,
-    ) -> Result<(), String> {
+    ) -> Result<Option<u64>, String> {
         let _changing = self.changing.lock().await;
         let csr = Csr::generate().map_err(|error| text(&error))?;
         let mut why = "no manager is known".to_owned();
@@ -56,13 +57,10 @@ impl Identity {
             request.set_timeout(skep_common::limits::RPC_DEADLINE);
             match CaClient::new(pool.channel(&manager, Peer::Manager)).renew(request).await {
                 Ok(answer) => {
-                    let certificate_pem = answer.into_inner().certificate_pem;
+                    let RenewResponse { certificate_pem, raft_id, .. } = answer.into_inner();
                     let root_pem = self.tls.credentials().root_pem;
-                    return self.take(Credentials {
-                        certificate_pem,
-                        key_pem: csr.key_pem,
-                        root_pem,
-                    });
+                    self.take(Credentials { certificate_pem, key_pem: csr.key_pem, root_pem })?;
+                    return Ok(raft_id);
                 }
                 Err(status) => why = format!("{manager}: {}", status.message()),
             }

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use skep_common::spec::NodeRole;
 use skep_manager::consensus::StopReason;
 use skep_manager::recovery::switch;
 use skep_manager::space;
@@ -122,6 +123,11 @@ async fn start(machine: &Machine) -> Result<Membership> {
     }
     let file = RecordFile::in_data_dir(&options.data_dir);
     let mut record = file.load()?;
+    if subject.role == NodeRole::Manager && record.raft_id.is_none() {
+        // The membership by its last Raft id is over.
+        role::begin_manager(&options.data_dir)?;
+        record = file.load()?;
+    }
     let option = options.advertise_addr.as_deref();
     if let Some(settled) = record.settled(option) {
         record = settled;
@@ -280,7 +286,6 @@ impl Step {
 mod tests {
     use super::*;
     use crate::daemon::record::NodeRecord;
-    use skep_common::spec::NodeRole;
     use skep_common::{ClusterId, NodeId, Timestamp};
     use skep_proto::machine_server::Machine as _;
     use skep_proto::{InfoRequest, JoinSwarmRequest, LeaveSwarmRequest};

@@ -51,6 +51,8 @@ enum Asker {
     Manager(MachineId),
     /// The leader itself, of a manager that is to be a worker.
     Retiring(Arc<Node>),
+    /// The leader itself, of a member that no node names.
+    Unnamed,
 }
 
 #[derive(Debug, Clone)]
@@ -178,9 +180,16 @@ impl World {
             return;
         }
         self.look_for_retiring(machine, out);
+        let own = self.manager(machine).replica.id().raft_id();
         loop {
             let manager = self.manager(machine);
             let Some(pending) = manager.changes.queue.front_mut() else { break };
+            if let (Asker::Unnamed, Change::Remove(id)) = (&pending.asker, pending.change)
+                && roles::unnamed(&manager.state, &[id.raft_id()], own).is_empty()
+            {
+                manager.changes.queue.pop_front(); // It was named meanwhile, and may be joining.
+                continue;
+            }
             let last = manager.replica.membership().clone();
             let verdict = pending.step(&mut manager.replica, now);
             if *manager.replica.membership() != last {
@@ -211,6 +220,10 @@ impl World {
         match pending.asker {
             Asker::Own => self.changed(machine, id, &verdict, out),
             Asker::Manager(from) => self.send(machine, from, Message::Changed { id, verdict }),
+            Asker::Unnamed => self.note(format_args!(
+                "{machine}: {:?}, which nobody names: {verdict:?}",
+                pending.change
+            )),
             Asker::Retiring(node) => {
                 self.note(format_args!("{machine}: {} retires: {verdict:?}", node.hostname()));
                 match (verdict, pending.change) {
@@ -224,24 +237,39 @@ impl World {
         }
     }
 
-    /// As the leader: begins with the next manager that is to be a worker.
+    /// As the leader: begins with the next manager that is to be a worker, or that no node names.
     fn look_for_retiring(&mut self, machine: MachineId, out: &mut Vec<Outgoing>) {
         let (now, id) = (self.now(), self.next_id());
         let manager = self.manager(machine);
         let changes = &mut manager.changes;
-        let is_retiring = |pending: &Pending| matches!(pending.asker, Asker::Retiring(_));
-        let is_busy = changes.is_noting || changes.queue.iter().any(is_retiring);
+        let is_own =
+            |pending: &Pending| matches!(pending.asker, Asker::Retiring(_) | Asker::Unnamed);
+        let is_busy = changes.is_noting || changes.queue.iter().any(is_own);
         let Some(leader) = manager.leader.as_ref().filter(|_| !is_busy) else { return };
         if changes.retires_at.is_some_and(|at| now < at) {
             return;
         }
         changes.retires_at = Some(now.after(LOOK));
+        let own = manager.replica.id();
         let Some(node) =
             roles::retiring(&leader.state).first().map(|node| Arc::new(Node::clone(node)))
         else {
+            let members = manager.replica.membership().members();
+            let members: Vec<u64> = members.iter().map(|id| id.raft_id()).collect();
+            let unnamed = roles::unnamed(&leader.state, &members, own.raft_id());
+            if let Some(raft_id) = unnamed.first() {
+                let change = Change::Remove(ManagerId::of_raft_id(*raft_id));
+                let asker = Asker::Unnamed;
+                changes.queue.push_back(Pending {
+                    id,
+                    asker,
+                    change,
+                    since: now,
+                    asked_round: None,
+                });
+            }
             return;
         };
-        let own = manager.replica.id();
         let change = match roles::retirement(&node, own.raft_id()) {
             Retirement::HandOver => Change::MayRemove(own),
             Retirement::TakeOut { raft_id } => Change::Remove(ManagerId::of_raft_id(raft_id)),

@@ -54,7 +54,7 @@ impl Wish {
     pub(crate) fn draw(
         rng: &mut StdRng,
         nodes: &[NodeId],
-        (workers, promotable): (&[NodeId], &[NodeId]),
+        workers: &[NodeId],
         managers: &[NodeId],
     ) -> Self {
         let service = rng.random_range(1..=samples::N_SERVICES);
@@ -62,8 +62,8 @@ impl Wish {
         let node_id = nodes[rng.random_range(0..nodes.len())];
         match rng.random_range(0..100) {
             0..16 => Self::CreateService(service),
-            16..18 if !promotable.is_empty() => {
-                Self::Promote(promotable[rng.random_range(0..promotable.len())])
+            16..18 if !workers.is_empty() => {
+                Self::Promote(workers[rng.random_range(0..workers.len())])
             }
             18..20 if !managers.is_empty() => {
                 Self::Demote(managers[rng.random_range(0..managers.len())])
@@ -98,8 +98,8 @@ impl Wish {
 pub(crate) enum Decision {
     /// There is nothing to do, or nothing more.
     Nothing,
-    /// What a certificate is for.
-    Part(NodeRole),
+    /// What a certificate is for, and by which Raft id its node counts.
+    Part(NodeRole, u64),
     /// It is written, and where it goes on decided anew after that.
     Write { actions: Vec<Action>, about: Option<(Kind, u128)>, goes_on: bool },
     /// The members change, and then that is written; where there is nothing to write, it is decided anew.
@@ -120,7 +120,7 @@ pub(crate) fn decide(
         Wish::Promote(_) | Wish::Demote(_) | Wish::RemoveNode(..) => about_part(wish, state, now),
         Wish::Renew(node_id) => {
             let node = state.node(*node_id).ok_or("it was removed")?;
-            Ok(Decision::Part(node.observed_role()))
+            Ok(Decision::Part(node.observed_role(), roles::counted(node)))
         }
         Wish::Admit(node_id, manager, level) => {
             admit(state, *node_id, (*manager, *level), has_changed)

@@ -17,7 +17,9 @@ use skep_manager_core::description::describe;
 use skep_manager_core::endpoints::{Drain, NodeTable};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
-use skep_manager_core::{Action, Change, Command, Dirty, Expect, LeaderMemory, State, level, plan};
+use skep_manager_core::{
+    Action, Change, Command, Dirty, Expect, LeaderMemory, State, level, plan, roles,
+};
 
 use crate::membership::ManagerId;
 use crate::message::{Assignments, MachineId, Message};
@@ -40,7 +42,7 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
-    told_part: Option<(NodeRole, Vec<MachineId>)>,
+    told_part: Option<(NodeRole, u64, Vec<MachineId>)>,
     opened_at: Timestamp,
     heard_at: Timestamp,
 }
@@ -368,12 +370,13 @@ impl Leader {
         let mut out = Vec::new();
         for (node_id, session) in &mut self.sessions {
             let Some(node) = self.state.node(*node_id) else { continue };
-            let part = Some((node.observed_role(), managers.clone()));
+            let (role, raft_id) = (node.observed_role(), roles::counted(node));
+            let part = Some((role, raft_id, managers.clone()));
             if session.told_part != part {
                 session.told_part = part;
                 let (session, machine) = (session.id, session.machine);
-                let (role, managers) = (node.observed_role(), managers.clone());
-                out.push((machine, Message::Part { session, role, managers }));
+                let managers = managers.clone();
+                out.push((machine, Message::Part { session, role, raft_id, managers }));
             }
         }
         out

@@ -510,7 +510,9 @@ impl World {
         let Some(request) = self.manager(machine).requests.get_mut(&id) else { return };
         match decision {
             Decision::Nothing => self.end_request(machine, id, Some(PartAnswer::Counted)),
-            Decision::Part(role) => self.end_request(machine, id, Some(PartAnswer::Role(role))),
+            Decision::Part(role, raft_id) => {
+                self.end_request(machine, id, Some(PartAnswer::Part(role, raft_id)));
+            }
             Decision::Write { actions, about, goes_on } => {
                 (request.about, request.goes_on) = (about, goes_on);
                 self.propose(machine, id, actions, out);
@@ -598,10 +600,10 @@ impl World {
         let Some(request) = self.manager(machine).requests.remove(&id) else { return };
         let Some((to, number)) = request.asked_by else { return };
         let message = match (&request.wish, answer) {
-            (client::Wish::Renew(_), Some(PartAnswer::Role(role))) => {
-                Message::Renewed { request: number, role: Some(role) }
+            (client::Wish::Renew(_), Some(PartAnswer::Part(role, raft_id))) => {
+                Message::Renewed { request: number, part: Some((role, raft_id)) }
             }
-            (client::Wish::Renew(_), _) => Message::Renewed { request: number, role: None },
+            (client::Wish::Renew(_), _) => Message::Renewed { request: number, part: None },
             (_, answer) => {
                 let is_counted = answer == Some(PartAnswer::Counted);
                 Message::Admitted { request: number, is_counted }

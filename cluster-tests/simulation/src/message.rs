@@ -36,6 +36,7 @@ pub(crate) enum Message {
     Part {
         session: u64,
         role: NodeRole,
+        raft_id: u64,
         managers: Vec<MachineId>,
     },
     /// The manager asked does not lead.
@@ -95,10 +96,10 @@ pub(crate) enum Message {
         request: u64,
         node_id: NodeId,
     },
-    /// The part that it is for; `None`: ask again.
+    /// The part that it is for, and by which Raft id the managers count the node; `None`: ask again.
     Renewed {
         request: u64,
-        role: Option<NodeRole>,
+        part: Option<(NodeRole, u64)>,
     },
     /// A program asks a manager to be counted among them.
     Admit {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rand::RngExt as _;
 use skep_common::NodeId;
 use skep_common::spec::NodeRole;
+use skep_manager_core::roles;
 
 use crate::machine::Manager;
 use crate::membership::ManagerId;
@@ -28,8 +29,8 @@ pub(crate) struct Part {
     n_before: u64,
     /// What it asks for now.
     request: Option<u64>,
-    /// What the leader said last.
-    told: Option<NodeRole>,
+    /// What the leader said last, and by which Raft id the managers count it.
+    told: Option<(NodeRole, u64)>,
 }
 
 /// What a manager answers to whoever asks for a part.
@@ -37,8 +38,8 @@ pub(crate) struct Part {
 pub(crate) enum Answer {
     /// It is counted among the managers.
     Counted,
-    /// What the certificate is for.
-    Role(NodeRole),
+    /// What the certificate is for, and by which Raft id its node counts.
+    Part(NodeRole, u64),
 }
 
 impl World {
@@ -60,13 +61,21 @@ impl World {
     }
 
     /// The leader says which part the node has.
-    pub(crate) fn hear_part(&mut self, machine: MachineId, role: NodeRole) {
-        let own = self.role(machine);
+    pub(crate) fn hear_part(&mut self, machine: MachineId, role: NodeRole, raft_id: u64) {
+        let is_other = self.is_other_part(machine, role, raft_id);
         let part = &mut self.machines[machine].part;
-        part.told = Some(role);
-        if role != own && part.request.is_none() {
+        part.told = Some((role, raft_id));
+        if is_other && part.request.is_none() {
             self.ask_for_part(machine);
         }
+    }
+
+    /// Whether a machine is to begin another part than it plays. One that has not heard yet that it is counted is
+    /// still joining.
+    fn is_other_part(&self, machine: MachineId, role: NodeRole, raft_id: u64) -> bool {
+        let counted = self.machines[machine].manager.as_ref().filter(|one| one.is_counted);
+        role != self.role(machine)
+            || counted.is_some_and(|one| roles::is_over(one.replica.id().raft_id(), Some(raft_id)))
     }
 
     /// A daemon has started: what it is to go on with.
@@ -85,10 +94,11 @@ impl World {
     }
 
     fn ask_for_part(&mut self, machine: MachineId) {
-        let (own, request) = (self.role(machine), self.next_id());
+        let request = self.next_id();
         let one = &self.machines[machine];
         let (node_id, level) = (one.node_id, one.level);
-        let is_other = one.part.told.is_some_and(|told| told != own);
+        let told = one.part.told;
+        let is_other = told.is_some_and(|(role, id)| self.is_other_part(machine, role, id));
         let uncounted = one.manager.as_ref().filter(|manager| !manager.is_counted);
         let uncounted = uncounted.map(|manager| manager.replica.id());
         let (message, patience) = match uncounted {
@@ -109,13 +119,20 @@ impl World {
     }
 
     /// A manager has signed a certificate, or could not.
-    pub(crate) fn renewed(&mut self, machine: MachineId, request: u64, role: Option<NodeRole>) {
+    pub(crate) fn renewed(
+        &mut self,
+        machine: MachineId,
+        request: u64,
+        part: Option<(NodeRole, u64)>,
+    ) {
         if self.machines[machine].part.request != Some(request) {
             return;
         }
         self.machines[machine].part.request = None;
-        match role {
-            Some(role) if role != self.role(machine) => self.become_part(machine, role),
+        match part {
+            Some((role, raft_id)) if self.is_other_part(machine, role, raft_id) => {
+                self.become_part(machine, role);
+            }
             Some(_) => {} // The managers have changed their minds; the leader tells.
             None => self.ask_later(machine),
         }
@@ -133,6 +150,7 @@ impl World {
         if is_counted {
             self.counts.n_promoted += 1;
             self.note(format_args!("{machine} is counted among the managers"));
+            self.ask_later(machine); // That it is over may have been told before.
         } else {
             self.ask_later(machine);
         }

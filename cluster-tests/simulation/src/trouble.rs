@@ -240,11 +240,6 @@ impl World {
         let nodes: Vec<NodeId> = self.ledger.nodes().keys().copied().filter(is_somebody).collect();
         let workers = self.ledger.nodes().values().filter(|node| node.manager_status.is_none());
         let workers: Vec<NodeId> = workers.map(|node| node.id).collect();
-        // One that was demoted and has not heard of it yet is not promoted again: it would not be counted anew.
-        let plays_worker = |node_id: &&NodeId| {
-            self.machine_of(**node_id).is_some_and(|id| self.machines[id].manager.is_none())
-        };
-        let promotable: Vec<NodeId> = workers.iter().filter(plays_worker).copied().collect();
         let managers = self.ledger.nodes().values().filter(|node| node.manager_status.is_some());
         let managers: Vec<NodeId> = managers.map(|node| node.id).collect();
         let strangers: Vec<MachineId> = self.strangers();
@@ -256,7 +251,7 @@ impl World {
                     let role = if is_manager { NodeRole::Manager } else { NodeRole::Worker };
                     Wish::Join(*machine, NodeId::random(rng), role)
                 }
-                _ => Wish::draw(rng, &nodes, (&workers, &promotable), &managers),
+                _ => Wish::draw(rng, &nodes, &workers, &managers),
             };
             let is_removal = matches!(wish, Wish::RemoveNode(..));
             if !is_removal || !(0..self.machines.len()).any(|id| self.is_going_back(id)) {

@@ -140,14 +140,14 @@ impl World {
                 self.connect_later(to);
                 self.leave_managers(to);
             }
-            Message::Part { session, role, managers }
+            Message::Part { session, role, raft_id, managers }
                 if self.machines[to].agent.session().is_some_and(|(open, ..)| open == session) =>
             {
                 self.hear(to);
                 self.machines[to].agent.managers = managers;
-                self.hear_part(to, role);
+                self.hear_part(to, role, raft_id);
             }
-            Message::Renewed { request, role } => self.renewed(to, request, role),
+            Message::Renewed { request, part } => self.renewed(to, request, part),
             Message::Admitted { request, is_counted } => self.admitted(to, request, is_counted),
             Message::Assignments { session, what } => {
                 let open = self.machines[to].agent.session();

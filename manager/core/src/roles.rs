@@ -166,6 +166,36 @@ pub fn is_manager(state: &State, node_id: NodeId, raft_id: u64) -> bool {
     status.is_some_and(|status| status.raft_id == raft_id)
 }
 
+/// What [`counted`] says of a node that the managers do not count.
+pub const NOT_COUNTED: u64 = 0;
+
+/// The Raft id by which the managers count a node: [`NOT_COUNTED`] for a worker, and for a manager until it is
+/// admitted.
+pub fn counted(node: &Node) -> u64 {
+    node.manager_status.as_ref().map_or(NOT_COUNTED, |status| status.raft_id)
+}
+
+/// Whether the membership of a manager by its Raft id `own` is over, where the managers `counted` it, or refused to,
+/// before they said by which id they count its node now. Where it is, they took `own` out of the Raft group, and a
+/// manager that is to go on needs another id and an empty log. `None`: whoever was asked does not say so.
+pub fn is_over(own: u64, counted: Option<u64>) -> bool {
+    counted.is_some_and(|counted| counted != own)
+}
+
+/// Those of the Raft group's `members` that no node of the state names, but not `own`, the leader's. A node names
+/// its Raft id before the group has it: whoever is not named was demoted or removed while it was let in, and the
+/// manager that let it in has ended before it took it out again.
+pub fn unnamed(state: &State, members: &[u64], own: u64) -> Vec<u64> {
+    let named: BTreeSet<u64> = state
+        .nodes()
+        .values()
+        .filter_map(|node| node.manager_status.as_ref())
+        .map(|status| status.raft_id)
+        .collect();
+    let is_unnamed = |raft_id: &u64| *raft_id != own && !named.contains(raft_id);
+    members.iter().copied().filter(is_unnamed).collect()
+}
+
 /// Why a node stays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum NotRemoved {
@@ -332,6 +362,46 @@ mod tests {
         let worker = of_role(1, Worker);
         assert_eq!(admitted(&worker, CONTROL), Err(NotAdmitted::ToBeWorker(NodeId(1))));
         assert_eq!(admitted(&of_role(2, Manager), 0), Err(NotAdmitted::Removed(NodeId(1))));
+    }
+
+    #[test]
+    fn a_membership_is_over_once_its_raft_id_is_not_the_one_that_counts() {
+        use NodeRole::{Manager, Worker};
+        let status = |raft_id| ManagerStatus { raft_id, ..ManagerStatus::default() };
+        let counted_as = |number, raft_id| {
+            let manager_status = Some(status(raft_id));
+            Node { manager_status, ..of_role(number, Manager) }
+        };
+        let (manager, other) = (counted_as(1, 7), counted_as(2, 8));
+        assert!(!is_over(7, Some(counted(&manager))));
+        // It keeps its id on its way to be a worker, until it is taken out.
+        let demoted = asked(&[manager, other.clone()], Worker).unwrap();
+        assert!(!is_over(7, Some(counted(&demoted))));
+        let promoted = asked(&[retired(&demoted), other], Manager).unwrap();
+        assert_eq!((promoted.observed_role(), counted(&promoted)), (Manager, NOT_COUNTED));
+        assert!(is_over(7, Some(counted(&promoted))));
+        assert!(is_over(7, Some(counted(&counted_as(1, 9)))), "it has joined by another id");
+        assert!(!is_over(7, None), "nobody says so");
+    }
+
+    #[test]
+    fn members_that_no_node_names_are_found_but_for_the_leader() {
+        let mut world = World::new("", service(0), "");
+        let named = [(1, NodeRole::Manager, 7), (2, NodeRole::Worker, 8)];
+        let nodes = named.map(|(number, role, raft_id)| {
+            let manager_status = Some(ManagerStatus { raft_id, ..ManagerStatus::default() });
+            Object::Node(Box::new(Node { manager_status, ..of_role(number, role) }))
+        });
+        world.put(nodes.into());
+        world.put(vec![Object::Node(Box::new(of_role(3, NodeRole::Worker)))]);
+        for (members, own, expect) in [
+            (vec![7, 8], 7, vec![]), // One that is to be a worker is taken out as such.
+            (vec![7, 8, 9, 10], 7, vec![9, 10]),
+            (vec![9], 9, vec![]), // It founds the swarm.
+            (vec![], 7, vec![]),
+        ] {
+            assert_eq!(unnamed(&world.state, &members, own), expect, "{members:?} of {own}");
+        }
     }
 
     #[test]

@@ -23,6 +23,9 @@ const LAG_MAX: u64 = 100;
 /// What a forwarded change gets beyond the leader's own patience.
 const FORWARD_MARGIN: Duration = Duration::from_secs(2);
 
+/// Why a change is not begun.
+const UNDER_WAY: &str = "another change of the managers is under way; repeat when it has ended";
+
 /// Whether a manager has a vote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum MemberRole {
@@ -108,6 +111,45 @@ impl Consensus {
         elsewhere.await.is_some()
     }
 
+    /// Waits until the managers are others than `known`, as far as this one has heard; false when consensus has
+    /// ended.
+    pub(crate) async fn members_changed(&self, known: &[Member]) -> bool {
+        let mut metrics = self.inner.metrics.clone();
+        let changed =
+            metrics.wait_for(|metrics| members_of(metrics.membership_config.membership()) != known);
+        changed.await.is_some()
+    }
+
+    /// As the leader: takes a manager out unless a node of the state names it, or it is the leader; true where it is
+    /// out. Safe to repeat, and beside a manager that is joining: its node names it before it is added, and none is
+    /// added between the look at the state and the change.
+    pub(crate) async fn remove_unnamed(&self, raft_id: u64) -> Result<bool, Error> {
+        let waited = self.inner.timing.patience;
+        let deadline = Deadline::after(waited);
+        let refused = |reason: &str| Error::Refused { raft_id, reason: reason.to_owned() };
+        let Some(_one_at_a_time) = deadline.bound(self.inner.membership_change.lock()).await else {
+            return Err(refused(UNDER_WAY));
+        };
+        let term = |consensus: &Self| {
+            let leadership = consensus.inner.leadership.borrow();
+            leadership.is_self.then_some(leadership.term)
+        };
+        let before = term(self);
+        let state = self.read_state().await.map_err(|_| Error::NoLeader { waited })?;
+        // In another term, somebody else may have added it meanwhile.
+        if before.is_none() || term(self) != before {
+            return Err(Error::NoLeader { waited });
+        }
+        if roles::unnamed(&state, &[raft_id], self.inner.raft_id).is_empty() {
+            return Ok(false);
+        }
+        self.remove_here(raft_id).await.map(|()| true).map_err(|verdict| match verdict {
+            Verdict::Refused(reason) => Error::Refused { raft_id, reason },
+            Verdict::NotTaken => Error::NoLeader { waited },
+            Verdict::Unknown | Verdict::Done(()) => Error::Unknown { raft_id },
+        })
+    }
+
     async fn change(
         &self,
         change: MembershipChange,
@@ -162,8 +204,7 @@ impl Consensus {
         | MembershipChange::MayRemove { patience, .. }) = change;
         let deadline = Deadline::after(*patience);
         let Some(_one_at_a_time) = deadline.bound(self.inner.membership_change.lock()).await else {
-            let reason = "another change of the managers is under way; repeat when it has ended";
-            return Verdict::Refused(reason.to_owned());
+            return Verdict::Refused(UNDER_WAY.to_owned());
         };
         let done = match change {
             MembershipChange::Add { raft_id, addr, .. } => {

@@ -2,9 +2,16 @@
 
 use std::time::Duration;
 
+use skep_common::object::ManagerStatus;
+use skep_common::spec::{Availability, NodeRole};
+use skep_common::{NodeId, Object};
+use skep_manager_core::{Action, Command, Expect, Outcome};
+use skep_runtime::clock;
+
 use super::harness::{Swarm, has_config, put_config, wait_version, within};
 use crate::consensus::membership::Error;
 use crate::consensus::{Compaction, Consensus, MemberRole};
+use crate::join::new_node;
 
 fn voters(manager: &Consensus) -> Vec<u64> {
     let members = manager.members().into_iter();
@@ -35,6 +42,37 @@ async fn managers_are_added_moved_and_removed_through_any_manager() {
     swarm.kill(3).await;
     within("a write", follower.propose(&put_config(1, 10))).await.unwrap();
     swarm.converge().await;
+    swarm.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_takes_out_a_member_that_no_node_names_and_no_other() {
+    let swarm = Swarm::of(3).await;
+    let number = swarm.leader(None).await;
+    let leader = swarm.get(number);
+    let leads = within("the lead", async {
+        leader.leadership().wait_for(|leadership| leadership.is_self).await.map(drop)
+    });
+    leads.await.unwrap();
+    let others: Vec<u64> = swarm.ids().into_iter().filter(|id| *id != number).collect();
+    let mut node =
+        new_node(NodeId(1), NodeRole::Manager, Availability::Active, "10.0.0.1:1").unwrap();
+    node.manager_status = Some(ManagerStatus { raft_id: others[0], ..ManagerStatus::default() });
+    let object = Object::Node(Box::new(node));
+    let put = Action::Put { object, expect: Expect::Absent };
+    let named = within("a write", leader.propose(&Command::new(clock::now(), vec![put]))).await;
+    assert!(matches!(named, Ok(Outcome::Applied(_))), "{named:?}");
+
+    assert_eq!(within("a look", leader.remove_unnamed(others[0])).await, Ok(false));
+    assert_eq!(within("a look", leader.remove_unnamed(number)).await, Ok(false), "it leads");
+    let elsewhere = within("an answer", swarm.get(others[0]).remove_unnamed(others[1])).await;
+    assert!(matches!(elsewhere, Err(Error::NoLeader { .. })), "{elsewhere:?}");
+    assert_eq!(voters(leader).len(), 3);
+    let known = leader.members();
+    assert_eq!(within("taking out", leader.remove_unnamed(others[1])).await, Ok(true));
+    assert!(within("the change", leader.members_changed(&known)).await);
+    assert_eq!(within("taking out again", leader.remove_unnamed(others[1])).await, Ok(true));
+    assert!(!voters(leader).contains(&others[1]) && voters(leader).len() == 2);
     swarm.stop().await;
 }
 
