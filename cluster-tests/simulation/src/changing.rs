@@ -11,10 +11,11 @@ use skep_common::{Node, Object, Timestamp};
 use skep_manager_core::roles::{self, Retirement};
 use skep_manager_core::{Action, Command, Expect};
 
+use crate::log::Payload;
 use crate::machine::Waiter;
 use crate::membership::ManagerId;
 use crate::message::{MachineId, Message};
-use crate::replica::{Outgoing, Payload, Replica, SILENCE_MAX};
+use crate::replica::{Outgoing, Replica, SILENCE_MAX};
 use crate::seen::Seen;
 use crate::world::{Timer, World};
 

@@ -5,7 +5,7 @@
 //! random, and a calm one, in which everything must come to rest and an update must keep its promise. All
 //! the while invariants are shown what happens.
 //!
-//! Reading order: [`mod@run`], `world`, `managing` and `working` with `leader`, `replica` and `agent`, `part`
+//! Reading order: [`mod@run`], `world`, `managing` and `working` with `leader`, `replica` (on its `log`) and `agent`, `part`
 //! and `changing` (who is a manager), `upgrade` (which program a machine has), `trouble` with [`fault`] and
 //! `client`, `invariants`; [`seeds`].
 
@@ -15,6 +15,7 @@ mod client;
 pub mod fault;
 mod invariants;
 mod leader;
+mod log;
 mod machine;
 mod managing;
 mod membership;

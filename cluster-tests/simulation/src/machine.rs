@@ -12,10 +12,11 @@ use crate::agent::Agent;
 use crate::changing::{Change, Changes};
 use crate::client::Wish;
 use crate::leader::Leader;
+use crate::log::Entry;
 use crate::membership::ManagerId;
 use crate::message::MachineId;
 use crate::part::Part;
-use crate::replica::{Entry, Replica};
+use crate::replica::Replica;
 
 /// Who waits for a proposal of this manager.
 #[derive(Debug, Clone, Copy)]

@@ -13,11 +13,12 @@ use crate::changing::{Changes, Verdict};
 use crate::client::{self, Decision};
 use crate::fault::Fault;
 use crate::leader::{self, Leader};
+use crate::log::Payload;
 use crate::machine::{Manager, Request, Stage, Waiter};
 use crate::membership::ManagerId;
 use crate::message::{MachineId, Message};
 use crate::part::Answer as PartAnswer;
-use crate::replica::{HEARTBEAT, Outgoing, Payload};
+use crate::replica::{HEARTBEAT, Outgoing};
 use crate::seen::Seen;
 use crate::world::{Event, Timer, World};
 

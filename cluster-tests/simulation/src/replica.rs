@@ -19,8 +19,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngExt};
 use skep_common::Timestamp;
 use skep_common::mistakes::{self, Mistake};
-use skep_manager_core::Command;
 
+use crate::log::{Disk, Entry, Payload, Snapshot};
 use crate::membership::{ManagerId, Membership};
 
 /// How often a leader speaks.
@@ -35,49 +35,6 @@ pub(crate) const SILENCE_MAX: Duration = Duration::from_millis(900);
 const LAG_MAX: u64 = 4;
 /// Entries in one message at most.
 const BATCH: usize = 16;
-
-/// What is agreed on.
-#[derive(Debug, Clone)]
-pub(crate) enum Payload {
-    /// A new leader's first.
-    Blank,
-    /// Who is counted from here on.
-    Membership(Membership),
-    Command {
-        /// Names the proposal, for whoever waits for it.
-        id: u64,
-        command: Arc<Command>,
-    },
-}
-
-/// One place of the log.
-#[derive(Debug, Clone)]
-pub(crate) struct Entry {
-    pub(crate) index: u64,
-    pub(crate) term: u64,
-    pub(crate) payload: Payload,
-}
-
-impl Entry {
-    /// The format level that it is understood at; 0 where every program understands it.
-    pub(crate) fn level(&self) -> u32 {
-        match &self.payload {
-            Payload::Command { command, .. } => command.level,
-            Payload::Blank | Payload::Membership(_) => 0,
-        }
-    }
-}
-
-/// All up to one place of the log, as bytes.
-#[derive(Debug, Default)]
-pub(crate) struct Snapshot {
-    pub(crate) index: u64,
-    pub(crate) term: u64,
-    pub(crate) membership: Membership,
-    /// The format level of the bytes.
-    pub(crate) level: u32,
-    pub(crate) bytes: Vec<u8>,
-}
 
 /// What replicas tell each other.
 #[derive(Debug, Clone)]
@@ -116,62 +73,6 @@ pub(crate) enum RaftMessage {
         to: ManagerId,
         last: (u64, u64),
     },
-}
-
-/// What a disk holds.
-#[derive(Debug, Clone, Default)]
-struct Disk {
-    term: u64,
-    vote: Option<ManagerId>,
-    snapshot: Arc<Snapshot>,
-    /// From the one after the snapshot on.
-    log: Vec<Arc<Entry>>,
-}
-
-impl Disk {
-    fn last_index(&self) -> u64 {
-        self.snapshot.index + self.log.len() as u64
-    }
-
-    fn term_at(&self, index: u64) -> Option<u64> {
-        match index.checked_sub(self.snapshot.index)? {
-            0 => Some(self.snapshot.term),
-            nth => self.log.get(usize::try_from(nth - 1).ok()?).map(|entry| entry.term),
-        }
-    }
-
-    /// (term, index): the order of logs.
-    fn last(&self) -> (u64, u64) {
-        let index = self.last_index();
-        (self.term_at(index).unwrap_or(0), index)
-    }
-
-    fn entry(&self, index: u64) -> Option<&Arc<Entry>> {
-        let nth = index.checked_sub(self.snapshot.index + 1)?;
-        self.log.get(usize::try_from(nth).ok()?)
-    }
-
-    /// Who is counted, as far as the log up to `index` says.
-    fn membership_at(&self, index: u64) -> &Membership {
-        let n_before = usize::try_from(index.saturating_sub(self.snapshot.index));
-        let before = self.log.iter().take(n_before.unwrap_or(usize::MAX));
-        let last = before.rev().find_map(|entry| match &entry.payload {
-            Payload::Membership(membership) => Some(membership),
-            Payload::Blank | Payload::Command { .. } => None,
-        });
-        last.unwrap_or(&self.snapshot.membership)
-    }
-
-    /// The place of the newest membership in the log; that of the snapshot where it has none.
-    fn last_change(&self) -> u64 {
-        let is_change = |entry: &&Arc<Entry>| matches!(entry.payload, Payload::Membership(_));
-        self.log.iter().rev().find(is_change).map_or(self.snapshot.index, |entry| entry.index)
-    }
-
-    fn truncate(&mut self, last_kept: u64) {
-        let kept = usize::try_from(last_kept.saturating_sub(self.snapshot.index));
-        self.log.truncate(kept.unwrap_or(usize::MAX));
-    }
 }
 
 #[derive(Debug)]

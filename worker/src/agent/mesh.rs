@@ -380,6 +380,7 @@ mod tests {
             state.networks().networks.keys().map(|id| id.0).collect()
         };
         let mut state = MeshState::default();
+        state.place(1, "10.192.0.0/10".parse().unwrap());
         let (ports, networks) = (vec![port(8080, &[1])], vec![network(1), network(2)]);
         state.update(MeshUpdate { whole: true, ports, networks, ..MeshUpdate::default() });
         assert_eq!(ids(&state), [1, 2]);
