@@ -4,7 +4,7 @@
 //! left is for what must be written all the same. Where even that is gone, Raft ends here, and clients are shown
 //! what was known by then; the daemon begins again when there is room.
 //!
-//! Driven by [`watch`], which looks once a second.
+//! Driven by [`watch()`], which looks once a second.
 
 use std::collections::BTreeSet;
 use std::fmt;

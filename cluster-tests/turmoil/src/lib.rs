@@ -6,7 +6,7 @@
 //!
 //! The managers change while all this goes on: machines join, and managers are demoted, leave and are removed.
 //!
-//! Reading order: [`run`] (phases and faults), `fault`, `machines` (who is in the swarm), `host` (a manager), `disk`,
+//! Reading order: [`mod@run`] (phases and faults), `fault`, `machines` (who is in the swarm), `host` (a manager), `disk`,
 //! `network`, `client`, `operator` (who changes the managers), `ledger` (what must hold), [`history`] (whether clients
 //! could tell the managers from one).
 //!

@@ -1,6 +1,6 @@
 //! 15. No manager is sent or applies what its program does not know, and no command has a higher format level than
-//!     the managers in the state that it was decided on know and said, but where that state is of that level already; and when all has come to rest, the state says of every
-//!     machine what its program knows.
+//!     the managers in the state that it was decided on know and said, but where that state is of that level already;
+//!     and when all has come to rest, the state says of every machine what its program knows.
 
 use skep_manager_core::State;
 use skep_manager_core::command::FORMAT_LEVEL;
