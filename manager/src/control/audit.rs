@@ -73,6 +73,17 @@ impl Asked {
     }
 }
 
+/// Waits for the answer to a request that may write, and notes what it wrote.
+async fn asked<T>(
+    caller: Caller,
+    method: &'static str,
+    answer: impl Future<Output = Answer<T>>,
+) -> (Arc<Asked>, Answer<T>) {
+    let asked = Arc::new(Asked { caller, method, version: AtomicU64::new(0) });
+    let answer = ASKED.scope(Arc::clone(&asked), answer).await;
+    (asked, answer)
+}
+
 /// Waits for the answer to a request that may write, and has a line for it.
 pub(crate) async fn audited<T>(
     caller: Caller,
@@ -80,8 +91,7 @@ pub(crate) async fn audited<T>(
     object: &str,
     answer: impl Future<Output = Answer<T>>,
 ) -> Answer<T> {
-    let asked = Arc::new(Asked { caller, method, version: AtomicU64::new(0) });
-    let answer = ASKED.scope(Arc::clone(&asked), answer).await;
+    let (asked, answer) = asked(caller, method, answer).await;
     asked.tell(object, &answer);
     answer
 }
@@ -93,8 +103,7 @@ pub(crate) async fn audited_try<T>(
     object: &str,
     answer: impl Future<Output = Answer<T>>,
 ) -> Answer<T> {
-    let asked = Arc::new(Asked { caller, method, version: AtomicU64::new(0) });
-    let answer = ASKED.scope(Arc::clone(&asked), answer).await;
+    let (asked, answer) = asked(caller, method, answer).await;
     let is_no_answer =
         |status: &Status| matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded);
     if !answer.as_ref().is_err_and(is_no_answer) {
