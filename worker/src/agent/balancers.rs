@@ -22,12 +22,12 @@ const REPAIR_PERIOD: Duration = Duration::from_secs(10);
 /// free.
 const CONDITION_PERIOD: Duration = Duration::from_secs(1);
 
-/// How long after a table came into force what was under way to withdrawn tasks is judged: many times what
-/// an answer takes within a swarm, and less than the second after which a client sends its request again.
-const SETTLE_AFTER: Duration = Duration::from_millis(200);
+/// How long between two looks at what was under way to withdrawn tasks: many times what an answer takes
+/// within a swarm. It takes two, together less than the second after which a client sends its request again.
+const SETTLE_PERIOD: Duration = Duration::from_millis(200);
 
-/// The same for the first of tables that follow each other.
-const SETTLE_WITHIN: Duration = Duration::from_millis(700);
+/// The same after a look that failed.
+const SETTLE_RETRY: Duration = Duration::from_secs(1);
 
 /// What programs the kernel's balancers. [`crate::embedded`] has the one for real nodes.
 #[tonic::async_trait]
@@ -40,8 +40,11 @@ pub trait Balancers: Send + fmt::Debug + 'static {
         networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
 
-    /// Has the kernel forget requests that withdrawn tasks did not answer. Called a moment after each table.
-    async fn settle(&mut self) {}
+    /// Has the kernel forget requests that withdrawn tasks did not answer. Called at most [`SETTLE_PERIOD`] after a
+    /// table came into force, and again as long as it returns true or fails.
+    async fn settle(&mut self) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(false)
+    }
 
     /// Whether what stood in the way of a port has changed since. Asked each second as long as something
     /// does, so it must look at nothing else.
@@ -111,6 +114,36 @@ impl BalancerHandle {
     }
 }
 
+/// Looks at what was under way to withdrawn tasks.
+#[derive(Debug, Default)]
+struct Settling {
+    /// When the next look is due; `None` while none is needed.
+    at: Option<Instant>,
+    /// How the last one failed.
+    failure: Option<String>,
+}
+
+impl Settling {
+    async fn look(&mut self, balancers: &mut Option<Box<dyn Balancers>>) {
+        let settled = match balancers {
+            Some(balancers) => balancers.settle().await,
+            None => Ok(false),
+        };
+        let (pause, failure) = match settled {
+            Ok(is_unsettled) => (is_unsettled.then_some(SETTLE_PERIOD), None),
+            Err(error) => (Some(SETTLE_RETRY), Some(Chain(error.as_ref()).to_string())),
+        };
+        if failure.is_some() && failure != self.failure {
+            let error = failure.as_deref();
+            tracing::warn!(
+                error,
+                "clients whose requests were lost may wait longer than they must"
+            );
+        }
+        (self.at, self.failure) = (pause.map(|pause| Instant::now() + pause), failure);
+    }
+}
+
 async fn run(
     mut balancers: Option<Box<dyn Balancers>>,
     mut tables: watch::Receiver<Newest>,
@@ -120,18 +153,15 @@ async fn run(
     let mut last_error = None;
     let mut acknowledged: Option<(u64, u64, Vec<PortCondition>)> = None;
     let mut repair_at = Instant::now() + REPAIR_PERIOD;
-    let (mut settle_at, mut unsettled_since): (Option<Instant>, Option<Instant>) = (None, None);
+    let mut settling = Settling::default();
     loop {
         let has_conditions = acknowledged.as_ref().is_some_and(|(.., found)| !found.is_empty());
         let look_at = Instant::now() + CONDITION_PERIOD;
         let wake_at = if has_conditions { look_at.min(repair_at) } else { repair_at };
         tokio::select! {
             changed = tables.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep_until(settle_at.unwrap_or(repair_at)), if settle_at.is_some() => {
-                (settle_at, unsettled_since) = (None, None);
-                if let Some(balancers) = &mut balancers {
-                    balancers.settle().await;
-                }
+            () = tokio::time::sleep_until(settling.at.unwrap_or(repair_at)), if settling.at.is_some() => {
+                settling.look(&mut balancers).await;
                 continue;
             }
             () = tokio::time::sleep_until(wake_at) => {
@@ -154,10 +184,8 @@ async fn run(
             Some(balancers) => balancers.apply(&table, &networks).await,
             None => Ok(Vec::new()),
         };
-        // Each table has its time until then, so that tables that follow each other closely put it off, but
-        // not beyond the moment in which clients send again.
-        let (now, first) = (Instant::now(), *unsettled_since.get_or_insert_with(Instant::now));
-        settle_at = Some((now + SETTLE_AFTER).min(first + SETTLE_WITHIN));
+        // Tables that follow each other closely do not put it off.
+        settling.at.get_or_insert_with(|| Instant::now() + SETTLE_PERIOD);
         match result {
             Ok(conditions) => {
                 last_error = None;
@@ -323,5 +351,75 @@ mod tests {
         assert_eq!(*n_applied.lock().unwrap(), 2, "a port that is held is no reason to apply");
         drop(handle);
         tasks.shutdown().await;
+    }
+
+    /// Balancers that need two looks after each table; says when they were called, and by which of both.
+    #[derive(Debug)]
+    struct Unsettled {
+        calls: mpsc::Sender<(&'static str, Instant)>,
+        n_looks: u8,
+        fails: bool,
+    }
+
+    #[tonic::async_trait]
+    impl Balancers for Unsettled {
+        async fn apply(
+            &mut self,
+            _: &MeshTable,
+            _: &Arc<NetworkTables>,
+        ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>> {
+            self.n_looks = 2;
+            self.calls.try_send(("apply", Instant::now())).unwrap();
+            Ok(Vec::new())
+        }
+
+        async fn settle(&mut self) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
+            self.calls.try_send(("settle", Instant::now())).unwrap();
+            if std::mem::take(&mut self.fails) {
+                return Err("the kernel is busy".into());
+            }
+            self.n_looks -= 1;
+            Ok(self.n_looks > 0)
+        }
+    }
+
+    /// Milliseconds after which balancers are called until the first repair, where tables come at these.
+    async fn called_at(tables: &[u64], fails: bool) -> Vec<(&'static str, u64)> {
+        let (tasks, begun) = (TaskSet::new(), Instant::now());
+        let (calls, mut called) = mpsc::channel(16);
+        let (applied, _reports) = mpsc::channel(8);
+        let balancers = Box::new(Unsettled { calls, n_looks: 0, fails });
+        let handle = BalancerHandle::start(Some(balancers), applied, &tasks);
+        for (version, at) in (1..).zip(tables) {
+            tokio::time::sleep_until(begun + Duration::from_millis(*at)).await;
+            let table =
+                serde_json::json!({"version": version, "self_number": 1, "peers": [], "ports": []});
+            handle.apply(1, serde_json::from_value(table).ok(), Arc::default());
+        }
+        tokio::time::sleep(REPAIR_PERIOD / 2).await;
+        drop(handle);
+        tasks.shutdown().await;
+        let mut found = Vec::new();
+        while let Some((what, at)) = called.recv().await {
+            found.push((what, at.duration_since(begun).as_millis() as u64));
+        }
+        found
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn looks_are_apart_as_long_as_they_are_needed_and_no_table_puts_them_off() {
+        let one = [("apply", 0), ("settle", 200), ("settle", 400)];
+        assert_eq!(called_at(&[0], false).await, one);
+        let three = [
+            ("apply", 0),
+            ("apply", 150),
+            ("settle", 200),
+            ("apply", 390),
+            ("settle", 400),
+            ("settle", 600),
+        ];
+        assert_eq!(called_at(&[0, 150, 390], false).await, three);
+        let failed = [("apply", 0), ("settle", 200), ("settle", 1200), ("settle", 1400)];
+        assert_eq!(called_at(&[0], true).await, failed);
     }
 }

@@ -447,22 +447,18 @@ impl Balancers for Uplink {
         Ok(applied.conditions.iter().map(port_condition).collect())
     }
 
-    async fn settle(&mut self) {
+    async fn settle(&mut self) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
         let started = self.started.borrow().clone();
-        let Some(Started { mesh, networks, .. }) = started else { return };
+        let Some(Started { mesh, networks, .. }) = started else { return Ok(false) };
         let of_networks = async {
             match networks {
                 Some(networks) => networks.settle().await,
-                None => Ok(()),
+                None => Ok(false),
             }
         };
+        // A failure of the one must not keep the other from its look.
         let (ports, containers) = tokio::join!(mesh.settle(), of_networks);
-        for error in [ports.err(), containers.err()].into_iter().flatten() {
-            tracing::warn!(
-                error = %Chain(&error),
-                "clients whose requests were lost may wait longer than they must"
-            );
-        }
+        Ok(ports? | containers?)
     }
 
     async fn has_other_conditions(&mut self) -> bool {

@@ -2,6 +2,7 @@
 //!
 //! Source: `include/uapi/linux/netfilter/nfnetlink_conntrack.h` of the kernel.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST};
@@ -34,6 +35,10 @@ const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 
+/// How many looks at connections it takes after rules have changed: requests must be found unanswered twice, and
+/// what was on its way through the kernel then has an entry at the second look only.
+pub const N_LOOKS: u8 = 2;
+
 /// `IPS_SEEN_REPLY`.
 const STATUS_SEEN_REPLY: u32 = 1 << 1;
 
@@ -52,7 +57,28 @@ pub struct Entry {
     zone: Option<Vec<u8>>,
 }
 
+/// What names an entry for as long as the kernel has it: its id and its first direction.
+type Name = (Vec<u8>, Vec<u8>);
+
+/// Requests that go astray and were not answered at the last look: see [`Conntrack::forget_unanswered`].
+#[derive(Debug, Default)]
+pub struct Unanswered(BTreeSet<Name>);
+
+impl Unanswered {
+    /// Takes over what another look found; gives what was found by both.
+    fn look(&mut self, found: Vec<Entry>) -> Vec<Entry> {
+        let (again, new): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|entry| self.0.contains(&entry.name()));
+        self.0 = new.iter().map(Entry::name).collect();
+        again
+    }
+}
+
 impl Entry {
+    fn name(&self) -> Name {
+        (self.id.clone(), self.original.clone())
+    }
+
     fn read(payload: &[u8]) -> Option<Self> {
         let family = *payload.first()?;
         let body = payload.get(HEADER_LENGTH..)?;
@@ -126,6 +152,35 @@ impl Conntrack {
     /// Has the kernel forget a connection; fine if it has already.
     pub fn delete(&mut self, entry: &Entry) -> Result<(), Error> {
         self.request_of(DELETE, entry).map(drop)
+    }
+
+    /// Has the kernel forget requests that go astray (`is_astray` tells which) and were not answered at the look
+    /// before this one either. `before` is what that look found, and becomes what this one found, and what could
+    /// not be deleted. Looks are to be as far apart as an answer may take.
+    ///
+    /// A single look would not do. Where a request is answered between the look and the deletion, its client
+    /// is connected, and the next packet is taken for a new connection, sent to another task and refused.
+    pub fn forget_unanswered(
+        &mut self,
+        before: &mut Unanswered,
+        is_astray: impl Fn(&Connection) -> bool,
+    ) -> Result<(), Error> {
+        let mut entries = self.list_unanswered()?;
+        entries.retain(|entry| is_astray(&entry.connection));
+        let mut failure = None;
+        for entry in before.look(entries) {
+            let connection = &entry.connection;
+            match self.delete_unanswered(&entry) {
+                Ok(is_forgotten) => {
+                    tracing::debug!(?connection, is_forgotten, "a request was not answered");
+                }
+                Err(error) => {
+                    before.0.insert(entry.name());
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        failure.map_or(Ok(()), Err)
     }
 
     /// Has the kernel forget a connection unless it was answered since it was listed: what is established

@@ -256,8 +256,7 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             Ok(json!(applied.conditions.iter().map(ToString::to_string).collect::<Vec<_>>()))
         }
         Request::Settle => {
-            state.mesh.as_ref().expect("started").settle().await.map_err(text)?;
-            Ok(Value::Null)
+            Ok(json!(state.mesh.as_ref().expect("started").settle().await.map_err(text)?))
         }
         Request::Attach { task_id, pid, address } => {
             let mesh = state.mesh.as_ref().expect("started");

@@ -4,7 +4,8 @@ use std::net::{SocketAddr, UdpSocket};
 use std::process::Command;
 
 use nix::sched::{CloneFlags, unshare};
-use skep_worker::net::conntrack::{Conntrack, Entry};
+use skep_worker::net::conntrack::{Conntrack, Entry, Unanswered};
+use skep_worker_core::network::Connection;
 
 use crate::machine::can_run;
 
@@ -55,6 +56,41 @@ fn what_was_answered_since_it_was_listed_is_kept() {
         let listed = only(connections.list_unanswered().expect("a list"));
         assert!(connections.delete_unanswered(&listed).expect("deleted"));
         assert_eq!(connections.list().expect("a list"), []);
+    };
+    std::thread::spawn(in_namespace).join().expect("an end");
+}
+
+#[test]
+fn a_request_is_forgotten_when_it_is_found_unanswered_twice() {
+    if !can_run() {
+        return;
+    }
+    let in_namespace = || {
+        let (client, server) = sockets();
+        let server_address = server.local_addr().expect("bound");
+        let mut connections = Conntrack::open().expect("a channel");
+        let mut unanswered = Unanswered::default();
+        let mut look = |connections: &mut Conntrack| {
+            let port = server_address.port();
+            let is_astray = |connection: &Connection| connection.destination_port == port;
+            connections.forget_unanswered(&mut unanswered, is_astray).expect("looked");
+            connections.list().expect("a list").len()
+        };
+        let ask = || client.send_to(b"question", server_address).expect("sent");
+
+        ask();
+        assert_eq!(look(&mut connections), 1, "an answer may be under way");
+        assert_eq!(look(&mut connections), 0);
+        ask();
+        assert_eq!(look(&mut connections), 1, "it is another one than before");
+        let from = server.recv_from(&mut [0; 8]).expect("a question").1;
+        server.send_to(b"answer", from).expect("sent");
+        assert_eq!(look(&mut connections), 1, "it was answered in between");
+
+        let other = UdpSocket::bind("127.0.0.1:0").expect("a port");
+        client.send_to(b"question", other.local_addr().expect("bound")).expect("sent");
+        let n_left = [(); 2].map(|()| look(&mut connections));
+        assert_eq!(n_left, [2, 2], "what does not go astray may wait");
     };
     std::thread::spawn(in_namespace).join().expect("an end");
 }

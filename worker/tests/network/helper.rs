@@ -248,7 +248,8 @@ async fn handle(state: &mut State, request: Request) -> Result<Value, String> {
             state.networks.as_ref().expect("started").detach(TaskId(task)).await.map_err(text)?;
         }
         Request::Settle => {
-            state.networks.as_ref().expect("started").settle().await.map_err(text)?
+            let settled = state.networks.as_ref().expect("started").settle().await;
+            return Ok(json!(settled.map_err(text)?));
         }
         Request::Remove { run_dir } => {
             Networks::remove(run_dir.as_ref()).await.map_err(text)?;

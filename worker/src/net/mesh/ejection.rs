@@ -2,8 +2,8 @@
 //!
 //! The rules note which backends are asked and which answer (`layout`). [`watch`] has these notes read
 //! as long as a port has backends to choose from, connects to whom the core suspects, and tells what came
-//! of it; the thread of the mesh decides ([`Ejections`]) and changes its rules itself. No packet and no
-//! connection passes here.
+//! of it; the thread of the mesh decides ([`Ejections`]) and changes its rules itself. Two looks after that have the
+//! kernel forget requests that were not answered. No packet and no connection passes here.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -20,7 +20,7 @@ use skep_worker_core::mesh::{
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use super::flows::forget_unanswered;
+use super::flows::Lost;
 use super::kernel::Kernel;
 use super::layout::{self, ANSWERED, ASKED, NOTED};
 use super::options::TABLE;
@@ -37,6 +37,10 @@ const BUSY_PAUSE: Duration = PATIENCE;
 
 /// How long while there are none; a first failure is noticed that much later.
 const QUIET_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long between two looks at requests that a backend that was left out did not answer: it has as long for
+/// them as for the node's own attempt.
+const LOOK_PERIOD: Duration = ATTEMPT_TIMEOUT;
 
 /// How long after the notes could not be read.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
@@ -56,6 +60,9 @@ pub(super) struct Ejector {
     ejections: Ejections,
     /// What the rules go without.
     left_out: BTreeSet<(PortKey, Endpoint)>,
+    lost: Lost,
+    /// When to look at requests to those that were left out, where another look is needed.
+    look_at: Option<Instant>,
     channels: [NftChannel; 2],
     /// Opened when it is needed first.
     connections: Option<Conntrack>,
@@ -69,6 +76,8 @@ impl Ejector {
         Ok(Self {
             ejections: Ejections::default(),
             left_out: BTreeSet::new(),
+            lost: Lost::default(),
+            look_at: None,
             channels,
             connections: None,
             started: clock::monotonic(),
@@ -94,15 +103,19 @@ impl Ejector {
     }
 
     pub(super) fn sample(&mut self) -> Result<Sample, Error> {
+        if self.look_at.is_some_and(|at| at <= clock::monotonic()) {
+            self.look();
+        }
+        let until_look = self.look_at.map(|at| at.saturating_duration_since(clock::monotonic()));
         if self.ejections.is_idle() {
-            return Ok(Sample { to_try: Vec::new(), pause: None });
+            return Ok(Sample { to_try: Vec::new(), pause: until_look });
         }
         let asked = self.read(ASKED)?;
         // Nobody can have answered who was not asked.
         let answered = if asked.is_empty() { Times::new() } else { self.read(ANSWERED)? };
         let to_try = self.ejections.observe(&asked, &answered, self.now());
         let pause = if asked.is_empty() { QUIET_PAUSE } else { BUSY_PAUSE };
-        Ok(Sample { to_try, pause: Some(pause) })
+        Ok(Sample { to_try, pause: Some(until_look.map_or(pause, |until| until.min(pause))) })
     }
 
     fn read(&mut self, set: &str) -> Result<Times, Error> {
@@ -122,8 +135,8 @@ impl Ejector {
         self.ejections.conclude(endpoint, outcome, self.now());
     }
 
-    /// To be called when the rules go without what [`Self::left_out`] said.
-    pub(super) fn settle(&mut self) -> Result<(), Error> {
+    /// To be called when the rules go without what [`Self::left_out`] said, and [`Self::sample`] after that.
+    pub(super) fn settle(&mut self) {
         let left_out = self.ejections.left_out();
         for change in self.ejections.changes(&self.left_out, &left_out) {
             let task = match &change {
@@ -136,10 +149,26 @@ impl Ejector {
         }
         let before = std::mem::replace(&mut self.left_out, left_out);
         let added: BTreeSet<_> = self.left_out.difference(&before).copied().collect();
-        if added.is_empty() {
-            return Ok(());
+        let taken_back = before.difference(&self.left_out).copied().collect();
+        self.lost.forgive(&taken_back);
+        if !added.is_empty() {
+            self.lost.extend(added);
+            // Not before it is due: two looks in a row would be one.
+            self.look_at.get_or_insert_with(clock::monotonic);
         }
-        forget_unanswered(&mut self.connections, &added)
+    }
+
+    /// Looks at requests that were not answered. A failure does not keep it from looking for backends that fail.
+    fn look(&mut self) {
+        let pause = match self.lost.look(&mut self.connections) {
+            Ok(false) => None,
+            Ok(true) => Some(LOOK_PERIOD),
+            Err(error) => {
+                warn_of(Err(error));
+                Some(FAILURE_PAUSE)
+            }
+        };
+        self.look_at = pause.map(|pause| clock::monotonic() + pause);
     }
 }
 

@@ -1,15 +1,16 @@
 //! Has the kernel forget flows that are no longer as the published ports say.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::Ipv4Net;
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use skep_worker_core::mesh::{Endpoint, Flows, Objects, PortKey, Protocol, lost_backends};
+use skep_worker_core::network::Connection;
 
 use crate::net::Error;
-use crate::net::conntrack::Conntrack;
+use crate::net::conntrack::{Conntrack, N_LOOKS, Unanswered};
 use crate::net::rtnetlink::RouteChannel;
 
 /// The kernel's flows, and what they were last brought to.
@@ -26,10 +27,59 @@ pub(super) struct KernelFlows {
 
 #[derive(Debug, Default)]
 struct Unsettled {
-    /// A datagram of before makes its entry only when it leaves.
-    has_datagrams: bool,
-    /// TCP backends that may still answer requests.
-    lost: BTreeSet<(PortKey, Endpoint)>,
+    /// How many looks at datagrams are left.
+    n_datagram_looks: u8,
+    lost: Lost,
+}
+
+/// TCP backends that get no connections any more, and may still answer requests of before.
+#[derive(Debug, Default)]
+pub(super) struct Lost {
+    /// How many looks at each are left.
+    backends: BTreeMap<(PortKey, Endpoint), u8>,
+    unanswered: Unanswered,
+}
+
+impl Lost {
+    pub(super) fn extend(&mut self, backends: BTreeSet<(PortKey, Endpoint)>) {
+        self.backends.extend(backends.into_iter().map(|backend| (backend, N_LOOKS)));
+    }
+
+    /// Takes those off the list that get connections again.
+    pub(super) fn forgive(&mut self, backends: &BTreeSet<(PortKey, Endpoint)>) {
+        self.backends.retain(|backend, _| !backends.contains(backend));
+    }
+
+    /// Has the kernel forget requests that they answered neither until the look before nor since: when their
+    /// clients send them again, they go to other backends. Returns whether another look is needed.
+    pub(super) fn look(&mut self, connections: &mut Option<Conntrack>) -> Result<bool, Error> {
+        self.look_by(|unanswered, is_astray| {
+            opened(connections)?.forget_unanswered(unanswered, is_astray)
+        })
+    }
+
+    fn look_by(
+        &mut self,
+        forget: impl FnOnce(&mut Unanswered, &dyn Fn(&Connection) -> bool) -> Result<(), Error>,
+    ) -> Result<bool, Error> {
+        if self.backends.is_empty() {
+            self.unanswered = Unanswered::default();
+            return Ok(false);
+        }
+        let is_astray = |connection: &Connection| {
+            let key = PortKey { protocol: Protocol::Tcp, port: connection.destination_port };
+            let backend =
+                Endpoint { address: connection.answers_from, port: connection.answers_from_port };
+            connection.protocol == Protocol::Tcp.number()
+                && self.backends.contains_key(&(key, backend))
+        };
+        forget(&mut self.unanswered, &is_astray)?;
+        self.backends.retain(|_, n_looks| {
+            *n_looks -= 1;
+            *n_looks > 0
+        });
+        Ok(!self.backends.is_empty())
+    }
 }
 
 impl KernelFlows {
@@ -49,31 +99,34 @@ impl KernelFlows {
     ) -> Result<(), Error> {
         for (before, wanted) in self.ports.iter_mut().zip(wanted) {
             self.unsettled.lost.extend(lost_backends(before, wanted));
+            self.unsettled.lost.forgive(&lost_backends(wanted, before));
             before.clone_from(wanted);
         }
         let flows = Flows::of(wanted, self.pool);
         if flows == self.flows {
             return Ok(());
         }
-        self.unsettled.has_datagrams = true;
+        self.unsettled.n_datagram_looks = N_LOOKS;
         self.forget_datagrams(&flows, channel)?;
         // Not before: a table whose flows could not be forgotten is applied again.
         self.flows = flows;
         Ok(())
     }
 
-    /// Judges what was under way when the ports changed last. To be called when answers must have come.
-    pub(super) fn settle(&mut self, channel: &mut RouteChannel) -> Result<(), Error> {
-        if self.unsettled.has_datagrams {
+    /// Judges what was under way when the ports changed; returns whether it must be called again.
+    pub(super) fn settle(&mut self, channel: &mut RouteChannel) -> Result<bool, Error> {
+        let datagrams = self.settle_datagrams(channel);
+        let lost = self.unsettled.lost.look(&mut self.connections);
+        Ok(datagrams? | lost?)
+    }
+
+    fn settle_datagrams(&mut self, channel: &mut RouteChannel) -> Result<bool, Error> {
+        if self.unsettled.n_datagram_looks > 0 {
             let flows = self.flows.clone();
             self.forget_datagrams(&flows, channel)?;
-            self.unsettled.has_datagrams = false;
+            self.unsettled.n_datagram_looks -= 1;
         }
-        if !self.unsettled.lost.is_empty() {
-            forget_unanswered(&mut self.connections, &self.unsettled.lost)?;
-            self.unsettled.lost.clear();
-        }
-        Ok(())
+        Ok(self.unsettled.n_datagram_looks > 0)
     }
 
     fn forget_datagrams(&mut self, flows: &Flows, channel: &mut RouteChannel) -> Result<(), Error> {
@@ -87,26 +140,6 @@ impl KernelFlows {
         }
         Ok(())
     }
-}
-
-/// Has the kernel forget TCP connections to these backends that they have not answered: when their
-/// clients send their requests again, they go to another one.
-pub(super) fn forget_unanswered(
-    connections: &mut Option<Conntrack>,
-    backends: &BTreeSet<(PortKey, Endpoint)>,
-) -> Result<(), Error> {
-    let connections = opened(connections)?;
-    for entry in connections.list_unanswered()? {
-        let connection = &entry.connection;
-        let key = PortKey { protocol: Protocol::Tcp, port: connection.destination_port };
-        let backend =
-            Endpoint { address: connection.answers_from, port: connection.answers_from_port };
-        if connection.protocol == Protocol::Tcp.number() && backends.contains(&(key, backend)) {
-            let is_forgotten = connections.delete_unanswered(&entry)?;
-            tracing::debug!(?connection, is_forgotten, "a request was not answered");
-        }
-    }
-    Ok(())
 }
 
 fn opened(connections: &mut Option<Conntrack>) -> Result<&mut Conntrack, Error> {
@@ -134,4 +167,79 @@ fn own_addresses(channel: &mut RouteChannel) -> Result<BTreeSet<IpAddr>, Error> 
         local.or(address)
     });
     Ok(addresses.filter(|address| !address.is_loopback()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn backend(port: u16, last: u8) -> (PortKey, Endpoint) {
+        let key = PortKey { protocol: Protocol::Tcp, port };
+        (key, Endpoint { address: IpAddr::from([10, 192, 4, last]), port: 80 })
+    }
+
+    fn request(port: u16, last: u8, protocol: Protocol) -> Connection {
+        Connection {
+            protocol: protocol.number(),
+            destination: IpAddr::from([10, 98, 0, 1]),
+            destination_port: port,
+            answers_from: IpAddr::from([10, 192, 4, last]),
+            answers_from_port: 80,
+        }
+    }
+
+    /// Of requests to these addresses those that a look takes for lost, and whether another look is needed.
+    fn look(lost: &mut Lost) -> (Vec<u8>, bool) {
+        let mut found = Vec::new();
+        let is_left = lost.look_by(|_, is_astray| {
+            found.extend((1..=3).filter(|last| is_astray(&request(80, *last, Protocol::Tcp))));
+            Ok(())
+        });
+        (found, is_left.expect("nothing fails"))
+    }
+
+    #[test]
+    fn each_lost_backend_is_looked_at_twice_whenever_it_was_lost() {
+        let mut lost = Lost::default();
+        assert_eq!(look(&mut lost), (vec![], false));
+        lost.extend([backend(80, 1)].into());
+        assert_eq!(look(&mut lost), (vec![1], true));
+        lost.extend([backend(80, 2)].into());
+        assert_eq!(look(&mut lost), (vec![1, 2], true));
+        assert_eq!(look(&mut lost), (vec![2], false));
+        assert_eq!(look(&mut lost), (vec![], false));
+    }
+
+    #[test]
+    fn what_gets_connections_again_is_lost_no_more() {
+        let mut lost = Lost::default();
+        lost.extend([backend(80, 1), backend(80, 2)].into());
+        lost.forgive(&[backend(80, 1), backend(81, 2)].into());
+        assert_eq!(look(&mut lost), (vec![2], true));
+    }
+
+    #[test]
+    fn a_look_that_fails_is_one_that_is_left() {
+        let mut lost = Lost::default();
+        lost.extend([backend(80, 1)].into());
+        for _ in 0..3 {
+            let refused = Error::file("list", "/", std::io::Error::other("full"));
+            assert!(lost.look_by(|_, _| Err(refused)).is_err());
+        }
+        assert_eq!(look(&mut lost), (vec![1], true));
+        assert_eq!(look(&mut lost), (vec![1], false));
+    }
+
+    #[test]
+    fn only_tcp_of_the_same_port_is_lost_with_a_backend() {
+        let mut lost = Lost::default();
+        lost.extend([backend(80, 1)].into());
+        let is_left = lost.look_by(|_, is_astray| {
+            assert!(is_astray(&request(80, 1, Protocol::Tcp)));
+            assert!(!is_astray(&request(80, 1, Protocol::Udp)));
+            assert!(!is_astray(&request(81, 1, Protocol::Tcp)));
+            Ok(())
+        });
+        assert!(is_left.expect("nothing fails"));
+    }
 }

@@ -125,7 +125,7 @@ impl Kernel {
         };
         failures.extend(change_routing(false));
         self.wanted = Some((wanted.clone(), twin.cloned()));
-        failures.extend(converge_rules(&mut self.rules, &mut self.ejector, (wanted, twin))?);
+        converge_rules(&mut self.rules, &mut self.ejector, (wanted, twin))?;
         let ports = [wanted, twin.unwrap_or(&nothing)];
         failures.extend(self.flows.converge(ports, &mut self.channel).err());
         failures.extend(change_routing(true));
@@ -137,8 +137,9 @@ impl Kernel {
         Ok(first)
     }
 
-    /// Has the kernel forget requests that backends did not answer before they were withdrawn.
-    pub(super) fn settle(&mut self) -> Result<(), Error> {
+    /// Has the kernel forget requests that backends did not answer before they were withdrawn; returns whether
+    /// it must be called again.
+    pub(super) fn settle(&mut self) -> Result<bool, Error> {
         self.flows.settle(&mut self.channel)
     }
 
@@ -161,7 +162,7 @@ impl Kernel {
         }
         let Some((wanted, twin)) = &self.wanted else { return Ok(()) };
         let wanted = (wanted, twin.as_ref());
-        converge_rules(&mut self.rules, &mut self.ejector, wanted)?.map_or(Ok(()), Err)
+        converge_rules(&mut self.rules, &mut self.ejector, wanted)
     }
 
     /// The same where no mesh was started, of what an earlier daemon left.
@@ -250,13 +251,12 @@ pub(in crate::net) fn probe_rules() -> Result<(), Error> {
     open_rules(&options, &slices)?.converge((&wanted, None))
 }
 
-/// Brings the rules to what is wanted, without the backends that do not answer. What fails after that is
-/// returned beside.
+/// Brings the rules to what is wanted, without the backends that do not answer.
 fn converge_rules(
     rules: &mut Rules,
     ejector: &mut Ejector,
     (wanted, twin): Wanted<'_>,
-) -> Result<Option<Error>, Error> {
+) -> Result<(), Error> {
     let left_out = ejector.left_out();
     if left_out.is_empty() {
         rules.converge((wanted, twin))?;
@@ -267,7 +267,8 @@ fn converge_rules(
         }
         rules.converge((&wanted, twin.as_ref()))?;
     }
-    Ok(ejector.settle().err())
+    ejector.settle();
+    Ok(())
 }
 
 fn remove_all(

@@ -208,12 +208,12 @@ impl Mesh {
     }
 
     /// Has the kernel forget requests for connections that tasks did not answer before the table withdrew
-    /// them: sent again, they go to other tasks. To be called when answers that were under way at
-    /// [`Mesh::apply`] have come.
-    pub async fn settle(&self) -> Result<(), Error> {
+    /// them: sent again, they go to other tasks. To be called after [`Mesh::apply`], and again as long as it
+    /// returns true or fails, as far apart as an answer may take.
+    pub async fn settle(&self) -> Result<bool, Error> {
         match &self.driver {
             Driver::Kernel(thread) => thread.run(Kernel::settle).await?,
-            Driver::UserSpace(_) => Ok(()), // Nothing of it is in the kernel.
+            Driver::UserSpace(_) => Ok(false), // Nothing of it is in the kernel.
         }
     }
 

@@ -14,7 +14,7 @@ use skep_worker_core::network::{Balance, ReachOp, Vips};
 use super::reach;
 use super::rules::Rules;
 use crate::net::Error;
-use crate::net::conntrack::Conntrack;
+use crate::net::conntrack::{Conntrack, N_LOOKS, Unanswered};
 use crate::net::namespace::Home;
 use crate::net::rtnetlink::RouteChannel;
 
@@ -28,8 +28,9 @@ pub(super) struct Container {
     connections: Conntrack,
     /// What is in force, once something is, of each of its networks.
     in_force: Option<BTreeMap<NetworkId, Arc<Balance>>>,
-    /// Whether requests may be under way to what the rules know no longer.
-    is_unsettled: bool,
+    /// How many looks are left at requests that may be under way to what the rules know no longer.
+    n_looks: u8,
+    unanswered: Unanswered,
 }
 
 impl Container {
@@ -43,7 +44,15 @@ impl Container {
         let open = || (Rules::open(task_id.0), RouteChannel::open(), Conntrack::open());
         let (rules, neighbours, connections) = home.within(namespace, open)?;
         let (rules, neighbours, connections) = (rules?, neighbours?, connections?);
-        Ok(Self { networks, rules, neighbours, connections, in_force: None, is_unsettled: false })
+        Ok(Self {
+            networks,
+            rules,
+            neighbours,
+            connections,
+            in_force: None,
+            n_looks: 0,
+            unanswered: Unanswered::default(),
+        })
     }
 
     /// Brings the rules to those of its networks; looks at the kernel also where nothing changed, if
@@ -80,7 +89,7 @@ impl Container {
         };
         // Only then: what is forgotten is judged by the new rules.
         if before.is_none_or(has_lost) {
-            self.is_unsettled = true;
+            self.n_looks = N_LOOKS;
             self.forget_stale(&known)?;
         }
         self.in_force = Some(known);
@@ -88,18 +97,19 @@ impl Container {
     }
 
     /// Forgets requests for connections that were not answered by what has left the rules, or serves no
-    /// longer. To be called when answers that were under way have come.
-    pub(super) fn settle(&mut self) -> Result<(), Error> {
-        let Some(in_force) = self.in_force.as_ref().filter(|_| self.is_unsettled) else {
-            return Ok(());
+    /// longer; returns whether it must be called again.
+    pub(super) fn settle(&mut self) -> Result<bool, Error> {
+        let Some(in_force) = self.in_force.as_ref().filter(|_| self.n_looks > 0) else {
+            return Ok(false);
         };
-        for entry in self.connections.list_unanswered()? {
-            if in_force.values().any(|balance| balance.is_astray(&entry.connection)) {
-                self.connections.delete_unanswered(&entry)?;
-            }
+        self.connections.forget_unanswered(&mut self.unanswered, |connection| {
+            in_force.values().any(|balance| balance.is_astray(connection))
+        })?;
+        self.n_looks -= 1;
+        if self.n_looks == 0 {
+            self.unanswered = Unanswered::default();
         }
-        self.is_unsettled = false;
-        Ok(())
+        Ok(self.n_looks > 0)
     }
 
     /// What makes its neighbours those of its networks, each with the interface; `before` is in force, or

@@ -106,8 +106,9 @@ impl Networks {
     }
 
     /// Has the kernel forget requests for connections that tasks did not answer before the tables withdrew
-    /// them. To be called when answers that were under way at [`Networks::apply`] have come.
-    pub async fn settle(&self) -> Result<(), Error> {
+    /// them. To be called after [`Networks::apply`], and again as long as it returns true or fails, as far apart as
+    /// an answer may take. A failure of one container does not keep it from the others.
+    pub async fn settle(&self) -> Result<bool, Error> {
         self.plane.run(Plane::settle).await?
     }
 

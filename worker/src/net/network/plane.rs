@@ -134,10 +134,18 @@ impl Plane {
         first_of(failures).map(|()| unencrypted)
     }
 
-    /// Has the kernel forget requests for connections that withdrawn tasks did not answer.
-    pub(super) fn settle(&mut self) -> Result<(), Error> {
-        let settled = self.containers.values_mut().map(Container::settle);
-        first_of(settled.filter_map(Result::err).collect())
+    /// Has the kernel forget requests for connections that withdrawn tasks did not answer; returns whether it
+    /// must be called again.
+    pub(super) fn settle(&mut self) -> Result<bool, Error> {
+        let mut is_unsettled = false;
+        let mut failures = Vec::new();
+        for settled in self.containers.values_mut().map(Container::settle) {
+            match settled {
+                Ok(is_left) => is_unsettled |= is_left,
+                Err(error) => failures.push(error),
+            }
+        }
+        first_of(failures).map(|()| is_unsettled)
     }
 
     /// Connects a container to its networks, whose tables are known. Fine if it is connected already.
