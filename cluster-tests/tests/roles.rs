@@ -6,8 +6,8 @@ use skep_cluster_tests::{
 
 /// `MANAGER STATUS` of a node, as `via` shows it: empty for a worker.
 #[track_caller]
-fn wait_for_part(lab: &Lab, via: &str, node: &str, is_wanted: impl Fn(&str) -> bool) {
-    wait_until(SETTLES_WITHIN, &format!("{node} has its part"), || {
+fn wait_for_role(lab: &Lab, via: &str, node: &str, is_wanted: impl Fn(&str) -> bool) {
+    wait_until(SETTLES_WITHIN, &format!("{node} has its role"), || {
         let output =
             lab.node(via).skep(&["node", "ls", "--format", "{{.Hostname}}={{.ManagerStatus}}"]);
         let line = output.stdout.lines().find_map(|line| line.strip_prefix(&format!("{node}=")));
@@ -16,10 +16,10 @@ fn wait_for_part(lab: &Lab, via: &str, node: &str, is_wanted: impl Fn(&str) -> b
     });
 }
 
-/// Waits until the node's own daemon plays the part.
+/// Waits until the node's own daemon plays the role.
 #[track_caller]
 fn wait_until_plays(lab: &Lab, node: &str, is_manager: bool) {
-    wait_until(SETTLES_WITHIN, &format!("{node} plays its part"), || {
+    wait_until(SETTLES_WITHIN, &format!("{node} plays its role"), || {
         let format = "{{.Swarm.LocalNodeState}} {{.Swarm.ControlAvailable}}";
         let output = lab.node(node).skep(&["info", "--format", format]);
         let is_so = output.stdout.trim() == format!("active {is_manager}");
@@ -32,7 +32,7 @@ fn is_manager(status: &str) -> bool {
 }
 
 #[test]
-fn nodes_change_their_part_and_their_containers_go_on() {
+fn nodes_change_their_role_and_their_containers_go_on() {
     if !is_root_or_skip() {
         return;
     }
@@ -50,14 +50,14 @@ fn nodes_change_their_part_and_their_containers_go_on() {
 
     let promoted = lab.node("n1").skep(&["node", "promote", "n2"]).ok();
     assert_eq!(promoted.text(), "Node n2 promoted to a manager in the swarm.");
-    wait_for_part(&lab, "n1", "n2", is_manager);
+    wait_for_role(&lab, "n1", "n2", is_manager);
     wait_until_plays(&lab, "n2", true);
     lab.wait_for_node("n2", "n2", "Ready");
 
     // The leader of two hands over, and goes.
     let demoted = lab.node("n2").skep(&["node", "demote", "n1"]).ok();
     assert_eq!(demoted.text(), "Manager n1 demoted in the swarm.");
-    wait_for_part(&lab, "n2", "n1", str::is_empty);
+    wait_for_role(&lab, "n2", "n1", str::is_empty);
     wait_until_plays(&lab, "n1", false);
     lab.wait_for_node("n2", "n1", "Ready");
     let refused = lab.node("n1").skep(&["node", "ls"]).err();
@@ -67,7 +67,7 @@ fn nodes_change_their_part_and_their_containers_go_on() {
     // Another promotion is another member.
     lab.node("n2").skep(&["node", "update", "--role", "manager", "n1"]).ok();
     wait_until_plays(&lab, "n1", true);
-    wait_for_part(&lab, "n1", "n1", is_manager);
+    wait_for_role(&lab, "n1", "n1", is_manager);
 
     load.wait_for_more(100, SETTLES_WITHIN);
     load.stop().assert_none_failed();
@@ -94,14 +94,14 @@ fn a_manager_leaves_the_others_first_and_stays_where_they_need_it() {
     }
     // The one that is down is not needed.
     lab.node("n1").skep(&["node", "demote", "n3"]).ok();
-    wait_for_part(&lab, "n1", "n3", str::is_empty);
+    wait_for_role(&lab, "n1", "n3", str::is_empty);
     lab.start_nodes(&["n3"]);
     wait_until_plays(&lab, "n3", false);
 
     // Two are left, and one of them goes without force: the other leads alone.
     lab.node("n1").skep(&["swarm", "leave"]).ok();
     lab.node("n2").skep(&["node", "update", "--label-add", "a=1", "n2"]).ok();
-    wait_for_part(&lab, "n2", "n1", str::is_empty);
+    wait_for_role(&lab, "n2", "n1", str::is_empty);
     let last = lab.node("n2").skep(&["swarm", "leave"]).err();
     assert!(last.contains("last manager") && last.contains("--force"), "{last}");
     lab.down();
@@ -128,14 +128,14 @@ fn a_manager_that_missed_its_demotion_is_counted_again_once_it_is_promoted() {
     // Both while its session is not known to have ended: only a node that is ready is promoted.
     lab.cut(&["n3"]);
     n1.skep(&["node", "demote", "n3"]).ok();
-    wait_for_part(&lab, "n1", "n3", str::is_empty);
+    wait_for_role(&lab, "n1", "n3", str::is_empty);
     n1.skep(&["node", "promote", "n3"]).ok();
     n1.skep(&["node", "update", "--label-add", "written=meanwhile", "n3"]).ok();
     let believes = lab.node("n3").skep(&["info", "--format", "{{.Swarm.ControlAvailable}}"]).ok();
     assert_eq!((believes.text(), raft_id(&lab, "n3")), ("true", before));
 
     lab.heal(&["n3"]);
-    wait_for_part(&lab, "n1", "n3", |status| status == "Reachable");
+    wait_for_role(&lab, "n1", "n3", |status| status == "Reachable");
     assert_ne!(raft_id(&lab, "n3"), before, "a Raft id is never used again");
     wait_until_plays(&lab, "n3", true);
     lab.wait_for_node("n3", "n3", "Ready");

@@ -161,7 +161,7 @@ impl Ca for CaService {
         let gone =
             || Status::permission_denied(format!("node {node_id} was removed from the swarm"));
         let node = state.node(node_id).ok_or_else(gone)?;
-        let (role, raft_id) = (node.observed_role(), Some(roles::counted(node)));
+        let (role, raft_id) = (node.observed_role(), Some(roles::raft_id_of(node)));
         let (certificate_pem, _) =
             Self::sign(&state, &request.into_inner().csr_pem, node_id, role)?;
         let role = role.name().to_owned();

@@ -275,7 +275,7 @@ impl Manager {
         self.space.clone()
     }
 
-    /// Hands the lead over, and stops. What was acknowledged is on disk.
+    /// Transfers its leadership, and stops. What was acknowledged is on disk.
     pub async fn stop(&self) {
         self.consensus.transfer_leader().await;
         self.tasks.shutdown().await;

@@ -2,7 +2,7 @@
 //! group that no node names any more.
 //!
 //! The leader takes them out, one after the other, and begins with what it finds in the store: a new leader
-//! goes on where the one before stopped. It gives the lead away before it is taken out itself.
+//! goes on where the one before stopped. It transfers its leadership before it is taken out itself.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use crate::control::error::Error;
 
 /// Between attempts to take a manager out.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long whoever asks to leave waits until nobody counts it: longer than the lead takes to change.
+/// How long whoever asks to leave waits until it is no member: longer than a change of the leader takes.
 const PATIENCE: Duration = RPC_DEADLINE;
 
 /// Takes out whoever is to be a worker, and whoever no node names, for as long as this manager leads in `term`.
@@ -43,7 +43,10 @@ pub(crate) async fn run(consensus: Consensus, term: u64) {
             }
         }
         let raft_ids: Vec<u64> = members.iter().map(|member| member.raft_id).collect();
-        for raft_id in roles::unnamed(&state, &raft_ids, consensus.raft_id()) {
+        let unnamed = roles::unnamed(&state, &raft_ids, consensus.raft_id());
+        // Taking them out later would mend the mistake.
+        let unnamed = unnamed.into_iter().filter(|_| !mistakes::is(Mistake::RetiredEarly));
+        for raft_id in unnamed {
             match consensus.remove_unnamed(raft_id).await {
                 Ok(true) => tracing::info!(raft_id, "a manager that no node names is taken out"),
                 Ok(false) => {} // It was named meanwhile.
@@ -81,12 +84,16 @@ async fn nodes_changed(feed: &mut Feed) -> bool {
 
 async fn retire(consensus: &Consensus, term: u64, node: &Node) -> Result<(), String> {
     match roles::retirement(node, consensus.raft_id()) {
-        Retirement::HandOver => {
+        Retirement::TransferLeadership => {
             let own = consensus.raft_id();
             consensus.ask_to_remove(own).await.map_err(|error| reason(&error))?;
-            tracing::info!("this manager is to be a worker: it hands over the lead");
+            tracing::info!("this manager is to be a worker: it transfers its leadership");
             let is_gone = consensus.transfer_leader().await;
-            return if is_gone { Ok(()) } else { Err("nobody takes the lead over".to_owned()) };
+            return if is_gone {
+                Ok(())
+            } else {
+                Err("nobody takes the leadership over".to_owned())
+            };
         }
         Retirement::TakeOut { raft_id } => {
             consensus.ask_to_remove(raft_id).await.map_err(|error| reason(&error))?;
@@ -124,7 +131,7 @@ fn with_raft_id(state: &State, raft_id: u64) -> Option<&Node> {
     state.nodes().values().find(has_it).map(|node| &**node)
 }
 
-/// Makes a manager that wants to leave a worker, and waits until nobody counts it any more.
+/// Makes a manager that wants to leave a worker, and waits until it is no member any more.
 pub(crate) async fn remove_manager(
     consensus: &Consensus,
     request: RemoveManagerRequest,

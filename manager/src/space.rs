@@ -25,7 +25,7 @@ const FREE_BYTES_MIN: u64 = 64 << 20;
 /// Beyond it, before the disk counts as mended: what hovers about the bound does not flap.
 const FREE_BYTES_MORE: u64 = 16 << 20;
 /// The lead is offered once in so many looks: the others may be full, too, without having said so, or away.
-const HAND_OVER_TICKS: u64 = 15;
+const TRANSFER_TICKS: u64 = 15;
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
 
@@ -122,8 +122,8 @@ pub(crate) fn watch(
                 sender.send_replace(now);
             }
             n_ticks = if is_full { n_ticks + 1 } else { 0 };
-            let may_hand_over = n_ticks % HAND_OVER_TICKS == 1;
-            if may_hand_over && consensus.leadership().borrow().is_self {
+            let may_transfer = n_ticks % TRANSFER_TICKS == 1;
+            if may_transfer && consensus.leadership().borrow().is_self {
                 // Where nobody else has room it goes on: the lead would only go round.
                 let others = with_room(&consensus.state());
                 consensus.transfer_leader_among(|raft_id| others.contains(&raft_id)).await;

@@ -62,7 +62,7 @@ pub(super) struct Node {
     keyring: Arc<Keyring>,
     pub(super) tls: Tls,
     pub(super) identity: Identity,
-    /// Whether it has tried to take up another part: the next time waits.
+    /// Whether it has tried to take up another role: the next time waits.
     pub(super) has_tried_role: AtomicBool,
     /// Reads its containers' output, once they are taken up.
     peer: OnceLock<PeerService>,

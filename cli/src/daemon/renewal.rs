@@ -42,7 +42,7 @@ impl Identity {
         Self { tls, files, raft_key, changing: Arc::default() }
     }
 
-    /// Gets another certificate, for the part that the managers give this node. By which Raft id they count it,
+    /// Gets another certificate, for the role that the managers give this node. By which Raft id it is a manager,
     /// 0: by none; `None` where the manager asked does not say so.
     pub(super) async fn renew(
         &self,

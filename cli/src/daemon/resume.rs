@@ -7,7 +7,7 @@
 //!
 //! - A machine that cannot take part serves its socket all the same, and says why: its operator can have it
 //!   forget the swarm. Its containers live on until then.
-//! - A node that is given another part takes it up as a restarted daemon would: its containers, its mesh and
+//! - A node that is given another role takes it up as a restarted daemon would: its containers, its mesh and
 //!   its files stay.
 //! - Only what may go away by itself is tried again; everything else waits for its operator.
 

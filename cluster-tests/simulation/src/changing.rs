@@ -229,7 +229,7 @@ impl World {
                 self.note(format_args!("{machine}: {} retires: {verdict:?}", node.hostname()));
                 match (verdict, pending.change) {
                     (Verdict::Done, Change::MayRemove(_)) => {
-                        self.manager(machine).replica.hand_over(out);
+                        self.manager(machine).replica.transfer_leadership(out);
                     }
                     (Verdict::Done, _) => self.note_retired(machine, &node, out),
                     _ => {} // It is tried again.
@@ -272,7 +272,7 @@ impl World {
             return;
         };
         let change = match roles::retirement(&node, own.raft_id()) {
-            Retirement::HandOver => Change::MayRemove(own),
+            Retirement::TransferLeadership => Change::MayRemove(own),
             Retirement::TakeOut { raft_id } => Change::Remove(ManagerId::of_raft_id(raft_id)),
             Retirement::Note => return self.note_retired(machine, &node, out),
         };

@@ -38,7 +38,7 @@ pub(crate) enum Wish {
     Join(MachineId, NodeId, NodeRole),
     /// A node asks for a certificate.
     Renew(NodeId),
-    /// A program of a format level is to be counted among the managers.
+    /// A program of a format level is to be a manager.
     Admit(NodeId, ManagerId, u32),
     RunContainer(NodeId),
     StopContainer(NodeId),
@@ -99,7 +99,7 @@ pub(crate) enum Decision {
     /// There is nothing to do, or nothing more.
     Nothing,
     /// What a certificate is for, and by which Raft id its node counts.
-    Part(NodeRole, u64),
+    Role(NodeRole, u64),
     /// It is written, and where it goes on decided anew after that.
     Write { actions: Vec<Action>, about: Option<(Kind, u128)>, goes_on: bool },
     /// The members change, and then that is written; where there is nothing to write, it is decided anew.
@@ -117,10 +117,10 @@ pub(crate) fn decide(
     has_changed: bool,
 ) -> Result<Decision, String> {
     match wish {
-        Wish::Promote(_) | Wish::Demote(_) | Wish::RemoveNode(..) => about_part(wish, state, now),
+        Wish::Promote(_) | Wish::Demote(_) | Wish::RemoveNode(..) => about_role(wish, state, now),
         Wish::Renew(node_id) => {
             let node = state.node(*node_id).ok_or("it was removed")?;
-            Ok(Decision::Part(node.observed_role(), roles::counted(node)))
+            Ok(Decision::Role(node.observed_role(), roles::raft_id_of(node)))
         }
         Wish::Admit(node_id, manager, level) => {
             admit(state, *node_id, (*manager, *level), has_changed)
@@ -132,8 +132,8 @@ pub(crate) fn decide(
     }
 }
 
-/// A node's part, or its end.
-fn about_part(wish: &Wish, state: &State, now: Timestamp) -> Result<Decision, String> {
+/// A node's role, or its end.
+fn about_role(wish: &Wish, state: &State, now: Timestamp) -> Result<Decision, String> {
     let (Wish::Promote(node_id) | Wish::Demote(node_id) | Wish::RemoveNode(node_id, _)) = wish
     else {
         return Ok(Decision::Nothing);
@@ -144,9 +144,9 @@ fn about_part(wish: &Wish, state: &State, now: Timestamp) -> Result<Decision, St
         Wish::Promote(_) => NodeRole::Manager,
         Wish::Demote(_) => NodeRole::Worker,
         Wish::RemoveNode(_, is_forced) => {
-            let counted = roles::check_removal(&node, *is_forced).map_err(text)?;
+            let raft_id = roles::check_removal(&node, *is_forced).map_err(text)?;
             let actions = skep_manager_core::remove_node(state, *node_id, now);
-            return Ok(match counted.map(ManagerId::of_raft_id) {
+            return Ok(match raft_id.map(ManagerId::of_raft_id) {
                 None => Decision::Write { actions, about, goes_on: false },
                 Some(id) => {
                     Decision::Change { change: Change::Remove(id), then: Some(actions), about }
@@ -161,15 +161,15 @@ fn about_part(wish: &Wish, state: &State, now: Timestamp) -> Result<Decision, St
     }
     roles::ask(state, &mut node, role).map_err(text)?;
     let expect = Expect::Version(node.meta.version);
-    let counted = node.manager_status.as_ref().map(|manager| manager.raft_id);
+    let raft_id = node.manager_status.as_ref().map(|manager| manager.raft_id);
     let actions = vec![Action::Put { object: Object::Node(Box::new(node)), expect }];
-    Ok(match counted.filter(|_| is_demoted).map(ManagerId::of_raft_id) {
+    Ok(match raft_id.filter(|_| is_demoted).map(ManagerId::of_raft_id) {
         None => Decision::Write { actions, about, goes_on: false },
         Some(id) => Decision::Change { change: Change::MayRemove(id), then: Some(actions), about },
     })
 }
 
-/// What the managers do for one that wants to be counted among them.
+/// What the managers do for one that wants to be a manager.
 fn admit(
     state: &State,
     node_id: NodeId,

@@ -42,7 +42,7 @@ struct Session {
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
     is_dirty: bool,
-    told_part: Option<(NodeRole, u64, Vec<MachineId>)>,
+    told_role: Option<(NodeRole, u64, Vec<MachineId>)>,
     opened_at: Timestamp,
     heard_at: Timestamp,
 }
@@ -185,7 +185,7 @@ impl Leader {
             stream: Stream::default(),
             told_table: None,
             is_dirty: true,
-            told_part: None,
+            told_role: None,
             opened_at: monotonic,
             heard_at: monotonic,
         };
@@ -351,7 +351,7 @@ impl Leader {
             }
             is_member
         });
-        out.extend(self.parts());
+        out.extend(self.role_messages());
         let nodes: Vec<NodeId> = self.sessions.keys().copied().collect();
         for node_id in nodes {
             if let Some(message) = self.news(node_id, seen) {
@@ -361,8 +361,8 @@ impl Leader {
         out
     }
 
-    /// Which part each node has, and where managers are, where that is news to it.
-    fn parts(&mut self) -> Vec<(MachineId, Message)> {
+    /// Which role each node has, and where managers are, where that is news to it.
+    fn role_messages(&mut self) -> Vec<(MachineId, Message)> {
         let status = |node: &Arc<Node>| node.manager_status.as_ref().map(|one| one.raft_id);
         let managers = self.state.nodes().values().filter_map(status);
         let managers: Vec<MachineId> =
@@ -370,13 +370,13 @@ impl Leader {
         let mut out = Vec::new();
         for (node_id, session) in &mut self.sessions {
             let Some(node) = self.state.node(*node_id) else { continue };
-            let (role, raft_id) = (node.observed_role(), roles::counted(node));
-            let part = Some((role, raft_id, managers.clone()));
-            if session.told_part != part {
-                session.told_part = part;
+            let (role, raft_id) = (node.observed_role(), roles::raft_id_of(node));
+            let told = Some((role, raft_id, managers.clone()));
+            if session.told_role != told {
+                session.told_role = told;
                 let (session, machine) = (session.id, session.machine);
                 let managers = managers.clone();
-                out.push((machine, Message::Part { session, role, raft_id, managers }));
+                out.push((machine, Message::Role { session, role, raft_id, managers }));
             }
         }
         out

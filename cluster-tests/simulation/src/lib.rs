@@ -5,7 +5,7 @@
 //! random, and a calm one, in which everything must come to rest and an update must keep its promise. All
 //! the while invariants are shown what happens.
 //!
-//! Reading order: [`mod@run`], `world`, `managing` and `working` with `leader`, `replica` (on its `log`) and `agent`, `part`
+//! Reading order: [`mod@run`], `world`, `managing` and `working` with `leader`, `replica` (on its `log`) and `agent`, `role`
 //! and `changing` (who is a manager), `upgrade` (which program a machine has), `trouble` with [`fault`] and
 //! `client`, `invariants`; [`seeds`].
 
@@ -21,9 +21,9 @@ mod managing;
 mod membership;
 mod message;
 mod network;
-mod part;
 mod queue;
 mod replica;
+mod role;
 pub mod run;
 pub mod seeds;
 mod seen;

@@ -15,8 +15,8 @@ use crate::leader::Leader;
 use crate::log::Entry;
 use crate::membership::ManagerId;
 use crate::message::MachineId;
-use crate::part::Part;
 use crate::replica::Replica;
+use crate::role::RoleChange;
 
 /// Who waits for a proposal of this manager.
 #[derive(Debug, Clone, Copy)]
@@ -64,7 +64,7 @@ pub(crate) struct Request {
     pub(crate) asked_by: Option<(MachineId, u64)>,
 }
 
-/// A machine's part as a manager.
+/// A machine's role as a manager.
 #[derive(Debug)]
 pub(crate) struct Manager {
     pub(crate) replica: Replica,
@@ -85,15 +85,15 @@ pub(crate) struct Manager {
     pub(crate) wakes_at: Option<Timestamp>,
     /// What is asked of it as the leader.
     pub(crate) changes: Changes,
-    /// The others count it, as far as it was told.
-    pub(crate) is_counted: bool,
+    /// It is a member of the Raft group, as far as it was told.
+    pub(crate) is_member: bool,
 }
 
 impl Manager {
     /// A manager that begins with this log.
     pub(crate) fn new(id: ManagerId, log: Vec<Arc<Entry>>, now: Timestamp) -> Self {
         Self {
-            is_counted: !log.is_empty(),
+            is_member: !log.is_empty(),
             replica: Replica::new(id, log, now),
             state: State::default(),
             leader: None,
@@ -128,10 +128,10 @@ pub(crate) struct Machine {
     /// The last moment at which a fault hit it.
     pub(crate) disturbed_at: Timestamp,
     pub(crate) session_since: Timestamp,
-    /// Its part as a manager, which it has while its certificate is for one.
+    /// Its role as a manager, which it has while its certificate is for one.
     pub(crate) manager: Option<Manager>,
-    /// Where it takes up another part, how far it is.
-    pub(crate) part: Part,
+    /// Where it takes up another role, how far it is.
+    pub(crate) role_change: RoleChange,
     pub(crate) agent: Agent,
     pub(crate) rng: StdRng,
 }

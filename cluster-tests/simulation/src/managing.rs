@@ -1,4 +1,4 @@
-//! A machine's part as a manager: its replica, what it applies, its leader's loop, its clients.
+//! A machine's role as a manager: its replica, what it applies, its leader's loop, its clients.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +17,8 @@ use crate::log::Payload;
 use crate::machine::{Manager, Request, Stage, Waiter};
 use crate::membership::ManagerId;
 use crate::message::{MachineId, Message};
-use crate::part::Answer as PartAnswer;
 use crate::replica::{HEARTBEAT, Outgoing};
+use crate::role::Answer as RoleAnswer;
 use crate::seen::Seen;
 use crate::world::{Event, Timer, World};
 
@@ -510,9 +510,9 @@ impl World {
         };
         let Some(request) = self.manager(machine).requests.get_mut(&id) else { return };
         match decision {
-            Decision::Nothing => self.end_request(machine, id, Some(PartAnswer::Counted)),
-            Decision::Part(role, raft_id) => {
-                self.end_request(machine, id, Some(PartAnswer::Part(role, raft_id)));
+            Decision::Nothing => self.end_request(machine, id, Some(RoleAnswer::Member)),
+            Decision::Role(role, raft_id) => {
+                self.end_request(machine, id, Some(RoleAnswer::Role(role, raft_id)));
             }
             Decision::Write { actions, about, goes_on } => {
                 (request.about, request.goes_on) = (about, goes_on);
@@ -597,17 +597,17 @@ impl World {
     }
 
     /// Whoever waits for a request here has its answer.
-    fn end_request(&mut self, machine: MachineId, id: u64, answer: Option<PartAnswer>) {
+    fn end_request(&mut self, machine: MachineId, id: u64, answer: Option<RoleAnswer>) {
         let Some(request) = self.manager(machine).requests.remove(&id) else { return };
         let Some((to, number)) = request.asked_by else { return };
         let message = match (&request.wish, answer) {
-            (client::Wish::Renew(_), Some(PartAnswer::Part(role, raft_id))) => {
-                Message::Renewed { request: number, part: Some((role, raft_id)) }
+            (client::Wish::Renew(_), Some(RoleAnswer::Role(role, raft_id))) => {
+                Message::Renewed { request: number, role: Some((role, raft_id)) }
             }
-            (client::Wish::Renew(_), _) => Message::Renewed { request: number, part: None },
+            (client::Wish::Renew(_), _) => Message::Renewed { request: number, role: None },
             (_, answer) => {
-                let is_counted = answer == Some(PartAnswer::Counted);
-                Message::Admitted { request: number, is_counted }
+                let is_member = answer == Some(RoleAnswer::Member);
+                Message::Admitted { request: number, is_member }
             }
         };
         self.send(machine, to, message);

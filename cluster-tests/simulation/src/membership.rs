@@ -14,7 +14,7 @@ use crate::message::MachineId;
 /// More machines than any swarm here has.
 const MACHINES_MAX: u64 = 100;
 
-/// A Raft id: a machine's part as a manager. One that becomes a manager anew has another one.
+/// A Raft id: a machine's role as a manager. One that becomes a manager anew has another one.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct ManagerId(u64);
 

@@ -32,8 +32,8 @@ pub(crate) enum Message {
         session: u64,
         term: u64,
     },
-    /// Which part the node has, and where managers are.
-    Part {
+    /// Which role the node has, and where managers are.
+    Role {
         session: u64,
         role: NodeRole,
         raft_id: u64,
@@ -96,12 +96,12 @@ pub(crate) enum Message {
         request: u64,
         node_id: NodeId,
     },
-    /// The part that it is for, and by which Raft id the managers count the node; `None`: ask again.
+    /// The role that it is for, and by which Raft id the node is a manager; `None`: ask again.
     Renewed {
         request: u64,
-        part: Option<(NodeRole, u64)>,
+        role: Option<(NodeRole, u64)>,
     },
-    /// A program asks a manager to be counted among them.
+    /// A program asks a manager to be admitted.
     Admit {
         request: u64,
         node_id: NodeId,
@@ -110,7 +110,7 @@ pub(crate) enum Message {
     },
     Admitted {
         request: u64,
-        is_counted: bool,
+        is_member: bool,
     },
     /// What became of a proposal; `None` where it was not taken, or its leader was lost.
     Proposed {
@@ -126,7 +126,7 @@ impl Message {
         match self {
             Self::Hello { session, .. }
             | Self::Welcome { session, .. }
-            | Self::Part { session, .. }
+            | Self::Role { session, .. }
             | Self::Redirect { session, .. }
             | Self::Removed { session }
             | Self::Assignments { session, .. }
@@ -159,9 +159,9 @@ impl Message {
                 RaftMessage::Append { .. } => "append",
                 RaftMessage::AppendReply { .. } => "append reply",
                 RaftMessage::Install { .. } => "install",
-                RaftMessage::HandOver { .. } => "hand over",
+                RaftMessage::TransferLeader { .. } => "transfer leader",
             },
-            Self::Part { .. } => "part",
+            Self::Role { .. } => "role",
             Self::Change { .. } => "change",
             Self::Changed { .. } => "changed",
             Self::Renew { .. } => "renew",

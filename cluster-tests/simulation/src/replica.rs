@@ -67,8 +67,8 @@ pub(crate) enum RaftMessage {
         snapshot: Arc<Snapshot>,
         round: u64,
     },
-    /// The leader hands over the lead to whom is named, if that one has the log up to `last`.
-    HandOver {
+    /// The leader transfers its leadership to whom is named, if that one has the log up to `last`.
+    TransferLeader {
         term: u64,
         to: ManagerId,
         last: (u64, u64),
@@ -121,7 +121,7 @@ impl RaftMessage {
             Self::Vote { .. }
             | Self::VoteReply { .. }
             | Self::AppendReply { .. }
-            | Self::HandOver { .. } => 0,
+            | Self::TransferLeader { .. } => 0,
         }
     }
 }
@@ -267,14 +267,14 @@ impl Replica {
     }
 
     /// As leader: gives the lead to the voter that has most of the log.
-    pub(crate) fn hand_over(&mut self, out: &mut Vec<Outgoing>) {
+    pub(crate) fn transfer_leadership(&mut self, out: &mut Vec<Outgoing>) {
         let Role::Leader(leading) = &self.role else { return };
         let voters = leading.others.iter().filter(|(id, _)| self.membership.is_voter(**id));
         let best = voters.max_by_key(|(id, known)| (known.matched, known.answered, **id));
         let Some(to) = best.map(|(id, _)| *id) else { return };
         let (term, last) = (self.disk.term, self.disk.last());
         let others = leading.others.keys();
-        out.extend(others.map(|other| (*other, RaftMessage::HandOver { term, to, last })));
+        out.extend(others.map(|other| (*other, RaftMessage::TransferLeader { term, to, last })));
     }
 
     pub(crate) fn term(&self) -> u64 {
@@ -522,7 +522,7 @@ impl Replica {
                     self.refuse(from, round);
                 }
             }
-            RaftMessage::HandOver { term, to, last } => {
+            RaftMessage::TransferLeader { term, to, last } => {
                 if term == self.disk.term && self.leader == Some(from) && !self.is_leader() {
                     // Its lease ends with that.
                     self.leader = None;

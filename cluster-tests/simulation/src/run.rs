@@ -47,7 +47,7 @@ impl Options {
 /// How often something happened that is not a fault: were it never so, nothing of it would be tried.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
-    /// Machines that became managers, and were counted.
+    /// Machines that became managers, and were admitted.
     pub n_promoted: u64,
     /// Managers that became workers.
     pub n_demoted: u64,

@@ -275,7 +275,7 @@ impl World {
     pub(crate) fn ask_somebody(&mut self, wish: Wish) -> Option<u64> {
         let is_able = |id: &MachineId| {
             let one = &self.machines[*id];
-            one.is_up && one.manager.as_ref().is_some_and(|one| !one.is_stopped && one.is_counted)
+            one.is_up && one.manager.as_ref().is_some_and(|one| !one.is_stopped && one.is_member)
         };
         let able: Vec<MachineId> = self.managers().into_iter().filter(is_able).collect();
         if able.is_empty() {

@@ -1,4 +1,4 @@
-//! A machine's part as a worker: its agent's session, and the tasks that it runs.
+//! A machine's role as a worker: its agent's session, and the tasks that it runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -140,15 +140,15 @@ impl World {
                 self.connect_later(to);
                 self.leave_managers(to);
             }
-            Message::Part { session, role, raft_id, managers }
+            Message::Role { session, role, raft_id, managers }
                 if self.machines[to].agent.session().is_some_and(|(open, ..)| open == session) =>
             {
                 self.hear(to);
                 self.machines[to].agent.managers = managers;
-                self.hear_part(to, role, raft_id);
+                self.hear_role(to, role, raft_id);
             }
-            Message::Renewed { request, part } => self.renewed(to, request, part),
-            Message::Admitted { request, is_counted } => self.admitted(to, request, is_counted),
+            Message::Renewed { request, role } => self.renewed(to, request, role),
+            Message::Admitted { request, is_member } => self.admitted(to, request, is_member),
             Message::Assignments { session, what } => {
                 let open = self.machines[to].agent.session();
                 let Some((_, _, term)) = open.filter(|(current, ..)| *current == session) else {

@@ -1,7 +1,7 @@
 //! A whole swarm in one thread, under one seed: machines, what goes between them, and what goes wrong.
 //!
 //! Reading order: this file (what there is, and who is handed which event), `network` (what becomes of a
-//! message), `managing` and `working` (a machine's two parts), `trouble` (faults and wishes).
+//! message), `managing` and `working` (a machine's two roles), `trouble` (faults and wishes).
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,8 +21,8 @@ use crate::log::{Entry, Payload};
 use crate::machine::{Machine, Manager};
 use crate::membership::{ManagerId, Membership};
 use crate::message::{MachineId, Message};
-use crate::part::Part;
 use crate::queue::{Queue, START};
+use crate::role::RoleChange;
 use crate::run::Counts;
 use crate::seen::Seen;
 use crate::service;
@@ -60,8 +60,8 @@ pub(crate) enum Timer {
         session: u64,
         version: u64,
     },
-    /// Another part is asked for once more.
-    Part {
+    /// Another role is asked for once more.
+    Role {
         request: u64,
     },
     /// The leader looks at what changes the members.
@@ -187,7 +187,7 @@ impl World {
             session_since: START,
             manager: (id < n_managers)
                 .then(|| Manager::new(ManagerId::new(id, 0), founding.clone(), START)),
-            part: Part::default(),
+            role_change: RoleChange::default(),
             agent: Agent::new((0..n_managers).collect()),
             rng: StdRng::seed_from_u64(rng.random()),
         });
@@ -295,7 +295,7 @@ impl World {
         }
         self.timer(machine, delay, Timer::Connect);
         self.start_manager(machine);
-        self.start_part(machine);
+        self.start_role(machine);
     }
 
     /// The next event. False: there is none.
@@ -378,7 +378,7 @@ impl World {
                 self.end_at_agent(machine, session);
                 self.end_at_manager(peer, machine, session);
             }
-            Timer::Part { request } => self.take_up_part(machine, request),
+            Timer::Role { request } => self.take_up_role(machine, request),
             Timer::Connect
             | Timer::WelcomeDeadline { .. }
             | Timer::Beat { .. }
@@ -398,7 +398,7 @@ impl World {
             Message::Welcome { .. }
                 | Message::Redirect { .. }
                 | Message::Removed { .. }
-                | Message::Part { .. }
+                | Message::Role { .. }
                 | Message::Renewed { .. }
                 | Message::Admitted { .. }
                 | Message::Assignments { .. }

@@ -22,7 +22,7 @@ use skep_proto::{IssueRequest, RootRequest};
 use skep_runtime::identity::{Credentials, Csr, JoinToken, root_digest};
 use skep_runtime::transport::{ChannelPool, Tls, connect_unverified, connect_with_root};
 use skep_runtime::{TaskSet, clock, telemetry};
-use skep_worker::agent::{Agent, AgentOptions, Beats, Managers, Payloads, ToldPart};
+use skep_worker::agent::{Agent, AgentOptions, Beats, Managers, Payloads, ToldRole};
 use skep_worker::executor_none::NoContainers;
 use tokio::sync::watch;
 use tonic::transport::Channel;
@@ -94,7 +94,7 @@ impl Swarm {
             root_pem: self.root_pem.clone(),
         };
         let managers = Managers::new(issued.managers);
-        self.say_when_there_is_a_session(number, managers.told_part());
+        self.say_when_there_is_a_session(number, managers.told_role());
         let options = AgentOptions {
             // Its sender is gone: a description that does not change.
             description: watch::channel(description(hostname)).1,
@@ -112,8 +112,8 @@ impl Swarm {
         Agent::start(options).await.context("an agent did not start")
     }
 
-    /// Leaders tell the part with each welcome.
-    fn say_when_there_is_a_session(&self, number: u32, mut told: watch::Receiver<ToldPart>) {
+    /// Leaders tell the role with each welcome.
+    fn say_when_there_is_a_session(&self, number: u32, mut told: watch::Receiver<ToldRole>) {
         self.tasks.spawn("sessions", async move {
             while told.changed().await.is_ok() {
                 println!("session {number} {}", clock::now().0);

@@ -33,7 +33,7 @@ const DEMOTED_GRACE: Duration = Duration::from_secs(10);
 pub trait Register: Debug + Send + Sync + 'static {
     /// Whether the node was removed from the swarm. One that was is never a member again.
     fn is_removed(&self, node_id: NodeId) -> bool;
-    /// The part that the node has, as far as that is known here.
+    /// The role that the node has, as far as that is known here.
     fn role(&self, node_id: NodeId) -> Option<NodeRole>;
     /// Whether what is known here is the swarm's state of a moment ago.
     fn is_current(&self) -> bool;

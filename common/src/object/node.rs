@@ -32,13 +32,13 @@ pub struct Node {
     pub manager_status: Option<ManagerStatus>,
     /// From 1, unique: names its ingress slice, tunnel address and packet mark.
     pub number: u16,
-    /// The part it plays, where that differs for a while from the one that is asked of it.
+    /// The role it has, where that differs for a while from the one that is asked of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub role: Option<NodeRole>,
 }
 
 impl Node {
-    /// The part that it plays, whichever is asked of it.
+    /// The role that it has, whichever is asked of it.
     pub fn observed_role(&self) -> NodeRole {
         self.role.unwrap_or(self.spec.role)
     }

@@ -28,7 +28,7 @@ pub struct NodeSpec {
     pub extra: Extra,
 }
 
-/// The part a node plays; the `OU` of its certificate.
+/// The role of a node; the `OU` of its certificate.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]

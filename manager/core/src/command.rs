@@ -36,7 +36,7 @@ pub struct Actor {
     /// The node whose certificate it came with.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_id: Option<NodeId>,
-    /// That node's part in the swarm, or of the leader's own commands `leader`.
+    /// That node's role in the swarm, or of the leader's own commands `leader`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub role: String,
     /// How it came: `socket`, `tls` or `leader`.

@@ -1,7 +1,7 @@
-//! Which part a node plays, and how another one is asked of it.
+//! Which role a node has, and how another one is asked of it.
 //!
 //! A node that is promoted is a manager at once, as far as its certificate goes; it joins the others by
-//! itself. One that is demoted stays a manager until the others do not count it any more: the leader takes
+//! itself. One that is demoted stays a manager until it is no member of the Raft group any more: the leader takes
 //! it out of the Raft group first, and only then is it a worker. [`retiring`] names those on the way, so
 //! that a new leader goes on where the one before stopped.
 //!
@@ -17,7 +17,7 @@ use skep_common::spec::NodeRole;
 use crate::level::{self, CONTROL, TooOldToManage};
 use crate::store::State;
 
-/// Why a node keeps its part.
+/// Why a node keeps its role.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Remedy: wait until it is there, then ask again.
@@ -38,7 +38,7 @@ pub enum Error {
     TooOld(String),
 }
 
-/// Changes the part that is asked of `node`.
+/// Changes the role that is asked of `node`.
 pub fn ask(state: &State, node: &mut Node, role: NodeRole) -> Result<(), Error> {
     let name = || crate::node_name(node).to_owned();
     if node.spec.role == role {
@@ -78,7 +78,7 @@ pub fn retiring(state: &State) -> Vec<&Node> {
     state.nodes().values().map(|node| &**node).filter(|node| is_retiring(node)).collect()
 }
 
-/// The node once no manager counts it.
+/// The node once it is no member.
 #[must_use]
 pub fn retired(node: &Node) -> Node {
     Node { role: None, manager_status: None, ..node.clone() }
@@ -88,20 +88,20 @@ pub fn retired(node: &Node) -> Node {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retirement {
     /// It is the leader itself: another one is to take the lead over, and goes on.
-    HandOver,
-    /// Nobody is to count it any more; [`retired`] is written after that.
+    TransferLeadership,
+    /// It is to be no member any more; [`retired`] is written after that.
     TakeOut {
         /// Its Raft id.
         raft_id: u64,
     },
-    /// It never came so far as to be counted.
+    /// It never came so far as to be a member.
     Note,
 }
 
 /// The next step of a manager on its way to be a worker, as the leader `own` sees it.
 pub fn retirement(node: &Node, own: u64) -> Retirement {
     match &node.manager_status {
-        Some(manager) if manager.raft_id == own => Retirement::HandOver,
+        Some(manager) if manager.raft_id == own => Retirement::TransferLeadership,
         Some(manager) => Retirement::TakeOut { raft_id: manager.raft_id },
         None => Retirement::Note,
     }
@@ -166,20 +166,20 @@ pub fn is_manager(state: &State, node_id: NodeId, raft_id: u64) -> bool {
     status.is_some_and(|status| status.raft_id == raft_id)
 }
 
-/// What [`counted`] says of a node that the managers do not count.
-pub const NOT_COUNTED: u64 = 0;
+/// What [`raft_id_of`] says of a node that is no manager.
+pub const NOT_A_MANAGER: u64 = 0;
 
-/// The Raft id by which the managers count a node: [`NOT_COUNTED`] for a worker, and for a manager until it is
-/// admitted.
-pub fn counted(node: &Node) -> u64 {
-    node.manager_status.as_ref().map_or(NOT_COUNTED, |status| status.raft_id)
+/// The Raft id by which a node is a manager: that of its object, which is written before the Raft group has it as a
+/// member, and goes after it was taken out. [`NOT_A_MANAGER`] for a worker, and until then.
+pub fn raft_id_of(node: &Node) -> u64 {
+    node.manager_status.as_ref().map_or(NOT_A_MANAGER, |status| status.raft_id)
 }
 
-/// Whether the membership of a manager by its Raft id `own` is over, where the managers `counted` it, or refused to,
-/// before they said by which id they count its node now. Where it is, they took `own` out of the Raft group, and a
-/// manager that is to go on needs another id and an empty log. `None`: whoever was asked does not say so.
-pub fn is_over(own: u64, counted: Option<u64>) -> bool {
-    counted.is_some_and(|counted| counted != own)
+/// Whether the membership of a manager by its Raft id `own` is over, where the managers had admitted it, or refused to,
+/// before they said that its node is a member by the id `current` now. Where it is, they took `own` out of the Raft
+/// group, and a manager that is to go on needs another id and an empty log. `None`: whoever was asked does not say so.
+pub fn is_over(own: u64, current: Option<u64>) -> bool {
+    current.is_some_and(|current| current != own)
 }
 
 /// Those of the Raft group's `members` that no node of the state names, but not `own`, the leader's. A node names
@@ -368,19 +368,19 @@ mod tests {
     fn a_membership_is_over_once_its_raft_id_is_not_the_one_that_counts() {
         use NodeRole::{Manager, Worker};
         let status = |raft_id| ManagerStatus { raft_id, ..ManagerStatus::default() };
-        let counted_as = |number, raft_id| {
+        let member = |number, raft_id| {
             let manager_status = Some(status(raft_id));
             Node { manager_status, ..of_role(number, Manager) }
         };
-        let (manager, other) = (counted_as(1, 7), counted_as(2, 8));
-        assert!(!is_over(7, Some(counted(&manager))));
+        let (manager, other) = (member(1, 7), member(2, 8));
+        assert!(!is_over(7, Some(raft_id_of(&manager))));
         // It keeps its id on its way to be a worker, until it is taken out.
         let demoted = asked(&[manager, other.clone()], Worker).unwrap();
-        assert!(!is_over(7, Some(counted(&demoted))));
+        assert!(!is_over(7, Some(raft_id_of(&demoted))));
         let promoted = asked(&[retired(&demoted), other], Manager).unwrap();
-        assert_eq!((promoted.observed_role(), counted(&promoted)), (Manager, NOT_COUNTED));
-        assert!(is_over(7, Some(counted(&promoted))));
-        assert!(is_over(7, Some(counted(&counted_as(1, 9)))), "it has joined by another id");
+        assert_eq!((promoted.observed_role(), raft_id_of(&promoted)), (Manager, NOT_A_MANAGER));
+        assert!(is_over(7, Some(raft_id_of(&promoted))));
+        assert!(is_over(7, Some(raft_id_of(&member(1, 9)))), "it has joined by another id");
         assert!(!is_over(7, None), "nobody says so");
     }
 
@@ -409,7 +409,7 @@ mod tests {
         let mut node = of_role(1, NodeRole::Worker);
         assert_eq!(retirement(&node, 7), Retirement::Note);
         node.manager_status = Some(ManagerStatus { raft_id: 7, ..ManagerStatus::default() });
-        assert_eq!(retirement(&node, 7), Retirement::HandOver);
+        assert_eq!(retirement(&node, 7), Retirement::TransferLeadership);
         assert_eq!(retirement(&node, 8), Retirement::TakeOut { raft_id: 7 });
     }
 

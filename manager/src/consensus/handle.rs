@@ -300,7 +300,7 @@ impl Consensus {
         self.inner.leadership.clone()
     }
 
-    /// Hands the lead to the voter that is furthest, and waits until somebody else leads. True: this
+    /// Transfers its leadership to the voter that is furthest, and waits until somebody else leads. True: this
     /// manager does not lead any more, or never did. For a clean stop.
     pub async fn transfer_leader(&self) -> bool {
         self.transfer_leader_among(|_| true).await

@@ -151,7 +151,7 @@ impl Consensus {
                 Attempt::NotTaken(Some(ForwardReason::LeaseExpired)) => {
                     return Err(Error::NoLeader { waited });
                 }
-                // Its term is over, or about to be: a leader that hands over takes nothing any more.
+                // Its term is over, or about to be: a leader that transfers its leadership takes nothing any more.
                 Attempt::NotTaken(_) => return Err(Error::NotLeader { term }),
             }
         }

@@ -31,7 +31,7 @@ pub enum RaftRequest {
     Vote(Bytes),
     /// A manager asks whether it would get a vote.
     PreVote(Bytes),
-    /// The leader hands over.
+    /// The leader transfers its leadership.
     TransferLeader(Bytes),
     /// A snapshot: its head, then its bytes in order. To be streamed; the answer comes at the end.
     Snapshot(Vec<Bytes>),

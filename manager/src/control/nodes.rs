@@ -53,8 +53,8 @@ async fn try_remove(control: &ControlService, request: &RemoveNodeRequest) -> Re
     let not_found = || Error::NotFound { kind: "node", reference: request.id.clone() };
     let node = state.node(node_id).ok_or_else(not_found)?;
     let removal = roles::check_removal(node, request.force);
-    let counted = removal.map_err(|why| Error::Precondition(why.to_string()))?;
-    if let Some(raft_id) = counted {
+    let raft_id = removal.map_err(|why| Error::Precondition(why.to_string()))?;
+    if let Some(raft_id) = raft_id {
         control.inner.consensus.remove_manager(raft_id).await.map_err(|error| {
             Error::Precondition(format!("manager {node_id} cannot be removed: {}", reason(&error)))
         })?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use super::payloads;
-use super::role::Part;
+use super::role::Role;
 use super::tables::Encoded;
 use super::trust::{Renewals, Trust};
 use skep_common::limits::{
@@ -42,7 +42,7 @@ struct Session {
     /// The digest of the table that the node said it has of another leader; empty: none.
     has_table: Bytes,
     told_managers: Vec<String>,
-    told_part: Part,
+    told_role: Role,
     told_trust: Trust,
     /// It is to get another certificate, and was not told yet.
     must_renew: bool,
@@ -156,7 +156,7 @@ impl Sessions {
         };
         let for_all = self.for_all.of(state);
         let (told_managers, told_trust) = (for_all.managers.clone(), for_all.trust.clone());
-        let told_part = Part::of(node);
+        let told_role = Role::of(node);
         let welcome = Welcome {
             session_id: format!("{session_id:016x}"),
             heartbeat_millis: u64::try_from(period.as_millis()).unwrap_or(u64::MAX),
@@ -164,9 +164,9 @@ impl Sessions {
             managers: told_managers.clone(),
             node_number: node.number.into(),
             ingress_pool: cluster.ingress_pool.to_string(),
-            role: told_part.role.clone(),
+            role: told_role.name.clone(),
             trust_pem: told_trust.pem.clone(),
-            raft_id: Some(told_part.raft_id),
+            raft_id: Some(told_role.raft_id),
         };
         let message = DispatcherMessage { message: Some(Message::Welcome(welcome)) };
         if to_agent.try_send(Ok(message)).is_err() {
@@ -179,7 +179,7 @@ impl Sessions {
             told_table: None,
             has_table: hello.table_digest.clone(),
             told_managers,
-            told_part,
+            told_role,
             told_trust,
             must_renew: false,
             conditions: None,
@@ -496,8 +496,8 @@ fn news(
     now: Timestamp,
 ) -> Option<Assignments> {
     let ForAll { managers, trust } = for_all;
-    let part = state.node(node_id).map(|node| Part::of(node)).unwrap_or_default();
-    let is_part_new = part != session.told_part;
+    let role = state.node(node_id).map(|node| Role::of(node)).unwrap_or_default();
+    let is_role_new = role != session.told_role;
     let is_management_new = *managers != session.told_managers;
     let must_renew = std::mem::take(&mut session.must_renew);
     let is_trust_new = session.told_trust != *trust;
@@ -521,7 +521,7 @@ fn news(
         },
         None if table.is_some()
             || is_management_new
-            || is_part_new
+            || is_role_new
             || is_trust_new
             || must_renew =>
         {
@@ -543,9 +543,9 @@ fn news(
         session.told_managers.clone_from(managers);
         message.managers.clone_from(managers);
     }
-    if is_part_new {
-        session.told_part.clone_from(&part);
-        (message.role, message.raft_id) = (part.role, Some(part.raft_id));
+    if is_role_new {
+        session.told_role.clone_from(&role);
+        (message.role, message.raft_id) = (role.name, Some(role.raft_id));
     }
     if is_trust_new {
         session.told_trust.clone_from(trust);

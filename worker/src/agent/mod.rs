@@ -55,7 +55,7 @@ use tokio_util::sync::CancellationToken;
 pub use balancers::Balancers;
 pub use images::{ImageHolding, Images};
 pub use payloads::Payloads;
-pub use session::{Beats, Managers, TermKeeper, ToldPart};
+pub use session::{Beats, Managers, TermKeeper, ToldRole};
 pub use task_store::{Remembered, TaskStore};
 
 use crate::executor::{Executor, Found};

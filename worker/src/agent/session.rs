@@ -49,12 +49,12 @@ pub enum Beats {
     AsTask,
 }
 
-/// The part that the leader gives a node.
+/// The role that the leader gives a node.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct ToldPart {
+pub struct ToldRole {
     /// `worker` or `manager`, and empty until the leader has said so.
     pub role: String,
-    /// By which Raft id the managers count it, 0: by none. `None` where the leader does not say so.
+    /// By which Raft id it is a manager, 0: by none. `None` where the leader does not say so.
     pub raft_id: Option<u64>,
 }
 
@@ -63,7 +63,7 @@ pub struct ToldPart {
 pub struct Managers {
     known: Arc<Mutex<Vec<String>>>,
     changed: Arc<watch::Sender<Vec<String>>>,
-    told_part: Arc<watch::Sender<ToldPart>>,
+    told_role: Arc<watch::Sender<ToldRole>>,
     told_trust: Arc<watch::Sender<Bytes>>,
     renewals: Arc<watch::Sender<u64>>,
     /// Whether managers say that this node is no member any more.
@@ -84,14 +84,14 @@ impl Managers {
     /// The managers that the daemon remembers.
     pub fn new(known: Vec<String>) -> Self {
         let (changed, _) = watch::channel(known.clone());
-        let (told_part, _) = watch::channel(ToldPart::default());
+        let (told_role, _) = watch::channel(ToldRole::default());
         let (told_trust, _) = watch::channel(Bytes::new());
         let (renewals, _) = watch::channel(0);
         let (removed, _) = watch::channel(false);
         Self {
             known: Arc::new(Mutex::new(known)),
             changed: Arc::new(changed),
-            told_part: Arc::new(told_part),
+            told_role: Arc::new(told_role),
             told_trust: Arc::new(told_trust),
             renewals: Arc::new(renewals),
             removed: Arc::new(removed),
@@ -136,9 +136,9 @@ impl Managers {
         self.changed.subscribe()
     }
 
-    /// The part that the leader gives this node.
-    pub fn told_part(&self) -> watch::Receiver<ToldPart> {
-        self.told_part.subscribe()
+    /// The role that the leader gives this node.
+    pub fn told_role(&self) -> watch::Receiver<ToldRole> {
+        self.told_role.subscribe()
     }
 
     /// The roots that the leader has this node trust, PEM, and empty until it has said so.
@@ -162,9 +162,9 @@ impl Managers {
         }
     }
 
-    fn tell_part(&self, role: String, raft_id: Option<u64>) {
+    fn tell_role(&self, role: String, raft_id: Option<u64>) {
         if !role.is_empty() {
-            self.told_part.send_replace(ToldPart { role, raft_id });
+            self.told_role.send_replace(ToldRole { role, raft_id });
         }
     }
 
@@ -305,7 +305,7 @@ async fn attempt(
     tracing::info!(manager = address, term = welcome.term, "session with the leader");
     options.managers.removed.send_replace(false);
     options.managers.replace(welcome.managers.clone());
-    options.managers.tell_part(welcome.role.clone(), welcome.raft_id);
+    options.managers.tell_role(welcome.role.clone(), welcome.raft_id);
     options.managers.tell_trust(welcome.trust_pem.clone());
     let beats = Heartbeats::start(options, address, &welcome);
     let end = options.tasks.token().child_token();
@@ -321,7 +321,7 @@ async fn attempt(
         let Some(Ok(message)) = next else { break };
         let Some(Message::Assignments(mut assignments)) = message.message else { continue };
         options.managers.replace(std::mem::take(&mut assignments.managers));
-        options.managers.tell_part(std::mem::take(&mut assignments.role), assignments.raft_id);
+        options.managers.tell_role(std::mem::take(&mut assignments.role), assignments.raft_id);
         options.managers.tell_trust(std::mem::take(&mut assignments.trust_pem));
         if assignments.renew {
             options.managers.renewals.send_modify(|n_told| *n_told += 1);

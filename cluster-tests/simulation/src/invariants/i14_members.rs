@@ -1,5 +1,5 @@
 //! 14. What is committed is on the disks of a majority of the managers that are counted, and of no others; and when all
-//!     has come to rest, each node has the part that the state says, and the voters are the managers of the state.
+//!     has come to rest, each node has the role that the state says, and the voters are the managers of the state.
 
 use std::collections::BTreeSet;
 

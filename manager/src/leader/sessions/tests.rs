@@ -32,7 +32,7 @@ fn session(description: NodeDescription) -> Session {
         told_table: None,
         has_table: Bytes::new(),
         told_managers: Vec::new(),
-        told_part: Part::default(),
+        told_role: Role::default(),
         told_trust: Trust::default(),
         must_renew: false,
         conditions: None,

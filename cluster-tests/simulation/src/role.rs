@@ -1,7 +1,7 @@
-//! Which part a machine plays: how it hears of another one, gets a certificate for it, and takes it up.
+//! Which role a machine plays: how it hears of another one, gets a certificate for it, and takes it up.
 //!
 //! It follows `cli/src/daemon/role.rs`: the certificate decides, and a Raft id is made for one promotion. A machine
-//! that was made a manager begins with no log, and asks the others to count it until they do.
+//! that was made a manager begins with no log, and asks the others to admit it until they do.
 
 use std::time::Duration;
 
@@ -22,24 +22,24 @@ const ADMIT_PATIENCE: Duration = Duration::from_secs(11);
 /// After so many failures somebody tells the node of another manager.
 const FAILURES_MAX: u32 = 8;
 
-/// How far a machine is with another part.
+/// How far a machine is with another role.
 #[derive(Debug, Default)]
-pub(crate) struct Part {
+pub(crate) struct RoleChange {
     /// How often it was made a manager.
     n_before: u64,
     /// What it asks for now.
     request: Option<u64>,
-    /// What the leader said last, and by which Raft id the managers count it.
+    /// What the leader said last, and by which Raft id it is a manager.
     told: Option<(NodeRole, u64)>,
 }
 
-/// What a manager answers to whoever asks for a part.
+/// What a manager answers to whoever asks for a role.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Answer {
-    /// It is counted among the managers.
-    Counted,
-    /// What the certificate is for, and by which Raft id its node counts.
-    Part(NodeRole, u64),
+    /// It is a member.
+    Member,
+    /// What the certificate is for, and by which Raft id its node is a manager.
+    Role(NodeRole, u64),
 }
 
 impl World {
@@ -60,62 +60,62 @@ impl World {
         known.get(one.rng.random_range(0..known.len().max(1))).copied().unwrap_or(machine)
     }
 
-    /// The leader says which part the node has.
-    pub(crate) fn hear_part(&mut self, machine: MachineId, role: NodeRole, raft_id: u64) {
-        let is_other = self.is_other_part(machine, role, raft_id);
-        let part = &mut self.machines[machine].part;
-        part.told = Some((role, raft_id));
-        if is_other && part.request.is_none() {
-            self.ask_for_part(machine);
+    /// The leader says which role the node has.
+    pub(crate) fn hear_role(&mut self, machine: MachineId, role: NodeRole, raft_id: u64) {
+        let is_other = self.is_other_role(machine, role, raft_id);
+        let change = &mut self.machines[machine].role_change;
+        change.told = Some((role, raft_id));
+        if is_other && change.request.is_none() {
+            self.ask_for_role(machine);
         }
     }
 
-    /// Whether a machine is to begin another part than it plays. One that has not heard yet that it is counted is
+    /// Whether a machine is to begin another role than it plays. One that has not heard yet that it is a member is
     /// still joining.
-    fn is_other_part(&self, machine: MachineId, role: NodeRole, raft_id: u64) -> bool {
-        let counted = self.machines[machine].manager.as_ref().filter(|one| one.is_counted);
+    fn is_other_role(&self, machine: MachineId, role: NodeRole, raft_id: u64) -> bool {
+        let member = self.machines[machine].manager.as_ref().filter(|one| one.is_member);
         role != self.role(machine)
-            || counted.is_some_and(|one| roles::is_over(one.replica.id().raft_id(), Some(raft_id)))
+            || member.is_some_and(|one| roles::is_over(one.replica.id().raft_id(), Some(raft_id)))
     }
 
     /// A daemon has started: what it is to go on with.
-    pub(crate) fn start_part(&mut self, machine: MachineId) {
-        let part = &mut self.machines[machine].part;
-        (part.request, part.told) = (None, None);
-        self.ask_for_part(machine);
+    pub(crate) fn start_role(&mut self, machine: MachineId) {
+        let change = &mut self.machines[machine].role_change;
+        (change.request, change.told) = (None, None);
+        self.ask_for_role(machine);
     }
 
     /// Nobody answered, or not as hoped.
-    pub(crate) fn take_up_part(&mut self, machine: MachineId, request: u64) {
-        if self.machines[machine].part.request == Some(request) {
-            self.machines[machine].part.request = None;
-            self.ask_for_part(machine);
+    pub(crate) fn take_up_role(&mut self, machine: MachineId, request: u64) {
+        if self.machines[machine].role_change.request == Some(request) {
+            self.machines[machine].role_change.request = None;
+            self.ask_for_role(machine);
         }
     }
 
-    fn ask_for_part(&mut self, machine: MachineId) {
+    fn ask_for_role(&mut self, machine: MachineId) {
         let request = self.next_id();
         let one = &self.machines[machine];
         let (node_id, level) = (one.node_id, one.level);
-        let told = one.part.told;
-        let is_other = told.is_some_and(|(role, id)| self.is_other_part(machine, role, id));
-        let uncounted = one.manager.as_ref().filter(|manager| !manager.is_counted);
-        let uncounted = uncounted.map(|manager| manager.replica.id());
-        let (message, patience) = match uncounted {
+        let told = one.role_change.told;
+        let is_other = told.is_some_and(|(role, id)| self.is_other_role(machine, role, id));
+        let outsider = one.manager.as_ref().filter(|manager| !manager.is_member);
+        let outsider = outsider.map(|manager| manager.replica.id());
+        let (message, patience) = match outsider {
             _ if is_other => (Message::Renew { request, node_id }, RENEW_PATIENCE),
             Some(manager) => (Message::Admit { request, node_id, manager, level }, ADMIT_PATIENCE),
             None => return,
         };
-        self.machines[machine].part.request = Some(request);
+        self.machines[machine].role_change.request = Some(request);
         let manager = self.some_manager_known_to(machine);
         self.send(machine, manager, message);
-        self.timer(machine, patience, Timer::Part { request });
+        self.timer(machine, patience, Timer::Role { request });
     }
 
     fn ask_later(&mut self, machine: MachineId) {
         let request = self.next_id();
-        self.machines[machine].part.request = Some(request);
-        self.timer(machine, RETRY, Timer::Part { request });
+        self.machines[machine].role_change.request = Some(request);
+        self.timer(machine, RETRY, Timer::Role { request });
     }
 
     /// A manager has signed a certificate, or could not.
@@ -123,54 +123,54 @@ impl World {
         &mut self,
         machine: MachineId,
         request: u64,
-        part: Option<(NodeRole, u64)>,
+        role: Option<(NodeRole, u64)>,
     ) {
-        if self.machines[machine].part.request != Some(request) {
+        if self.machines[machine].role_change.request != Some(request) {
             return;
         }
-        self.machines[machine].part.request = None;
-        match part {
-            Some((role, raft_id)) if self.is_other_part(machine, role, raft_id) => {
-                self.become_part(machine, role);
+        self.machines[machine].role_change.request = None;
+        match role {
+            Some((role, raft_id)) if self.is_other_role(machine, role, raft_id) => {
+                self.change_role(machine, role);
             }
             Some(_) => {} // The managers have changed their minds; the leader tells.
             None => self.ask_later(machine),
         }
     }
 
-    /// The managers count this one, or do not.
-    pub(crate) fn admitted(&mut self, machine: MachineId, request: u64, is_counted: bool) {
+    /// The managers have admitted this one, or have not.
+    pub(crate) fn admitted(&mut self, machine: MachineId, request: u64, is_member: bool) {
         let one = &mut self.machines[machine];
-        if one.part.request != Some(request) {
+        if one.role_change.request != Some(request) {
             return;
         }
-        one.part.request = None;
+        one.role_change.request = None;
         let Some(manager) = &mut one.manager else { return };
-        manager.is_counted |= is_counted;
-        if is_counted {
+        manager.is_member |= is_member;
+        if is_member {
             self.counts.n_promoted += 1;
-            self.note(format_args!("{machine} is counted among the managers"));
+            self.note(format_args!("{machine} is a manager"));
             self.ask_later(machine); // That it is over may have been told before.
         } else {
             self.ask_later(machine);
         }
     }
 
-    /// The daemon begins anew with another part; containers go on.
-    fn become_part(&mut self, machine: MachineId, role: NodeRole) {
+    /// The daemon begins anew with another role; containers go on.
+    fn change_role(&mut self, machine: MachineId, role: NodeRole) {
         self.note(format_args!("{machine} is a {} now", role.name()));
-        self.set_part(machine, role);
+        self.set_role(machine, role);
         let millis = self.machines[machine].rng.random_range(20..800);
         self.go_down(machine, Duration::from_millis(millis));
     }
 
-    fn set_part(&mut self, machine: MachineId, role: NodeRole) {
+    fn set_role(&mut self, machine: MachineId, role: NodeRole) {
         let now = self.now();
         let one = &mut self.machines[machine];
         self.counts.n_demoted += u64::from(one.manager.is_some() && role == NodeRole::Worker);
         one.manager = (role == NodeRole::Manager).then(|| {
-            one.part.n_before += 1;
-            Manager::new(ManagerId::new(machine, one.part.n_before), Vec::new(), now)
+            one.role_change.n_before += 1;
+            Manager::new(ManagerId::new(machine, one.role_change.n_before), Vec::new(), now)
         });
     }
 
@@ -179,7 +179,7 @@ impl World {
         let is_removed = self.ledger.node(self.machines[machine].node_id).is_none();
         if is_removed && self.machines[machine].manager.is_some() {
             self.note(format_args!("{machine} was removed, and is no manager any more"));
-            self.become_part(machine, NodeRole::Worker);
+            self.change_role(machine, NodeRole::Worker);
         }
     }
 
@@ -194,7 +194,7 @@ impl World {
         one.agent.n_failed = 0;
         one.agent.managers = managers;
         if one.manager.is_some() || role == NodeRole::Manager {
-            self.become_part(machine, role);
+            self.change_role(machine, role);
         }
     }
 }
