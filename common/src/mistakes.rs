@@ -26,7 +26,7 @@ pub enum Mistake {
     DeposedWrite,
     /// A leader counts a manager that was taken out towards its majority.
     RemovedCounted,
-    /// A manager is called a worker while the others still count its vote.
+    /// A manager is called a worker, and the others go on counting its vote.
     RetiredEarly,
     /// A manager writes for a user what another manager does not understand.
     LevelIgnored,

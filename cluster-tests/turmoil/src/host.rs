@@ -104,8 +104,8 @@ impl Host {
             if let Some(identity) = self.machines.identity(self.number) {
                 return identity;
             }
-            if let Wish::Join { token, managers } = self.machines.wish(self.number)
-                && let Some(node_id) = self.certificate(token, &managers).await
+            if let Wish::Join { token } = self.machines.wish(self.number)
+                && let Some(node_id) = self.certificate(token, &self.others()).await
             {
                 let identity = self.machines.enter(self.number, node_id);
                 let raft_id = identity.raft_id;

@@ -32,8 +32,8 @@ pub(crate) enum Wish {
     /// Nothing.
     #[default]
     None,
-    /// `swarm join`, with this token, at these managers.
-    Join { token: String, managers: Vec<String> },
+    /// `swarm join`, with this token, at whoever is a manager when it is tried.
+    Join { token: String },
     /// `swarm leave`.
     Leave,
     /// The managers do not count it any more, as its agent hears from them.
@@ -157,6 +157,15 @@ impl Machines {
         }
     }
 
+    /// Tells a machine that a manager is one no more, unless it has gone by itself meanwhile.
+    pub(crate) fn tell_out(&self, raft_id: u64) {
+        let mut inner = self.inner();
+        let machine = inner.get_mut(&machine_of(raft_id)).expect("machines are numbered");
+        if machine.identity.is_some_and(|identity| identity.raft_id == raft_id) {
+            machine.wish = Wish::BeOutside;
+        }
+    }
+
     /// Tells it something.
     pub(crate) fn tell(&self, number: u64, wish: Wish) {
         self.inner().get_mut(&number).expect("machines are numbered").wish = wish;
@@ -175,8 +184,12 @@ mod tests {
         assert!(!before.is_voter && machines.is_founder(before.raft_id));
         machines.has_joined(2);
         assert_eq!(machines.voters(), [2]);
-        machines.tell(2, Wish::BeOutside);
+        machines.tell_out(102);
+        assert_eq!(machines.wish(2), Wish::None, "it is another");
+        machines.tell_out(2);
+        assert_eq!(machines.wish(2), Wish::BeOutside);
         machines.forget(2);
+        machines.tell_out(2);
         assert_eq!((machines.identity(2), machines.wish(2)), (None, Wish::None));
         let after = machines.enter(2, NodeId(77));
         assert!(before.raft_id != after.raft_id && !machines.is_founder(after.raft_id));

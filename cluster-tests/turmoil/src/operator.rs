@@ -51,7 +51,7 @@ pub(crate) struct Operator {
     rng: StdRng,
     hands: Hands,
     /// A manager that may have been removed by half.
-    expelling: Option<(NodeId, u64)>,
+    removing: Option<(NodeId, u64)>,
 }
 
 /// What it does it with.
@@ -66,7 +66,7 @@ impl Operator {
     pub(crate) fn new(seed: u64, tls: Tls, machines: Arc<Machines>, ledger: Arc<Ledger>) -> Self {
         let rng = StdRng::seed_from_u64(seed ^ 0x6f70_6572_6174_6f72);
         let hands = Hands { pool: ChannelPool::new(tls), machines, ledger };
-        Self { rng, hands, expelling: None }
+        Self { rng, hands, removing: None }
     }
 
     /// Changes the managers as long as things fail, and proves in the end that it works.
@@ -85,14 +85,14 @@ impl Operator {
         while self.hands.ledger.phase() == Phase::Faults {
             let pause = Duration::from_millis(self.rng.random_range(200..2000));
             tokio::time::sleep(pause).await;
-            if let Some((node_id, raft_id)) = self.expelling {
-                self.expel(node_id, raft_id).await;
+            if let Some((node_id, raft_id)) = self.removing {
+                self.remove_by_force(node_id, raft_id).await;
             } else {
                 self.change_once(&token).await;
             }
         }
-        while let Some((node_id, raft_id)) = self.expelling {
-            self.expel(node_id, raft_id).await;
+        while let Some((node_id, raft_id)) = self.removing {
+            self.remove_by_force(node_id, raft_id).await;
             tokio::time::sleep(POLL).await;
         }
         // Until then what was asked for may still be written.
@@ -154,16 +154,15 @@ impl Operator {
                     }
                 }
                 5..8 => self.hands.leave(*number),
-                _ => self.expel(node.id, identity.raft_id).await,
+                _ => self.remove_by_force(node.id, identity.raft_id).await,
             }
         }
     }
 
     fn add(&self, number: u64, token: &str) {
         let Hands { machines, ledger, .. } = &self.hands;
-        let managers = self.hands.managers().into_iter().map(address_of).collect();
         ledger.note(&format!("operator: machine {number} is to join"));
-        machines.tell(number, Wish::Join { token: token.to_owned(), managers });
+        machines.tell(number, Wish::Join { token: token.to_owned() });
     }
 
     /// `node demote`.
@@ -203,19 +202,19 @@ impl Operator {
     }
 
     /// `node rm --force`: the manager's node is down, as far as its agent goes.
-    async fn expel(&mut self, node_id: NodeId, raft_id: u64) {
+    async fn remove_by_force(&mut self, node_id: NodeId, raft_id: u64) {
         let request = RemoveNodeRequest { id: node_id.to_string(), force: true };
         let mut control = self.control_drawn();
         let ledger = &self.hands.ledger;
         ledger.asked_out(raft_id);
         let removed = asked(control.remove_node(request)).await;
         ledger.note(&format!("operator: removes {raft_id}: {}", told(&removed)));
-        self.expelling = Some((node_id, raft_id));
+        self.removing = Some((node_id, raft_id));
         match removed {
             Err(status) if status.code() != Code::NotFound => ledger.refuse_change(&status),
             _ => {
                 ledger.left(raft_id);
-                self.expelling = None;
+                self.removing = None;
             }
         }
     }
@@ -438,7 +437,7 @@ impl Hands {
                 });
                 if *at <= Instant::now() && self.machines.wish(number) != Wish::BeOutside {
                     self.ledger.note(&format!("manager {raft_id} hears that it is none"));
-                    self.machines.tell(number, Wish::BeOutside);
+                    self.machines.tell_out(raft_id);
                 }
             }
         }
