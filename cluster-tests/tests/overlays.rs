@@ -109,13 +109,20 @@ fn on(lab: &Lab, service: &str, node: &str) -> Whoami {
 }
 
 /// Waits until exactly these tasks of a service, by node, answer in turns, `n` each; no request fails
-/// meanwhile. A node may hear of a task a moment after managers call it running.
+/// meanwhile, once one was answered. A node may hear of a task a moment after managers call it running, and
+/// refuses connections to an address that has no task yet.
 #[track_caller]
 fn wait_for_turns(from: &Whoami, url: &str, service: &str, nodes: &[&str], n: usize) {
     let expect: BTreeMap<(&str, &str), usize> =
         nodes.iter().map(|node| ((service, *node), n)).collect();
+    let mut has_answered = false;
     wait_until(SETTLES_WITHIN, &format!("{url} from {}: {expect:?}", from.node), || {
         let report = from.requests(&[url.to_owned()], n * nodes.len());
+        let n_failed = report.summary.failed;
+        if !has_answered && n_failed == report.summary.requests {
+            return (None, format!("{n_failed} requests failed"));
+        }
+        has_answered = true;
         report.assert_none_failed();
         let mut turns: BTreeMap<(&str, &str), usize> = BTreeMap::new();
         for record in &report.records {
