@@ -22,6 +22,18 @@ fn sockets() -> (UdpSocket, UdpSocket) {
     (bind(), bind())
 }
 
+/// Runs a test with two sockets, client and server, and the table of their network namespace.
+fn in_namespace(test: impl FnOnce(UdpSocket, UdpSocket, Conntrack) + Send + 'static) {
+    if !can_run() {
+        return;
+    }
+    let run = || {
+        let (client, server) = sockets();
+        test(client, server, Conntrack::open().expect("a channel"));
+    };
+    std::thread::spawn(run).join().expect("an end");
+}
+
 /// The one entry of the table.
 #[track_caller]
 fn only(entries: Vec<Entry>) -> Entry {
@@ -31,13 +43,8 @@ fn only(entries: Vec<Entry>) -> Entry {
 
 #[test]
 fn what_was_answered_since_it_was_listed_is_kept() {
-    if !can_run() {
-        return;
-    }
-    let in_namespace = || {
-        let (client, server) = sockets();
+    in_namespace(|client, server, mut connections| {
         let server_address = server.local_addr().expect("bound");
-        let mut connections = Conntrack::open().expect("a channel");
         client.send_to(b"question", server_address).expect("sent");
         let listed = only(connections.list_unanswered().expect("a list"));
         let SocketAddr::V4(address) = server_address else { panic!("of IPv4") };
@@ -56,19 +63,13 @@ fn what_was_answered_since_it_was_listed_is_kept() {
         let listed = only(connections.list_unanswered().expect("a list"));
         assert!(connections.delete_unanswered(&listed).expect("deleted"));
         assert_eq!(connections.list().expect("a list"), []);
-    };
-    std::thread::spawn(in_namespace).join().expect("an end");
+    });
 }
 
 #[test]
 fn a_request_is_forgotten_when_it_is_found_unanswered_twice() {
-    if !can_run() {
-        return;
-    }
-    let in_namespace = || {
-        let (client, server) = sockets();
+    in_namespace(|client, server, mut connections| {
         let server_address = server.local_addr().expect("bound");
-        let mut connections = Conntrack::open().expect("a channel");
         let mut unanswered = Unanswered::default();
         let mut look = |connections: &mut Conntrack| {
             let port = server_address.port();
@@ -91,6 +92,5 @@ fn a_request_is_forgotten_when_it_is_found_unanswered_twice() {
         client.send_to(b"question", other.local_addr().expect("bound")).expect("sent");
         let n_left = [(); 2].map(|()| look(&mut connections));
         assert_eq!(n_left, [2, 2], "what does not go astray may wait");
-    };
-    std::thread::spawn(in_namespace).join().expect("an end");
+    });
 }
