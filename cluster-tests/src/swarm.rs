@@ -185,6 +185,19 @@ impl Lab {
         })
     }
 
+    /// Asks until connections are shared out as `expect` says, by a line of the answers such as `Slot`: a node hears
+    /// of a task a moment after the managers call it running. What fails meanwhile is not looked at.
+    #[track_caller]
+    pub fn wait_for_turns(&self, from: &str, url: &str, field: &str, expect: &[(&str, usize)]) {
+        let expect: BTreeMap<&str, usize> = expect.iter().copied().collect();
+        let n_requests = expect.values().sum::<usize>() as u64;
+        wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
+            let report = self.send(from, url, n_requests);
+            let is_so = report.count_by(field) == expect;
+            (is_so.then_some(()), format!("{report:#?}"))
+        });
+    }
+
     /// Waits until `node ls` shows the state, such as `Down`, for a node.
     #[track_caller]
     pub fn wait_for_node(&self, via: &str, node: &str, status: &str) {

@@ -30,6 +30,9 @@ fn both_publish_ports_on_one_node() {
     let flags = ["--replicas", "3", "--replicas-max-per-node", "1", "--network", "front"];
     n1.create_whoami("web", &[&flags[..], &["--publish", "8080:8080"]].concat());
     lab.wait_until_settled("n1", "web", 3);
+    for node in ["n1", "n2", "n3"] {
+        lab.wait_for_turns("client", &lab.url(node, OURS), "Slot", &[("1", 1), ("2", 1), ("3", 1)]);
+    }
     step("Docker first");
     all_are_answered(&lab, &engine);
     step("Docker starts again");
@@ -44,6 +47,7 @@ fn both_publish_ports_on_one_node() {
     n1.create_whoami("late", &["--publish", "8081:8080"]);
     lab.wait_until_settled("n1", "late", 1);
     for node in ["n1", "n2", "n3"] {
+        lab.wait_for_turns("client", &lab.url(node, 8081), "Slot", &[("1", 1)]);
         let report = lab.load("client", &requests(&lab, node, 8081, 3)).finish();
         report.assert_none_failed();
     }

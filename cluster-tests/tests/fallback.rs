@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::time::Duration;
@@ -16,6 +16,7 @@ const NODES: [&str; 3] = ["n1", "n2", "n3"];
 /// The one that balances in user space.
 const OTHER: &str = "n3";
 const PORT: u16 = 8080;
+const EACH_THRICE: [(&str, usize); 3] = [("1", 3), ("2", 3), ("3", 3)];
 const WEB: &str = "fallback_web";
 /// More than all windows and buffers of a connection hold.
 const N_BYTES: usize = 16 << 20;
@@ -149,10 +150,10 @@ fn network_check_tries_its_daemon(lab: &Lab) {
 
 fn exact_turns(lab: &Lab) {
     for node in NODES {
-        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.wait_for_turns("client", &lab.url(node, PORT), "Slot", &EACH_THRICE);
         lab.send("client", &lab.url(node, PORT), 9).assert_none_failed();
         let own = format!("http://127.0.0.1:{PORT}/");
-        wait_for_slots(lab, node, &own, &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.wait_for_turns(node, &own, "Slot", &EACH_THRICE);
     }
     let rules = lab.node(OTHER).exec(&["nft", "list", "tables"]).ok();
     assert!(!rules.text().contains("skep"), "{rules}");
@@ -329,7 +330,7 @@ fn a_cut_is_seen(lab: &Lab) {
     let others: Vec<(&str, usize)> =
         others.iter().filter(|slot| **slot != its).map(|slot| (slot.as_str(), 4)).collect();
     for node in ["n1", "n2"] {
-        wait_for_n_slots(lab, "client", &lab.url(node, PORT), 8, &others);
+        lab.wait_for_turns("client", &lab.url(node, PORT), "Slot", &others);
     }
     let load = start_load(lab, &["n1", "n2"]);
     load.wait_for_more(100, SETTLES_WITHIN);
@@ -350,20 +351,4 @@ fn start_load(lab: &Lab, nodes: &[&str]) -> Load {
 
 fn nodes_of(tasks: &[TaskRow]) -> BTreeSet<&str> {
     tasks.iter().map(|task| task.node.as_str()).collect()
-}
-
-/// Waits until nine connections are given to slots as expected.
-#[track_caller]
-fn wait_for_slots(lab: &Lab, from: &str, url: &str, expect: &[(&str, usize)]) {
-    wait_for_n_slots(lab, from, url, 9, expect);
-}
-
-#[track_caller]
-fn wait_for_n_slots(lab: &Lab, from: &str, url: &str, n: u64, expect: &[(&str, usize)]) {
-    let expect: BTreeMap<&str, usize> = expect.iter().copied().collect();
-    wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
-        let report = lab.send(from, url, n);
-        let is_so = report.count_by("Slot") == expect;
-        (is_so.then_some(()), format!("{report:#?}"))
-    });
 }

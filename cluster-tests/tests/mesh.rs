@@ -88,6 +88,7 @@ fn the_mesh_answers_every_client_through_every_node() {
     let tasks = lab.wait_until_settled("n1", WEB, N_TASKS);
     let nodes: BTreeSet<&str> = tasks.iter().map(|task| task.node.as_str()).collect();
     assert_eq!(nodes, NODES.into(), "each node has one of five tasks");
+    NODES.iter().for_each(|node| wait_for_slots(&lab, node));
 
     for setting in ["0", "1"] {
         if set_bridge_filter(&lab, setting) {
@@ -136,10 +137,18 @@ fn load(lab: &Lab, from: &str, urls: Vec<String>, clients: u32) -> Load {
     lab.load(from, &LoadOptions { clients, timeout: REQUEST_TIMEOUT, ..LoadOptions::to(urls) })
 }
 
-/// Sends so many requests, a new connection each, none of which may fail. No two connections of this test have the same
-/// port, so that each takes one turn.
+/// Sends so many requests, none of which may fail.
 #[track_caller]
 fn send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -> Report {
+    let report = try_send(lab, from, urls, clients, n_requests);
+    report.assert_none_failed();
+    report
+}
+
+/// Sends so many requests, a new connection each. No two connections of this test have the same port, so that each
+/// takes one turn.
+#[track_caller]
+fn try_send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -> Report {
     // Below the ports that the kernel gives to other connections.
     static NEXT_PORT: AtomicU16 = AtomicU16::new(10_000);
     let n_ports = u16::try_from(n_requests).unwrap();
@@ -150,9 +159,22 @@ fn send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -
         timeout: REQUEST_TIMEOUT,
         ..LoadOptions::to(urls.iter().cloned())
     };
-    let report = lab.load(from, &options).finish();
-    report.assert_none_failed();
-    report
+    lab.load(from, &options).finish()
+}
+
+/// Waits until a node balances to each slot: a moment after the managers call its task running. It may refuse until then
+/// if it balances to none yet; once it has answered, no request may fail.
+#[track_caller]
+fn wait_for_slots(lab: &Lab, node: &str) {
+    let mut has_answered = false;
+    wait_until(SETTLES_WITHIN, &format!("{node} balances to all slots"), || {
+        let report = try_send(lab, "client", &urls(lab, &[node]), 1, N_TASKS as u64);
+        has_answered |= report.summary.failed < report.summary.requests;
+        if has_answered {
+            report.assert_none_failed();
+        }
+        ((report.count_by("Slot") == slots(1)).then_some(()), format!("{report:#?}"))
+    });
 }
 
 /// Sets it in the namespaces of all nodes; tells whether the kernel has it.
@@ -363,6 +385,7 @@ fn scaling_up_fails_no_request(lab: &Lab) {
     lab.wait_until_settled("n1", WEB, N_TASKS);
     load.wait_for_more(20, SETTLES_WITHIN);
     load.stop().assert_none_failed();
+    wait_for_slots(lab, "n4");
     let report = send(lab, "client", &urls(lab, &["n4"]), 1, 50);
     assert_turns(&report, &slots(10), "through n4");
 }
@@ -447,6 +470,7 @@ fn a_daemon_that_starts_again_disturbs_nothing(lab: &Lab) {
             assert_eq!(answer.field("Hostname"), first.field("Hostname"));
         }
     }
+    wait_for_slots(lab, restarted);
     let report = send(lab, "client", &urls(lab, &[restarted]), 1, 50);
     assert_turns(&report, &slots(10), "through the restarted node");
 }
@@ -492,18 +516,15 @@ fn a_dead_node_fails_no_request_of_the_living(lab: &Lab) {
     assert!(tasks.iter().all(|task| task.node != dead), "{tasks:#?}");
     assert_loads_did_not_fail(loads);
     for node in &living {
+        wait_for_slots(lab, node);
         let report = send(lab, "client", &urls(lab, &[node]), 1, 50);
         assert_turns(&report, &slots(10), &format!("through {node}"));
     }
     lab.start_nodes(&[dead]);
     lab.wait_for_node("n1", dead, "Ready");
-    wait_until(SETTLES_WITHIN, "the port answers on the node that came back", || {
-        let options = LoadOptions { requests: Some(1), ..LoadOptions::to(urls(lab, &[dead])) };
-        let report = lab.load("client", &options).finish();
-        ((report.summary.failed == 0).then_some(()), format!("{report:#?}"))
-    });
+    wait_for_slots(lab, dead);
     let report = send(lab, "client", &urls(lab, &[dead]), 1, 50);
-    assert_eq!(report.count_by("Slot").len(), N_TASKS, "through the node that came back");
+    assert_turns(&report, &slots(10), "through the node that came back");
 }
 
 fn a_removed_service_answers_no_more(lab: &Lab) {

@@ -184,7 +184,8 @@ fn a_client_may_have_an_address_of_the_network(lab: &Lab) {
     network(lab, &["--subnet", &subnet], "near");
     create(lab, "web", "near", &["n3", "n4"], &["--publish", "8080:8080"]);
     lab.wait_until_settled("n1", "web", 2);
-    let urls = NODES.map(|node| format!("http://{}:8080/", lab.node(node).address()));
+    let urls = NODES.map(|node| lab.url(node, 8080));
+    urls.iter().for_each(|url| lab.wait_for_turns("client", url, "Node", &[("n3", 1), ("n4", 1)]));
     let options = LoadOptions { requests: Some(16), ..LoadOptions::to(urls) };
     let report = lab.load("client", &options).finish();
     report.assert_none_failed();

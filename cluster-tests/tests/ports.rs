@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::time::Duration;
@@ -74,38 +74,21 @@ fn ranges_free_numbers_and_policies_of_ingress_ports() {
     assert_eq!(numbers, [8100, 8101, 30000].into());
     for number in numbers {
         let url = lab.url("n3", u16::try_from(number).unwrap());
-        wait_for_outcome(&lab, &url, "Ok");
-        assert_eq!(nodes_of(&lab, &url), TASK_NODES.map(|node| (node.to_owned(), 5)).into());
+        lab.wait_for_turns("client", &url, "Node", &TASK_NODES.map(|node| (node, 5)));
     }
     step("a local policy keeps connections on their node");
     lab.node("n1").skep(&["service", "update", "--detach", "--ingress-policy=local", "web"]).ok();
     for node in TASK_NODES {
-        wait_for_nodes(&lab, &lab.url(node, 8100), &[(node, 10)]);
+        lab.wait_for_turns("client", &lab.url(node, 8100), "Node", &[(node, 10)]);
     }
-    wait_for_nodes(&lab, &lab.url("n3", 8100), &[("n1", 5), ("n2", 5)]);
+    lab.wait_for_turns("client", &lab.url("n3", 8100), "Node", &[("n1", 5), ("n2", 5)]);
     step("a node that loses its task uses the other's");
     let scaled = ["--replicas=1", "--constraint-add=node.hostname==n2"];
     let update = [&["service", "update", "--detach"], &scaled[..], &["web"]].concat();
     lab.node("n1").skep(&update).ok();
     for node in NODES {
-        wait_for_nodes(&lab, &lab.url(node, 8100), &[("n2", 10)]);
+        lab.wait_for_turns("client", &lab.url(node, 8100), "Node", &[("n2", 10)]);
     }
-}
-
-/// How many of ten answers came from each node.
-fn nodes_of(lab: &Lab, url: &str) -> BTreeMap<String, usize> {
-    let report = lab.send("client", url, 10);
-    report.count_by("Node").into_iter().map(|(node, count)| (node.to_owned(), count)).collect()
-}
-
-#[track_caller]
-fn wait_for_nodes(lab: &Lab, url: &str, expect: &[(&str, usize)]) {
-    let expect: BTreeMap<String, usize> =
-        expect.iter().map(|(node, count)| ((*node).to_owned(), *count)).collect();
-    wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
-        let seen = nodes_of(lab, url);
-        ((seen == expect).then_some(()), format!("{seen:?}"))
-    });
 }
 
 const HELD_PORT: u16 = 8090;

@@ -2,7 +2,6 @@
 
 #![expect(clippy::unwrap_used, reason = "a test's helpers panic as the test does")]
 
-use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
 use std::time::Duration;
@@ -13,6 +12,7 @@ use skep_cluster_tests::{
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
 const PORT: u16 = 8080;
+const EACH_THRICE: [(&str, usize); 3] = [("1", 3), ("2", 3), ("3", 3)];
 const WEB: &str = "relayed_web";
 
 const STACK: &str = r#"
@@ -52,7 +52,7 @@ fn the_proxy_protocol_tells_tasks_of_every_client() {
     step("exact turns and the client's address, through each node");
     for node in NODES {
         let url = lab.url(node, PORT);
-        wait_for_slots(&lab, "client", &url, &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.wait_for_turns("client", &url, "Slot", &EACH_THRICE);
         let client = lab.client().address();
         assert_clients(&lab.send("client", &url, 9), client);
     }
@@ -98,7 +98,7 @@ fn scaling_fails_no_request(lab: &Lab) {
     }
     load.stop().assert_none_failed();
     for node in NODES {
-        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.wait_for_turns("client", &lab.url(node, PORT), "Slot", &EACH_THRICE);
     }
 }
 
@@ -160,7 +160,7 @@ fn the_port_changes_hands(lab: &Lab) {
     change("--publish-add=published=8080,target=8080", "--env-rm=PROXY_PROTOCOL");
     lab.node("n1").skep(&["service", "scale", "--detach", &format!("{WEB}=3")]).ok();
     for node in NODES {
-        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.wait_for_turns("client", &lab.url(node, PORT), "Slot", &EACH_THRICE);
         assert!(is_in_rules(lab, node), "the kernel of {node} balances");
         let own = "http://127.0.0.1:8080/";
         lab.send(node, own, 3).assert_none_failed();
@@ -170,7 +170,7 @@ fn the_port_changes_hands(lab: &Lab) {
         "--env-add=PROXY_PROTOCOL=v2",
     );
     for node in NODES {
-        wait_for_slots(lab, "client", &lab.url(node, PORT), &[("1", 3), ("2", 3), ("3", 3)]);
+        lab.wait_for_turns("client", &lab.url(node, PORT), "Slot", &EACH_THRICE);
         assert!(!is_in_rules(lab, node), "the daemon of {node} balances");
         assert_clients(&lab.send("client", &lab.url(node, PORT), 3), lab.client().address());
     }
@@ -197,17 +197,6 @@ fn assert_clients(report: &Report, expect: Ipv4Addr) {
     let expect = format!("{expect}:");
     let is_it = |client: &str| client.starts_with(&expect);
     assert!(report.records.iter().all(|record| is_it(record.field("Client"))), "{report:#?}");
-}
-
-/// Waits until nine connections are given to slots as expected.
-#[track_caller]
-fn wait_for_slots(lab: &Lab, from: &str, url: &str, expect: &[(&str, usize)]) {
-    let expect: BTreeMap<&str, usize> = expect.iter().copied().collect();
-    wait_until(SETTLES_WITHIN, &format!("{url} is answered by {expect:?}"), || {
-        let report = lab.send(from, url, 9);
-        let is_so = report.count_by("Slot") == expect;
-        (is_so.then_some(()), format!("{report:#?}"))
-    });
 }
 
 #[track_caller]
