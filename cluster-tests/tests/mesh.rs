@@ -88,7 +88,10 @@ fn the_mesh_answers_every_client_through_every_node() {
     let tasks = lab.wait_until_settled("n1", WEB, N_TASKS);
     let nodes: BTreeSet<&str> = tasks.iter().map(|task| task.node.as_str()).collect();
     assert_eq!(nodes, NODES.into(), "each node has one of five tasks");
-    NODES.iter().for_each(|node| wait_for_slots(&lab, node));
+    for node in NODES {
+        wait_until_answered(&lab, node);
+        wait_for_slots(&lab, node);
+    }
 
     for setting in ["0", "1"] {
         if set_bridge_filter(&lab, setting) {
@@ -137,18 +140,10 @@ fn load(lab: &Lab, from: &str, urls: Vec<String>, clients: u32) -> Load {
     lab.load(from, &LoadOptions { clients, timeout: REQUEST_TIMEOUT, ..LoadOptions::to(urls) })
 }
 
-/// Sends so many requests, none of which may fail.
+/// Sends so many requests, a new connection each, none of which may fail. No two connections of this test have the same
+/// port, so that each takes one turn.
 #[track_caller]
 fn send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -> Report {
-    let report = try_send(lab, from, urls, clients, n_requests);
-    report.assert_none_failed();
-    report
-}
-
-/// Sends so many requests, a new connection each. No two connections of this test have the same port, so that each
-/// takes one turn.
-#[track_caller]
-fn try_send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -> Report {
     // Below the ports that the kernel gives to other connections.
     static NEXT_PORT: AtomicU16 = AtomicU16::new(10_000);
     let n_ports = u16::try_from(n_requests).unwrap();
@@ -159,20 +154,26 @@ fn try_send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u6
         timeout: REQUEST_TIMEOUT,
         ..LoadOptions::to(urls.iter().cloned())
     };
-    lab.load(from, &options).finish()
+    let report = lab.load(from, &options).finish();
+    report.assert_none_failed();
+    report
 }
 
-/// Waits until a node balances to each slot: a moment after the managers call its task running. It may refuse until then
-/// if it balances to none yet; once it has answered, no request may fail.
+/// For a port that is new to a node: it hears of a task a moment after the managers call it running, and refuses
+/// connections until then.
+#[track_caller]
+fn wait_until_answered(lab: &Lab, node: &str) {
+    wait_until(SETTLES_WITHIN, &format!("{node} answers"), || {
+        let report = lab.send("client", &url(lab, node, PORT, "/"), 1);
+        ((report.summary.failed == 0).then_some(()), format!("{report:#?}"))
+    });
+}
+
+/// Waits until a node balances to each slot; no request fails meanwhile.
 #[track_caller]
 fn wait_for_slots(lab: &Lab, node: &str) {
-    let mut has_answered = false;
     wait_until(SETTLES_WITHIN, &format!("{node} balances to all slots"), || {
-        let report = try_send(lab, "client", &urls(lab, &[node]), 1, N_TASKS as u64);
-        has_answered |= report.summary.failed < report.summary.requests;
-        if has_answered {
-            report.assert_none_failed();
-        }
+        let report = send(lab, "client", &urls(lab, &[node]), 1, N_TASKS as u64);
         ((report.count_by("Slot") == slots(1)).then_some(()), format!("{report:#?}"))
     });
 }
@@ -522,6 +523,7 @@ fn a_dead_node_fails_no_request_of_the_living(lab: &Lab) {
     }
     lab.start_nodes(&[dead]);
     lab.wait_for_node("n1", dead, "Ready");
+    wait_until_answered(lab, dead);
     wait_for_slots(lab, dead);
     let report = send(lab, "client", &urls(lab, &[dead]), 1, 50);
     assert_turns(&report, &slots(10), "through the node that came back");

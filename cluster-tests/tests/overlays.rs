@@ -108,21 +108,23 @@ fn on(lab: &Lab, service: &str, node: &str) -> Whoami {
     lab.whoamis_of(service).into_iter().find(|whoami| whoami.node == node).unwrap()
 }
 
-/// Waits until exactly these tasks of a service, by node, answer in turns, `n` each; no request fails
-/// meanwhile, once one was answered. A node may hear of a task a moment after managers call it running, and
-/// refuses connections to an address that has no task yet.
+/// For an address that is new: a node may hear of a task a moment after managers call it running, and refuses
+/// connections until then.
+#[track_caller]
+fn wait_until_answered(from: &Whoami, url: &str) {
+    wait_until(SETTLES_WITHIN, &format!("{url} is answered from {}", from.node), || {
+        let report = from.requests(&[url.to_owned()], 1);
+        ((report.summary.failed == 0).then_some(()), format!("{report:#?}"))
+    });
+}
+
+/// Waits until exactly these tasks of a service, by node, answer in turns, `n` each; no request fails meanwhile.
 #[track_caller]
 fn wait_for_turns(from: &Whoami, url: &str, service: &str, nodes: &[&str], n: usize) {
     let expect: BTreeMap<(&str, &str), usize> =
         nodes.iter().map(|node| ((service, *node), n)).collect();
-    let mut has_answered = false;
     wait_until(SETTLES_WITHIN, &format!("{url} from {}: {expect:?}", from.node), || {
         let report = from.requests(&[url.to_owned()], n * nodes.len());
-        let n_failed = report.summary.failed;
-        if !has_answered && n_failed == report.summary.requests {
-            return (None, format!("{n_failed} requests failed"));
-        }
-        has_answered = true;
         report.assert_none_failed();
         let mut turns: BTreeMap<(&str, &str), usize> = BTreeMap::new();
         for record in &report.records {
@@ -146,7 +148,9 @@ fn networks_of_equal_subnets_are_apart(lab: &Lab) {
     for (service, _) in services {
         let url = virtual_urls(lab, service).remove(0);
         for node in NODES {
-            wait_for_turns(&on(lab, service, node), &url, service, &NODES, 2);
+            let from = on(lab, service, node);
+            wait_until_answered(&from, &url);
+            wait_for_turns(&from, &url, service, &NODES, 2);
         }
         let report = on(lab, service, "n4").requests(&range, range.len());
         let expect = [(service, NODES.len() + 1)].into();
@@ -170,7 +174,9 @@ fn a_network_is_made_again_at_once(lab: &Lab) {
         });
         lab.wait_until_settled("n1", "web", nodes.len());
         for from in &of_round {
-            wait_for_turns(from, &virtual_urls(lab, "web")[0], "web", &nodes, 2);
+            let url = &virtual_urls(lab, "web")[0];
+            wait_until_answered(from, url);
+            wait_for_turns(from, url, "web", &nodes, 2);
         }
         remove(lab, &["web"], &["again"]);
     }
@@ -203,7 +209,9 @@ fn tasks_reach_each_other_over_ipv6(lab: &Lab) {
     assert!(urls.len() == 2 && urls.iter().any(|url| url.contains("fd63::")), "{urls:?}");
     for node in ["n1", "n4"] {
         for url in &urls {
-            wait_for_turns(&on(lab, "web", node), url, "web", &["n1", "n4"], 2);
+            let from = on(lab, "web", node);
+            wait_until_answered(&from, url);
+            wait_for_turns(&from, url, "web", &["n1", "n4"], 2);
         }
     }
     let report = on(lab, "web", "n1").requests(&urls[..], 8);

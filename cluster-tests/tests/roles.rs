@@ -54,7 +54,7 @@ fn nodes_change_their_role_and_their_containers_go_on() {
     wait_until_plays(&lab, "n2", true);
     lab.wait_for_node("n2", "n2", "Ready");
 
-    // The leader of two hands over, and goes.
+    // The leader of two transfers its leadership, and goes.
     let demoted = lab.node("n2").skep(&["node", "demote", "n1"]).ok();
     assert_eq!(demoted.text(), "Manager n1 demoted in the swarm.");
     wait_for_role(&lab, "n2", "n1", str::is_empty);
@@ -116,7 +116,7 @@ fn raft_id(lab: &Lab, node: &str) -> u64 {
 }
 
 #[test]
-fn a_manager_that_missed_its_demotion_is_counted_again_once_it_is_promoted() {
+fn a_manager_that_missed_its_demotion_is_a_voter_again_once_it_is_promoted() {
     if !is_root_or_skip() {
         return;
     }

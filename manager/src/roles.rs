@@ -25,7 +25,7 @@ use crate::control::error::Error;
 
 /// Between attempts to take a manager out.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long whoever asks to leave waits until it is no member: longer than a change of the leader takes.
+/// How long whoever asks to leave waits until it is no member of the Raft group: longer than a change of the leader takes.
 const PATIENCE: Duration = RPC_DEADLINE;
 
 /// Takes out whoever is to be a worker, and whoever no node names, for as long as this manager leads in `term`.
@@ -131,7 +131,7 @@ fn with_raft_id(state: &State, raft_id: u64) -> Option<&Node> {
     state.nodes().values().find(has_it).map(|node| &**node)
 }
 
-/// Makes a manager that wants to leave a worker, and waits until it is no member any more.
+/// Makes a manager that wants to leave a worker, and waits until it is no member of the Raft group any more.
 pub(crate) async fn remove_manager(
     consensus: &Consensus,
     request: RemoveManagerRequest,
@@ -176,7 +176,7 @@ async fn demote(consensus: &Consensus, state: &State, node: &Node) -> Result<boo
     }
 }
 
-/// Asks the other managers, one after the other, not to count this one any more.
+/// Asks the other managers, one after the other, to take this one out of the Raft group.
 pub(crate) async fn ask_to_leave(pool: &ChannelPool, consensus: &Consensus) -> Result<(), Status> {
     let raft_id = consensus.raft_id();
     let mut last =

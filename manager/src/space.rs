@@ -24,7 +24,7 @@ use crate::consensus::Consensus;
 const FREE_BYTES_MIN: u64 = 64 << 20;
 /// Beyond it, before the disk counts as mended: what hovers about the bound does not flap.
 const FREE_BYTES_MORE: u64 = 16 << 20;
-/// The lead is offered once in so many looks: the others may be full, too, without having said so, or away.
+/// Leadership is offered once in so many looks: the others may be full, too, without having said so, or away.
 const TRANSFER_TICKS: u64 = 15;
 /// Between two looks.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -124,7 +124,7 @@ pub(crate) fn watch(
             n_ticks = if is_full { n_ticks + 1 } else { 0 };
             let may_transfer = n_ticks % TRANSFER_TICKS == 1;
             if may_transfer && consensus.leadership().borrow().is_self {
-                // Where nobody else has room it goes on: the lead would only go round.
+                // Where nobody else has room it goes on: leadership would only go round.
                 let others = with_room(&consensus.state());
                 consensus.transfer_leader_among(|raft_id| others.contains(&raft_id)).await;
             }

@@ -318,7 +318,7 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
     let _changing = machine.changing().await?;
     let node = match machine.membership() {
         Membership::Member(node) => node,
-        // The swarm that went on without this manager counts it no more.
+        // The swarm that went on without this manager has another Raft group.
         Membership::Failed(obstacle) => {
             return leave_unseen(machine, force || obstacle.is_superseded).await;
         }
@@ -332,7 +332,7 @@ pub(super) async fn leave(machine: &Machine, force: bool) -> Result<(), Status> 
             return Err(Status::failed_precondition("This node is not part of a swarm"));
         }
     };
-    // The others do not count a removed one.
+    // One that was removed is in no Raft group.
     if let Some(manager) = node.manager.as_ref().filter(|_| node.refusal().is_none()) {
         resign(manager, force).await?;
     }
@@ -364,7 +364,7 @@ async fn leave_unseen(machine: &Machine, force: bool) -> Result<(), Status> {
     let record = RecordFile::in_data_dir(&options.data_dir).load();
     if !force && !record.is_ok_and(|record| record.raft_id.is_none()) {
         return Err(Status::failed_precondition(
-            "This node takes no part in its swarm, but the other managers may count it as one of them, and lose their quorum when a majority is gone. Use --force to leave all the same.",
+            "This node takes no part in its swarm, but it may still be one of its managers to the others, who lose their quorum when a majority is gone. Use --force to leave all the same.",
         ));
     }
     let removed = remove_containers(machine).await;

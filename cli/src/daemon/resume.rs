@@ -336,7 +336,7 @@ mod tests {
     #[track_caller]
     fn check(obstacle: &Obstacle, may_pass: bool, words: &[&str]) {
         let remedy = match obstacle.is_superseded {
-            true => "`skep swarm leave`", // Nobody counts it.
+            true => "`skep swarm leave`", // It is in no Raft group.
             false => "`skep swarm leave --force`",
         };
         for word in words.iter().chain(&[remedy]) {

@@ -29,7 +29,7 @@ const LOOK: Duration = Duration::from_millis(200);
 pub(crate) enum Change {
     /// It is sent the log, and gets its vote once it has it.
     Add(ManagerId),
-    /// Nobody counts it any more.
+    /// It is out of the Raft group.
     Remove(ManagerId),
     /// Nothing changes: would the others keep their majority without it?
     MayRemove(ManagerId),
@@ -281,7 +281,7 @@ impl World {
         changes.queue.push_back(pending);
     }
 
-    /// Nobody counts it any more.
+    /// It is out of the Raft group.
     fn note_retired(&mut self, machine: MachineId, node: &Node, out: &mut Vec<Outgoing>) {
         let (now, clock) = (self.now(), self.machines[machine].clock(self.now()));
         let id = self.next_id();

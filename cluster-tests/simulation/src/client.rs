@@ -98,7 +98,7 @@ impl Wish {
 pub(crate) enum Decision {
     /// There is nothing to do, or nothing more.
     Nothing,
-    /// What a certificate is for, and by which Raft id its node counts.
+    /// What a certificate is for, and by which Raft id its node is a member.
     Role(NodeRole, u64),
     /// It is written, and where it goes on decided anew after that.
     Write { actions: Vec<Action>, about: Option<(Kind, u128)>, goes_on: bool },

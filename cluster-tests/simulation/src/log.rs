@@ -11,7 +11,7 @@ use crate::membership::{ManagerId, Membership};
 pub(crate) enum Payload {
     /// A new leader's first.
     Blank,
-    /// Who is counted from here on.
+    /// The voters and learners from here on.
     Membership(Membership),
     Command {
         /// Names the proposal, for whoever waits for it.
@@ -82,7 +82,7 @@ impl Disk {
         self.log.get(usize::try_from(nth).ok()?)
     }
 
-    /// Who is counted, as far as the log up to `index` says.
+    /// The voters and learners, as far as the log up to `index` says.
     pub(crate) fn membership_at(&self, index: u64) -> &Membership {
         let n_before = usize::try_from(index.saturating_sub(self.snapshot.index));
         let before = self.log.iter().take(n_before.unwrap_or(usize::MAX));

@@ -1,4 +1,4 @@
-//! Who is counted: the managers' Raft ids, and the set of voters and learners that the log agrees on.
+//! The members of the Raft group: the managers' Raft ids, and the set of voters and learners that the log agrees on.
 //!
 //! A manager that is new is a learner first, and a voter once it has caught up. Voters change by joint consensus: for
 //! a while a majority of the set before and one of the set after are needed. Source: Ongaro and Ousterhout, "In Search
@@ -105,11 +105,11 @@ impl Membership {
         number: impl Fn(ManagerId) -> u64,
     ) -> u64 {
         let of_config = |config: &BTreeSet<ManagerId>| {
-            let counted = |id: &ManagerId| {
+            let has_vote = |id: &ManagerId| {
                 config.contains(id)
                     || (mistakes::is(Mistake::RemovedCounted) && !self.members.contains(id))
             };
-            let mut numbers: Vec<u64> = all.clone().filter(counted).map(&number).collect();
+            let mut numbers: Vec<u64> = all.clone().filter(has_vote).map(&number).collect();
             numbers.sort_unstable_by(|left, right| right.cmp(left));
             numbers.get(config.len() / 2).copied().unwrap_or(0)
         };

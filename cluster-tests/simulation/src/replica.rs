@@ -134,7 +134,7 @@ pub(crate) type Outgoing = (ManagerId, RaftMessage);
 pub(crate) struct Replica {
     me: ManagerId,
     disk: Disk,
-    /// Who is counted: what the log says last, committed or not.
+    /// The voters and learners: what the log says last, committed or not.
     membership: Membership,
     synced: Disk,
     /// What a sync is writing.
@@ -209,7 +209,7 @@ impl Replica {
         self.me
     }
 
-    /// Who is counted, as far as this one knows.
+    /// The voters and learners, as far as this one knows.
     pub(crate) fn membership(&self) -> &Membership {
         &self.membership
     }
@@ -266,7 +266,7 @@ impl Replica {
         known.is_some_and(|known| known.matched + LAG_MAX >= self.disk.last_index())
     }
 
-    /// As leader: gives the lead to the voter that has most of the log.
+    /// As leader: has the voter lead that has most of the log.
     pub(crate) fn transfer_leadership(&mut self, out: &mut Vec<Outgoing>) {
         let Role::Leader(leading) = &self.role else { return };
         let voters = leading.others.iter().filter(|(id, _)| self.membership.is_voter(**id));

@@ -30,7 +30,7 @@ impl World {
             let machine = back[self.upgrade_rng.random_range(0..back.len())];
             self.counts.n_downgraded += 1;
             if self.machines[machine].manager.is_none() && self.upgrade_rng.random_bool(0.5) {
-                // What its session said is not true any more when it asks to be counted.
+                // What its session said is not true any more when it asks to be a manager.
                 self.ask_somebody(Wish::Promote(self.machines[machine].node_id));
             }
             self.change_program(machine, self.first_level);

@@ -67,7 +67,7 @@ pub(crate) struct Host {
 enum End {
     /// Its disk failed.
     Stopped,
-    /// The others do not count it any more.
+    /// It is out of the Raft group.
     Left,
 }
 
@@ -178,7 +178,7 @@ impl Host {
         Manager::start_with(options, raft).await
     }
 
-    /// Serves until the disk fails, or the others do not count it any more.
+    /// Serves until the disk fails, or it is out of the Raft group.
     async fn serve(
         &self,
         manager: Manager,

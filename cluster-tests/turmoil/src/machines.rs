@@ -36,7 +36,7 @@ pub(crate) enum Wish {
     Join { token: String },
     /// `swarm leave`.
     Leave,
-    /// The managers do not count it any more, as its agent hears from them.
+    /// It is out of the Raft group, as its agent hears from the managers.
     BeOutside,
 }
 
@@ -157,13 +157,15 @@ impl Machines {
         }
     }
 
-    /// Tells a machine that a manager is one no more, unless it has gone by itself meanwhile.
-    pub(crate) fn tell_out(&self, raft_id: u64) {
+    /// Tells a machine that a manager is one no more; not if it has gone by itself meanwhile. Returns whether it was told.
+    pub(crate) fn tell_out(&self, raft_id: u64) -> bool {
         let mut inner = self.inner();
         let machine = inner.get_mut(&machine_of(raft_id)).expect("machines are numbered");
-        if machine.identity.is_some_and(|identity| identity.raft_id == raft_id) {
+        let is_it = machine.identity.is_some_and(|identity| identity.raft_id == raft_id);
+        if is_it {
             machine.wish = Wish::BeOutside;
         }
+        is_it
     }
 
     /// Tells it something.
@@ -184,12 +186,12 @@ mod tests {
         assert!(!before.is_voter && machines.is_founder(before.raft_id));
         machines.has_joined(2);
         assert_eq!(machines.voters(), [2]);
-        machines.tell_out(102);
+        assert!(!machines.tell_out(102));
         assert_eq!(machines.wish(2), Wish::None, "it is another");
-        machines.tell_out(2);
+        assert!(machines.tell_out(2));
         assert_eq!(machines.wish(2), Wish::BeOutside);
         machines.forget(2);
-        machines.tell_out(2);
+        assert!(!machines.tell_out(2));
         assert_eq!((machines.identity(2), machines.wish(2)), (None, Wish::None));
         let after = machines.enter(2, NodeId(77));
         assert!(before.raft_id != after.raft_id && !machines.is_founder(after.raft_id));

@@ -1,6 +1,6 @@
 //! Who changes the set of managers: has machines join, and takes managers out, by the product's own ways.
 //!
-//! There are no agents in this ring. What a manager's agent would hear, that the others count it no more, its machine
+//! There are no agents in this ring. What a manager's agent would hear, that it is out of the Raft group, its machine
 //! is told from here: sooner or later, so that some go on for a while as if they still were managers.
 //!
 //! # Invariants
@@ -435,9 +435,9 @@ impl Hands {
                     let time = if rng.random_bool(0.7) { LOOK } else { TOLD_MAX };
                     Instant::now() + time.mul_f64(rng.random())
                 });
-                if *at <= Instant::now() && self.machines.wish(number) != Wish::BeOutside {
+                let is_due = *at <= Instant::now() && self.machines.wish(number) != Wish::BeOutside;
+                if is_due && self.machines.tell_out(raft_id) {
                     self.ledger.note(&format!("manager {raft_id} hears that it is none"));
-                    self.machines.tell_out(raft_id);
                 }
             }
         }

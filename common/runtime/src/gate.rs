@@ -86,7 +86,7 @@ impl Gate {
             if register.is_removed(node_id) {
                 return;
             }
-            match lost_part(&*register, node_id, role) {
+            match lost_role(&*register, node_id, role) {
                 true if grace.is_none() => grace = Some(begin()),
                 true => {}
                 false => grace = None,
@@ -111,7 +111,7 @@ impl Gate {
 }
 
 /// Whether a certificate says more than its node is.
-fn lost_part(register: &dyn Register, node_id: NodeId, role: NodeRole) -> bool {
+fn lost_role(register: &dyn Register, node_id: NodeId, role: NodeRole) -> bool {
     role == NodeRole::Manager && register.role(node_id) == Some(NodeRole::Worker)
 }
 

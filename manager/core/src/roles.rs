@@ -68,7 +68,7 @@ pub fn ask(state: &State, node: &mut Node, role: NodeRole) -> Result<(), Error> 
     Ok(())
 }
 
-/// Whether the node is to be a worker, and still counts as a manager.
+/// Whether the node is to be a worker, and still is a manager.
 pub fn is_retiring(node: &Node) -> bool {
     node.spec.role == NodeRole::Worker && node.observed_role() == NodeRole::Manager
 }
@@ -78,7 +78,7 @@ pub fn retiring(state: &State) -> Vec<&Node> {
     state.nodes().values().map(|node| &**node).filter(|node| is_retiring(node)).collect()
 }
 
-/// The node once it is no member.
+/// The node once it is no member of the Raft group.
 #[must_use]
 pub fn retired(node: &Node) -> Node {
     Node { role: None, manager_status: None, ..node.clone() }
@@ -87,14 +87,14 @@ pub fn retired(node: &Node) -> Node {
 /// What the leader does next with a manager that is to be a worker, once the others can do without it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Retirement {
-    /// It is the leader itself: another one is to take the lead over, and goes on.
+    /// It is the leader itself: another one is to lead, and goes on.
     TransferLeadership,
-    /// It is to be no member any more; [`retired`] is written after that.
+    /// It is to be no member of the Raft group any more; [`retired`] is written after that.
     TakeOut {
         /// Its Raft id.
         raft_id: u64,
     },
-    /// It never came so far as to be a member.
+    /// It never came so far as to be a member of the Raft group.
     Note,
 }
 
@@ -209,7 +209,7 @@ pub enum NotRemoved {
     NotDown(NodeId),
 }
 
-/// Whether a node may be removed. The Raft id is that of a manager, which nobody is to count any more before.
+/// Whether a node may be removed. The Raft id is that of a manager, which is to be taken out of the Raft group before.
 pub fn check_removal(node: &Node, is_forced: bool) -> Result<Option<u64>, NotRemoved> {
     let is_down = node.status.state == NodeState::Down;
     if let Some(manager) = &node.manager_status {
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_membership_is_over_once_its_raft_id_is_not_the_one_that_counts() {
+    fn a_membership_is_over_once_its_node_has_another_raft_id() {
         use NodeRole::{Manager, Worker};
         let status = |raft_id| ManagerStatus { raft_id, ..ManagerStatus::default() };
         let member = |number, raft_id| {

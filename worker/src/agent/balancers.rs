@@ -40,8 +40,8 @@ pub trait Balancers: Send + fmt::Debug + 'static {
         networks: &Arc<NetworkTables>,
     ) -> Result<Vec<PortCondition>, Box<dyn std::error::Error + Send + Sync>>;
 
-    /// Has the kernel forget requests that withdrawn tasks did not answer. Called at most [`SETTLE_PERIOD`] after a
-    /// table came into force, and again as long as it returns true or fails.
+    /// Has the kernel forget requests that withdrawn tasks did not answer. Called [`SETTLE_PERIOD`] after a table came
+    /// into force unless a call is due anyway, and again as long as it returns true or fails.
     async fn settle(&mut self) -> Result<bool, Box<dyn std::error::Error + Send + Sync>> {
         Ok(false)
     }

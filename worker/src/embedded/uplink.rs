@@ -458,7 +458,12 @@ impl Balancers for Uplink {
         };
         // A failure of the one must not keep the other from its look.
         let (ports, containers) = tokio::join!(mesh.settle(), of_networks);
-        Ok(ports? | containers?)
+        match (ports, containers) {
+            (Err(ports), Err(containers)) => {
+                Err(format!("{}; {}", Chain(&ports), Chain(&containers)).into())
+            }
+            (ports, containers) => Ok(ports? | containers?),
+        }
     }
 
     async fn has_other_conditions(&mut self) -> bool {

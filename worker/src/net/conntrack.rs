@@ -36,7 +36,7 @@ const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 
 /// How many looks at connections it takes after rules have changed: requests must be found unanswered twice, and
-/// what was on its way through the kernel then has an entry at the second look only.
+/// datagrams that were on their way through the kernel then have an entry at the second look only.
 pub const N_LOOKS: u8 = 2;
 
 /// `IPS_SEEN_REPLY`.
@@ -172,7 +172,11 @@ impl Conntrack {
             let connection = &entry.connection;
             match self.delete_unanswered(&entry) {
                 Ok(is_forgotten) => {
-                    tracing::debug!(?connection, is_forgotten, "a request was not answered");
+                    tracing::debug!(
+                        ?connection,
+                        is_forgotten,
+                        "a request was found unanswered twice"
+                    );
                 }
                 Err(error) => {
                     before.0.insert(entry.name());
@@ -186,8 +190,8 @@ impl Conntrack {
     /// Has the kernel forget a connection unless it was answered since it was listed: what is established
     /// would break. Returns whether it was forgotten.
     ///
-    /// On a busy machine a long list is old before its end is reached. The kernel has no deletion with
-    /// a condition, so each is looked at again at the last moment.
+    /// On a busy machine a long list is old before its end is reached. Not every kernel knows a
+    /// deletion with a condition, so each is looked at again at the last moment.
     pub fn delete_unanswered(&mut self, entry: &Entry) -> Result<bool, Error> {
         let found = self.request_of(GET, entry)?;
         let found = found.iter().find_map(|frame| Entry::read(&frame.payload));

@@ -1,5 +1,5 @@
-//! 14. What is committed is on the disks of a majority of the managers that are counted, and of no others; and when all
-//!     has come to rest, each node has the role that the state says, and the voters are the managers of the state.
+//! 14. What is committed is on the disks of a majority of the voters, whoever else has it; and when all has come to
+//!     rest, each node has the role that the state says, and the voters are the managers of the state.
 
 use std::collections::BTreeSet;
 
@@ -38,14 +38,14 @@ pub(crate) fn managers_rest(world: &World) -> Result<(), String> {
             "{id:?} knows of a change that is half done: {membership:?}"
         );
         let is_exact = membership.voters() == managers && *membership.members() == managers;
-        ensure!(is_exact, "the managers are {managers:?}, and {id:?} counts {membership:?}");
+        ensure!(is_exact, "the managers are {managers:?}, and {id:?} knows of {membership:?}");
     }
     Ok(())
 }
 
 impl Invariant for Members {
     fn name(&self) -> &'static str {
-        "14: a majority of the managers that are counted decides, and those are the managers of the state"
+        "14: a majority of the voters decides, and those are the managers of the state"
     }
 
     fn check(&mut self, world: &World, seen: &Seen) -> Result<(), String> {

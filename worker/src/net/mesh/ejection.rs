@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
+use skep_runtime::telemetry::Chain;
 use skep_runtime::{TaskSet, clock};
 use skep_worker_core::mesh::{
     Change, Ejections, Endpoint, MeshTable, Objects, Outcome, PATIENCE, PortKey, Reason, Times,
@@ -42,6 +43,9 @@ const QUIET_PAUSE: Duration = Duration::from_millis(100);
 /// them as for the node's own attempt.
 const LOOK_PERIOD: Duration = ATTEMPT_TIMEOUT;
 
+/// The same after a look that failed.
+const LOOK_RETRY: Duration = Duration::from_secs(1);
+
 /// How long after the notes could not be read.
 const FAILURE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -63,6 +67,8 @@ pub(super) struct Ejector {
     lost: Lost,
     /// When to look at requests to those that were left out, where another look is needed.
     look_at: Option<Instant>,
+    /// How the last look failed.
+    look_failure: Option<String>,
     channels: [NftChannel; 2],
     /// Opened when it is needed first.
     connections: Option<Conntrack>,
@@ -78,6 +84,7 @@ impl Ejector {
             left_out: BTreeSet::new(),
             lost: Lost::default(),
             look_at: None,
+            look_failure: None,
             channels,
             connections: None,
             started: clock::monotonic(),
@@ -160,14 +167,18 @@ impl Ejector {
 
     /// Looks at requests that were not answered. A failure does not keep it from looking for backends that fail.
     fn look(&mut self) {
-        let pause = match self.lost.look(&mut self.connections) {
-            Ok(false) => None,
-            Ok(true) => Some(LOOK_PERIOD),
-            Err(error) => {
-                warn_of(Err(error));
-                Some(FAILURE_PAUSE)
-            }
+        let (pause, failure) = match self.lost.look(&mut self.connections) {
+            Ok(is_unsettled) => (is_unsettled.then_some(LOOK_PERIOD), None),
+            Err(error) => (Some(LOOK_RETRY), Some(Chain(&error).to_string())),
         };
+        if failure.is_some() && failure != self.look_failure {
+            let error = failure.as_deref();
+            tracing::warn!(
+                error,
+                "clients of tasks that do not answer may wait longer than they must"
+            );
+        }
+        self.look_failure = failure;
         self.look_at = pause.map(|pause| clock::monotonic() + pause);
     }
 }

@@ -48,6 +48,14 @@ impl Lost {
     /// Takes those off the list that get connections again.
     pub(super) fn forgive(&mut self, backends: &BTreeSet<(PortKey, Endpoint)>) {
         self.backends.retain(|backend, _| !backends.contains(backend));
+        self.forget_where_over();
+    }
+
+    /// What a look after the last one finds was not found before, whatever name the kernel gives it.
+    fn forget_where_over(&mut self) {
+        if self.backends.is_empty() {
+            self.unanswered = Unanswered::default();
+        }
     }
 
     /// Has the kernel forget requests that they answered neither until the look before nor since: when their
@@ -63,7 +71,6 @@ impl Lost {
         forget: impl FnOnce(&mut Unanswered, &dyn Fn(&Connection) -> bool) -> Result<(), Error>,
     ) -> Result<bool, Error> {
         if self.backends.is_empty() {
-            self.unanswered = Unanswered::default();
             return Ok(false);
         }
         let is_astray = |connection: &Connection| {
@@ -78,6 +85,7 @@ impl Lost {
             *n_looks -= 1;
             *n_looks > 0
         });
+        self.forget_where_over();
         Ok(!self.backends.is_empty())
     }
 }

@@ -145,9 +145,9 @@ impl Kernel {
 
     /// Reads which backends answer.
     pub(super) fn sample(&mut self) -> Result<Sample, Error> {
-        let sample = self.ejector.sample()?;
+        // First, since it may fail: an attempt that nobody is told of never ends, and reading decides nothing.
         self.follow_ejector()?;
-        Ok(sample)
+        self.ejector.sample()
     }
 
     /// Takes over how the node's own attempt to connect to a backend ended.

@@ -138,14 +138,15 @@ impl Plane {
     /// must be called again.
     pub(super) fn settle(&mut self) -> Result<bool, Error> {
         let mut is_unsettled = false;
-        let mut failures = Vec::new();
+        // The caller asks again after a failure, so that each would be told again and again.
+        let mut first_failure = None;
         for settled in self.containers.values_mut().map(Container::settle) {
             match settled {
                 Ok(is_left) => is_unsettled |= is_left,
-                Err(error) => failures.push(error),
+                Err(error) => drop(first_failure.get_or_insert(error)),
             }
         }
-        first_of(failures).map(|()| is_unsettled)
+        first_failure.map_or(Ok(is_unsettled), Err)
     }
 
     /// Connects a container to its networks, whose tables are known. Fine if it is connected already.
