@@ -16,6 +16,8 @@ mod ipv6;
 mod lab;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "support/storm.rs"]
+mod storm;
 #[path = "mesh/user_space.rs"]
 mod user_space;
 
@@ -26,6 +28,7 @@ use helper::{LARGE, Request};
 use lab::{Client, Lab, N, TARGET_PORT, client_address, count, node_address, task_name, underlay};
 use machine::{can_run, skip};
 use skep_worker_core::mesh::{Backend, Mac, Peer, interface_name};
+use storm::Refused;
 
 const PORT: u16 = 8080;
 const OTHER: u16 = 8081;
@@ -127,6 +130,29 @@ fn large_answers(lab: &mut Lab) {
         lab.client.open(&id, node_address(1, PORT));
         assert_eq!(lab.client.use_connection(&id, "/large").len(), LARGE);
     }
+}
+
+/// The tasks refuse all of them. What passed by would be accepted by the daemon, which holds the port.
+#[test]
+fn no_connection_passes_by_the_rules_of_a_port_while_they_change() {
+    if !can_run() {
+        return;
+    }
+    const N_CHANGES: u32 = 500;
+    let mut lab = Lab::new();
+    lab.publish(&[(PORT, ALL)]);
+    for number in 1..=N {
+        lab.node(number).task.ask(&Request::Refuse { port: TARGET_PORT });
+    }
+    lab.client.ask(&Request::BeginStorm { address: node_address(1, PORT).into() });
+    for change in 0..N_CHANGES {
+        lab.version += 1;
+        let backends = if change % 2 == 0 { &ALL[..2] } else { ALL };
+        let table = lab.table(1, &[(PORT, backends)]);
+        lab.node(1).daemon.ask(&Request::Apply(table));
+    }
+    let refused: Refused = serde_json::from_value(lab.client.ask(&Request::EndStorm)).unwrap();
+    refused.assert_all(N_CHANGES);
 }
 
 #[test]

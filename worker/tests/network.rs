@@ -14,6 +14,8 @@ mod helper;
 mod lab;
 #[path = "support/machine.rs"]
 mod machine;
+#[path = "support/storm.rs"]
+mod storm;
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -29,6 +31,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::sched::{CloneFlags, unshare};
 use skep_worker::net::rtnetlink::{Mode, RouteChannel};
 use skep_worker_core::mesh::{MeshTable, Slices};
+use storm::Refused;
 
 const FRONT: u128 = 1;
 const BACK: u128 = 2;
@@ -225,6 +228,25 @@ fn an_address_without_a_serving_task_refuses_at_once() {
     lab.endpoint(FRONT, 11).serving = true;
     lab.apply();
     assert_eq!(lab.get(11, &get(VIP, 1)), ["11"]);
+}
+
+/// Nobody listens on that port. What passed by would be for an address that nobody has.
+#[test]
+fn no_connection_passes_by_the_rules_of_an_address_while_they_change() {
+    if !can_run() {
+        return;
+    }
+    const N_CHANGES: u32 = 150;
+    let mut lab = four_tasks();
+    let address = SocketAddr::new(VIP, 4444);
+    lab.task(11).ask(&Request::BeginStorm { address });
+    for change in 0..N_CHANGES {
+        lab.endpoint(FRONT, 14).serving = change % 2 != 0;
+        lab.version += 1;
+        lab.apply_on(1);
+    }
+    let refused: Refused = serde_json::from_value(lab.task(11).ask(&Request::EndStorm)).unwrap();
+    refused.assert_all(N_CHANGES);
 }
 
 #[test]

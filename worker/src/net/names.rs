@@ -9,7 +9,7 @@
 //! to whoever holds them, in whichever namespace that is. `redirect` would lead to 127.0.0.1.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, UdpSocket};
 
 use super::Error;
 use super::namespace::Home;
@@ -84,7 +84,7 @@ fn rules(udp_port: u16, tcp_port: u16) -> Batch {
         let mut list: Vec<Expression> = rule::destination(RESOLVER).into();
         list.extend(rule::transport_protocol(protocol));
         list.extend(rule::destination_port(PORT));
-        list.extend(rule::translate_to(SocketAddrV4::new(RESOLVER, port)));
+        list.extend(rule::translate_to(SocketAddr::new(RESOLVER.into(), port)));
         batch.add_rule(TABLE, CHAIN, &list, comment);
     }
     batch

@@ -26,6 +26,7 @@ use skep_worker_core::mesh::MeshTable;
 use crate::associations;
 use crate::ejection::Sent;
 use crate::machine::{ANSWER, HELPER};
+use crate::storm::Storm;
 
 const PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) const LARGE: usize = 1 << 20;
@@ -89,6 +90,12 @@ pub(crate) enum Request {
     },
     /// What became of them.
     EndStream,
+    /// Connections that are refused, one after the other, until its end.
+    BeginStorm {
+        address: SocketAddr,
+    },
+    /// What became of them.
+    EndStorm,
     /// Holds a port as any other program would.
     Listen {
         port: u16,
@@ -181,6 +188,7 @@ struct State {
     listeners: Vec<TcpListener>,
     servers: BTreeMap<u16, TcpListener>,
     stream: Option<JoinHandle<Vec<Sent>>>,
+    storm: Option<Storm>,
     sockets: BTreeMap<String, UdpSocket>,
 }
 
@@ -356,6 +364,11 @@ fn handle_socket(state: &mut State, request: Request) -> Result<Value, String> {
             let stream = state.stream.take().expect("a stream");
             Ok(json!(stream.join().expect("what became of each")))
         }
+        Request::BeginStorm { address } => {
+            state.storm = Some(Storm::begin(address));
+            Ok(Value::Null)
+        }
+        Request::EndStorm => Ok(json!(state.storm.take().expect("a storm").end())),
         Request::Listen { port } => {
             state.listeners.push(TcpListener::bind(("0.0.0.0", port)).map_err(text)?);
             Ok(Value::Null)

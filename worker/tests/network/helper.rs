@@ -25,6 +25,7 @@ use tokio::sync::watch;
 
 use crate::capture::Capture;
 use crate::machine::{ANSWER, HELPER};
+use crate::storm::Storm;
 
 const PATIENCE: Duration = Duration::from_secs(3);
 pub(crate) const TCP_PORT: u16 = 80;
@@ -140,6 +141,12 @@ pub(crate) enum Request {
     Rotate {
         step: Step,
     },
+    /// Connections that are refused, one after the other, until its end.
+    BeginStorm {
+        address: SocketAddr,
+    },
+    /// What became of them.
+    EndStorm,
     /// Holds a port of UDP as any other program would, or lets go of it.
     HoldUdp {
         address: Option<SocketAddr>,
@@ -169,6 +176,7 @@ struct State {
     streams: BTreeMap<String, TcpStream>,
     sockets: BTreeMap<String, UdpSocket>,
     datagrams: Arc<Mutex<usize>>,
+    storm: Option<Storm>,
 }
 
 /// Runs the helper if this process is one.
@@ -366,6 +374,8 @@ fn handle_socket(state: &mut State, request: Request) -> std::io::Result<Value> 
                 state.sockets.insert("held".to_owned(), UdpSocket::bind(address)?);
             }
         }
+        Request::BeginStorm { address } => state.storm = Some(Storm::begin(address)),
+        Request::EndStorm => return Ok(json!(state.storm.take().expect("a storm").end())),
         Request::Send { to, bytes } => {
             UdpSocket::bind("0.0.0.0:0")?.send_to(&bytes, to)?;
         }

@@ -30,7 +30,7 @@ pub(crate) struct Lab {
     pub(crate) outside: Machine,
     pub(crate) networks: BTreeMap<u128, Network>,
     containers: BTreeMap<u128, Container>,
-    version: u64,
+    pub(crate) version: u64,
     /// Public keys of the nodes.
     pub(crate) keys: BTreeMap<u16, WireguardKeys>,
     _switch: Machine,

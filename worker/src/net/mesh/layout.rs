@@ -7,7 +7,8 @@
 //! remember      prerouting -150  note which backend took a connection; mark connections by the peer they
 //!                                came through, and their answers
 //! publish       prerouting -100  ┐ (protocol, port) ──@ports──► chain tcp-8080: dnat to
-//! publish-local output     -100  ┘                              numgen inc mod N map {...}
+//! publish-local output     -100  ┘                              numgen inc mod N map {...},
+//!                                                               dnat to the first of them
 //! ask           postrouting  99  note which backend a connection is asked of, once for each connection
 //! protect       forward       0  from outside, only published ports of tasks are reachable
 //! source        postrouting 100  masquerade clients inside the cluster, and what tasks send out
@@ -19,12 +20,16 @@
 //!
 //! IPv6 has a table of its own with the same, but for the guard: tunnels end at addresses of IPv4.
 //!
+//! The second rule of a port is for packets that are in the chain while it is replaced: the kernel takes the elements
+//! of a map out of force before the last of them has looked there, and such a packet would go on to the node itself
+//! (ADR 0038).
+//!
 //! Both publishing chains go to the same chain of a port, so that outside and local clients take
 //! turns together. A port without backends refuses: with a TCP reset, or as a host does where nothing
 //! listens.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -38,6 +43,9 @@ use crate::net::secure;
 
 /// The lowest network number of overlay networks, which managers count up from.
 const OVERLAY_NUMBER_MIN: u32 = 0x5000;
+
+/// The comment of the rule for packets that find a port's map out of force.
+pub(super) const MISSED: &str = "a healthy task, when a turn is missed";
 
 /// The set of the underlay addresses of all nodes.
 pub(super) const NODES: &str = "nodes";
@@ -452,7 +460,7 @@ impl Layout {
         }
     }
 
-    /// Adds the one rule of a port's chain.
+    /// Adds the rules of a port's chain.
     fn balance(&self, key: PortKey, backends: &[Endpoint], batch: &mut Batch) {
         let chain = port_chain(key);
         let protocol = rule::transport_protocol(key.protocol.number()).to_vec();
@@ -478,8 +486,11 @@ impl Layout {
         let elements: Vec<Element> = (0u32..).zip(backends).map(element).collect();
         let (map, id) = batch.add_anonymous_map(TABLE, &kind, &elements);
         let modulus = u32::try_from(backends.len()).expect("a port has under 2^32 backends");
-        let rule = [protocol, rule::round_robin(self.is_ipv4(), modulus, map, id).to_vec()];
+        let rule = [protocol.clone(), rule::round_robin(self.is_ipv4(), modulus, map, id).to_vec()];
         batch.add_rule(TABLE, &chain, &rule.concat(), "healthy tasks, in turn");
+        let first = SocketAddr::new(backends[0].address, backends[0].port);
+        let rule = [protocol, rule::translate_to(first).to_vec()];
+        batch.add_rule(TABLE, &chain, &rule.concat(), MISSED);
     }
 
     fn reject(&self, protocol: Protocol) -> Expression {

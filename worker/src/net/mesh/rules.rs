@@ -373,11 +373,13 @@ impl Reader<'_> {
         if element.chain.as_deref() != Some(&chain) || self.chains.remove(&chain).is_none() {
             return Ok(None);
         }
-        let Some([rule]) = self.rules.get(&chain).map(Vec::as_slice) else { return Ok(None) };
+        let rules = self.rules.get(&chain).map(Vec::as_slice);
+        let Some([rule, rest @ ..]) = rules else { return Ok(None) };
         let names: Vec<&str> = rule.expressions.iter().map(|(name, _)| name.as_str()).collect();
-        let backends = match names.as_slice() {
-            ["meta", "cmp", "reject"] => Some(Vec::new()),
-            ["meta", "cmp", "numgen", "lookup", "nat"] => {
+        let rest: Vec<Option<&str>> = rest.iter().map(|rule| rule.comment.as_deref()).collect();
+        let backends = match (names.as_slice(), rest.as_slice()) {
+            (["meta", "cmp", "reject"], []) => Some(Vec::new()),
+            (["meta", "cmp", "numgen", "lookup", "nat"], [Some(layout::MISSED)]) => {
                 const NFTA_LOOKUP_SET: u16 = 1;
                 const NFTA_NG_MODULUS: u16 = 2;
                 let lookup = rule.expression("lookup").unwrap_or_default();

@@ -1,9 +1,11 @@
 //! The rules of virtual addresses in one container: observes them, and brings them to what is wanted.
 //!
 //! ```text
-//! output -100  new: ip daddr  ──@vips4──┐► chain vip-10.0.1.2: dnat to numgen inc mod N map {...}
-//!              new: ip6 daddr ──@vips6──┘
+//! output -100  new: ip daddr  ──@vips4──┐► chain vip-10.0.1.2: dnat to numgen inc mod N map {...},
+//!              new: ip6 daddr ──@vips6──┘                      dnat to the first of them
 //! ```
+//!
+//! The second rule is for packets that are in the chain while it is replaced, as in that of a published port.
 //!
 //! Addresses alone are translated, so that any protocol and port works, echo too. An address without
 //! backends refuses at once. The table is the container's own matter: what it sends is translated
@@ -31,6 +33,8 @@ const MAPS: [&str; 2] = ["vips4", "vips6"];
 /// Changes with the rules of the base chain: a table of another program version is built again.
 const OUTPUT_COMMENTS: [&str; 2] = ["virtual IPv4 addresses [1]", "virtual IPv6 addresses [1]"];
 const CHAIN: &str = "vip-";
+/// The comment of the rule for packets that find an address's map out of force.
+const MISSED: &str = "a healthy task, when a turn is missed";
 
 // Data types as `nft` numbers them (`include/datatype.h` of nftables).
 const TYPE_INTEGER: u32 = 4;
@@ -157,7 +161,10 @@ impl Rules {
             {
                 Ok(Some(Vec::new()))
             }
-            [turns] if names(turns) == ["numgen", "lookup", "nat"] => {
+            [turns, missed]
+                if names(turns) == ["numgen", "lookup", "nat"]
+                    && missed.comment.as_deref() == Some(MISSED) =>
+            {
                 let lookup = turns.expression("lookup").unwrap_or_default();
                 let map = nft::find(lookup, NFTA_LOOKUP_SET).and_then(nft::text);
                 let numgen = turns.expression("numgen").unwrap_or_default();
@@ -242,6 +249,7 @@ fn balance(vip: IpAddr, backends: &[IpAddr], batch: &mut Batch) {
     let modulus = u32::try_from(backends.len()).expect("a service has under 2^32 backends");
     let turns = rule::round_robin_addresses(vip.is_ipv4(), modulus, map, id);
     batch.add_rule(TABLE, &chain, &turns, "healthy tasks, in turn");
+    batch.add_rule(TABLE, &chain, &rule::translate_to_address(backends[0]), MISSED);
 }
 
 fn map_of(vip: IpAddr) -> &'static str {

@@ -3,7 +3,7 @@
 //! Only what skep's rules need. Register 1 is the one that all of them work in; a concatenation
 //! goes on in register 9, the second 32-bit part of register 1.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 
@@ -223,13 +223,33 @@ pub fn destination(address: Ipv4Addr) -> [Expression; 2] {
 }
 
 /// `dnat to ADDRESS:PORT`.
-pub fn translate_to(address: SocketAddrV4) -> [Expression; 3] {
-    let load = |register: u32, bytes: &[u8]| {
-        named("immediate", &Attributes::new().be32(1, register).nested(2, &value(bytes)))
-    };
-    let port = load(REGISTER_SECOND, &address.port().to_be_bytes());
-    let nat = destination_nat(NFPROTO_IPV4).be32(5, REGISTER_SECOND);
-    [load(REGISTER, &address.ip().octets()), port, named("nat", &nat)]
+pub fn translate_to(address: SocketAddr) -> [Expression; 3] {
+    let (family, second) = address_and_port(address.is_ipv4());
+    let nat = destination_nat(family).be32(5, second);
+    let port = load(second, &address.port().to_be_bytes());
+    [load_address(address.ip()), port, named("nat", &nat)]
+}
+
+/// `dnat to ADDRESS`: protocol and port stay as they are.
+pub fn translate_to_address(address: IpAddr) -> [Expression; 2] {
+    let (family, _) = address_and_port(address.is_ipv4());
+    [load_address(address), named("nat", &destination_nat(family))]
+}
+
+fn load_address(address: IpAddr) -> Expression {
+    match address {
+        IpAddr::V4(address) => load(REGISTER, &address.octets()),
+        IpAddr::V6(address) => load(REGISTER, &address.octets()),
+    }
+}
+
+fn load(register: u32, bytes: &[u8]) -> Expression {
+    named("immediate", &Attributes::new().be32(1, register).nested(2, &value(bytes)))
+}
+
+/// The protocol family of an address in [`REGISTER`], and the register of a port behind it.
+fn address_and_port(is_ipv4: bool) -> (u8, u32) {
+    if is_ipv4 { (NFPROTO_IPV4, REGISTER_SECOND) } else { (NFPROTO_IPV6, REGISTER_FIFTH) }
 }
 
 /// `ip daddr != 127.0.0.0/8`.
@@ -458,8 +478,7 @@ pub fn set_packet_mark(mask: u32, mark: u32) -> [Expression; 3] {
 /// `dnat to numgen inc mod MODULUS map @MAP`, where the map is an anonymous one of this batch, to
 /// addresses of one family and ports.
 pub fn round_robin(is_ipv4: bool, modulus: u32, map: &str, map_id: u32) -> [Expression; 3] {
-    let (family, port) =
-        if is_ipv4 { (NFPROTO_IPV4, REGISTER_SECOND) } else { (NFPROTO_IPV6, REGISTER_FIFTH) };
+    let (family, port) = address_and_port(is_ipv4);
     let [numgen, lookup] = take_turns(modulus, map, map_id);
     [numgen, lookup, named("nat", &destination_nat(family).be32(5, port))]
 }
@@ -472,7 +491,8 @@ pub fn round_robin_addresses(
     map_id: u32,
 ) -> [Expression; 3] {
     let [numgen, lookup] = take_turns(modulus, map, map_id);
-    let nat = destination_nat(if is_ipv4 { NFPROTO_IPV4 } else { NFPROTO_IPV6 });
+    let (family, _) = address_and_port(is_ipv4);
+    let nat = destination_nat(family);
     [numgen, lookup, named("nat", &nat)]
 }
 
