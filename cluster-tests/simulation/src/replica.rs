@@ -235,9 +235,13 @@ impl Replica {
             && self.disk.term_at(self.commit) == Some(self.disk.term)
     }
 
-    /// Whether what has been applied is all that a leader has committed, as it said just now.
+    /// Whether what has been applied is all that a leader has committed, as it said just now. One that was just
+    /// elected may lack entries that are committed, until it has applied one of its own term.
     pub(crate) fn is_current(&self, applied: u64, now: Timestamp) -> bool {
-        self.is_content(now) && applied >= self.said_commit
+        match self.is_leader() {
+            true => self.leads_surely(applied, now),
+            false => self.is_content(now) && applied >= self.said_commit,
+        }
     }
 
     /// Whether it has heard of a leader just now, or leads.

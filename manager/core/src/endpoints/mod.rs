@@ -199,17 +199,10 @@ pub struct Drain {
 
 impl Drain {
     /// Starts to lead. Tasks that run and are not balanced to may still be in the tables of nodes, so they count as
-    /// withdrawn now.
+    /// withdrawn now: also those whose service is gone, or has no port any more.
     pub fn new(state: &State, not_in_balancer: &BTreeSet<NodeId>, now: Timestamp) -> Self {
-        let is_balanced_to = |task: &Task| {
-            let service = state.service(task.service_id);
-            service.is_some_and(|service| !service.endpoint.ports.is_empty())
-                || task.networks_attachments.iter().any(|place| place.network_id.is_some())
-        };
         let taken_out = state.tasks().values().filter(|task| {
-            task.status.state == TaskState::Running
-                && is_balanced_to(task)
-                && !is_serving(state, not_in_balancer, task)
+            task.status.state == TaskState::Running && !is_serving(state, not_in_balancer, task)
         });
         Self {
             version: 1,

@@ -272,6 +272,25 @@ fn a_node_that_kept_a_stop_waiting_in_vain_is_given_less_until_it_acknowledges()
     assert_eq!(drain.deadline(), Some(late.after(DRAIN_ACK_WAIT_HEARD)), "it is at work again");
 }
 
+/// Nodes may balance to it by a table of the leader before.
+#[test]
+fn a_new_leader_holds_back_the_stop_of_a_task_whose_service_is_gone() {
+    let (mut world, tasks) = running();
+    let service_id = world.state.task(tasks[0]).unwrap().service_id;
+    desire(&mut world, tasks[0], TaskState::Remove);
+    world.apply(vec![Action::Delete { kind: skep_common::Kind::Service, id: service_id.0 }]);
+    assert_eq!(world.state.service(service_id), None);
+    let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.session_opened(node_id);
+        assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
+    }
+    for node_id in [NodeId(1), NodeId(2)] {
+        drain.acknowledge(node_id, drain.version());
+    }
+    assert_eq!(drain.held_back(&world.state, NOW), nothing());
+}
+
 /// Node 2 has a session and says nothing.
 #[test]
 fn nodes_that_are_not_waited_for_any_longer_are_named() {
