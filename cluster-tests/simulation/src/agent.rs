@@ -484,6 +484,11 @@ impl Agent {
         (Stepped::Reported(next), Some(delay))
     }
 
+    /// Whether it has been told to stop a task, and does.
+    pub(crate) fn is_stopping(&self, task_id: TaskId) -> bool {
+        self.held.get(&task_id).is_some_and(|held| held.stop_at.is_some())
+    }
+
     fn stop(
         &mut self,
         task_id: TaskId,

@@ -236,11 +236,12 @@ impl Replica {
     }
 
     /// Whether what has been applied is all that a leader has committed, as it said just now. One that was just
-    /// elected may lack entries that are committed, until it has applied one of its own term.
+    /// elected does not know how far entries are committed until one of its own term is.
     pub(crate) fn is_current(&self, applied: u64, now: Timestamp) -> bool {
+        let is_known = || self.disk.term_at(self.said_commit) == Some(self.disk.term);
         match self.is_leader() {
             true => self.leads_surely(applied, now),
-            false => self.is_content(now) && applied >= self.said_commit,
+            false => self.is_content(now) && applied >= self.said_commit && is_known(),
         }
     }
 

@@ -58,10 +58,13 @@ impl Consensus {
         match request {
             RaftRequest::Append(body) => {
                 let request = wire::read_append(&mut self.open(body)?)?;
-                let committed = request.leader_commit;
+                let (term, committed) = (request.vote.leader_id.term, request.leader_commit);
                 let answer = raft.append_entries(request).await.map_err(Refusal::stopped)?;
                 if !matches!(answer, AppendEntriesResponse::HigherVote(_)) {
-                    self.inner.heard.note(self.inner.metrics.borrow().last_applied >= committed);
+                    // Who was just elected does not know how far entries are committed until one of its own term is.
+                    let is_known = committed.is_some_and(|id| id.leader_id.term == term);
+                    let has_all = self.inner.metrics.borrow().last_applied >= committed;
+                    self.inner.heard.note(is_known && has_all);
                 }
                 Ok(wire::ok_answer(|bytes| wire::put_append_answer(bytes, &answer)))
             }

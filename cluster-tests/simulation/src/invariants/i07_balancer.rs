@@ -87,9 +87,12 @@ impl Balancer {
         };
         // What is in none of its tables was taken out by a leader before, and counts from its beginning.
         let since = self.withdrawn.get(&(term, task_id)).copied().unwrap_or(leader.began_at);
+        // One that stops hears nothing new, whoever may balance to it by now.
+        let mut agents = world.machines.iter().map(|machine| &machine.agent);
+        let serves =
+            agents.any(|agent| agent.running.contains(&task_id) && !agent.is_stopping(task_id));
         // A clock that jumped may have cut the wait short.
-        let runs = world.machines.iter().any(|machine| machine.agent.running.contains(&task_id));
-        let had_time = !runs
+        let had_time = !serves
             || now >= since.after(DRAIN_ACK_WAIT)
             || !world.machines[id].is_calm(now, DRAIN_ACK_WAIT * 2);
         if had_time {
@@ -113,7 +116,12 @@ impl Balancer {
             let Some(machine) = world.machine_of(node_id) else { continue };
             let kernel = &world.machines[machine].agent.kernel;
             let still = backends(&kernel.table.table).contains(&task_id);
-            ensure!(!still, "{task_id} is told to stop while {machine} balances to it");
+            let node = leader.state.node(node_id).map(|node| node.status.state);
+            let task = leader.state.task(task_id).map(|task| task.status.state);
+            ensure!(
+                !still,
+                "{task_id} ({task:?}) is told to stop while {machine} ({node:?}) balances to it"
+            );
         }
         Ok(())
     }

@@ -198,19 +198,24 @@ pub struct Drain {
 }
 
 impl Drain {
-    /// Starts to lead. Tasks that run and are not balanced to may still be in the tables of nodes, so they count as
+    /// Starts to lead. Tasks that run and are in none of its tables may still be in those of nodes, so they count as
     /// withdrawn now: also those whose service is gone, or has no port any more.
     pub fn new(state: &State, not_in_balancer: &BTreeSet<NodeId>, now: Timestamp) -> Self {
-        let taken_out = state.tasks().values().filter(|task| {
-            task.status.state == TaskState::Running && !is_serving(state, not_in_balancer, task)
-        });
+        let ingress = Ingress::new(state, not_in_balancer);
+        let networks = NetworkTables::new(state, not_in_balancer);
+        let is_balanced_to = |task: &Task| {
+            let mut places = task.networks_attachments.iter().filter_map(|place| place.network_id);
+            ingress.is_backend(task.id) || places.any(|id| networks.is_serving(id, task.id))
+        };
+        let running = state.tasks().values().filter(|task| task.status.state == TaskState::Running);
+        let taken_out = running.filter(|task| !is_balanced_to(task));
         Self {
             version: 1,
-            ingress: Ingress::new(state, not_in_balancer),
-            networks: NetworkTables::new(state, not_in_balancer),
+            withdrawn: taken_out.map(|task| (task.id, (1, now))).collect(),
+            ingress,
+            networks,
             state: state.clone(),
             not_in_balancer: not_in_balancer.clone(),
-            withdrawn: taken_out.map(|task| (task.id, (1, now))).collect(),
             overdue: BTreeMap::new(),
             sessions: BTreeMap::new(),
             deadline: None,

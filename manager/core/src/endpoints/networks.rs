@@ -291,7 +291,7 @@ impl NetworkTables {
         }
     }
 
-    fn is_serving(&self, network_id: NetworkId, task_id: TaskId) -> bool {
+    pub(super) fn is_serving(&self, network_id: NetworkId, task_id: TaskId) -> bool {
         let table = self.networks.get(&network_id);
         let endpoint = table.and_then(|table| table.endpoints.get(&task_id));
         endpoint.is_some_and(|endpoint| endpoint.serving)

@@ -277,10 +277,11 @@ fn a_node_that_kept_a_stop_waiting_in_vain_is_given_less_until_it_acknowledges()
 fn a_new_leader_holds_back_the_stop_of_a_task_whose_service_is_gone() {
     let (mut world, tasks) = running();
     let service_id = world.state.task(tasks[0]).unwrap().service_id;
-    desire(&mut world, tasks[0], TaskState::Remove);
     world.apply(vec![Action::Delete { kind: skep_common::Kind::Service, id: service_id.0 }]);
     assert_eq!(world.state.service(service_id), None);
     let mut drain = Drain::new(&world.state, &nobody(), NOW);
+    desire(&mut world, tasks[0], TaskState::Remove);
+    drain.update(&world.state, &nobody(), NOW);
     for node_id in [NodeId(1), NodeId(2)] {
         drain.session_opened(node_id);
         assert_eq!(drain.held_back(&world.state, NOW), [tasks[0]].into());
