@@ -345,10 +345,12 @@ fn a_late_acknowledgement_of_a_task_that_goes_on_counts() {
 }
 
 #[test]
-fn a_task_that_was_in_no_table_is_not_held() {
+fn a_task_that_is_in_no_table_is_not_held_once_every_node_has_one_of_this_leader() {
     let mut world = World::new("1", service(1), "1@1:running 1@1:starting");
     let mut drain = Drain::new(&world.state, &nobody(), NOW);
     drain.session_opened(NodeId(1));
+    drain.acknowledge(NodeId(1), drain.version());
+    assert_eq!(drain.held_back(&world.state, NOW), nothing());
     desire(&mut world, TaskId(1), TaskState::Shutdown);
     desire(&mut world, TaskId(2), TaskState::Shutdown);
     assert!(!drain.update(&world.state, &nobody(), NOW));
