@@ -185,6 +185,17 @@ impl Lab {
         })
     }
 
+    /// Waits until a client's request ends so, such as `Ok` or `Connect`. A node hears of a task a moment after the
+    /// managers call it running: a port that is new to it refuses until then.
+    #[track_caller]
+    pub fn wait_for_outcome(&self, url: &str, outcome: &str) {
+        wait_until(SETTLES_WITHIN, &format!("{url} gives {outcome}"), || {
+            let report = self.send("client", url, 1);
+            let is_so = report.records.iter().all(|record| record.outcome == outcome);
+            (is_so.then_some(()), format!("{report:#?}"))
+        });
+    }
+
     /// Asks until connections are shared out as `expect` says, by a line of the answers such as `Slot`: a node hears
     /// of a task a moment after the managers call it running. What fails meanwhile is not looked at.
     #[track_caller]

@@ -89,7 +89,7 @@ fn the_mesh_answers_every_client_through_every_node() {
     let nodes: BTreeSet<&str> = tasks.iter().map(|task| task.node.as_str()).collect();
     assert_eq!(nodes, NODES.into(), "each node has one of five tasks");
     for node in NODES {
-        wait_until_answered(&lab, node);
+        lab.wait_for_outcome(&lab.url(node, PORT), "Ok");
         wait_for_slots(&lab, node);
     }
 
@@ -157,16 +157,6 @@ fn send(lab: &Lab, from: &str, urls: &[String], clients: u32, n_requests: u64) -
     let report = lab.load(from, &options).finish();
     report.assert_none_failed();
     report
-}
-
-/// For a port that is new to a node: it hears of a task a moment after the managers call it running, and refuses
-/// connections until then.
-#[track_caller]
-fn wait_until_answered(lab: &Lab, node: &str) {
-    wait_until(SETTLES_WITHIN, &format!("{node} answers"), || {
-        let report = lab.send("client", &url(lab, node, PORT, "/"), 1);
-        ((report.summary.failed == 0).then_some(()), format!("{report:#?}"))
-    });
 }
 
 /// Waits until a node balances to each slot; no request fails meanwhile.
@@ -523,7 +513,7 @@ fn a_dead_node_fails_no_request_of_the_living(lab: &Lab) {
     }
     lab.start_nodes(&[dead]);
     lab.wait_for_node("n1", dead, "Ready");
-    wait_until_answered(lab, dead);
+    lab.wait_for_outcome(&lab.url(dead, PORT), "Ok");
     wait_for_slots(lab, dead);
     let report = send(lab, "client", &urls(lab, &[dead]), 1, 50);
     assert_turns(&report, &slots(10), "through the node that came back");

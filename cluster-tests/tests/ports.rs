@@ -44,7 +44,7 @@ fn ports_of_single_nodes() {
     step("removal");
     lab.node("n1").skep(&["service", "rm", "web"]).ok();
     for node in TASK_NODES {
-        wait_for_outcome(&lab, &lab.url(node, PORT), "Connect");
+        lab.wait_for_outcome(&lab.url(node, PORT), "Connect");
     }
 }
 
@@ -74,7 +74,9 @@ fn ranges_free_numbers_and_policies_of_ingress_ports() {
     assert_eq!(numbers, [8100, 8101, 30000].into());
     for number in numbers {
         let url = lab.url("n3", u16::try_from(number).unwrap());
-        lab.wait_for_turns("client", &url, "Node", &TASK_NODES.map(|node| (node, 5)));
+        let each = TASK_NODES.map(|node| (node, 5));
+        lab.wait_for_turns("client", &url, "Node", &each);
+        assert_eq!(lab.send("client", &url, 10).count_by("Node"), each.into());
     }
     step("a local policy keeps connections on their node");
     lab.node("n1").skep(&["service", "update", "--detach", "--ingress-policy=local", "web"]).ok();
@@ -136,7 +138,7 @@ fn a_port_that_a_program_holds_is_a_condition_of_its_service() {
         assert_eq!(conditions(&lab, via), [message.as_str()]);
     }
     for node in ["n1", "n2"] {
-        wait_for_outcome(&lab, &lab.url(node, HELD_PORT), "Ok");
+        lab.wait_for_outcome(&lab.url(node, HELD_PORT), "Ok");
     }
 
     step("it ends with the program");
@@ -192,15 +194,6 @@ impl Holder {
     }
 }
 
-#[track_caller]
-fn wait_for_outcome(lab: &Lab, url: &str, outcome: &str) {
-    wait_until(SETTLES_WITHIN, &format!("{url} gives {outcome}"), || {
-        let report = lab.send("client", url, 1);
-        let is_so = report.records.iter().all(|record| record.outcome == outcome);
-        (is_so.then_some(()), format!("{report:#?}"))
-    });
-}
-
 /// The number that its node chose, by the column of `service ps`.
 #[track_caller]
 fn chosen_port(lab: &Lab, task: &TaskRow) -> u16 {
@@ -227,7 +220,7 @@ fn each_task_answers_on_its_node_alone(lab: &Lab, tasks: &[TaskRow]) {
     for task in tasks {
         for port in [PORT, chosen_port(lab, task)] {
             let url = lab.url(&task.node, port);
-            wait_for_outcome(lab, &url, "Ok");
+            lab.wait_for_outcome(&url, "Ok");
             let report = lab.send("client", &url, 10);
             assert_eq!(report.count_by("Node"), [(task.node.as_str(), 10)].into(), "{report:#?}");
             let client = lab.client().address().to_string();
@@ -236,7 +229,7 @@ fn each_task_answers_on_its_node_alone(lab: &Lab, tasks: &[TaskRow]) {
             );
         }
     }
-    wait_for_outcome(lab, &lab.url("n3", PORT), "Connect");
+    lab.wait_for_outcome(&lab.url("n3", PORT), "Connect");
 }
 
 fn clients_of_the_node_itself(lab: &Lab, tasks: &[TaskRow]) {

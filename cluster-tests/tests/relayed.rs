@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, TcpStream};
 use std::time::Duration;
 
 use skep_cluster_tests::{
-    Lab, LabOptions, LoadOptions, Report, SETTLES_WITHIN, is_root_or_skip, step, wait_until,
+    Lab, LabOptions, LoadOptions, Report, SETTLES_WITHIN, is_root_or_skip, step,
 };
 
 const NODES: [&str; 3] = ["n1", "n2", "n3"];
@@ -78,7 +78,7 @@ fn the_proxy_protocol_tells_tasks_of_every_client() {
     step("the port passes to the rules, and back");
     the_port_changes_hands(&lab);
     lab.node("n1").skep(&["stack", "rm", "relayed"]).ok();
-    wait_for_outcome(&lab, &lab.url("n3", PORT), "Connect");
+    lab.wait_for_outcome(&lab.url("n3", PORT), "Connect");
     lab.down();
 }
 
@@ -113,7 +113,7 @@ fn a_port_of_a_single_node_has_the_header_too(lab: &Lab) {
     );
     lab.wait_until_settled("n1", "single", 1);
     let url = format!("http://{}:8070/", lab.node("n2").address());
-    wait_for_outcome(lab, &url, "Ok");
+    lab.wait_for_outcome(&url, "Ok");
     assert_clients(&lab.send("client", &url, 3), lab.client().address());
 }
 
@@ -197,13 +197,4 @@ fn assert_clients(report: &Report, expect: Ipv4Addr) {
     let expect = format!("{expect}:");
     let is_it = |client: &str| client.starts_with(&expect);
     assert!(report.records.iter().all(|record| is_it(record.field("Client"))), "{report:#?}");
-}
-
-#[track_caller]
-fn wait_for_outcome(lab: &Lab, url: &str, outcome: &str) {
-    wait_until(SETTLES_WITHIN, &format!("{url} gives {outcome}"), || {
-        let report = lab.send("client", url, 1);
-        let is_so = report.records.iter().all(|record| record.outcome == outcome);
-        (is_so.then_some(()), format!("{report:#?}"))
-    });
 }
