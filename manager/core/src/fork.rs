@@ -19,7 +19,7 @@ use skep_common::{
 use crate::allocator::{self, Cursors};
 use crate::command::{Action, Command, Expect, TaskPatch};
 use crate::placed::{Pinned, Placed, json_bytes};
-use crate::store::State;
+use crate::store::{Place, State};
 use crate::{level, ports, secrets};
 
 /// A view and what a pass changed on it.
@@ -98,11 +98,6 @@ impl<'a> Fork<'a> {
     /// The tasks that were changed, but for those that were [placed](Self::place).
     pub(crate) fn touched_tasks(&self) -> &BTreeSet<TaskId> {
         &self.tasks
-    }
-
-    /// The tasks that were placed.
-    pub(crate) fn placed_tasks(&self) -> impl Iterator<Item = TaskId> {
-        self.placed.iter().map(|placed| placed.task_id)
     }
 
     /// The decisions to place tasks.
@@ -240,12 +235,13 @@ impl<'a> Fork<'a> {
     /// Gives a waiting task a node, its addresses, and what it was given of the node's generic resources.
     pub(crate) fn place(
         &mut self,
-        task_id: TaskId,
+        place: Place,
         node_id: NodeId,
         pinned: Option<&Pinned>,
         attachments: Vec<NetworkAttachment>,
         generic: Vec<GenericResource>,
     ) {
+        let (.., task_id) = place;
         debug_assert!(
             self.state.task(task_id).is_none_or(|task| task.node_id.is_none())
                 || mistakes::is(Mistake::PlacedTwice),
@@ -264,7 +260,7 @@ impl<'a> Fork<'a> {
             self.state.scratch_claim(task_id, &attachments);
         }
         let pinned = pinned.map(|pinned| Arc::clone(&pinned.spec));
-        self.placed.push(Placed { task_id, node_id, pinned, attachments, generic });
+        self.placed.push(Placed { place, node_id, pinned, attachments, generic });
     }
 
     /// Writes why a task waits, where that is news.
@@ -362,7 +358,7 @@ impl<'a> Fork<'a> {
     /// other services, other tasks, and erased services and networks.
     pub(crate) fn into_actions(self) -> Vec<Action> {
         let Self { view, state, tasks, services, networks, payloads, mut placed, now, .. } = self;
-        placed.sort_unstable_by_key(|placed| placed.task_id);
+        placed.sort_unstable_by_key(|placed| placed.task_id());
         let n_actions =
             tasks.len() + placed.len() + services.len() + networks.len() + payloads.len();
         let mut actions = Vec::with_capacity(n_actions);
@@ -396,11 +392,11 @@ impl<'a> Fork<'a> {
         }
         let mut placed = placed.into_iter().peekable();
         for task_id in going_on {
-            while let Some(placed) = placed.next_if(|placed| placed.task_id < task_id) {
+            while let Some(placed) = placed.next_if(|placed| placed.task_id() < task_id) {
                 actions.extend(placed.action(view, now));
             }
             let (old, new) = (view.task(task_id), state.task(task_id));
-            match (placed.next_if(|placed| placed.task_id == task_id), new) {
+            match (placed.next_if(|placed| placed.task_id() == task_id), new) {
                 (Some(placed), Some(new)) => {
                     let mut task = (**new).clone();
                     placed.write(&mut task, now);

@@ -10,11 +10,11 @@ use skep_common::spec::{GenericResource, TaskSpec};
 use skep_common::{NodeId, Object, Task, TaskId, TaskState, Timestamp};
 
 use crate::command::{Action, Expect, TaskPatch};
-use crate::store::State;
+use crate::store::{Place, State};
 
 /// A decision to give a task a node.
 pub(crate) struct Placed {
-    pub(crate) task_id: TaskId,
+    pub(crate) place: Place,
     pub(crate) node_id: NodeId,
     /// What the task's spec becomes.
     pub(crate) pinned: Option<Arc<TaskSpec>>,
@@ -23,21 +23,26 @@ pub(crate) struct Placed {
 }
 
 impl Placed {
+    pub(crate) fn task_id(&self) -> TaskId {
+        self.place.2
+    }
+
     /// What a task that is not changed otherwise becomes by this.
     pub(crate) fn action(self, view: &State, now: Timestamp) -> Option<Action> {
         if self.pinned.is_some() {
-            let old = view.task(self.task_id)?;
+            let old = view.task(self.task_id())?;
             let mut task = (**old).clone();
             self.write(&mut task, now);
             let expect = Expect::Version(old.meta.version);
             return Some(Action::Put { object: Object::Task(Box::new(task)), expect });
         }
+        let task_id = self.task_id();
         Some(Action::PatchTask(TaskPatch {
             node_id: Some(self.node_id),
             networks_attachments: Some(self.attachments).filter(|list| !list.is_empty()),
             generic_resources: Some(self.generic).filter(|list| !list.is_empty()),
             status: Some(assigned(now)),
-            ..TaskPatch::of(self.task_id)
+            ..TaskPatch::of(task_id)
         }))
     }
 

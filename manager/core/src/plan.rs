@@ -16,6 +16,7 @@
 //! - A plan that was refused or lost is repeated: the next pass looks again at all that it touched.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
@@ -25,12 +26,13 @@ use skep_common::{
 };
 
 use crate::allocator::Cursors;
+use crate::by_id::ById;
 use crate::command::Action;
 use crate::fork::{Fork, Room};
 use crate::network;
 use crate::orchestrator::{self, Scope, enforcer, is_live, updater};
 use crate::scheduler::{self, Index};
-use crate::store::{Change, State};
+use crate::store::{Change, Place, State};
 use crate::{reaper, secrets};
 
 /// What changed since the last pass.
@@ -160,6 +162,8 @@ struct Work {
     nodes: BTreeSet<NodeId>,
     /// Only to charge them anew.
     tasks: Vec<TaskId>,
+    /// The same of those that the last pass placed.
+    placed: Vec<Place>,
 }
 
 /// What a timer looks at when it is due.
@@ -302,19 +306,7 @@ impl LeaderMemory {
         }
         work.services.extend(&dirty.services);
         work.nodes.extend(&dirty.nodes);
-        for task_id in work.tasks.iter().filter(|id| !dirty.tasks.contains_key(id)) {
-            self.index.sync_task(*task_id, view.task(*task_id));
-        }
-        for (task_id, service_id) in &dirty.tasks {
-            let task = view.task(*task_id);
-            self.index.sync_task(*task_id, task);
-            if task.is_none_or(|task| matters_to_service(task)) {
-                work.services.insert(*service_id);
-            }
-            // A node that was removed while its user ran a container there: nobody else will look at it.
-            let node_id = task.and_then(|task| task.node_id);
-            work.nodes.extend(node_id.filter(|node_id| !self.index.has_node(*node_id)));
-        }
+        self.sync_tasks(view, dirty, &mut work);
         for service_id in &dirty.services {
             match view.service(*service_id).is_some_and(|service| is_global(service)) {
                 true => self.global.insert(*service_id),
@@ -336,6 +328,41 @@ impl LeaderMemory {
             self.index.set_changed();
         }
         work
+    }
+
+    /// Charges tasks that changed, or were to change, and has those looked at for which that matters.
+    fn sync_tasks(&mut self, view: &State, dirty: &Dirty, work: &mut Work) {
+        for task_id in work.tasks.iter().filter(|id| !dirty.tasks.contains_key(id)) {
+            self.index.sync_task(*task_id, view.task(*task_id));
+        }
+        // Mostly all that the last pass placed changed, and nothing else did: they are neighbours in this order.
+        let mut seen: ById<TaskId, ()> = ById::default();
+        for place in std::mem::take(&mut work.placed) {
+            let (.., task_id) = place;
+            let task = view.task_at(&place);
+            self.index.sync_task(task_id, task);
+            if let Some(service_id) = dirty.tasks.get(&task_id) {
+                self.note_task(task, *service_id, work);
+                seen.insert(task_id, ());
+            }
+        }
+        for (task_id, service_id) in &dirty.tasks {
+            if !seen.contains_key(task_id) {
+                let task = view.task(*task_id);
+                self.index.sync_task(*task_id, task);
+                self.note_task(task, *service_id, work);
+            }
+        }
+    }
+
+    /// Has the service of a changed task looked at, or its node.
+    fn note_task(&self, task: Option<&Arc<Task>>, service_id: ServiceId, work: &mut Work) {
+        if task.is_none_or(|task| matters_to_service(task)) {
+            work.services.insert(service_id);
+        }
+        // A node that was removed while its user ran a container there: nobody else will look at it.
+        let node_id = task.and_then(|task| task.node_id);
+        work.nodes.extend(node_id.filter(|node_id| !self.index.has_node(*node_id)));
     }
 
     /// Decides what services need, and says which of them the reaper has to look at. Those that the room
@@ -412,7 +439,8 @@ impl LeaderMemory {
             last.services.extend(task.map(|task| task.service_id));
         }
         // A placement that is lost leaves the task waiting: that is nothing for its service.
-        last.tasks.extend(fork.touched_tasks().iter().copied().chain(fork.placed_tasks()));
+        last.tasks.extend(fork.touched_tasks());
+        last.placed.extend(fork.placed().iter().map(|placed| placed.place));
         let actions = fork.into_actions();
         self.last = Work::default();
         if !actions.is_empty() {
@@ -438,7 +466,7 @@ fn everything(view: &State) -> Work {
     let mut work = Work {
         services: view.services().keys().copied().collect(),
         nodes: view.nodes().keys().copied().collect(),
-        tasks: Vec::new(),
+        ..Work::default()
     };
     work.services.extend(view.services_with_tasks());
     work.nodes.extend(view.nodes_with_tasks());

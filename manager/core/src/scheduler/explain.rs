@@ -176,7 +176,7 @@ impl Case<'_> {
     /// The task that holds a port of a node itself.
     fn holder(&self, node_id: NodeId, port: (PortProtocol, u16)) -> Option<String> {
         let placed = self.placed.iter().filter(|placed| placed.node_id == node_id);
-        let placed = placed.filter_map(|placed| self.state.task(placed.task_id));
+        let placed = placed.filter_map(|placed| self.state.task_at(&placed.place));
         let tasks = self.state.tasks_of_node(node_id).chain(placed);
         let holds = |task: &&std::sync::Arc<Task>| {
             !task.status.state.is_terminal() && super::index::host_ports(task).contains(&port)

@@ -170,13 +170,14 @@ impl Index {
             let is_forgotten = mistakes::is(Mistake::PlacedTwice)
                 && task.status.state == TaskState::Assigned
                 && is_live(task);
-            if is_forgotten {
-                let key = (task.service_id, task.spec_version);
-                let charge = Charge::Waiting { key, slot: task.slot_key() };
+            // Nothing is charged to any of them yet.
+            let charge = match is_forgotten {
+                true => Some(waiting(task)),
+                false => index.charge_of(task),
+            };
+            if let Some(charge) = charge {
                 index.take(task.id, &charge);
                 index.charges.insert(task.id, charge);
-            } else {
-                index.sync_task(task.id, Some(task));
             }
         }
         index
@@ -341,14 +342,14 @@ impl Index {
     }
 
     fn charge_of(&mut self, task: &Task) -> Option<Charge> {
-        let key = (task.service_id, task.spec_version);
         let Some(node_id) = task.node_id else {
             let is_waiting = is_live(task) && task.status.state < TaskState::Assigned;
-            return is_waiting.then_some(Charge::Waiting { key, slot: task.slot_key() });
+            return is_waiting.then(|| waiting(task));
         };
         let number = self.number(node_id);
         match task.status.state {
             TaskState::Failed | TaskState::Rejected => {
+                let key = (task.service_id, task.spec_version);
                 let at = task.status.applied_at.unwrap_or(task.status.timestamp);
                 Some(Charge::Failed { number, key, at })
             }
@@ -433,6 +434,11 @@ impl Index {
             }
         }
     }
+}
+
+/// Of a task without a node.
+fn waiting(task: &Task) -> Charge {
+    Charge::Waiting { key: (task.service_id, task.spec_version), slot: task.slot_key() }
 }
 
 fn decrement<K: Ord>(counts: &mut BTreeMap<K, u32>, key: &K) {

@@ -214,7 +214,7 @@ fn fill(
             candidates.push(preferences, node, rank(index, &counts, number));
         }
     }
-    'tasks: for (_, task_id) in tasks {
+    'tasks: for (slot, task_id) in tasks {
         if !fork.has_room() {
             break;
         }
@@ -240,7 +240,7 @@ fn fill(
         let (node_id, pinned) = (entry.id, requirement.pinned.as_ref());
         let generic = entry.generic.choose(&requirement.generic);
         index.place(*task_id, key.0, number, requirement, &generic);
-        fork.place(*task_id, node_id, pinned, attachments, generic);
+        fork.place((key.0, *slot, *task_id), node_id, pinned, attachments, generic);
         *n_placed += 1;
         counts[number] += 1;
         if let Some(node) = index.entry(number).node.as_deref() {

@@ -67,7 +67,7 @@ fn fill(
         let (node_id, pinned) = (entry.id, requirement.pinned.as_ref());
         let generic = entry.generic.choose(&requirement.generic);
         index.place(task_id, key.0, number, requirement, &generic);
-        fork.place(task_id, node_id, pinned, attachments, generic);
+        fork.place((key.0, slot, task_id), node_id, pinned, attachments, generic);
         placed.push((slot, task_id));
     }
     Ok(())

@@ -5,14 +5,14 @@
 use std::sync::Arc;
 
 use skep_common::mistakes::{self, Mistake};
-use skep_common::object::{JobStatus, NetworkAttachment, Slot};
+use skep_common::object::{JobStatus, NetworkAttachment};
 use skep_common::spec::{ModeKind, PublishMode};
 use skep_common::{
     ConfigId, Image, ImageId, Kind, Meta, NetworkId, Node, NodeId, Object, SecretId, Service,
     ServiceId, StackId, Task, TaskId, TaskState, Timestamp, Version,
 };
 
-use super::{Change, State};
+use super::{Change, Place, State};
 use crate::command::{Action, Command, Expect, Outcome, Refusal, TaskPatch};
 use crate::level;
 
@@ -421,8 +421,7 @@ impl State {
     }
 }
 
-/// Where a task is among those of its service.
-fn place_of(task: &Task) -> (ServiceId, Slot, TaskId) {
+fn place_of(task: &Task) -> Place {
     (task.service_id, task.slot_key(), task.id)
 }
 

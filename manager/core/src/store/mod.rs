@@ -40,6 +40,9 @@ pub use networks::AddressOwner;
 /// A table of objects by id.
 pub type Table<K, V> = OrdMap<K, Arc<V>>;
 
+/// Where a task is among those of its service.
+pub(crate) type Place = (ServiceId, Slot, TaskId);
+
 /// The ids of what differs between two tables of the store. Two states share all that is equal in them, so
 /// that the cost depends on what changed.
 pub fn changed<K: Ord + Copy, V: PartialEq>(old: &Table<K, V>, new: &Table<K, V>) -> Vec<K> {
@@ -89,7 +92,7 @@ pub struct State {
     node_numbers: OrdMap<u16, NodeId>,
     /// With the tasks, not only their ids: a service's tasks are walked over more often than written, and
     /// their ids are random, so that looking each up would be most of the walk.
-    service_tasks: OrdMap<(ServiceId, Slot, TaskId), Arc<Task>>,
+    service_tasks: OrdMap<Place, Arc<Task>>,
     node_tasks: OrdSet<(NodeId, TaskId)>,
 }
 
@@ -159,6 +162,12 @@ impl State {
                 (service_id, Slot::FIRST, TaskId(0))..=(service_id, Slot::LAST, TaskId(u128::MAX)),
             )
             .map(|(_, task)| task)
+    }
+
+    /// A task by its place. Where those of neighbours are looked for one after the other, this costs a small part of
+    /// what [`task`](Self::task) does in a large swarm: ids are random, and each leads to another part of the table.
+    pub(crate) fn task_at(&self, place: &Place) -> Option<&Arc<Task>> {
+        self.service_tasks.get(place)
     }
 
     /// All tasks, by service, then slot, then id.
