@@ -21,7 +21,7 @@ pub(crate) struct SettingsArgs {
     /// Validity period for node certificates (ns|us|ms|s|m|h) (default 2160h0m0s)
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     cert_expiry: Option<Nanos>,
-    /// Dispatcher heartbeat period, from 200ms to 1m (ns|us|ms|s|m|h) (default 1s)
+    /// Dispatcher heartbeat period, from 200ms to 1m (ns|us|ms|s|m|h) (default 1s, up to 5s beyond 1,000 nodes)
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     dispatcher_heartbeat: Option<Nanos>,
     /// Number of additional Raft snapshots to retain (default 0)

@@ -31,7 +31,7 @@ use skep_worker::images::ImageStore;
 use skep_worker::net::secure::{self, Keyring, Pairs};
 use skep_worker::passage::{Daemons, Entrance, MESSAGE_BYTES_MAX, Windows};
 use skep_worker::peer::PeerService;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::watch;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
@@ -100,7 +100,7 @@ impl Node {
         let keyring = Keyring::open(&options.data_dir);
         let keyring = Arc::new(keyring.context("failed to read this node's keys for networks")?);
         let underlay = underlay(&record.advertise_addr, options, Arc::clone(&keyring))?;
-        let listener = Mutex::new(Some(listen(&record.listen_addr).await?));
+        let listener = Mutex::new(Some(listen(&record.listen_addr)?));
         let mut uplink = Uplink::new(underlay).counting(options.metrics_addr.is_some());
         let windows = Windows::default();
         let daemons = Daemons::new(&pool, uplink.gate(), windows.clone(), tasks.clone());
@@ -331,8 +331,22 @@ fn remember_managers(options: &Options, record: &NodeRecord, managers: &Managers
     debug_assert_eq!(record.managers, managers.all());
 }
 
-async fn listen(address: &str) -> Result<TcpListener> {
-    TcpListener::bind(address).await.map_err(|error| {
+/// Connections that wait to be accepted: thousands of nodes come at once when a leader dies, and who finds no room tries
+/// again after a second. The kernel's `net.core.somaxconn` is the limit.
+const ACCEPT_QUEUE: u32 = 4096;
+
+fn listen(address: &str) -> Result<TcpListener> {
+    let bound = || {
+        let address: SocketAddr = address.parse().map_err(io::Error::other)?;
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(ACCEPT_QUEUE)
+    };
+    bound().map_err(|error: io::Error| {
         let why = match error.kind() {
             io::ErrorKind::AddrInUse => {
                 "another program has the port (is another skep running?)".to_owned()

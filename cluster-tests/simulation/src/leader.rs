@@ -14,7 +14,7 @@ use skep_common::spec::NodeRole;
 use skep_common::{Node, NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::description::describe;
-use skep_manager_core::endpoints::{Drain, NodeTable};
+use skep_manager_core::endpoints::{Drain, NodeTable, PeerNews, Round};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{
@@ -41,6 +41,8 @@ struct Session {
     said: NodeDescription,
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
+    /// What is new since then is of other nodes alone.
+    lacks_peers_alone: bool,
     is_dirty: bool,
     told_role: Option<(NodeRole, u64, Vec<MachineId>)>,
     opened_at: Timestamp,
@@ -68,6 +70,7 @@ pub(crate) struct Leader {
     liveness: Liveness,
     not_in_balancer: BTreeSet<NodeId>,
     drain: Drain,
+    peer_news: PeerNews,
     seen_version: u64,
     sessions: BTreeMap<NodeId, Session>,
     held_back: BTreeSet<TaskId>,
@@ -98,6 +101,7 @@ impl Leader {
             liveness: Liveness::new(&state, now),
             not_in_balancer: BTreeSet::new(),
             drain: Drain::new(&state, &BTreeSet::new(), now),
+            peer_news: PeerNews::default(),
             seen_version: 0,
             looked_at: State::default(),
             state,
@@ -184,6 +188,7 @@ impl Leader {
             said: samples::description(machine, level),
             stream: Stream::default(),
             told_table: None,
+            lacks_peers_alone: false,
             is_dirty: true,
             told_role: None,
             opened_at: monotonic,
@@ -353,11 +358,11 @@ impl Leader {
         });
         out.extend(self.role_messages());
         let nodes: Vec<NodeId> = self.sessions.keys().copied().collect();
+        let mut round = self.peer_news.begin(now);
         for node_id in nodes {
-            if let Some(message) = self.news(node_id, seen) {
-                out.push(message);
-            }
+            out.extend(self.news(node_id, &mut round, seen));
         }
+        self.peer_news.end(&round, now);
         out
     }
 
@@ -386,18 +391,32 @@ impl Leader {
         let newest = self.drain.version();
         for (node_id, session) in &mut self.sessions {
             let Some((version, told)) = &mut session.told_table else { continue };
-            if *version != newest && self.drain.of_node(*node_id).is_same(told) {
+            if *version == newest {
+                continue;
+            }
+            let table = self.drain.of_node(*node_id);
+            session.lacks_peers_alone = table.differs_in_peers_alone(told);
+            let is_same = table.is_same(told);
+            if is_same {
                 *version = newest;
+            }
+            if is_same || session.lacks_peers_alone {
                 self.drain.has_no_news_for(*node_id);
             }
         }
     }
 
-    fn news(&mut self, node_id: NodeId, seen: &mut Vec<Seen>) -> Option<(MachineId, Message)> {
+    fn news(
+        &mut self,
+        node_id: NodeId,
+        round: &mut Round,
+        seen: &mut Vec<Seen>,
+    ) -> Option<(MachineId, Message)> {
         let session = self.sessions.get_mut(&node_id)?;
         let version = self.drain.version();
         let is_stale = session.told_table.as_ref().is_none_or(|(told, _)| *told != version);
-        if !session.is_dirty && !is_stale {
+        let is_news = is_stale && round.tells(session.lacks_peers_alone);
+        if !session.is_dirty && !is_news {
             return None;
         }
         session.is_dirty = false;
@@ -405,9 +424,10 @@ impl Leader {
         let set = for_node(&self.state, node_id, &duties, &reported, &self.held_back);
         let payloads = set.payloads.clone();
         let tasks = session.stream.next(set);
-        let table = is_stale.then(|| (version, self.drain.of_node(node_id)));
-        if is_stale {
+        let table = is_news.then(|| (version, self.drain.of_node(node_id)));
+        if is_news {
             session.told_table.clone_from(&table);
+            session.lacks_peers_alone = false;
             self.drain.sent(node_id);
         }
         if tasks.is_none() && table.is_none() {
@@ -423,6 +443,6 @@ impl Leader {
     /// When to look again though nothing happens.
     pub(crate) fn wake_at(&self) -> Option<Timestamp> {
         let own = self.deadline.filter(|_| self.in_flight.is_none());
-        [own, self.drain.deadline()].into_iter().flatten().min()
+        [own, self.drain.deadline(), self.peer_news.deadline()].into_iter().flatten().min()
     }
 }

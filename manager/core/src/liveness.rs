@@ -310,16 +310,12 @@ impl Liveness {
     /// What follows from all that was seen. What was decided but not committed is decided again.
     pub fn decide(&mut self, view: &State, now: Timestamp) -> Verdict {
         self.period = swarm::heartbeat_period(view);
-        self.watches.retain(|node_id, _| view.node(*node_id).is_some());
-        for node_id in view.nodes().keys() {
-            self.watch(*node_id, now);
-        }
+        self.watch_nodes_of(view, now);
         self.wait_for_the_rest();
         self.silence_replaced(view, now);
         self.hold_common_silence(view, now);
         let mut verdict = Verdict::default();
-        for (node_id, watch) in &mut self.watches {
-            let Some(node) = view.node(*node_id) else { continue };
+        for ((node_id, watch), node) in self.watches.iter_mut().zip(view.nodes().values()) {
             let is_unheard = watch.probing == Probing::None && watch.is_falling_silent(now);
             if is_unheard && is_up(node) {
                 watch.probing = Probing::At(now);
@@ -350,6 +346,20 @@ impl Liveness {
         verdict
     }
 
+    /// Has one watch for each node, in the order of both: a look at all of them is worth no search for each.
+    fn watch_nodes_of(&mut self, view: &State, now: Timestamp) {
+        let mut nodes = view.nodes().keys().peekable();
+        self.watches.retain(|node_id, _| {
+            while nodes.next_if(|id| *id < node_id).is_some() {}
+            nodes.next_if_eq(&node_id).is_some()
+        });
+        if self.watches.len() < view.nodes().len() {
+            for node_id in view.nodes().keys() {
+                self.watch(*node_id, now);
+            }
+        }
+    }
+
     /// Rule 6.
     fn silence_replaced(&mut self, view: &State, now: Timestamp) {
         if !self.watches.values().any(|watch| watch.is_probe_due(now)) {
@@ -369,14 +379,17 @@ impl Liveness {
 
     /// Rule 5.
     fn hold_common_silence(&mut self, view: &State, now: Timestamp) {
-        let is_up = |node_id: &NodeId| view.node(*node_id).is_some_and(|node| is_up(node));
-        let up = self.watches.iter().filter(|(node_id, _)| is_up(node_id));
-        let n_falling = up.clone().filter(|(_, watch)| watch.is_falling_silent(now)).count();
-        if n_falling < 2 || n_falling * 3 <= up.count() {
+        let nodes = || view.nodes().values();
+        let (mut n_up, mut n_falling) = (0, 0);
+        for (watch, _) in self.watches.values().zip(nodes()).filter(|(_, node)| is_up(node)) {
+            n_up += 1;
+            n_falling += u32::from(watch.is_falling_silent(now));
+        }
+        if n_falling < 2 || n_falling * 3 <= n_up {
             return;
         }
-        for (node_id, watch) in &mut self.watches {
-            if is_up(node_id) && watch.is_silent(now) && watch.held_until.is_none() {
+        for (watch, node) in self.watches.values_mut().zip(nodes()) {
+            if is_up(node) && watch.is_silent(now) && watch.held_until.is_none() {
                 watch.held_until = Some(now.after(MASS_SILENCE_WAIT));
             }
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use skep_common::limits::HEARTBEAT_PERIOD;
+use skep_common::limits::{HEARTBEAT_PERIOD, HEARTBEAT_PERIOD_LARGE, HEARTBEATS_A_SECOND};
 use skep_common::object::Cluster;
 use skep_common::spec::{Base64, SwarmSpec};
 
@@ -120,11 +120,21 @@ pub fn certificate_life(spec: &SwarmSpec) -> Duration {
     expiry.map_or(CERTIFICATE_LIFE, |expiry| expiry.duration().max(CERTIFICATE_LIFE_MIN))
 }
 
-/// How often nodes let hear of themselves.
+/// How often nodes let hear of themselves: as the swarm's settings say, or once a second, and in swarms of more than
+/// [`HEARTBEATS_A_SECOND`] nodes less often.
+///
+/// A leader that is busy with heartbeats hears late who lives: nodes would be down that are not.
 pub fn heartbeat_period(view: &State) -> Duration {
     let spec = view.cluster().and_then(|cluster| cluster.spec.dispatcher.as_ref());
-    spec.and_then(|config| config.heartbeat_period)
-        .map_or(HEARTBEAT_PERIOD, |period| period.duration().clamp(HEARTBEAT_MIN, HEARTBEAT_MAX))
+    match spec.and_then(|config| config.heartbeat_period) {
+        Some(period) => period.duration().clamp(HEARTBEAT_MIN, HEARTBEAT_MAX),
+        None => {
+            // In whole periods: each change is told to all.
+            let n_periods = view.nodes().len().div_ceil(HEARTBEATS_A_SECOND);
+            let n_periods = u32::try_from(n_periods).unwrap_or(u32::MAX);
+            HEARTBEAT_PERIOD.saturating_mul(n_periods.max(1)).min(HEARTBEAT_PERIOD_LARGE)
+        }
+    }
 }
 
 /// After how many entries of the log a snapshot is made; `None` where the swarm says nothing.
@@ -142,7 +152,11 @@ pub fn old_snapshots_kept(view: &State) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use skep_common::spec::Nanos;
+    use skep_common::{Object, Timestamp};
+
     use super::*;
+    use crate::command::{Action, Command, Expect};
 
     #[test]
     fn an_unlock_key_is_drawn_when_it_is_needed_and_kept_until_then() {
@@ -172,6 +186,33 @@ mod tests {
                 (key, changed.unlock_key_version)
             };
             assert_eq!(changed.map(key), expect, "{is_locked} {is_rotated}");
+        }
+    }
+
+    #[test]
+    fn nodes_let_hear_of_themselves_less_often_in_large_swarms() {
+        let swarm = |n_nodes: u16, period: Option<i64>| {
+            let mut state = State::default();
+            let put = |object| Action::Put { object, expect: Expect::Absent };
+            let mut cluster = crate::testing::cluster();
+            cluster.spec.dispatcher.get_or_insert_default().heartbeat_period = period.map(Nanos);
+            let mut actions = vec![put(Object::Cluster(Box::new(cluster)))];
+            let node = |id| put(Object::Node(Box::new(crate::testing::node(id))));
+            actions.extend((1..=n_nodes).map(node));
+            state.apply(1, &Command::new(Timestamp(1), actions));
+            state
+        };
+        for (n_nodes, set, expect) in [
+            (0, None, 1000),
+            (1, None, 1000),
+            (1000, None, 1000),
+            (1001, None, 2000),
+            (4000, None, 4000),
+            (9500, None, 5000),
+            (1001, Some(500), 500),
+        ] {
+            let state = swarm(n_nodes, set.map(|millis: i64| millis * 1_000_000));
+            assert_eq!(heartbeat_period(&state).as_millis(), expect, "{n_nodes} nodes, {set:?}");
         }
     }
 

@@ -207,7 +207,8 @@ impl Leader {
         // While a command is in flight, a deadline that it may have dealt with must not make the loop spin.
         let own = [self.deadline, self.judged.until].into_iter().flatten().min();
         let own = if self.is_current() { until(own) } else { None };
-        [own, until(self.drain.deadline())].into_iter().flatten().fold(self.next_tick, Instant::min)
+        let of_nodes = [self.drain.deadline(), self.sessions.deadline()].map(until);
+        of_nodes.into_iter().chain([own]).flatten().fold(self.next_tick, Instant::min)
     }
 
     fn is_current(&self) -> bool {

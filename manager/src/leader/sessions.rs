@@ -19,7 +19,7 @@ use skep_common::{NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
 use skep_manager_core::claims::Claims;
 use skep_manager_core::description::describe;
-use skep_manager_core::endpoints::{Drain, NodeTable};
+use skep_manager_core::endpoints::{Drain, NodeTable, PeerNews};
 use skep_manager_core::{Action, Expect, State, level, rotation, store};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
@@ -39,6 +39,8 @@ struct Session {
     to_agent: ToAgent,
     stream: Stream,
     told_table: Option<(u64, NodeTable)>,
+    /// What is new since then is of other nodes alone.
+    lacks_peers_alone: bool,
     /// The digest of the table that the node said it has of another leader; empty: none.
     has_table: Bytes,
     told_managers: Vec<String>,
@@ -79,6 +81,15 @@ pub(super) struct Sessions {
     undescribed: BTreeSet<NodeId>,
     /// Of what these nodes say something is not accepted: compared again whenever a node changes.
     not_accepted: BTreeSet<NodeId>,
+    /// The newest version of the tables that was compared with what nodes were told.
+    compared: u64,
+    peer_news: PeerNews,
+}
+
+impl Session {
+    fn is_stale(&self, version: u64) -> bool {
+        self.told_table.as_ref().is_none_or(|(told, _)| *told != version)
+    }
 }
 
 impl Sessions {
@@ -97,6 +108,8 @@ impl Sessions {
             level: 0,
             undescribed: BTreeSet::new(),
             not_accepted: BTreeSet::new(),
+            compared: 0,
+            peer_news: PeerNews::default(),
         }
     }
 
@@ -177,6 +190,7 @@ impl Sessions {
             to_agent,
             stream: Stream::default(),
             told_table: None,
+            lacks_peers_alone: false,
             has_table: hello.table_digest.clone(),
             told_managers,
             told_role,
@@ -313,16 +327,30 @@ impl Sessions {
         }
     }
 
-    /// Takes note of the nodes for which the newest table has nothing new: they are told nothing.
+    /// Takes note of the nodes for which the newest table has nothing new, and which are told nothing, or nothing
+    /// that a task's end waits for.
     pub(super) fn skip_unconcerned(&mut self, drain: &mut Drain) {
         let newest = drain.version();
+        if std::mem::replace(&mut self.compared, newest) == newest {
+            return;
+        }
         for (node_id, session) in &mut self.open {
             let Some((version, told)) = &mut session.told_table else { continue };
-            if *version != newest && drain.of_node(*node_id).is_same(told) {
+            let table = drain.of_node(*node_id);
+            session.lacks_peers_alone = table.differs_in_peers_alone(told);
+            let is_same = table.is_same(told);
+            if is_same {
                 *version = newest;
+            }
+            if is_same || session.lacks_peers_alone {
                 drain.has_no_news_for(*node_id);
             }
         }
+    }
+
+    /// When nodes that wait to be told of others are to be told.
+    pub(super) fn deadline(&self) -> Option<Timestamp> {
+        self.peer_news.deadline()
     }
 
     /// Has nodes get certificates of another root, some at a time.
@@ -332,6 +360,14 @@ impl Sessions {
                 (session.must_renew, session.is_dirty) = (true, true);
             }
         }
+    }
+
+    /// Marks the nodes whose tasks are held back from now on, or no longer.
+    fn hold_back(&mut self, state: &State, held_back: BTreeSet<TaskId>) {
+        let before = std::mem::replace(&mut self.held_back, held_back);
+        let changed = before.symmetric_difference(&self.held_back);
+        let nodes = changed.filter_map(|task_id| state.task(*task_id)?.node_id);
+        nodes.collect::<Vec<_>>().into_iter().for_each(|node_id| self.mark(node_id));
     }
 
     /// Tells every node what is new for it, as far as its queue has room.
@@ -344,18 +380,10 @@ impl Sessions {
     ) {
         let are_nodes_same = state.nodes().ptr_eq(self.seen.nodes());
         self.look_at(state);
-        for task_id in held_back.symmetric_difference(&self.held_back).copied().collect::<Vec<_>>()
-        {
-            if let Some(node_id) = state.task(task_id).and_then(|task| task.node_id) {
-                self.mark(node_id);
-            }
-        }
-        self.held_back = held_back;
+        self.hold_back(state, held_back);
         let version = drain.version();
-        let is_stale = |session: &Session| {
-            session.told_table.as_ref().is_none_or(|(told, _)| *told != version)
-        };
-        if !self.open.values().any(|session| session.is_dirty || is_stale(session)) {
+        let mut round = self.peer_news.begin(now);
+        if !self.open.values().any(|session| session.is_dirty || session.is_stale(version)) {
             return;
         }
         if std::mem::take(&mut self.are_duties_stale) {
@@ -371,7 +399,8 @@ impl Sessions {
         let for_all = self.for_all.of(state);
         let mut gone = Vec::new();
         for (node_id, session) in &mut self.open {
-            if !session.is_dirty && !is_stale(session) {
+            let is_news = session.is_stale(version) && round.tells(session.lacks_peers_alone);
+            if !session.is_dirty && !is_news {
                 continue;
             }
             let permit = match session.to_agent.clone().try_reserve_owned() {
@@ -390,7 +419,6 @@ impl Sessions {
                 &self.held_back,
             );
             session.is_dirty = false;
-            let is_news = is_stale(session);
             let table = is_news.then(|| {
                 let told = session.told_table.as_ref().map(|(_, told)| told);
                 let table = drain.of_node(*node_id);
@@ -400,6 +428,7 @@ impl Sessions {
             let message = news(session, state, *node_id, set, table, &for_all, now);
             if is_news {
                 drain.sent(*node_id);
+                session.lacks_peers_alone = false;
             }
             if let Some(assignments) = message {
                 permit.send(Ok(DispatcherMessage {
@@ -407,6 +436,7 @@ impl Sessions {
                 }));
             }
         }
+        self.peer_news.end(&round, now);
         // The reader of such a session reports its end as well; nothing is sent to it until then.
         for node_id in gone {
             if let Some(session) = self.open.get_mut(&node_id) {

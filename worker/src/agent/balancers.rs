@@ -67,6 +67,9 @@ pub(super) struct Applied {
 pub(super) struct BalancerHandle {
     newest: watch::Sender<Newest>,
     in_force: watch::Receiver<u64>,
+    /// Where nothing balances, tables are acknowledged, and not made: a thousand agents of one benchmark would make a
+    /// million of them.
+    has_balancers: bool,
 }
 
 /// What is to be applied, and the session that it is for.
@@ -75,8 +78,16 @@ struct Newest {
     /// Counts what was handed over since the start.
     number: u64,
     session: u64,
-    table: Option<MeshTable>,
-    networks: Arc<NetworkTables>,
+    /// Absent before the first welcome.
+    version: Option<u64>,
+    tables: Option<Arc<Tables>>,
+}
+
+/// What is programmed together.
+#[derive(Debug)]
+pub(super) struct Tables {
+    pub(super) mesh: MeshTable,
+    pub(super) networks: Arc<NetworkTables>,
 }
 
 impl BalancerHandle {
@@ -87,23 +98,25 @@ impl BalancerHandle {
     ) -> Self {
         let (newest, tables) = watch::channel(Newest::default());
         let (number, in_force) = watch::channel(0);
+        let has_balancers = balancers.is_some();
         // Not cut off in the middle: a mesh that is just being started must be known to whoever
         // removes it after the node's stop. It ends with the handle.
         tasks.spawn_to_end("balancers", run(balancers, tables, number, applied));
-        Self { newest, in_force }
+        Self { newest, in_force, has_balancers }
     }
 
-    /// Hands a table over; returns its number, for [`Self::in_force`].
+    /// Hands the tables of a version over; returns their number, for [`Self::in_force`].
     pub(super) fn apply(
         &self,
         session: u64,
-        table: Option<MeshTable>,
-        networks: Arc<NetworkTables>,
+        version: Option<u64>,
+        tables: impl FnOnce() -> Option<Tables>,
     ) -> u64 {
+        let tables = self.has_balancers.then(tables).flatten().map(Arc::new);
         let mut number = 0;
         self.newest.send_modify(|newest| {
             number = newest.number + 1;
-            *newest = Newest { number, session, table, networks };
+            *newest = Newest { number, session, version, tables };
         });
         number
     }
@@ -175,14 +188,16 @@ async fn run(
             }
         }
         repair_at = Instant::now() + REPAIR_PERIOD;
-        let Newest { number, session, table, networks } = tables.borrow_and_update().clone();
-        let Some(table) = table else {
+        let Newest { number, session, version, tables } = tables.borrow_and_update().clone();
+        let Some(version) = version else {
             in_force.send_replace(number); // Nothing is balanced yet.
             continue;
         };
-        let result = match &mut balancers {
-            Some(balancers) => balancers.apply(&table, &networks).await,
-            None => Ok(Vec::new()),
+        let result = match (&mut balancers, tables) {
+            (Some(balancers), Some(tables)) => {
+                balancers.apply(&tables.mesh, &tables.networks).await
+            }
+            _ => Ok(Vec::new()),
         };
         // Tables that follow each other closely do not put it off.
         settling.at.get_or_insert_with(|| Instant::now() + SETTLE_PERIOD);
@@ -190,15 +205,11 @@ async fn run(
             Ok(conditions) => {
                 last_error = None;
                 in_force.send_replace(number);
-                let news = (session, table.version, conditions.clone());
+                let news = (session, version, conditions.clone());
                 if acknowledged.replace(news.clone()).as_ref() == Some(&news) {
                     continue; // It was in force already.
                 }
-                if applied
-                    .send(Applied { session, version: table.version, conditions })
-                    .await
-                    .is_err()
-                {
+                if applied.send(Applied { session, version, conditions }).await.is_err() {
                     return; // The agent has ended.
                 }
             }
@@ -206,11 +217,7 @@ async fn run(
                 // Not acknowledged: the leader goes on without this node after its wait.
                 let text = Chain(error.as_ref()).to_string();
                 if last_error.as_ref() != Some(&text) {
-                    tracing::error!(
-                        version = table.version,
-                        error = text,
-                        "failed to change the balancers"
-                    );
+                    tracing::error!(version, error = text, "failed to change the balancers");
                     last_error = Some(text);
                 }
             }
@@ -225,6 +232,10 @@ mod tests {
     use futures::FutureExt as _;
 
     use super::*;
+
+    fn apply(handle: &BalancerHandle, session: u64, mesh: MeshTable, networks: Arc<NetworkTables>) {
+        handle.apply(session, Some(mesh.version), || Some(Tables { mesh, networks }));
+    }
 
     /// Balancers that take as long as the test wants.
     #[derive(Debug, Clone, Default)]
@@ -271,7 +282,7 @@ mod tests {
         let (applied, _reports) = mpsc::channel(1);
         let handle = BalancerHandle::start(Some(Box::new(slow.clone())), applied, &tasks);
         let table = serde_json::json!({"version": 1, "self_number": 1, "peers": [], "ports": []});
-        handle.apply(1, serde_json::from_value(table).ok(), Arc::default());
+        apply(&handle, 1, serde_json::from_value(table).unwrap(), Arc::default());
         slow.begun.subscribe().wait_for(|begun| *begun).await.unwrap();
         drop(handle);
         let stop = tasks.shutdown();
@@ -301,7 +312,7 @@ mod tests {
                 ports: Vec::new(),
             };
             let networks = NetworkTables { version, ..NetworkTables::default() };
-            handle.apply(7, Some(table), Arc::new(networks));
+            apply(&handle, 7, table, Arc::new(networks));
         };
         for version in [1, 2] {
             put(version);
@@ -342,7 +353,7 @@ mod tests {
         let hindered = Box::new(Hindered(Arc::clone(&held), Arc::clone(&n_applied)));
         let handle = BalancerHandle::start(Some(hindered), sender, &tasks);
         let table = serde_json::json!({"version": 1, "self_number": 1, "peers": [], "ports": []});
-        handle.apply(1, serde_json::from_value(table).ok(), Arc::default());
+        apply(&handle, 1, serde_json::from_value(table).unwrap(), Arc::default());
         assert_eq!(applied.recv().await.unwrap().conditions.len(), 1);
         held.send_replace(false);
         let freed = Instant::now();
@@ -394,7 +405,7 @@ mod tests {
             tokio::time::sleep_until(begun + Duration::from_millis(*at)).await;
             let table =
                 serde_json::json!({"version": version, "self_number": 1, "peers": [], "ports": []});
-            handle.apply(1, serde_json::from_value(table).ok(), Arc::default());
+            apply(&handle, 1, serde_json::from_value(table).unwrap(), Arc::default());
         }
         tokio::time::sleep(REPAIR_PERIOD / 2).await;
         drop(handle);

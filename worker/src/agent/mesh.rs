@@ -128,6 +128,11 @@ impl MeshState {
         is_named || was_serving
     }
 
+    /// What the table and the networks are of; `None` before the first welcome.
+    pub(super) fn version(&self) -> Option<u64> {
+        self.pool.map(|_| self.version)
+    }
+
     /// The table for the kernel; `None` before the first welcome.
     pub(super) fn table(&self) -> Option<MeshTable> {
         let peers = self

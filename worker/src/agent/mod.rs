@@ -59,7 +59,7 @@ pub use session::{Beats, Managers, TermKeeper, ToldRole};
 pub use task_store::{Remembered, TaskStore};
 
 use crate::executor::{Executor, Found};
-use balancers::{Applied, BalancerHandle};
+use balancers::{Applied, BalancerHandle, Tables};
 use runner::{Assigned, Report, Runner};
 use session::{FromSession, SessionOptions};
 
@@ -360,7 +360,8 @@ impl Agent {
     }
 
     fn apply_tables(&self) -> u64 {
-        self.balancers.apply(self.session, self.mesh.table(), self.mesh.networks())
+        let tables = || Some(Tables { mesh: self.mesh.table()?, networks: self.mesh.networks() });
+        self.balancers.apply(self.session, self.mesh.version(), tables)
     }
 
     /// Takes a task that is to end out of what this node alone publishes; returns the table to wait for.

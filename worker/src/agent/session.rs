@@ -4,12 +4,13 @@
 //! connection of their own, so that neither a full queue nor a busy thread pool looks like a dead node.
 
 use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use rand::RngExt as _;
-use skep_common::limits::QUEUE_LENGTH;
+use skep_common::limits::{HEARTBEAT_PERIOD, HEARTBEAT_PERIOD_LARGE, QUEUE_LENGTH};
 use skep_proto::dispatcher_client::DispatcherClient;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
@@ -17,7 +18,7 @@ use skep_proto::{
     LOST_METADATA, REMOVED_METADATA, Welcome, agent_message,
 };
 use skep_runtime::TaskSet;
-use skep_runtime::transport::{ChannelPool, Peer};
+use skep_runtime::transport::{ChannelPool, Patience, Peer};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
@@ -211,6 +212,7 @@ pub(super) async fn run(
 ) {
     let mut search = Search::default();
     let mut backoff = BACKOFF_MIN;
+    let period = Period::default();
     loop {
         let candidates = options.managers.all();
         let asked = search.next(&candidates, &mut rand::rng());
@@ -220,7 +222,7 @@ pub(super) async fn run(
             backoff = (backoff * 2).min(BACKOFF_MAX);
             continue;
         };
-        match attempt(&options, &asked, hello(), &events).await {
+        match attempt(&options, &asked, &period, hello(), &events).await {
             Ended::Redirected(to) => search.redirected(asked, to),
             Ended::Failed => search.failed(asked),
             Ended::Removed => {
@@ -253,12 +255,14 @@ enum Ended {
 async fn open(
     options: &SessionOptions,
     asked: &Asked,
+    period: &Period,
     hello: Hello,
 ) -> Result<(Welcome, mpsc::Sender<AgentMessage>, Streaming<DispatcherMessage>), Status> {
     let (to_leader, outgoing) = mpsc::channel(QUEUE_LENGTH);
     let first = AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
     to_leader.try_send(first).expect("an empty queue has room");
-    let mut client = DispatcherClient::new(options.pool.fresh(&asked.address, Peer::Manager))
+    let channel = options.pool.fresh_with(&asked.address, Peer::Manager, period.patience());
+    let mut client = DispatcherClient::new(channel)
         .max_decoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX);
     let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
     if let Some(lost) = asked.lost.as_ref().and_then(|lost| lost.parse().ok()) {
@@ -277,13 +281,14 @@ async fn open(
 async fn attempt(
     options: &SessionOptions,
     asked: &Asked,
+    period: &Period,
     hello: Hello,
     events: &mpsc::Sender<FromSession>,
 ) -> Ended {
     let address = asked.address.as_str();
-    let opening = open(options, asked, hello);
-    let (welcome, to_leader, mut stream) = match tokio::time::timeout(asked.deadline, opening).await
-    {
+    let opening = open(options, asked, period, hello);
+    let deadline = asked.deadline * period.thousands();
+    let (welcome, to_leader, mut stream) = match tokio::time::timeout(deadline, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(status)) => {
             tracing::debug!(manager = address, error = status.message(), "no session");
@@ -307,7 +312,8 @@ async fn attempt(
     options.managers.replace(welcome.managers.clone());
     options.managers.tell_role(welcome.role.clone(), welcome.raft_id);
     options.managers.tell_trust(welcome.trust_pem.clone());
-    let beats = Heartbeats::start(options, address, &welcome);
+    period.set(Duration::from_millis(welcome.heartbeat_millis));
+    let beats = Heartbeats::start(options, address, &welcome.session_id, period.clone());
     let end = options.tasks.token().child_token();
     let opened = FromSession::Opened { welcome, to_leader, end: end.clone() };
     if events.send(opened).await.is_err() {
@@ -336,20 +342,68 @@ async fn attempt(
     Ended::WasOpen
 }
 
+/// How often this node lets hear of itself, as the leader last said; clones share it.
+///
+/// It tells how large the swarm is, and with that how busy a leader is: the period grows with the number of nodes.
+#[derive(Debug, Clone)]
+struct Period(Arc<AtomicU64>);
+
+impl Default for Period {
+    fn default() -> Self {
+        let period = Self(Arc::default());
+        period.set(HEARTBEAT_PERIOD);
+        period
+    }
+}
+
+impl Period {
+    fn get(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::Relaxed))
+    }
+
+    /// How many thousand nodes come back when a leader dies, of which each has its turn.
+    ///
+    /// No more than in the largest swarms, however seldom heartbeats are to be sent: managers that vanished are to be
+    /// given up soon.
+    fn thousands(&self) -> u32 {
+        let period = self.get().clamp(HEARTBEAT_PERIOD, HEARTBEAT_PERIOD_LARGE);
+        u32::try_from(period.as_secs()).unwrap_or(1)
+    }
+
+    /// That with connections to managers. In a large swarm the probes of all nodes are as much work for the leader as their
+    /// heartbeats: the ones come as often as the others.
+    fn patience(&self) -> Patience {
+        let (usual, n) = (Patience::default(), self.thousands());
+        Patience {
+            connect: usual.connect * n,
+            handshake: usual.handshake * n,
+            probe_interval: usual.probe_interval * n,
+            probe_deadline: usual.probe_deadline * n,
+            ..usual
+        }
+    }
+
+    fn set(&self, period: Duration) {
+        let millis = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
+        self.0.store(millis.max(1), Ordering::Relaxed);
+    }
+}
+
 /// Sends heartbeats until dropped.
 struct Heartbeats {
     stop: CancellationToken,
 }
 
 impl Heartbeats {
-    fn start(options: &SessionOptions, address: &str, welcome: &Welcome) -> Self {
+    fn start(options: &SessionOptions, address: &str, session_id: &str, told: Period) -> Self {
         let stop = options.tasks.token().child_token();
         let (token, pool) = (stop.clone(), options.pool.clone());
-        let (address, session_id) = (address.to_owned(), welcome.session_id.clone());
-        let period = Duration::from_millis(welcome.heartbeat_millis.max(1));
+        let (address, session_id) = (address.to_owned(), session_id.to_owned());
         let beating = async move {
-            let mut client = DispatcherClient::new(pool.fresh(&address, Peer::Manager));
-            let mut period = period;
+            let patience = Patience { probes_idle: false, ..told.patience() };
+            let channel = pool.fresh_with(&address, Peer::Manager, patience);
+            let mut client = DispatcherClient::new(channel);
+            let mut period = told.get();
             // The session itself has just let hear of this node.
             let first = period.mul_f64(rand::rng().random_range(FIRST_BEAT));
             let mut next = tokio::time::Instant::now() + first;
@@ -362,18 +416,19 @@ impl Heartbeats {
                 let mut request =
                     tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
                 request.set_timeout(period.min(BEAT_DEADLINE));
-                let told = match client.heartbeat(request).await {
-                    Ok(answer) => answer.into_inner().heartbeat_millis,
+                match client.heartbeat(request).await {
+                    Ok(answer) => {
+                        told.set(Duration::from_millis(answer.into_inner().heartbeat_millis));
+                    }
                     Err(status) => {
                         tracing::debug!(error = status.message(), "a heartbeat failed");
                         continue;
                     }
-                };
-                let told = Duration::from_millis(told.max(1));
-                if told != period {
-                    tracing::info!(?told, "managers hear of this node at another period now");
-                    next = tokio::time::Instant::now() + told;
-                    period = told;
+                }
+                if told.get() != period {
+                    period = told.get();
+                    tracing::info!(?period, "managers hear of this node at another period now");
+                    next = tokio::time::Instant::now() + period;
                 }
             }
         };

@@ -25,13 +25,41 @@ use crate::identity::{Error, NODE_SERVER_NAME, node_server_name};
 
 /// A join crosses whatever network there is: it may take longer than a call between members.
 const JOIN_CONNECT_DEADLINE: Duration = Duration::from_secs(5);
-/// An open channel is probed this often, so that calls to a machine that vanished fail soon.
-const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(1);
-const KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(2);
 
-/// Clients' connections outlive a stall of their node that calls between nodes need not.
-const RELAYED_KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(2);
-const RELAYED_KEEP_ALIVE_DEADLINE: Duration = Duration::from_secs(4);
+/// How a channel connects, and how it is probed while it is open, so that calls to a machine that vanished fail soon.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Patience {
+    /// How long a connect may take.
+    pub connect: Duration,
+    /// How long the TLS handshake that follows may take.
+    pub handshake: Duration,
+    /// Between what was heard last and a probe.
+    pub probe_interval: Duration,
+    /// How long the answer to a probe may take.
+    pub probe_deadline: Duration,
+    /// Whether the channel is probed also while no call is open.
+    pub probes_idle: bool,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            connect: CONNECT_DEADLINE,
+            handshake: TLS_DEADLINE,
+            probe_interval: Duration::from_secs(1),
+            probe_deadline: Duration::from_secs(2),
+            probes_idle: true,
+        }
+    }
+}
+
+impl Patience {
+    /// Clients' connections outlive a stall of their node that calls between nodes need not.
+    fn relaying() -> Self {
+        let (probe_interval, probe_deadline) = (Duration::from_secs(2), Duration::from_secs(4));
+        Self { probe_interval, probe_deadline, ..Self::default() }
+    }
+}
 
 /// Whom a channel must reach: the certificate at the other end has to be of that role or node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -92,17 +120,22 @@ impl ChannelPool {
 
     /// A channel that nobody else uses: its traffic never waits behind another's.
     pub fn fresh(&self, address: &str, peer: Peer) -> Channel {
+        let patience = if self.is_relaying { Patience::relaying() } else { Patience::default() };
+        self.fresh_with(address, peer, patience)
+    }
+
+    /// The same with another patience.
+    pub fn fresh_with(&self, address: &str, peer: Peer, patience: Patience) -> Channel {
         let endpoint = match self.is_relaying {
-            false => endpoint()
-                .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-                .keep_alive_timeout(KEEP_ALIVE_DEADLINE),
+            false => endpoint(),
             true => endpoint()
                 .initial_stream_window_size(STREAM_WINDOW_BYTES)
-                .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-                .http2_keep_alive_interval(RELAYED_KEEP_ALIVE_INTERVAL)
-                .keep_alive_timeout(RELAYED_KEEP_ALIVE_DEADLINE),
+                .initial_connection_window_size(CONNECTION_WINDOW_BYTES),
         };
-        let endpoint = endpoint.keep_alive_while_idle(true);
+        let endpoint = endpoint
+            .http2_keep_alive_interval(patience.probe_interval)
+            .keep_alive_timeout(patience.probe_deadline)
+            .keep_alive_while_idle(patience.probes_idle);
         #[cfg(feature = "simulation")]
         if let Some(machine) = crate::simulation::machine() {
             return crate::simulation::channel(&endpoint, machine, address);
@@ -110,7 +143,7 @@ impl ChannelPool {
         // Asked at each connect: certificates and roots change while the channel lives.
         let tls = self.tls.clone();
         let config = move || tls.client();
-        connect_lazily(&endpoint, address, config, peer.server_name(), CONNECT_DEADLINE)
+        connect_lazily(&endpoint, address, config, peer.server_name(), patience)
     }
 
     /// Forgets the channels to an address: the next call dials anew.
@@ -157,7 +190,12 @@ fn joining_channel(address: &str, mut config: ClientConfig) -> Channel {
     let endpoint = endpoint().timeout(RPC_DEADLINE);
     let config = Arc::new(config);
     let config = move || Arc::clone(&config);
-    connect_lazily(&endpoint, address, config, name, JOIN_CONNECT_DEADLINE)
+    let patience = Patience {
+        connect: JOIN_CONNECT_DEADLINE,
+        handshake: JOIN_CONNECT_DEADLINE,
+        ..Patience::default()
+    };
+    connect_lazily(&endpoint, address, config, name, patience)
 }
 
 fn endpoint() -> Endpoint {
@@ -173,7 +211,7 @@ fn connect_lazily(
     address: &str,
     config: impl Fn() -> Arc<ClientConfig> + Send + Sync + 'static,
     name: ServerName<'static>,
-    deadline: Duration,
+    Patience { connect, handshake, .. }: Patience,
 ) -> Channel {
     let address = address.to_owned();
     endpoint.connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
@@ -184,14 +222,12 @@ fn connect_lazily(
                 let message = format!("no {what} {address} within {within} ms");
                 io::Error::new(io::ErrorKind::TimedOut, message)
             };
-            let connect = TcpStream::connect(&address);
-            let stream = tokio::time::timeout(deadline, connect).await;
-            let stream = stream.map_err(|_| late("connection to", deadline))??;
+            let stream = tokio::time::timeout(connect, TcpStream::connect(&address)).await;
+            let stream = stream.map_err(|_| late("connection to", connect))??;
             stream.set_nodelay(true)?;
-            let handshake = TlsConnector::from(config).connect(name, stream);
-            let stream = tokio::time::timeout(deadline.max(TLS_DEADLINE), handshake).await;
-            let stream =
-                stream.map_err(|_| late("handshake with", deadline.max(TLS_DEADLINE)))??;
+            let greeting = TlsConnector::from(config).connect(name, stream);
+            let stream = tokio::time::timeout(handshake, greeting).await;
+            let stream = stream.map_err(|_| late("handshake with", handshake))??;
             let session = stream.get_ref().1;
             // Resuming one does not look at the peer's certificate again, which was looked at when it began.
             if session.handshake_kind() == Some(HandshakeKind::Resumed)

@@ -10,7 +10,7 @@ mod server;
 mod tests;
 mod tls;
 
-pub use client::{ChannelPool, Peer, connect_unverified, connect_with_root, knock};
+pub use client::{ChannelPool, Patience, Peer, connect_unverified, connect_with_root, knock};
 #[cfg(feature = "simulation")]
 pub(crate) use server::{Connection, server};
 pub use server::{ServeError, bind_unix, serve_tls, serve_unix};

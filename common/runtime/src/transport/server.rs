@@ -23,8 +23,15 @@ use crate::access::{AccessLayer, Caller};
 use crate::gate::Gate;
 use crate::{TaskSet, clock};
 
-/// A peer that does not finish its handshake within this time is dropped: it holds a task, no more.
-const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(5);
+/// A peer that does not finish its handshake within this time is dropped: it holds a task, no more. Thousands of nodes
+/// that come back at once have theirs at the same time.
+const HANDSHAKE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(15);
+/// A peer that was silent for so long is probed. Peers probe as well, mostly sooner; the nodes of a large swarm do so as
+/// seldom as they send heartbeats.
+const KEEP_ALIVE_INTERVAL: std::time::Duration = skep_common::limits::HEARTBEAT_PERIOD_LARGE;
+/// Who does not answer by then has gone, and holds some memory meanwhile, no more: whether a node lives is decided
+/// elsewhere. A daemon to which thousands of nodes come at once is late itself with what they answered long ago.
+const KEEP_ALIVE_DEADLINE: std::time::Duration = std::time::Duration::from_secs(15);
 /// Window of one stream: what may be on its way in a call, or in a client's connection that nodes relay.
 pub(super) const STREAM_WINDOW_BYTES: u32 = 128 << 10;
 /// Streams of one peer at once, each a call or a client's connection; more wait at the peer. These are more than the
@@ -175,8 +182,8 @@ pub(crate) fn server(
         // After a stall many connections may have been given up before they were accepted; a peer with a
         // certificate means no harm by it, and all of its other connections would end with the connection.
         .http2_max_pending_accept_reset_streams(usize::try_from(STREAMS_MAX).ok())
-        .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
-        .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
+        .http2_keepalive_interval(Some(KEEP_ALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEP_ALIVE_DEADLINE))
         .layer(layer)
         .add_routes(routes)
 }

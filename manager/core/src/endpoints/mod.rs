@@ -11,10 +11,12 @@
 //!   table without it, and in any case [`DRAIN_ACK_WAIT`] after it was taken out, or [`DRAIN_ACK_WAIT_HEARD`]
 //!   where a node that lacks the table is heard. The nodes that were not waited for any longer are named. A node
 //!   may balance while it has a session, and without one until it counts as down: its kernel needs no daemon.
-//! - Tables differ in version exactly where they differ. A node that is told nothing of a version has it.
+//! - Tables differ in version exactly where they differ. A node that is told nothing of a version, or will be told of
+//!   other nodes alone, has it.
 
 mod ingress;
 pub mod networks;
+mod peer_news;
 #[cfg(test)]
 mod tests;
 
@@ -34,6 +36,7 @@ use crate::store::State;
 use ingress::Ingress;
 pub use ingress::{Peer, Port, PortKey, Table, TableChanges, diff, table};
 use networks::{NetworkChanges, NetworkTable, NetworkTables};
+pub use peer_news::{PeerNews, Round};
 
 fn is_serving(state: &State, not_in_balancer: &BTreeSet<NodeId>, task: &Task) -> bool {
     let is_silent = task.node_id.is_some_and(|node_id| not_in_balancer.contains(&node_id));
@@ -92,11 +95,20 @@ pub struct NodeChanges {
 impl NodeTable {
     /// Whether both are the very same: what does not change is not copied.
     pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.table, &other.table)
-            && self.networks.len() == other.networks.len()
+        Arc::ptr_eq(&self.table, &other.table) && self.has_same_networks(other)
+    }
+
+    fn has_same_networks(&self, other: &Self) -> bool {
+        self.networks.len() == other.networks.len()
             && self.networks.iter().all(|(network_id, table)| {
                 other.networks.get(network_id).is_some_and(|other| Arc::ptr_eq(table, other))
             })
+    }
+
+    /// Whether they differ, and in nothing that connections or names lead to.
+    pub fn differs_in_peers_alone(&self, other: &Self) -> bool {
+        let has_same_ports = self.table.ports.ptr_eq(&other.table.ports);
+        has_same_ports && !Arc::ptr_eq(&self.table, &other.table) && self.has_same_networks(other)
     }
 
     /// What makes `new` of it.
@@ -161,6 +173,10 @@ impl Progress {
 
 fn is_to_stop(state: &State, task_id: TaskId) -> bool {
     state.task(task_id).is_some_and(|task| !task.desired_state.wants_run())
+}
+
+fn is_down(state: &State, node_id: NodeId) -> bool {
+    state.node(node_id).is_some_and(|node| node.status.state == NodeState::Down)
 }
 
 /// How many bits of a version count the tables of one leader, in a swarm as it was founded; those above are its term.
@@ -304,7 +320,8 @@ impl Drain {
         }
     }
 
-    /// The newest table has nothing new for a node, which is not told of it.
+    /// The newest table has nothing for a node that a stop waits for: nothing new, which it is not told, or other nodes
+    /// alone, of which it may be told later.
     pub fn has_no_news_for(&mut self, node_id: NodeId) {
         if let Some(progress) = self.sessions.get_mut(&node_id) {
             progress.current = self.version;
@@ -325,7 +342,9 @@ impl Drain {
         if self.withdrawn.is_empty() {
             return BTreeSet::new();
         }
-        let (oldest, oldest_heard) = (self.oldest(state), self.oldest_of(Self::is_heard));
+        let oldest = self.oldest(state);
+        let oldest_heard =
+            self.oldest_of(state, |node_id, progress| self.is_heard(node_id, progress));
         let (overdue, deadline) = (&mut self.overdue, &mut self.deadline);
         let mut given_up = 0;
         self.withdrawn.retain(|task_id, (version, at)| {
@@ -361,6 +380,9 @@ impl Drain {
         let oldest = self.oldest(state);
         let sessions = &self.sessions;
         let absent: Vec<NodeId> = self.absent(state).collect();
+        let lacks = |(node_id, progress): &(&NodeId, &Progress), version| {
+            progress.version() < version && !is_down(state, **node_id)
+        };
         let mut missed = BTreeMap::new();
         self.overdue.retain(|task_id, version| {
             if oldest >= *version {
@@ -369,7 +391,7 @@ impl Drain {
             if !is_to_stop(state, *task_id) {
                 return true;
             }
-            let late = sessions.iter().filter(|(_, progress)| progress.version() < *version);
+            let late = sessions.iter().filter(|one| lacks(one, *version));
             let late = late.map(|(node_id, _)| *node_id).chain(absent.iter().copied());
             missed.insert(*task_id, late.collect());
             false
@@ -392,12 +414,14 @@ impl Drain {
         if self.absent(state).next().is_some() {
             return 0;
         }
-        self.oldest_of(|_, _, _| true)
+        self.oldest_of(state, |_, _| true)
     }
 
-    /// The version that each of those nodes with a session has.
-    fn oldest_of(&self, is_one: impl Fn(&Self, NodeId, Progress) -> bool) -> u64 {
-        let those = self.sessions.iter().filter(|(id, progress)| is_one(self, **id, **progress));
+    /// The version that each of those nodes with a session has. Nobody waits for a node that is down, whose session is
+    /// as good as closed.
+    fn oldest_of(&self, state: &State, is_one: impl Fn(NodeId, Progress) -> bool) -> u64 {
+        let those = self.sessions.iter().filter(|(id, progress)| is_one(**id, **progress));
+        let those = those.filter(|(id, _)| !is_down(state, **id));
         those.map(|(_, progress)| progress.version()).min().unwrap_or(u64::MAX)
     }
 

@@ -30,6 +30,7 @@ fn session(description: NodeDescription) -> Session {
         to_agent: tokio::sync::mpsc::channel(1).0,
         stream: Stream::default(),
         told_table: None,
+        lacks_peers_alone: false,
         has_table: Bytes::new(),
         told_managers: Vec::new(),
         told_role: Role::default(),
@@ -162,4 +163,76 @@ fn nobody_waits_for_the_acknowledgement_of_a_node_that_was_removed() {
     drain.acknowledge(NodeId(1), drain.version());
     sessions.dispatch(&state, &mut drain, BTreeSet::new(), now);
     assert_eq!(drain.held_back(&state, now), BTreeSet::new());
+}
+
+/// What each of the nodes was told of ports and peers, as how many of them, and nothing where it was told nothing.
+struct Told(Vec<Queue>);
+
+type Queue = tokio::sync::mpsc::Receiver<Result<DispatcherMessage, Status>>;
+
+impl Told {
+    fn next(&mut self) -> Vec<Vec<(usize, usize)>> {
+        let told = |queue: &mut Queue| {
+            let messages = std::iter::from_fn(|| queue.try_recv().ok());
+            messages.map(|message| counted(message.unwrap())).collect()
+        };
+        self.0.iter_mut().map(told).collect()
+    }
+}
+
+fn counted(message: DispatcherMessage) -> (usize, usize) {
+    let Some(Message::Assignments(assignments)) = message.message else { panic!("no assignments") };
+    let update = <skep_proto::MeshUpdate as prost::Message>::decode(assignments.mesh).unwrap();
+    (update.ports.len(), update.peers.len())
+}
+
+#[test]
+fn news_of_peers_alone_come_in_rounds_and_everything_else_at_once() {
+    let put = |object| Action::Put { object, expect: Expect::Absent };
+    let peer = |id: u16| {
+        let mut node = skep_manager_core::testing::node(id);
+        node.status.addr = format!("192.0.2.{id}");
+        put(Object::Node(Box::new(node)))
+    };
+    let service = |id: u128, port: u16| {
+        let service = serde_json::json!({
+            "ID": ServiceId(id), "Spec": {"Name": format!("web{id}")}, "SpecVersion": {"Index": 1},
+            "Endpoint": {"Ports": [{"TargetPort": 80, "PublishedPort": port}]},
+        });
+        put(Object::Service(Box::new(serde_json::from_value(service).unwrap())))
+    };
+    let (mut state, start) = (State::default(), Timestamp(1_000_000_000));
+    state.apply(1, &Command::new(start, vec![peer(1), peer(2)]));
+    let nobody = BTreeSet::new();
+    let mut drain = Drain::new(&state, &nobody, start);
+    let mut sessions = Sessions::new(1);
+    let mut told = Told(Vec::new());
+    for node_id in [NodeId(1), NodeId(2)] {
+        let (to_agent, queue) = tokio::sync::mpsc::channel(9);
+        told.0.push(queue);
+        sessions.open.insert(node_id, Session { to_agent, ..session(NodeDescription::default()) });
+        drain.session_opened(node_id);
+    }
+    let (mut version, mut now) = (1, start);
+    for (name, micros, action, expect, is_awaited) in [
+        ("the whole table", 0, None, Some((0, 2)), false),
+        ("a first peer", 10, Some(peer(3)), Some((0, 1)), false),
+        ("soon after it", 10, Some(peer(4)), None, true),
+        ("and another", 500, Some(peer(5)), None, true),
+        ("a port, and with it what waits", 10, Some(service(1, 80)), Some((1, 2)), false),
+        ("a peer within the pause", 10, Some(peer(6)), None, true),
+        ("the pause is over", 1000, None, Some((0, 1)), false),
+        ("nothing", 10, None, None, false),
+        ("the clock is set back", -5_000_000, Some(peer(7)), Some((0, 1)), false),
+    ] {
+        now = Timestamp(now.0 + micros * 1000);
+        version += 1;
+        state.apply(version, &Command::new(now, action.into_iter().collect()));
+        drain.update(&state, &nobody, now);
+        sessions.skip_unconcerned(&mut drain);
+        sessions.dispatch(&state, &mut drain, BTreeSet::new(), now);
+        let expect: Vec<(usize, usize)> = expect.into_iter().collect();
+        assert_eq!(told.next(), [expect.clone(), expect], "{name}");
+        assert_eq!(sessions.deadline().is_some(), is_awaited, "{name}");
+    }
 }
