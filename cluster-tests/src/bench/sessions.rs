@@ -25,7 +25,7 @@ const BACK: Target = Target::AtMost(5.0);
 /// Each joins, has its certificate signed, and opens two connections: some milliseconds of the processor.
 const JOIN_PATIENCE: Duration = Duration::from_secs(600);
 /// Whoever is not back by then does not count as late but as lost.
-const BACK_PATIENCE: Duration = Duration::from_secs(60);
+const BACK_PATIENCE: Duration = Duration::from_secs(180);
 /// After the sessions are back, a node would still be called down that was to be.
 const WATCHED_FOR: Duration = Duration::from_secs(10);
 /// What else a process has open.
