@@ -372,6 +372,7 @@ impl Leader {
             self.liveness.observe(Event::Beat { node_id: *entry.key(), at: *entry.value() });
         }
         let verdict = self.liveness.decide(&self.state, now);
+        self.end_sessions(&verdict.actions);
         self.door.tell_period(self.liveness.period());
         self.probe(&verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
@@ -381,6 +382,17 @@ impl Leader {
             is_due: !verdict.actions.is_empty(),
         };
         verdict.actions
+    }
+
+    /// Ends the sessions of nodes that are called down: the connection of a machine that vanished is open for a while yet,
+    /// and stops would wait for its acknowledgement. Who lives after all opens another one, and is told everything.
+    fn end_sessions(&mut self, transitions: &[Action]) {
+        for node_id in transitions.iter().filter_map(called_down) {
+            if self.sessions.end(node_id) {
+                self.liveness.observe(Event::SessionClosed { node_id });
+                self.drain.session_closed(node_id);
+            }
+        }
     }
 
     fn next_facts(&mut self) -> Vec<Action> {
@@ -489,6 +501,16 @@ async fn propose_in(
         Err(Error::NoLeader { .. } | Error::Timeout { .. } | Error::Lost) | Ok(_) => {}
     }
     outcome
+}
+
+/// The node that an action calls down.
+fn called_down(action: &Action) -> Option<NodeId> {
+    match action {
+        Action::Put { object: skep_common::Object::Node(node), .. } => {
+            (node.status.state == NodeState::Down).then_some(node.id)
+        }
+        _ => None,
+    }
 }
 
 /// A node's state is a fact of the cluster that operators look for.

@@ -285,6 +285,11 @@ impl Sessions {
         is_current
     }
 
+    /// Ends a node's session, whichever it is; whether it had one.
+    pub(super) fn end(&mut self, node_id: NodeId) -> bool {
+        self.open.remove(&node_id).is_some()
+    }
+
     pub(super) fn is_current(&self, node_id: NodeId, session_id: u64) -> bool {
         self.open.get(&node_id).is_some_and(|session| session.id == session_id)
     }

@@ -175,10 +175,6 @@ fn is_to_stop(state: &State, task_id: TaskId) -> bool {
     state.task(task_id).is_some_and(|task| !task.desired_state.wants_run())
 }
 
-fn is_down(state: &State, node_id: NodeId) -> bool {
-    state.node(node_id).is_some_and(|node| node.status.state == NodeState::Down)
-}
-
 /// How many bits of a version count the tables of one leader, in a swarm as it was founded; those above are its term.
 const VERSION_BITS: u32 = 32;
 /// The same in a swarm that began anew. A leader of more tables goes on in the range of the next term.
@@ -342,9 +338,7 @@ impl Drain {
         if self.withdrawn.is_empty() {
             return BTreeSet::new();
         }
-        let oldest = self.oldest(state);
-        let oldest_heard =
-            self.oldest_of(state, |node_id, progress| self.is_heard(node_id, progress));
+        let (oldest, oldest_heard) = (self.oldest(state), self.oldest_of(Self::is_heard));
         let (overdue, deadline) = (&mut self.overdue, &mut self.deadline);
         let mut given_up = 0;
         self.withdrawn.retain(|task_id, (version, at)| {
@@ -380,9 +374,6 @@ impl Drain {
         let oldest = self.oldest(state);
         let sessions = &self.sessions;
         let absent: Vec<NodeId> = self.absent(state).collect();
-        let lacks = |(node_id, progress): &(&NodeId, &Progress), version| {
-            progress.version() < version && !is_down(state, **node_id)
-        };
         let mut missed = BTreeMap::new();
         self.overdue.retain(|task_id, version| {
             if oldest >= *version {
@@ -391,7 +382,7 @@ impl Drain {
             if !is_to_stop(state, *task_id) {
                 return true;
             }
-            let late = sessions.iter().filter(|one| lacks(one, *version));
+            let late = sessions.iter().filter(|(_, progress)| progress.version() < *version);
             let late = late.map(|(node_id, _)| *node_id).chain(absent.iter().copied());
             missed.insert(*task_id, late.collect());
             false
@@ -414,14 +405,12 @@ impl Drain {
         if self.absent(state).next().is_some() {
             return 0;
         }
-        self.oldest_of(state, |_, _| true)
+        self.oldest_of(|_, _, _| true)
     }
 
-    /// The version that each of those nodes with a session has. Nobody waits for a node that is down, whose session is
-    /// as good as closed.
-    fn oldest_of(&self, state: &State, is_one: impl Fn(NodeId, Progress) -> bool) -> u64 {
-        let those = self.sessions.iter().filter(|(id, progress)| is_one(**id, **progress));
-        let those = those.filter(|(id, _)| !is_down(state, **id));
+    /// The version that each of those nodes with a session has.
+    fn oldest_of(&self, is_one: impl Fn(&Self, NodeId, Progress) -> bool) -> u64 {
+        let those = self.sessions.iter().filter(|(id, progress)| is_one(self, **id, **progress));
         those.map(|(_, progress)| progress.version()).min().unwrap_or(u64::MAX)
     }
 

@@ -165,26 +165,6 @@ fn a_stop_waits_for_the_nodes_that_can_acknowledge() {
     assert_eq!(drain.deadline(), None);
 }
 
-/// The connection of a machine that vanished is open for a while yet.
-#[test]
-fn nobody_waits_for_a_node_that_is_down_and_has_a_session() {
-    let (mut world, tasks) = running();
-    let mut drain = Drain::new(&world.state, &nobody(), NOW);
-    for node_id in [NodeId(1), NodeId(2)] {
-        drain.session_opened(node_id);
-    }
-    desire(&mut world, tasks[0], TaskState::Shutdown);
-    drain.update(&world.state, &nobody(), NOW);
-    drain.acknowledge(NodeId(1), drain.version());
-    let stopping = BTreeSet::from([tasks[0]]);
-    assert_eq!(drain.held_back(&world.state, NOW), stopping, "the other one is up");
-    set_state(&mut world, NodeId(2), NodeState::Down);
-    drain.update(&world.state, &nobody(), NOW);
-    drain.acknowledge(NodeId(1), drain.version());
-    assert_eq!(drain.held_back(&world.state, NOW), nothing());
-    assert_eq!(drain.take_missed(&world.state), BTreeMap::new());
-}
-
 fn set_state(world: &mut World, node_id: NodeId, state: NodeState) {
     let mut node = Node::clone(world.state.node(node_id).unwrap());
     node.status.state = state;
