@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// A node's heartbeat period where the swarm's settings name none. Swarm has 5 s; a third of the loss time,
-/// so that one lost beat is no news.
+/// A node's heartbeat period where the swarm's settings name none, in swarms of up to [`HEARTBEATS_A_SECOND`] nodes.
+/// Swarm has 5 s; a third of the loss time, so that one lost beat is no news.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
 /// How many heartbeats a leader takes a second where the settings name no period: in larger swarms nodes send them less
 /// often. Each is 0.2 ms of the leader's processor time.

@@ -3,7 +3,7 @@
 //! A manager that does not lead names the one that does and keeps nothing.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use dashmap::DashMap;
@@ -54,6 +54,8 @@ pub(crate) struct Door {
     pub(crate) beats: Arc<DashMap<NodeId, Timestamp>>,
     /// What nodes are told, in milliseconds.
     period_millis: Arc<AtomicU64>,
+    /// How many the swarm has.
+    n_nodes: Arc<AtomicU32>,
 }
 
 impl Door {
@@ -62,13 +64,16 @@ impl Door {
             leading: Arc::new(watch::Sender::new(None)),
             beats: Arc::default(),
             period_millis: Arc::default(),
+            n_nodes: Arc::default(),
         };
-        door.tell_period(HEARTBEAT_PERIOD);
+        door.tell(HEARTBEAT_PERIOD, 0);
         door
     }
 
-    /// Has nodes told how often to let hear of themselves. The leader's loop reckons with it by then.
-    pub(crate) fn tell_period(&self, period: Duration) {
+    /// Has nodes told how often to let hear of themselves, and how many they are. The leader's loop reckons with it by
+    /// then.
+    pub(crate) fn tell(&self, period: Duration, n_nodes: usize) {
+        self.n_nodes.store(u32::try_from(n_nodes).unwrap_or(u32::MAX), Ordering::Relaxed);
         let millis = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
         self.period_millis.store(millis, Ordering::Relaxed);
     }
@@ -227,7 +232,8 @@ impl Dispatcher for DispatcherService {
         self.entrance()?;
         self.door.beats.insert(node_id, clock::now());
         let heartbeat_millis = self.door.period_millis.load(Ordering::Relaxed);
-        Ok(Response::new(HeartbeatResponse { heartbeat_millis }))
+        let nodes = self.door.n_nodes.load(Ordering::Relaxed);
+        Ok(Response::new(HeartbeatResponse { heartbeat_millis, nodes }))
     }
 
     async fn register_image(

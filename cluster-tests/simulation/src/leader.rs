@@ -427,8 +427,10 @@ impl Leader {
         let table = is_news.then(|| (version, self.drain.of_node(node_id)));
         if is_news {
             session.told_table.clone_from(&table);
-            session.lacks_peers_alone = false;
-            self.drain.sent(node_id);
+            // No stop waits for news of peers alone.
+            if !std::mem::take(&mut session.lacks_peers_alone) {
+                self.drain.sent(node_id);
+            }
         }
         if tasks.is_none() && table.is_none() {
             return None;

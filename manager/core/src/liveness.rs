@@ -11,7 +11,7 @@
 //!    silent; then once a second, until the node is heard, or its machine refuses or fails twice.
 //! 3. The leader doubts itself: what its own tick was late is added to every deadline.
 //! 4. A new leader gives every node a fresh full grace, whatever the store says of it; and those that it has not
-//!    heard yet another one with each node that it hears for the first time, for [`MASS_SILENCE_WAIT`] at most:
+//!    heard yet another one with each node that it hears for the first time, for [`MASS_SILENCE_WAIT`] or two graces at most:
 //!    a thousand nodes that come back at once come one after the other.
 //! 5. When more than a third of the nodes (and at least two) fall silent in one window, the fault is
 //!    likelier here than there: they leave the balancers at once, but are not down, so not replaced,
@@ -294,8 +294,8 @@ impl Liveness {
     /// Rule 4.
     fn wait_for_the_rest(&mut self) {
         let Some(at) = self.first_heard_at.take() else { return };
-        let silent_at = at.after(self.period * SILENT_PERIODS);
-        let silent_at = silent_at.min(self.since.after(MASS_SILENCE_WAIT));
+        let grace = self.period * SILENT_PERIODS;
+        let silent_at = at.after(grace).min(self.since.after(MASS_SILENCE_WAIT.max(grace * 2)));
         for watch in self.watches.values_mut().filter(|watch| !watch.is_known) {
             watch.silent_at = watch.silent_at.max(silent_at);
             watch.hung_at = watch.hung_at.max(watch.silent_at.after(HANGING_DAEMON_WAIT));

@@ -43,7 +43,7 @@ use crate::consensus::{Commit, Consensus, Feed, propose};
 use crate::dispatcher::{Door, SessionEvent};
 use sessions::Sessions;
 
-/// How often liveness is looked at though nothing happens: a fifth of the heartbeat period.
+/// How often liveness is looked at though nothing happens: a fifth of the heartbeat period of most swarms.
 const TICK: Duration = Duration::from_millis(200);
 /// A machine that does not even refuse a connection within this time counts as a failed probe.
 const PROBE_DEADLINE: Duration = Duration::from_millis(500);
@@ -61,7 +61,8 @@ pub(crate) async fn run(consensus: Consensus, door: Door, tasks: TaskSet) {
             Err(_) => return, // Consensus has ended.
         };
         tracing::info!(raft.term = term, "leading");
-        door.tell_period(swarm::heartbeat_period(&consensus.state()));
+        let state = consensus.state();
+        door.tell(swarm::heartbeat_period(&state), state.nodes().len());
         let events = door.open();
         let probing = tasks.child();
         let lost = async {
@@ -373,7 +374,7 @@ impl Leader {
         }
         let verdict = self.liveness.decide(&self.state, now);
         self.end_sessions(&verdict.actions);
-        self.door.tell_period(self.liveness.period());
+        self.door.tell(self.liveness.period(), self.state.nodes().len());
         self.probe(&verdict.probes);
         self.not_in_balancer = verdict.not_in_balancer;
         self.judged = Judged {
@@ -385,7 +386,8 @@ impl Leader {
     }
 
     /// Ends the sessions of nodes that are called down: the connection of a machine that vanished is open for a while yet,
-    /// and stops would wait for its acknowledgement. Who lives after all opens another one, and is told everything.
+    /// and stops would wait for its acknowledgement. Who lives after all hears of it, opens another one, and is told
+    /// everything.
     fn end_sessions(&mut self, transitions: &[Action]) {
         for node_id in transitions.iter().filter_map(called_down) {
             if self.sessions.end(node_id) {

@@ -180,6 +180,7 @@ impl Sessions {
             role: told_role.name.clone(),
             trust_pem: told_trust.pem.clone(),
             raft_id: Some(told_role.raft_id),
+            nodes: u32::try_from(state.nodes().len()).unwrap_or(u32::MAX),
         };
         let message = DispatcherMessage { message: Some(Message::Welcome(welcome)) };
         if to_agent.try_send(Ok(message)).is_err() {
@@ -285,9 +286,19 @@ impl Sessions {
         is_current
     }
 
-    /// Ends a node's session, whichever it is; whether it had one.
+    /// Ends a node's session, whichever it is, and has the node told; says whether it did. One whose queue is full goes on
+    /// until its connection closes: its node would not hear that it has to open another one.
     pub(super) fn end(&mut self, node_id: NodeId) -> bool {
-        self.open.remove(&node_id).is_some()
+        let Some(session) = self.open.get(&node_id) else { return false };
+        let called_down = Status::unavailable("the node is called down: it was not heard");
+        let is_full = session
+            .to_agent
+            .try_send(Err(called_down))
+            .is_err_and(|error| matches!(error, tokio::sync::mpsc::error::TrySendError::Full(_)));
+        if !is_full {
+            self.open.remove(&node_id);
+        }
+        !is_full
     }
 
     pub(super) fn is_current(&self, node_id: NodeId, session_id: u64) -> bool {
@@ -431,9 +442,8 @@ impl Sessions {
                 ((version, table), encoded)
             });
             let message = news(session, state, *node_id, set, table, &for_all, now);
-            if is_news {
+            if is_news && !std::mem::take(&mut session.lacks_peers_alone) {
                 drain.sent(*node_id);
-                session.lacks_peers_alone = false;
             }
             if let Some(assignments) = message {
                 permit.send(Ok(DispatcherMessage {

@@ -4,13 +4,12 @@
 //! connection of their own, so that neither a full queue nor a busy thread pool looks like a dead node.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use rand::RngExt as _;
-use skep_common::limits::{HEARTBEAT_PERIOD, HEARTBEAT_PERIOD_LARGE, QUEUE_LENGTH};
+use skep_common::limits::{HEARTBEAT_PERIOD, QUEUE_LENGTH};
 use skep_proto::dispatcher_client::DispatcherClient;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
@@ -212,7 +211,7 @@ pub(super) async fn run(
 ) {
     let mut search = Search::default();
     let mut backoff = BACKOFF_MIN;
-    let period = Period::default();
+    let manners = Manners::default();
     loop {
         let candidates = options.managers.all();
         let asked = search.next(&candidates, &mut rand::rng());
@@ -222,7 +221,7 @@ pub(super) async fn run(
             backoff = (backoff * 2).min(BACKOFF_MAX);
             continue;
         };
-        match attempt(&options, &asked, &period, hello(), &events).await {
+        match attempt(&options, &asked, manners.clone(), hello(), &events).await {
             Ended::Redirected(to) => search.redirected(asked, to),
             Ended::Failed => search.failed(asked),
             Ended::Removed => {
@@ -255,13 +254,13 @@ enum Ended {
 async fn open(
     options: &SessionOptions,
     asked: &Asked,
-    period: &Period,
+    patience: Patience,
     hello: Hello,
 ) -> Result<(Welcome, mpsc::Sender<AgentMessage>, Streaming<DispatcherMessage>), Status> {
     let (to_leader, outgoing) = mpsc::channel(QUEUE_LENGTH);
     let first = AgentMessage { message: Some(agent_message::Message::Hello(hello)) };
     to_leader.try_send(first).expect("an empty queue has room");
-    let channel = options.pool.fresh_with(&asked.address, Peer::Manager, period.patience());
+    let channel = options.pool.fresh_with(&asked.address, Peer::Manager, patience);
     let mut client = DispatcherClient::new(channel)
         .max_decoding_message_size(skep_common::limits::MESSAGE_BYTES_MAX);
     let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
@@ -281,13 +280,13 @@ async fn open(
 async fn attempt(
     options: &SessionOptions,
     asked: &Asked,
-    period: &Period,
+    manners: Manners,
     hello: Hello,
     events: &mpsc::Sender<FromSession>,
 ) -> Ended {
     let address = asked.address.as_str();
-    let opening = open(options, asked, period, hello);
-    let deadline = asked.deadline * period.thousands();
+    let opening = open(options, asked, manners.told().patience(), hello);
+    let deadline = asked.deadline * manners.told().times();
     let (welcome, to_leader, mut stream) = match tokio::time::timeout(deadline, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(status)) => {
@@ -312,8 +311,8 @@ async fn attempt(
     options.managers.replace(welcome.managers.clone());
     options.managers.tell_role(welcome.role.clone(), welcome.raft_id);
     options.managers.tell_trust(welcome.trust_pem.clone());
-    period.set(Duration::from_millis(welcome.heartbeat_millis));
-    let beats = Heartbeats::start(options, address, &welcome.session_id, period.clone());
+    manners.tell(welcome.heartbeat_millis, welcome.nodes);
+    let beats = Heartbeats::start(options, address, &welcome.session_id, manners);
     let end = options.tasks.token().child_token();
     let opened = FromSession::Opened { welcome, to_leader, end: end.clone() };
     if events.send(opened).await.is_err() {
@@ -342,50 +341,59 @@ async fn attempt(
     Ended::WasOpen
 }
 
-/// How often this node lets hear of itself, as the leader last said; clones share it.
-///
-/// It tells how large the swarm is, and with that how busy a leader is: the period grows with the number of nodes.
-#[derive(Debug, Clone)]
-struct Period(Arc<AtomicU64>);
+/// Nodes that come back within about a second when a leader dies, at the usual patience.
+const NODES_AT_ONCE: u32 = 1000;
+/// How many times as patient the nodes of the largest swarms are: managers that vanished are to be given up.
+const PATIENCE_MAX: u32 = 5;
 
-impl Default for Period {
+/// What the leader last said of how to behave; clones share it.
+#[derive(Debug, Clone)]
+struct Manners(Arc<Mutex<Told>>);
+
+#[derive(Debug, Clone, Copy)]
+struct Told {
+    /// How often this node lets hear of itself.
+    period: Duration,
+    /// How many nodes the swarm has.
+    nodes: u32,
+}
+
+impl Default for Manners {
     fn default() -> Self {
-        let period = Self(Arc::default());
-        period.set(HEARTBEAT_PERIOD);
-        period
+        Self(Arc::new(Mutex::new(Told { period: HEARTBEAT_PERIOD, nodes: 0 })))
     }
 }
 
-impl Period {
-    fn get(&self) -> Duration {
-        Duration::from_millis(self.0.load(Ordering::Relaxed))
+impl Manners {
+    fn told(&self) -> Told {
+        *self.0.lock().expect(NOT_POISONED)
     }
 
-    /// How many thousand nodes come back when a leader dies, of which each has its turn.
-    ///
-    /// No more than in the largest swarms, however seldom heartbeats are to be sent: managers that vanished are to be
-    /// given up soon.
-    fn thousands(&self) -> u32 {
-        let period = self.get().clamp(HEARTBEAT_PERIOD, HEARTBEAT_PERIOD_LARGE);
-        u32::try_from(period.as_secs()).unwrap_or(1)
+    fn tell(&self, heartbeat_millis: u64, nodes: u32) {
+        let period = Duration::from_millis(heartbeat_millis.max(1));
+        *self.0.lock().expect(NOT_POISONED) = Told { period, nodes };
+    }
+}
+
+impl Told {
+    /// When a leader dies, all nodes greet the next one at the same time, and each greeting that is given up is begun
+    /// again.
+    fn times(self) -> u32 {
+        self.nodes.div_ceil(NODES_AT_ONCE).clamp(1, PATIENCE_MAX)
     }
 
-    /// That with connections to managers. In a large swarm the probes of all nodes are as much work for the leader as their
-    /// heartbeats: the ones come as often as the others.
-    fn patience(&self) -> Patience {
-        let (usual, n) = (Patience::default(), self.thousands());
+    /// That with connections to managers. In a large swarm the probes of all nodes are as much work for the leader as
+    /// their heartbeats: the ones come as seldom as the others.
+    fn patience(self) -> Patience {
+        let (usual, times) = (Patience::default(), self.times());
         Patience {
-            connect: usual.connect * n,
-            handshake: usual.handshake * n,
-            probe_interval: usual.probe_interval * n,
-            probe_deadline: usual.probe_deadline * n,
+            connect: usual.connect * times,
+            handshake: usual.handshake * times,
+            probe_interval: usual.probe_interval * times,
+            // A manager that vanished is to be given up before its successor gives up this node.
+            probe_deadline: usual.probe_deadline + Duration::from_secs(1) * (times - 1),
             ..usual
         }
-    }
-
-    fn set(&self, period: Duration) {
-        let millis = u64::try_from(period.as_millis()).unwrap_or(u64::MAX);
-        self.0.store(millis.max(1), Ordering::Relaxed);
     }
 }
 
@@ -395,38 +403,41 @@ struct Heartbeats {
 }
 
 impl Heartbeats {
-    fn start(options: &SessionOptions, address: &str, session_id: &str, told: Period) -> Self {
+    fn start(options: &SessionOptions, address: &str, session_id: &str, manners: Manners) -> Self {
         let stop = options.tasks.token().child_token();
         let (token, pool) = (stop.clone(), options.pool.clone());
         let (address, session_id) = (address.to_owned(), session_id.to_owned());
+        let mut told = manners.told();
         let beating = async move {
             let patience = Patience { probes_idle: false, ..told.patience() };
             let channel = pool.fresh_with(&address, Peer::Manager, patience);
             let mut client = DispatcherClient::new(channel);
-            let mut period = told.get();
             // The session itself has just let hear of this node.
-            let first = period.mul_f64(rand::rng().random_range(FIRST_BEAT));
+            let first = told.period.mul_f64(rand::rng().random_range(FIRST_BEAT));
             let mut next = tokio::time::Instant::now() + first;
             loop {
                 tokio::select! {
                     () = token.cancelled() => return,
                     () = tokio::time::sleep_until(next) => {}
                 }
-                next = (next + period).max(tokio::time::Instant::now());
+                next = (next + told.period).max(tokio::time::Instant::now());
                 let mut request =
                     tonic::Request::new(HeartbeatRequest { session_id: session_id.clone() });
-                request.set_timeout(period.min(BEAT_DEADLINE));
-                match client.heartbeat(request).await {
-                    Ok(answer) => {
-                        told.set(Duration::from_millis(answer.into_inner().heartbeat_millis));
-                    }
+                request.set_timeout(told.period.min(BEAT_DEADLINE));
+                let answer = match client.heartbeat(request).await {
+                    Ok(answer) => answer.into_inner(),
                     Err(status) => {
                         tracing::debug!(error = status.message(), "a heartbeat failed");
                         continue;
                     }
+                };
+                if token.is_cancelled() {
+                    return; // Another leader has said something else by now.
                 }
-                if told.get() != period {
-                    period = told.get();
+                manners.tell(answer.heartbeat_millis, answer.nodes);
+                let before = std::mem::replace(&mut told, manners.told());
+                if told.period != before.period {
+                    let period = told.period;
                     tracing::info!(?period, "managers hear of this node at another period now");
                     next = tokio::time::Instant::now() + period;
                 }
@@ -451,5 +462,34 @@ impl Heartbeats {
 impl Drop for Heartbeats {
     fn drop(&mut self) {
         self.stop.cancel();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_as_patient_as_the_swarm_is_large() {
+        let seconds = Duration::from_secs_f64;
+        for (nodes, times, probes) in [
+            (0, 1, (1.0, 2.0)),
+            (3, 1, (1.0, 2.0)),
+            (1000, 1, (1.0, 2.0)),
+            (1001, 2, (2.0, 3.0)),
+            (4001, 5, (5.0, 6.0)),
+            (100_000, 5, (5.0, 6.0)),
+        ] {
+            // However often the settings have heartbeats sent.
+            for millis in [200, 1000, 60_000] {
+                let manners = Manners::default();
+                manners.tell(millis, nodes);
+                let (patience, usual) = (manners.told().patience(), Patience::default());
+                assert_eq!(patience.connect, usual.connect * times, "{nodes}");
+                assert_eq!(patience.handshake, usual.handshake * times, "{nodes}");
+                let found = (patience.probe_interval, patience.probe_deadline);
+                assert_eq!(found, (seconds(probes.0), seconds(probes.1)), "{nodes}");
+            }
+        }
     }
 }

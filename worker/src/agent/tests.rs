@@ -238,7 +238,7 @@ impl Dispatcher for FakeLeader {
         _: Request<HeartbeatRequest>,
     ) -> Result<Response<HeartbeatResponse>, Status> {
         self.n_beats.send_modify(|n_beats| *n_beats += 1);
-        Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000 }))
+        Ok(Response::new(HeartbeatResponse { heartbeat_millis: 1000, nodes: 0 }))
     }
 
     async fn register_image(

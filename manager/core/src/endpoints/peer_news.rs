@@ -1,10 +1,11 @@
 //! When nodes are told of other nodes alone.
 //!
 //! Every node is told of every other one: where a thousand join one after the other, that makes a million messages if
-//! each is told at once, and the managers are too busy to hear who lives. Nobody waits for such news: with the first
+//! each is told at once, and the managers are too busy to hear who lives. Few wait for such news: with the first
 //! task that is balanced to on another node comes a change of ports or networks, which is told at once and brings
-//! all else. So a round to all nodes is followed by a pause as long as the round is big, and the next one
-//! tells of all that changed meanwhile. The first after a pause is told at once, in a swarm of any size.
+//! all else. Only a node that just joined and balances to tasks that are there already gets no answers until then. So a
+//! round to all nodes is followed by a pause as long as the round is big, and the next one tells of all that changed
+//! meanwhile. The first after a pause is told at once, in a swarm of any size.
 
 use std::ops::Range;
 use std::time::Duration;

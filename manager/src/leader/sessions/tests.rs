@@ -236,3 +236,24 @@ fn news_of_peers_alone_come_in_rounds_and_everything_else_at_once() {
         assert_eq!(sessions.deadline().is_some(), is_awaited, "{name}");
     }
 }
+
+/// Whoever is called down and lives hears of it, and opens another session.
+#[test]
+fn a_node_that_is_called_down_is_told_that_its_session_ended() {
+    let mut sessions = Sessions::new(1);
+    let (to_agent, mut queue) = tokio::sync::mpsc::channel(1);
+    let of_node = |to_agent: &ToAgent| Session {
+        to_agent: to_agent.clone(),
+        ..session(NodeDescription::default())
+    };
+    assert!(!sessions.end(NodeId(1)), "it has none");
+    sessions.open.insert(NodeId(1), of_node(&to_agent));
+    assert!(sessions.end(NodeId(1)));
+    assert!(!sessions.is_current(NodeId(1), 1));
+    assert_eq!(queue.try_recv().unwrap().unwrap_err().code(), tonic::Code::Unavailable);
+
+    sessions.open.insert(NodeId(1), of_node(&to_agent));
+    to_agent.try_send(Ok(DispatcherMessage::default())).unwrap();
+    assert!(!sessions.end(NodeId(1)), "it could not be told");
+    assert!(sessions.is_current(NodeId(1), 1));
+}
