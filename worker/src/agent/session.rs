@@ -438,7 +438,7 @@ impl Heartbeats {
                 let before = std::mem::replace(&mut told, manners.told());
                 if told.period != before.period {
                     let period = told.period;
-                    tracing::info!(?period, "managers hear of this node at another period now");
+                    tracing::info!(told = ?period, "managers hear of this node at another period now");
                     next = tokio::time::Instant::now() + period;
                 }
             }
