@@ -2,14 +2,23 @@
 
 use std::time::Duration;
 
-/// A node's heartbeat period where the swarm's settings name none, in swarms of up to [`HEARTBEATS_A_SECOND`] nodes.
+/// A node's heartbeat period where the swarm's settings name none, in swarms of up to [`NODES_AT_USUAL_PACE`] nodes.
 /// Swarm has 5 s; a third of the loss time, so that one lost beat is no news.
 pub const HEARTBEAT_PERIOD: Duration = Duration::from_secs(1);
-/// How many heartbeats a leader takes a second where the settings name no period: in larger swarms nodes send them less
-/// often. Each is 0.2 ms of the leader's processor time.
-pub const HEARTBEATS_A_SECOND: usize = 1000;
-/// The period of the largest swarms: Swarm's, of all its swarms.
+/// The period of the largest swarms, see [`times_slower`]: Swarm's, of all its swarms.
 pub const HEARTBEAT_PERIOD_LARGE: Duration = Duration::from_secs(5);
+/// Nodes that a leader serves at the usual pace. Each is 0.2 ms of its processor time with a heartbeat, and a millisecond
+/// when it comes back after a leader's end.
+pub const NODES_AT_USUAL_PACE: usize = 1000;
+/// What [`times_slower`] says at most: managers and machines that vanished are to be noticed.
+const SLOWER_MAX: usize = 5;
+
+/// How many times slower a swarm of so many nodes sends heartbeats, and how many times as patient its nodes are.
+pub fn times_slower(n_nodes: usize) -> u32 {
+    let times = n_nodes.div_ceil(NODES_AT_USUAL_PACE).clamp(1, SLOWER_MAX);
+    u32::try_from(times).unwrap_or(u32::MAX)
+}
+
 /// How long replacements wait when more than a third of the nodes fall silent at once: it is then
 /// likelier that this manager is cut off than that they all died.
 pub const MASS_SILENCE_WAIT: Duration = Duration::from_secs(15);

@@ -14,7 +14,7 @@ use skep_common::spec::NodeRole;
 use skep_common::{Node, NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, CopyDuties, Stream, for_node};
 use skep_manager_core::description::describe;
-use skep_manager_core::endpoints::{Drain, NodeTable, PeerNews, Round};
+use skep_manager_core::endpoints::{Drain, News, NodeTable, PeerNews, Round};
 use skep_manager_core::liveness::{Answer, Event, Liveness};
 use skep_manager_core::reports::{self, Reports, Statuses};
 use skep_manager_core::{
@@ -394,14 +394,10 @@ impl Leader {
             if *version == newest {
                 continue;
             }
-            let table = self.drain.of_node(*node_id);
-            session.lacks_peers_alone = table.differs_in_peers_alone(told);
-            let is_same = table.is_same(told);
-            if is_same {
+            let news = self.drain.news_for(*node_id, told);
+            session.lacks_peers_alone = news == News::OfPeersAlone;
+            if news == News::None {
                 *version = newest;
-            }
-            if is_same || session.lacks_peers_alone {
-                self.drain.has_no_news_for(*node_id);
             }
         }
     }

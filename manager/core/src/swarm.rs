@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use skep_common::limits::{HEARTBEAT_PERIOD, HEARTBEAT_PERIOD_LARGE, HEARTBEATS_A_SECOND};
+use skep_common::limits::{HEARTBEAT_PERIOD, times_slower};
 use skep_common::object::Cluster;
 use skep_common::spec::{Base64, SwarmSpec};
 
@@ -121,19 +121,14 @@ pub fn certificate_life(spec: &SwarmSpec) -> Duration {
 }
 
 /// How often nodes let hear of themselves: as the swarm's settings say, or once a second, and in swarms of more than
-/// [`HEARTBEATS_A_SECOND`] nodes less often.
+/// a thousand nodes less often.
 ///
 /// A leader that is busy with heartbeats hears late who lives: nodes would be down that are not.
 pub fn heartbeat_period(view: &State) -> Duration {
     let spec = view.cluster().and_then(|cluster| cluster.spec.dispatcher.as_ref());
     match spec.and_then(|config| config.heartbeat_period) {
         Some(period) => period.duration().clamp(HEARTBEAT_MIN, HEARTBEAT_MAX),
-        None => {
-            // In whole periods: each change is told to all.
-            let n_periods = view.nodes().len().div_ceil(HEARTBEATS_A_SECOND);
-            let n_periods = u32::try_from(n_periods).unwrap_or(u32::MAX);
-            HEARTBEAT_PERIOD.saturating_mul(n_periods.max(1)).min(HEARTBEAT_PERIOD_LARGE)
-        }
+        None => HEARTBEAT_PERIOD * times_slower(view.nodes().len()),
     }
 }
 

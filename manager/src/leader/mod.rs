@@ -389,7 +389,9 @@ impl Leader {
     /// and stops would wait for its acknowledgement. Who lives after all hears of it, opens another one, and is told
     /// everything.
     fn end_sessions(&mut self, transitions: &[Action]) {
-        for node_id in transitions.iter().filter_map(called_down) {
+        let nodes = transitions.iter().filter_map(node_of);
+        for node_id in nodes.filter(|node| node.status.state == NodeState::Down).map(|node| node.id)
+        {
             if self.sessions.end(node_id) {
                 self.liveness.observe(Event::SessionClosed { node_id });
                 self.drain.session_closed(node_id);
@@ -505,19 +507,17 @@ async fn propose_in(
     outcome
 }
 
-/// The node that an action calls down.
-fn called_down(action: &Action) -> Option<NodeId> {
+/// The node that an action writes.
+fn node_of(action: &Action) -> Option<&Node> {
     match action {
-        Action::Put { object: skep_common::Object::Node(node), .. } => {
-            (node.status.state == NodeState::Down).then_some(node.id)
-        }
+        Action::Put { object: skep_common::Object::Node(node), .. } => Some(node),
         _ => None,
     }
 }
 
 /// A node's state is a fact of the cluster that operators look for.
 fn log_transition(action: &Action) {
-    if let Action::Put { object: skep_common::Object::Node(node), .. } = action {
+    if let Some(node) = node_of(action) {
         let state = node.status.state.name();
         let (hostname, message) = (node.hostname(), node.status.message.as_str());
         tracing::info!(node.id = %node.id, hostname, state, message, "a node's state changes");

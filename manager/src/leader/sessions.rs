@@ -19,7 +19,7 @@ use skep_common::{NodeId, Object, TaskId, Timestamp};
 use skep_manager_core::assignments::{self, AssignedImage, CopyDuties, Stream};
 use skep_manager_core::claims::Claims;
 use skep_manager_core::description::describe;
-use skep_manager_core::endpoints::{Drain, NodeTable, PeerNews};
+use skep_manager_core::endpoints::{Drain, News, NodeTable, PeerNews};
 use skep_manager_core::{Action, Expect, State, level, rotation, store};
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
@@ -352,14 +352,10 @@ impl Sessions {
         }
         for (node_id, session) in &mut self.open {
             let Some((version, told)) = &mut session.told_table else { continue };
-            let table = drain.of_node(*node_id);
-            session.lacks_peers_alone = table.differs_in_peers_alone(told);
-            let is_same = table.is_same(told);
-            if is_same {
+            let news = drain.news_for(*node_id, told);
+            session.lacks_peers_alone = news == News::OfPeersAlone;
+            if news == News::None {
                 *version = newest;
-            }
-            if is_same || session.lacks_peers_alone {
-                drain.has_no_news_for(*node_id);
             }
         }
     }

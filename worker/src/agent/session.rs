@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use rand::RngExt as _;
-use skep_common::limits::{HEARTBEAT_PERIOD, QUEUE_LENGTH};
+use skep_common::limits::{HEARTBEAT_PERIOD, QUEUE_LENGTH, times_slower};
 use skep_proto::dispatcher_client::DispatcherClient;
 use skep_proto::dispatcher_message::Message;
 use skep_proto::{
@@ -285,8 +285,9 @@ async fn attempt(
     events: &mpsc::Sender<FromSession>,
 ) -> Ended {
     let address = asked.address.as_str();
-    let opening = open(options, asked, manners.told().patience(), hello);
-    let deadline = asked.deadline * manners.told().times();
+    let told = manners.told();
+    let opening = open(options, asked, told.patience(), hello);
+    let deadline = asked.deadline * told.times();
     let (welcome, to_leader, mut stream) = match tokio::time::timeout(deadline, opening).await {
         Ok(Ok(opened)) => opened,
         Ok(Err(status)) => {
@@ -341,11 +342,6 @@ async fn attempt(
     Ended::WasOpen
 }
 
-/// Nodes that come back within about a second when a leader dies, at the usual patience.
-const NODES_AT_ONCE: u32 = 1000;
-/// How many times as patient the nodes of the largest swarms are: managers that vanished are to be given up.
-const PATIENCE_MAX: u32 = 5;
-
 /// What the leader last said of how to behave; clones share it.
 #[derive(Debug, Clone)]
 struct Manners(Arc<Mutex<Told>>);
@@ -379,7 +375,7 @@ impl Told {
     /// When a leader dies, all nodes greet the next one at the same time, and each greeting that is given up is begun
     /// again.
     fn times(self) -> u32 {
-        self.nodes.div_ceil(NODES_AT_ONCE).clamp(1, PATIENCE_MAX)
+        times_slower(usize::try_from(self.nodes).unwrap_or(usize::MAX))
     }
 
     /// That with connections to managers. In a large swarm the probes of all nodes are as much work for the leader as

@@ -81,6 +81,17 @@ pub struct NodeTable {
     pub networks: BTreeMap<NetworkId, Arc<NetworkTable>>,
 }
 
+/// What is new for a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum News {
+    /// Nothing.
+    None,
+    /// Other nodes, and nothing that a connection or a name leads to.
+    OfPeersAlone,
+    /// Ports or networks.
+    OfConnections,
+}
+
 /// What makes one node's table of another.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct NodeChanges {
@@ -93,22 +104,19 @@ pub struct NodeChanges {
 }
 
 impl NodeTable {
-    /// Whether both are the very same: what does not change is not copied.
-    pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.table, &other.table) && self.has_same_networks(other)
-    }
-
-    fn has_same_networks(&self, other: &Self) -> bool {
-        self.networks.len() == other.networks.len()
+    /// What `new` has that it has not: what does not change is not copied.
+    fn news(&self, new: &Self) -> News {
+        let has_same_networks = self.networks.len() == new.networks.len()
             && self.networks.iter().all(|(network_id, table)| {
-                other.networks.get(network_id).is_some_and(|other| Arc::ptr_eq(table, other))
-            })
-    }
-
-    /// Whether they differ, and in nothing that connections or names lead to.
-    pub fn differs_in_peers_alone(&self, other: &Self) -> bool {
-        let has_same_ports = self.table.ports.ptr_eq(&other.table.ports);
-        has_same_ports && !Arc::ptr_eq(&self.table, &other.table) && self.has_same_networks(other)
+                new.networks.get(network_id).is_some_and(|new| Arc::ptr_eq(table, new))
+            });
+        if !has_same_networks || !self.table.ports.ptr_eq(&new.table.ports) {
+            News::OfConnections
+        } else if Arc::ptr_eq(&self.table, &new.table) {
+            News::None
+        } else {
+            News::OfPeersAlone
+        }
     }
 
     /// What makes `new` of it.
@@ -316,12 +324,16 @@ impl Drain {
         }
     }
 
-    /// The newest table has nothing for a node that a stop waits for: nothing new, which it is not told, or other nodes
-    /// alone, of which it may be told later.
-    pub fn has_no_news_for(&mut self, node_id: NodeId) {
-        if let Some(progress) = self.sessions.get_mut(&node_id) {
+    /// What the newest table has for a node that was told that one. Nothing new it is not told, and no stop waits for it;
+    /// nor for other nodes alone, of which it may be told later.
+    pub fn news_for(&mut self, node_id: NodeId, told: &NodeTable) -> News {
+        let news = told.news(&self.of_node(node_id));
+        if news != News::OfConnections
+            && let Some(progress) = self.sessions.get_mut(&node_id)
+        {
             progress.current = self.version;
         }
+        news
     }
 
     /// A node's kernel has this version.
