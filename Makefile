@@ -24,11 +24,11 @@ test-vm: $(if $(SKEP_BINARY),,release)
 
 # The whole control plane under faults, in virtual time: SEEDS of them (200 unless told otherwise), or one SEED;
 # STEPS bounds the phase with faults. PRINT=1 prints each event of one seed. RING=turmoil runs the managers
-# themselves, log and gRPC included; there SECONDS is how long things fail.
+# themselves, log and gRPC included; there SECONDS is how long things fail, and MISTAKE names one to plant.
 ifeq ($(RING),turmoil)
 sim:
 	deploy/with-rust.sh cargo run --quiet --release --package skep-turmoil --bin skep-turmoil -- \
-	  $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(PRINT),--print)
+	  $(if $(SEED),--seed $(SEED)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(MISTAKE),--mistake $(MISTAKE)) $(if $(PRINT),--print)
 else
 sim:
 	deploy/with-rust.sh cargo run --quiet --release --package skep-simulation --bin skep-sim -- \

@@ -235,12 +235,13 @@ impl Client {
         };
         self.count(outcome);
         self.note(manager, &format!("remove {name} {outcome:?}"));
-        match outcome {
-            Outcome::Done(_) => self.owed().gone.push(name),
-            Outcome::Refused => {
-                self.ledger.violate(1, format!("{name} was acknowledged and cannot be removed"));
+        match removed {
+            Ok(_) => self.owed().gone.push(name),
+            Err(status) if outcome == Outcome::Refused => {
+                self.ledger
+                    .violate(1, format!("{name} was acknowledged and cannot be removed: {status}"));
             }
-            Outcome::Unknown => {}
+            Err(_) => {}
         }
     }
 

@@ -3,16 +3,18 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
+use skep_common::mistakes::{Mistake, plant};
 use skep_simulation::seeds::run_all;
 use skep_turmoil::run::FAULTS;
 use skep_turmoil::{Options, Report, run};
 
-const USAGE: &str = "usage: skep-turmoil [--seed N] [--seeds N] [--first N] [--seconds N] [--print]
+const USAGE: &str = "usage: skep-turmoil [--seed N] [--seeds N] [--first N] [--seconds N] [--mistake NAME] [--print]
 
   --seed N     run this seed alone, and say what came of it
   --seeds N    run so many seeds, on all processors (default 20)
   --first N    the first of them (default 0)
   --seconds N  how long things fail, in virtual time (default 20)
+  --mistake NAME  plant this mistake: an invariant is to break
   --print      print each event
 ";
 
@@ -21,15 +23,36 @@ struct Arguments {
     n_seeds: u64,
     first: u64,
     faults: Duration,
+    mistake: Option<Mistake>,
     is_printed: bool,
 }
 
+impl Arguments {
+    /// Runs a seed, with the mistake where one is asked for.
+    fn run(&self, seed: u64) -> Report {
+        let options = Options { seed, faults: self.faults, is_printed: self.is_printed };
+        match self.mistake {
+            Some(mistake) => plant(mistake, || run(options)),
+            None => run(options),
+        }
+    }
+}
+
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
+    let (seed, mistake) = (None, None);
     let mut arguments =
-        Arguments { seed: None, n_seeds: 20, first: 0, faults: FAULTS, is_printed: false };
+        Arguments { seed, n_seeds: 20, first: 0, faults: FAULTS, mistake, is_printed: false };
     while let Some(word) = words.next() {
         if word == "--print" {
             arguments.is_printed = true;
+            continue;
+        }
+        if word == "--mistake" {
+            let name = words.next().unwrap_or_default();
+            let named = Mistake::ALL.into_iter().find(|mistake| format!("{mistake:?}") == name);
+            let all = Mistake::ALL;
+            arguments.mistake =
+                Some(named.ok_or_else(|| format!("--mistake needs one of {all:?}"))?);
             continue;
         }
         let number = words.next().and_then(|text| text.parse::<u64>().ok());
@@ -53,9 +76,8 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let Arguments { faults, is_printed, .. } = arguments;
     if let Some(seed) = arguments.seed {
-        let report = run(Options { seed, faults, is_printed });
+        let report = arguments.run(seed);
         println!("{report}");
         return ExitCode::from(u8::from(report.violation.is_some()));
     }
@@ -84,8 +106,7 @@ fn main() -> ExitCode {
 #[expect(clippy::disallowed_methods, reason = "how long it took is not part of what is simulated")]
 fn time_all(arguments: &Arguments) -> (Vec<Report>, Duration) {
     let began = std::time::Instant::now();
-    let Arguments { faults, is_printed, .. } = *arguments;
     let seeds = arguments.first..arguments.first + arguments.n_seeds;
-    let reports = run_all(seeds, |seed| run(Options { seed, faults, is_printed }));
+    let reports = run_all(seeds, |seed| arguments.run(seed));
     (reports, began.elapsed())
 }

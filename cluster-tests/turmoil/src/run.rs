@@ -381,10 +381,12 @@ impl<'a> Trouble<'a> {
         }
     }
 
-    /// Ends all that is wrong.
+    /// Ends all that is wrong, also what was to fail at a sync that has not come yet.
     fn heal(&mut self, sim: &mut Sim<'_>) {
         for number in self.swarm.machines.numbers() {
-            self.swarm.hosts[&number].disk.set_crash(None);
+            let disk = &self.swarm.hosts[&number].disk;
+            disk.set_crash(None);
+            disk.set_sync_fails(false);
             for end in [End::Lines(number), End::Disk(number), End::Bounce(number)] {
                 self.end(sim, end);
             }
@@ -456,7 +458,7 @@ impl<'a> Trouble<'a> {
                 disk.set_space(Some(self.rng.random_range(0..4096)));
                 End::Disk(number)
             }
-            Fault::BrokenSync => return disk.fail_next_sync(),
+            Fault::BrokenSync => return disk.set_sync_fails(true),
         };
         self.ends.push((now + length, end));
     }

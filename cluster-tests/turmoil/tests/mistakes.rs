@@ -14,7 +14,10 @@ fn expect_caught(mistake: Mistake, by: &[&str]) {
         let report = plant(mistake, || run(Options::of(seed)));
         let Some(violation) = &report.violation else { continue };
         let number = violation.split(':').next().unwrap_or_default();
-        assert!(by.contains(&number), "{mistake:?} is caught by another invariant: {report}");
+        assert!(
+            by.contains(&number),
+            "{mistake:?} is caught by another invariant: {report} MISTAKE={mistake:?}"
+        );
         return;
     }
     panic!("{mistake:?} is not caught by {N_SEEDS} seeds");

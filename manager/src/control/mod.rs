@@ -180,11 +180,14 @@ impl ControlService {
         let said = async {
             while let Err(level::Unmet::NotSaid { .. }) = check() {
                 if feed.next().await.is_none() {
-                    return; // This manager ends, and the write will say so.
+                    return Err(propose::Error::Stopped { may_still_commit: false });
                 }
             }
+            Ok(())
         };
-        let _ = tokio::time::timeout(LEVEL_WAIT, said).await; // It is looked at once more.
+        if let Ok(stopped) = tokio::time::timeout(LEVEL_WAIT, said).await {
+            stopped?;
+        }
         check().map_err(|unmet| Error::Precondition(unmet.to_string()))
     }
 
