@@ -157,7 +157,7 @@ impl ForgetfulDisk {
     }
 
     /// Whether the next sync fails, so that what it was to cover stays unsynced.
-    pub(crate) fn set_sync_fails(&self, fails: bool) {
+    pub(crate) fn set_next_sync_fails(&self, fails: bool) {
         self.inner().fails_sync = fails;
     }
 
@@ -493,7 +493,7 @@ mod tests {
             let rig = Rig::new(seed);
             let file = rig.durable("log", b"");
             rig.disk.write(&file, 0, b"frame").unwrap();
-            rig.disk.set_sync_fails(true);
+            rig.disk.set_next_sync_fails(true);
             rig.disk.sync(&file).unwrap_err();
             rig.disk.lose_power().unwrap();
             fs::read(rig.path("log")).unwrap().is_empty()

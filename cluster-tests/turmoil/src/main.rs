@@ -10,12 +10,12 @@ use skep_turmoil::{Options, Report, run};
 
 const USAGE: &str = "usage: skep-turmoil [--seed N] [--seeds N] [--first N] [--seconds N] [--mistake NAME] [--print]
 
-  --seed N     run this seed alone, and say what came of it
-  --seeds N    run so many seeds, on all processors (default 20)
-  --first N    the first of them (default 0)
-  --seconds N  how long things fail, in virtual time (default 20)
-  --mistake NAME  plant this mistake: an invariant is to break
-  --print      print each event
+  --seed N        run this seed alone, and say what came of it
+  --seeds N       run so many seeds, on all processors (default 20)
+  --first N       the first of them (default 0)
+  --seconds N     how long things fail, in virtual time (default 20)
+  --mistake NAME  run them with this mistake planted; what it breaks is a violation like any other
+  --print         print each event
 ";
 
 struct Arguments {

@@ -386,7 +386,7 @@ impl<'a> Trouble<'a> {
         for number in self.swarm.machines.numbers() {
             let disk = &self.swarm.hosts[&number].disk;
             disk.set_crash(None);
-            disk.set_sync_fails(false);
+            disk.set_next_sync_fails(false);
             for end in [End::Lines(number), End::Disk(number), End::Bounce(number)] {
                 self.end(sim, end);
             }
@@ -458,7 +458,7 @@ impl<'a> Trouble<'a> {
                 disk.set_space(Some(self.rng.random_range(0..4096)));
                 End::Disk(number)
             }
-            Fault::BrokenSync => return disk.set_sync_fails(true),
+            Fault::BrokenSync => return disk.set_next_sync_fails(true),
         };
         self.ends.push((now + length, end));
     }
